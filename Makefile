@@ -1,0 +1,47 @@
+# make train   set everything up, then preference-tune the quickstart model
+# make test    set everything up, then run the tests
+# make check   lint, types and tests: what CI runs
+# make clean   remove what these made, but for trained adapters
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/smollm2-135m
+
+.PHONY: train test check lint types setup clean
+
+train: $(BIN)/lora-dpo $(MODEL)/config.json
+	$(BIN)/lora-dpo train configs/quickstart.yaml
+
+test: $(BIN)/.dev $(MODEL)/config.json
+	$(BIN)/pytest
+
+check: lint types test
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/.dev
+	$(BIN)/mypy
+
+setup: $(BIN)/lora-dpo $(MODEL)/config.json
+
+# Set-up is redone only when what it depends on changes.
+$(BIN)/lora-dpo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(BIN)/.dev: $(BIN)/lora-dpo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lora-dpo needs Python 3.11 or newer; set PYTHON=python3.12 or the like."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(MODEL)/config.json: | $(BIN)/lora-dpo
+	$(BIN)/lora-dpo models fetch smollm2-135m
+
+clean:
+	rm -rf .venv models build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

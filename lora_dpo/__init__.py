@@ -1,0 +1,55 @@
+"""Preference-tuning of open chat models with LoRA and DPO, on one loaded base model.
+
+Importing this package loads no torch: the names below bring it in when they are called, and
+`DPOTrainer`, a class on top of TRL's, when it is first looked up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.adapters import attach_adapter
+from lora_dpo.chat import Chat, open_chat
+from lora_dpo.config import Recipe, read_recipe
+from lora_dpo.data import read_pairs
+from lora_dpo.errors import LoraDPOError
+from lora_dpo.fetch import fetch_model
+from lora_dpo.generate import Sampling, generate, stream
+from lora_dpo.merge import merge
+from lora_dpo.model import Base, attach_lora, load_base, reference
+from lora_dpo.train import TrainResult, train
+
+if TYPE_CHECKING:
+    from lora_dpo.trainer import DPOTrainer
+
+__all__ = [
+    "Base",
+    "Chat",
+    "DPOTrainer",
+    "LoraDPOError",
+    "Recipe",
+    "Sampling",
+    "TrainResult",
+    "attach_adapter",
+    "attach_lora",
+    "fetch_model",
+    "generate",
+    "load_base",
+    "merge",
+    "open_chat",
+    "read_pairs",
+    "read_recipe",
+    "reference",
+    "stream",
+    "train",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DPOTrainer":
+        from lora_dpo.trainer import DPOTrainer
+
+        return DPOTrainer
+    raise AttributeError(f"module 'lora_dpo' has no attribute {name!r}")

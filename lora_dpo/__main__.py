@@ -1,0 +1,7 @@
+"""`python -m lora_dpo` is the same as `lora-dpo`."""
+
+import sys
+
+from lora_dpo.cli import main
+
+sys.exit(main())

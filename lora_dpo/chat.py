@@ -1,0 +1,105 @@
+"""A chat with one loaded base: its state and commands, without a terminal.
+
+Everything a line of input can do is a method here, so that the terminal face only reads and prints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_dpo.adapters import attach_adapter, base_name, read_passport
+from lora_dpo.config import Dtype, Quantize
+from lora_dpo.data import Message
+from lora_dpo.errors import OutputError
+from lora_dpo.files import disk_errors
+from lora_dpo.generate import Sampling, stream
+from lora_dpo.model import Base, load_base, reference
+
+
+@dataclass
+class Chat:
+    """A conversation with a base and one adapter on it; `use_adapter` says which of them answers."""
+
+    base: Base
+    model: object
+    """The base with the adapter on it (a PeftModel)."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
+    system: str | None = None
+    use_adapter: bool = True
+    history: list[Message] = field(default_factory=list)
+
+    def say(self, text: str) -> Iterator[str]:
+        """Add the user's turn and yield the answer in pieces; the answer joins the history.
+
+        If the caller stops early (Ctrl-C), what was said so far is kept as the answer.
+        """
+        self.history.append(Message(role="user", content=text))
+        said = ""
+        try:
+            for piece in self._stream(self.history):
+                said += piece
+                yield piece
+        finally:
+            self.history.append(Message(role="assistant", content=said.strip()))
+
+    def answer_once(self, text: str, *, use_adapter: bool) -> str:
+        """The answer to one message on top of the history, which stays as it is."""
+        switched, self.use_adapter = self.use_adapter, use_adapter
+        try:
+            return "".join(self._stream([*self.history, Message(role="user", content=text)])).strip()
+        finally:
+            self.use_adapter = switched
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.history.clear()
+
+    def save(self, path: Path) -> None:
+        """Write the conversation as one JSONL row of messages, added to the file's end."""
+        if not self.history:
+            raise OutputError("There is nothing to save yet: say something first.")
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+            row = {"messages": self.history, "answered_by": "adapter" if self.use_adapter else "base"}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _stream(self, messages: list[Message]) -> Iterator[str]:
+        turns = [Message(role="system", content=self.system)] if self.system else []
+        with ExitStack() as stack:
+            if not self.use_adapter:
+                stack.enter_context(reference(self.model))  # type: ignore[arg-type]
+            yield from stream(
+                self.model,  # type: ignore[arg-type]
+                self.base.tokenizer,
+                [*turns, *messages],
+                sampling=self.sampling,
+            )
+
+
+def open_chat(
+    adapter: Path,
+    *,
+    model: str | None = None,
+    quantize: Quantize | None = None,
+    dtype: Dtype = "auto",
+    sampling: Sampling | None = None,
+    system: str | None = None,
+) -> Chat:
+    """Load an adapter's base once, put the adapter on it, and start a conversation.
+
+    Args:
+        model: another place of the same base; by default the one that the passport names.
+        quantize: by default as the adapter was trained.
+
+    Raises:
+        AdapterError: no adapter there, or made for another base.
+        ModelError: the base cannot be loaded.
+    """
+    name, revision = base_name(adapter)
+    passport = read_passport(adapter)
+    trained_on: Quantize = "none" if passport is not None and passport.quantize == "none" else "nf4"
+    base = load_base(model or name, revision=revision, quantize=quantize or trained_on, dtype=dtype)
+    return Chat(base, attach_adapter(base, adapter), sampling or Sampling(), system)

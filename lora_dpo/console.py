@@ -1,0 +1,114 @@
+"""Events drawn in a terminal with rich. No decisions are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lora_dpo.events import Answered, Compared, Event, Note, Resolved, RowsDropped, Saved, StepLogged
+from lora_dpo.events import Progress as ProgressEvent
+
+
+class RunView:
+    """Draws a run: resolved settings, one progress bar a stage, the comparison, the answers."""
+
+    def __init__(self, console: Console, *, show_dropped: bool = False) -> None:
+        self.console = console
+        self.show_dropped = show_dropped
+        self.progress = Progress(
+            TextColumn("{task.description:<44}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=console,
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Show the progress bars for the length of the block."""
+        with self.progress:
+            yield
+
+    def __call__(self, event: Event) -> None:
+        """Draw one event."""
+        match event:
+            case Resolved(lines):
+                self._resolved(lines)
+            case RowsDropped(rows) if self.show_dropped:
+                self.console.print(dropped_table(rows))
+            case ProgressEvent(stage, done, total):
+                self._stage(stage, done, total)
+            case StepLogged(_, total, metrics):
+                if "loss" in metrics:
+                    self._stage("training", None, total, step_line(metrics))
+            case Note(text, warning):
+                self.console.print(f"[yellow]warning:[/] {escape(text)}" if warning else escape(text))
+            case Compared(rows):
+                self._compared(rows)
+            case Answered(rows):
+                self._answered(rows)
+            case Saved(folder):
+                name = escape(str(folder))
+                self.console.print(f"\n[green]saved[/] [bold]{name}[/]   talk to it:  lora-dpo chat {name} --compare")
+
+    def _stage(self, stage: str, done: int | None, total: int, metrics: str = "") -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=total, metrics="")
+        fields = {"metrics": metrics} if metrics else {}
+        self.progress.update(self.tasks[stage], completed=done, total=total, **fields)  # type: ignore[arg-type]
+
+    def _resolved(self, lines: tuple[tuple[str, str], ...]) -> None:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="bold cyan", no_wrap=True)
+        table.add_column()
+        for label, value in lines:
+            table.add_row(label, escape(value))
+        self.console.print(table)
+        self.console.print()
+
+    def _compared(self, rows: tuple[tuple[str, str, str], ...]) -> None:
+        table = Table(title="held-out data, before and after", title_justify="left")
+        table.add_column("")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.console.print(table)
+
+    def _answered(self, rows: tuple[tuple[str, str, str], ...]) -> None:
+        self.console.print(side_by_side("prompt", rows))
+
+
+def step_line(metrics: Mapping[str, float]) -> str:
+    """The four numbers to watch, short enough for one line."""
+    parts = [("loss", "loss"), ("margin", "rewards/margins"), ("accuracy", "rewards/accuracies")]
+    return "  ".join(f"{label} {metrics[key]:.3f}" for label, key in parts if key in metrics)
+
+
+def side_by_side(first: str, rows: tuple[tuple[str, str, str], ...], names: tuple[str, str] = ("before", "after")) -> Table:
+    """A table of prompts with two answers each."""
+    table = Table(show_lines=True, expand=True)
+    table.add_column(first, ratio=2, style="bold")
+    for name in names:
+        table.add_column(name, ratio=4)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def dropped_table(rows: tuple[tuple[str, str], ...]) -> Table:
+    """Every dropped row with its place and reason."""
+    table = Table(title=f"{len(rows)} dropped rows", title_justify="left")
+    table.add_column("row")
+    table.add_column("reason")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table

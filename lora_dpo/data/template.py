@@ -1,0 +1,53 @@
+"""Chat messages to token ids, through the model's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+from lora_dpo.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant is to write."""
+    return encode(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
+) -> str:
+    """The conversation as the text that the model reads, special tokens written out.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so chat messages cannot be "
+            "written for it. Use an instruction-tuned (chat) model, or data with plain text prompts."
+        )
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except jinja2.exceptions.TemplateError as error:
+        raise ModelError(f"The model's chat template refuses these messages: {error}") from error
+    return str(text)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of rendered text, with exactly the special tokens that are written in it."""
+    # The template writes its own special tokens: the tokenizer must not add BOS once more.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

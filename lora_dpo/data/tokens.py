@@ -1,0 +1,97 @@
+"""Pairs to token ids: what the model reads and what it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_dpo.data.pairs import Dropped, Origin, PreferencePair
+from lora_dpo.data.template import encode, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """One pair as ids. Sequences are `prompt + chosen` and `prompt + rejected`."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    origin: Origin
+    truncated: bool
+    """True if `max_length` cut an answer, so its end-of-turn token is gone."""
+
+
+def tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    *,
+    max_length: int | None,
+    on_pair: Callable[[int], None] | None = None,
+) -> tuple[list[TokenPair], list[Dropped]]:
+    """Tokenise through the chat template; drop pairs that carry no signal.
+
+    Dropped are pairs whose prompt alone fills `max_length`, and pairs that `max_length` makes equal.
+
+    Args:
+        max_length: longest sequence (prompt and answer) in tokens; answers are cut at their end.
+        on_pair: called with the number of pairs done so far.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
+    kept: list[TokenPair] = []
+    dropped: list[Dropped] = []
+    for done, pair in enumerate(pairs, start=1):
+        tokens = tokenize_pair(tokenizer, pair, max_length=max_length)
+        if max_length is not None and len(tokens.prompt) >= max_length:
+            dropped.append(Dropped(pair.origin, f"prompt fills max_length ({max_length} tokens)"))
+        elif tokens.chosen == tokens.rejected:
+            dropped.append(Dropped(pair.origin, "identical after truncation"))
+        else:
+            kept.append(tokens)
+        if on_pair:
+            on_pair(done)
+    return kept, dropped
+
+
+def tokenize_pair(
+    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None
+) -> TokenPair:
+    """One pair to ids. The prompt is the common start of prompt, prompt + chosen and prompt + rejected."""
+    prompt = encode(tokenizer, render(tokenizer, pair.prompt, add_generation_prompt=True))
+    sides = [_conversation_ids(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
+    # Templates may render a prompt alone differently (some add a thinking block): what is not shared
+    # belongs to the answers, as in TRL.
+    shared = min(common_prefix_length(prompt, side) for side in sides)
+    room = None if max_length is None else max(0, max_length - shared)
+    chosen, rejected = (side[shared:][:room] for side in sides)
+    truncated = len(chosen) + shared < len(sides[0]) or len(rejected) + shared < len(sides[1])
+    return TokenPair(prompt[:shared], chosen, rejected, pair.origin, truncated)
+
+
+def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def _conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, answer: tuple[dict[str, str], ...]
+) -> list[int]:
+    # Templates write a line break after the end-of-turn token. The model never writes it, since
+    # decoding stops at the token before; so it is no part of the answer.
+    text = render(tokenizer, [*pair.prompt, *answer]).rstrip()
+    ids = encode(tokenizer, text)
+    if ids[-1] not in _special_ids(tokenizer) and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)  # the template leaves the turn open
+    return ids
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

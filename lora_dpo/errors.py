@@ -1,0 +1,41 @@
+"""The exception tree. Every error a user can cause derives from `LoraDPOError`.
+
+    LoraDPOError
+    ├── ConfigError        the recipe or a command-line option
+    ├── DataError          a preference file or a row in it
+    ├── ModelError         loading, fetching or describing a base model
+    ├── AdapterError       an adapter folder: missing, broken, made for another base
+    ├── ReferenceMismatch  step 0: the policy is not the reference
+    └── OutputError        a result cannot be written where it was asked for
+
+A message says what is wrong, the value seen and the next step, in one or two sentences: the
+command line prints it as it is and exits with status 1.
+"""
+
+
+class LoraDPOError(Exception):
+    """Base of all errors that lora-dpo raises on purpose."""
+
+
+class ConfigError(LoraDPOError):
+    """A setting is unknown, has the wrong type or contradicts another one."""
+
+
+class DataError(LoraDPOError):
+    """A preference file is missing, unreadable or holds no usable pair."""
+
+
+class ModelError(LoraDPOError):
+    """A base model cannot be fetched, loaded or used for preference tuning."""
+
+
+class AdapterError(LoraDPOError):
+    """An adapter folder is missing, incomplete or does not fit the base model."""
+
+
+class ReferenceMismatch(LoraDPOError):
+    """At step 0 the policy differs from the reference, so the loss would mean nothing."""
+
+
+class OutputError(LoraDPOError):
+    """A result cannot be written: the place is taken, full or not writable."""

@@ -1,0 +1,72 @@
+"""What a run tells while it goes on. `train` emits these and never prints; a face draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Everything that was decided, before any weight is loaded: `(label, value)` lines."""
+
+    lines: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class RowsDropped:
+    """Data rows that were left out, as `(origin, reason)`."""
+
+    rows: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A stage is at `done` of `total`."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepLogged:
+    """Metrics of an optimiser step, by TRL's names (`loss`, `rewards/margins`, …)."""
+
+    step: int
+    total: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a user should know; `warning` if it may spoil the result."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Held-out metrics before and after, as `(name, before, after)`; numbers are formatted."""
+
+    rows: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The same prompts answered before and after: `(prompt, before, after)`."""
+
+    rows: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The adapter folder is whole and in its place."""
+
+    folder: Path
+
+
+Event = Resolved | RowsDropped | Progress | StepLogged | Note | Compared | Answered | Saved
+OnEvent = Callable[[Event], None]

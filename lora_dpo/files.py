@@ -1,0 +1,88 @@
+"""Writing results so that a reader sees either the whole thing or nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_dpo.errors import OutputError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`, renamed to it when the block ends well.
+
+    The rename is one step on one file system, so a killed process leaves `target` whole or absent.
+    Raises `OutputError` when `target` exists or the disk refuses the write.
+    """
+    refuse_existing(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with disk_errors(target):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes 0700: results are ordinary folders
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    _fsync(path)
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise `OutputError` if `target` is already there."""
+    if target.exists():
+        raise OutputError(
+            f"{target} already exists and is never overwritten. Choose another name, or remove it first."
+        )
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one `OutputError` that names the next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ADVICE:
+            raise
+        raise OutputError(
+            f"Cannot write {target}: {os.strerror(error.errno)}. {_DISK_ADVICE[error.errno]}"
+        ) from error
+
+
+_DISK_ADVICE = {
+    errno.ENOSPC: "Free some space or choose another disk; nothing half-written was left.",
+    errno.EDQUOT: "Your disk quota is used up; nothing half-written was left.",
+    errno.EACCES: "Choose a folder you may write to.",
+    errno.EPERM: "Choose a folder you may write to.",
+    errno.EROFS: "Choose a folder on a writable disk.",
+    errno.ENOTDIR: "A part of that path is a file, not a folder.",
+}
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,179 @@
+"""Answers from a model: one decode loop for chat, evaluation and sampling.
+
+Shape suffixes: B rows of a batch, P longest prompt, V vocabulary.
+
+Finished rows leave the batch, so a batch of uneven answers costs what its tokens cost. (With plain
+`generate` every row runs as long as the longest one.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_dpo.data.template import Message, prompt_ids
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy: always the likeliest token."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer. `tokens` counts the answer without its end-of-turn token."""
+
+    text: str
+    tokens: int
+    finished: bool
+    """True if the model ended the turn itself, False if `max_new_tokens` cut it."""
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    sampling: Sampling | None = None,
+    batch_size: int = 32,
+    on_answer: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answer each conversation with the model as it is now (adapters on or off).
+
+    Args:
+        conversations: chat messages, each list ending with the user's turn.
+        batch_size: rows decoded together; prompts of like length share a batch.
+        on_answer: called with the number of answers done so far.
+
+    Returns:
+        One `Answer` per conversation, in the order given.
+    """
+    sampling = sampling or Sampling()
+    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        written: list[list[int]] = [[] for _ in rows]
+        stops = stop_token_ids(model, tokenizer)
+        for row, token in decode(model, [prompts[index] for index in rows], stops, sampling):
+            written[row].append(token)
+        for index, tokens in zip(rows, written, strict=True):
+            finished = bool(tokens) and tokens[-1] in stops
+            kept = tokens[:-1] if finished else tokens
+            text = tokenizer.decode(kept, skip_special_tokens=True)
+            answers[index] = Answer(str(text).strip(), len(kept), finished)
+        if on_answer:
+            on_answer(len(answers))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Sequence[Message],
+    *,
+    sampling: Sampling | None = None,
+) -> Iterator[str]:
+    """Yield one answer in pieces of text, as they are decoded."""
+    stops = stop_token_ids(model, tokenizer)
+    tokens: list[int] = []
+    shown = ""
+    prompt = prompt_ids(tokenizer, conversation)
+    for _, token in decode(model, [prompt], stops, sampling or Sampling()):
+        if token in stops:
+            break
+        tokens.append(token)
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        # A character may take several tokens; until it is whole it decodes to U+FFFD.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a turn: the tokenizer's EOS and all that the generation config names."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+
+
+def decode(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], stops: frozenset[int], sampling: Sampling
+) -> Iterator[tuple[int, int]]:
+    """Yield `(row, token)` for each new token, a stop token included; rows end independently."""
+    import torch
+    from transformers import DynamicCache
+
+    device = model.get_input_embeddings().weight.device
+    draws = torch.Generator(device="cpu").manual_seed(sampling.seed)
+    ids_BP, mask_BP = _left_pad(prompts, pad=min(stops, default=0), device=device)
+    position_B = mask_BP.sum(dim=1)
+    inputs = {"input_ids": ids_BP, "position_ids": (mask_BP.cumsum(dim=1) - 1).clamp(min=0)}
+    cache = DynamicCache(config=model.config)
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch answers
+    alive = list(range(len(prompts)))  # the rows still writing
+    for _ in range(sampling.max_new_tokens):
+        with torch.no_grad():  # not inside the yield: the caller's grad mode is its own
+            output = model(
+                **inputs, attention_mask=mask_BP, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+        tokens = pick(output.logits[:, -1].float(), sampling, draws)
+        token_list = tokens.tolist()
+        yield from ((rows[i], token_list[i]) for i in alive)
+        alive = [i for i in alive if token_list[i] not in stops]
+        if not alive:
+            return
+        if len(alive) <= 0.8 * len(rows):  # each shrink copies the cache: not for every single row
+            keep = torch.tensor(alive, device=device)
+            cache.batch_select_indices(keep)
+            tokens, mask_BP, position_B = tokens[keep.to(tokens.device)], mask_BP[keep], position_B[keep]
+            rows = [rows[i] for i in alive]
+            alive = list(range(len(rows)))
+        inputs = {"input_ids": tokens[:, None].to(device), "position_ids": position_B[:, None]}
+        mask_BP = torch.cat([mask_BP, mask_BP.new_ones(len(rows), 1)], dim=1)
+        position_B = position_B + 1
+
+
+def pick(logits_BV: torch.Tensor, sampling: Sampling, draws: torch.Generator) -> torch.Tensor:
+    """Choose one token a row: `[B, V]` logits to `[B]` ids (nucleus sampling, Holtzman et al. 2020)."""
+    import torch
+
+    if sampling.temperature <= 0:
+        return logits_BV.argmax(dim=-1)
+    probs_BV = torch.softmax(logits_BV.cpu() / sampling.temperature, dim=-1)
+    if sampling.top_p >= 1:
+        return torch.multinomial(probs_BV, 1, generator=draws).squeeze(1)
+    # Sorting a whole vocabulary costs as much as a third of a small model's step: sort the likeliest
+    # 1,024 first, and the rest only if they hold less than top_p.
+    top_BK, order_BK = probs_BV.topk(min(1024, probs_BV.shape[1]), dim=-1)
+    if bool((top_BK.sum(dim=-1) < sampling.top_p).any()):
+        top_BK, order_BK = probs_BV.sort(dim=-1, descending=True)
+    # Keep the smallest set that reaches top_p: drop a token if those before it already do.
+    top_BK = top_BK.masked_fill(top_BK.cumsum(dim=-1) - top_BK >= sampling.top_p, 0.0)
+    return order_BK.gather(1, torch.multinomial(top_BK, 1, generator=draws)).squeeze(1)
+
+
+def _left_pad(
+    prompts: Sequence[Sequence[int]], *, pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts to `[B, P]` ids and mask, real tokens at the right end."""
+    import torch
+
+    longest = max(len(prompt) for prompt in prompts)
+    ids_BP = torch.full((len(prompts), longest), pad)
+    mask_BP = torch.zeros_like(ids_BP)
+    for row, prompt in enumerate(prompts):
+        ids_BP[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask_BP[row, longest - len(prompt) :] = 1
+    return ids_BP.to(device), mask_BP.to(device)

