@@ -1,11 +1,11 @@
 """The adapter folder: what training hands to everything after it.
 
-    adapter_config.json, adapter_model.safetensors   standard PEFT, loadable by plain `peft`
-    passport.json    base, fingerprint, quantisation, hashes, data, reference, metrics, versions
-    recipe.yaml      every setting of the run, resolved
-    metrics.jsonl    one row per logged step and evaluation
-    curves.png       loss, margin, accuracy, log-ratios
-    README.md        the model card
+adapter_config.json, adapter_model.safetensors   standard PEFT, loadable by plain `peft`
+passport.json    base, fingerprint, quantisation, hashes, data, reference, metrics, versions
+recipe.yaml      every setting of the run, resolved
+metrics.jsonl    one row per logged step and evaluation
+curves.png       loss, margin, accuracy, log-ratios
+README.md        the model card
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Chat:
             if not self.use_adapter:
                 stack.enter_context(reference(self.model))  # type: ignore[arg-type]
             yield from stream(
-                self.model,  # type: ignore[arg-type]
+                self.model,
                 self.base.tokenizer,
                 [*turns, *messages],
                 sampling=self.sampling,

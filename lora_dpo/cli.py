@@ -55,8 +55,8 @@ def train(
     """
     from lora_dpo.config import read_recipe
     from lora_dpo.console import RunView
+    from lora_dpo.prepare import Stopped, StopSignal
     from lora_dpo.runs import resume_command
-    from lora_dpo.train import Stopped, StopSignal
     from lora_dpo.train import train as run_training
 
     settings = read_recipe(recipe, overrides or ())

@@ -28,6 +28,8 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
+    """Which base model, and how it is held in memory."""
+
     name: Annotated[
         str,
         Field(description="Base model: a name of `lora-dpo models list`, a folder, or a hub id."),
@@ -48,9 +50,7 @@ class ModelSection(Section):
     ] = "auto"
     dtype: Annotated[
         Dtype,
-        Field(
-            description="Compute dtype. auto: bfloat16 on Ampere and newer, float16 on older GPUs, float32 on CPUs."
-        ),
+        Field(description="Compute dtype. auto: bfloat16 on Ampere and newer, float16 on older GPUs, float32 on CPUs."),
     ] = "auto"
     trust_remote_code: Annotated[
         bool, Field(description="Run Python code shipped with the model. Off: only for authors you trust.")
@@ -58,6 +58,8 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
+    """The adapter: W + scale · B·A (Hu et al. 2021, arXiv 2106.09685)."""
+
     rank: Annotated[int, Field(ge=1, description="Rank r of the update B·A.")] = 16
     alpha: Annotated[float, Field(gt=0, description="Scale: the update is multiplied by alpha / rank.")] = 32
     dropout: Annotated[
@@ -84,6 +86,8 @@ class LoraSection(Section):
 
 
 class DataSection(Section):
+    """Where the preference pairs come from."""
+
     train: Annotated[
         str | list[str],
         Field(description="Preference pairs: a file (.jsonl, .json, .csv, .parquet), a hub id, or a list of these."),
@@ -99,6 +103,8 @@ class DataSection(Section):
 
 
 class EvaluationSection(Section):
+    """What is measured before and after training."""
+
     answers: Annotated[
         int, Field(ge=0, description="Held-out prompts answered greedily before and after training.")
     ] = 32
@@ -123,9 +129,9 @@ class Recipe(Section):
         ),
     ] = "base"
     data: Annotated[DataSection, Field(description="Preference pairs.")]
-    evaluation: Annotated[
-        EvaluationSection, Field(description="What is measured before and after training.")
-    ] = EvaluationSection()
+    evaluation: Annotated[EvaluationSection, Field(description="What is measured before and after training.")] = (
+        EvaluationSection()
+    )
     output: Annotated[
         str | None,
         Field(description="The adapter folder. Default: adapters/RECIPE-NAME, numbered if that is taken."),

@@ -7,7 +7,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lora_dpo.events import Answered, Compared, Event, Note, Resolved, RowsDropped, Saved, StepLogged
@@ -21,13 +29,14 @@ class RunView:
         self.console = console
         self.show_dropped = show_dropped
         self.progress = Progress(
-            TextColumn("{task.description:<44}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description:<41}"),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
             console=console,
+            disable=not console.is_terminal,  # a log file gets one plain line a step instead
         )
         self.tasks: dict[str, TaskID] = {}
 
@@ -46,9 +55,8 @@ class RunView:
                 self.console.print(dropped_table(rows))
             case ProgressEvent(stage, done, total):
                 self._stage(stage, done, total)
-            case StepLogged(_, total, metrics):
-                if "loss" in metrics:
-                    self._stage("training", None, total, step_line(metrics))
+            case StepLogged(step, total, metrics) if "loss" in metrics:
+                self._stage(f"training  {step_line(metrics)}", step, total, key="training")
             case Note(text, warning):
                 self.console.print(f"[yellow]warning:[/] {escape(text)}" if warning else escape(text))
             case Compared(rows):
@@ -59,11 +67,17 @@ class RunView:
                 name = escape(str(folder))
                 self.console.print(f"\n[green]saved[/] [bold]{name}[/]   talk to it:  lora-dpo chat {name} --compare")
 
-    def _stage(self, stage: str, done: int | None, total: int, metrics: str = "") -> None:
-        if stage not in self.tasks:
-            self.tasks[stage] = self.progress.add_task(stage, total=total, metrics="")
-        fields = {"metrics": metrics} if metrics else {}
-        self.progress.update(self.tasks[stage], completed=done, total=total, **fields)  # type: ignore[arg-type]
+    def _stage(self, text: str, done: int, total: int, key: str | None = None) -> None:
+        key = key or text
+        if not self.console.is_terminal:
+            if key not in self.tasks or key != text:
+                self.console.print(f"{text}  {done}/{total}", highlight=False)
+            self.tasks[key] = TaskID(0)
+            return
+        if key not in self.tasks:
+            self.tasks[key] = self.progress.add_task(text, total=total)
+        keep_metrics = key == text == "training"
+        self.progress.update(self.tasks[key], completed=done, total=total, description=None if keep_metrics else text)
 
     def _resolved(self, lines: tuple[tuple[str, str], ...]) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -88,12 +102,14 @@ class RunView:
 
 
 def step_line(metrics: Mapping[str, float]) -> str:
-    """The four numbers to watch, short enough for one line."""
-    parts = [("loss", "loss"), ("margin", "rewards/margins"), ("accuracy", "rewards/accuracies")]
-    return "  ".join(f"{label} {metrics[key]:.3f}" for label, key in parts if key in metrics)
+    """The numbers to watch, short enough for one line."""
+    parts = [("loss", "loss"), ("margin", "rewards/margins"), ("acc", "rewards/accuracies")]
+    return "  ".join(f"{label} {metrics[key]:.2f}" for label, key in parts if key in metrics)
 
 
-def side_by_side(first: str, rows: tuple[tuple[str, str, str], ...], names: tuple[str, str] = ("before", "after")) -> Table:
+def side_by_side(
+    first: str, rows: tuple[tuple[str, str, str], ...], names: tuple[str, str] = ("before", "after")
+) -> Table:
     """A table of prompts with two answers each."""
     table = Table(show_lines=True, expand=True)
     table.add_column(first, ratio=2, style="bold")

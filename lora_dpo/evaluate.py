@@ -125,9 +125,7 @@ def _next_batch(order: Sequence[int], sequences: Sequence[tuple[list[int], list[
     return batch
 
 
-def _batch_logps(
-    model: torch.nn.Module, sequences: Sequence[tuple[list[int], list[int]]], pad_id: int
-) -> list[float]:
+def _batch_logps(model: torch.nn.Module, sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> list[float]:
     """Sum of the answer tokens' log-probabilities for each `(prompt, answer)`."""
     import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             temporary.chmod(0o777 & ~_umask())  # mkdtemp makes 0700: results are ordinary folders
             for path in temporary.rglob("*"):
                 if path.is_file():
+                    path.chmod(0o666 & ~_umask())  # safetensors makes 0600
                     _fsync(path)
             temporary.rename(target)
     finally:
@@ -49,22 +51,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def refuse_existing(target: Path) -> None:
     """Raise `OutputError` if `target` is already there."""
     if target.exists():
-        raise OutputError(
-            f"{target} already exists and is never overwritten. Choose another name, or remove it first."
-        )
+        raise OutputError(f"{target} already exists and is never overwritten. Choose another name, or remove it first.")
 
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's refusals into one `OutputError` that names the next step."""
+    from safetensors import SafetensorError
+
     try:
         yield
+    except (SafetensorError, RuntimeError) as error:
+        # safetensors and torch.save report a full disk in their own words
+        if not re.search(r"No space left|os error 28|failed writing file", str(error)):
+            raise
+        raise OutputError(f"Cannot write {target}: the disk is full. {_DISK_ADVICE[errno.ENOSPC]}") from error
     except OSError as error:
         if error.errno not in _DISK_ADVICE:
             raise
-        raise OutputError(
-            f"Cannot write {target}: {os.strerror(error.errno)}. {_DISK_ADVICE[error.errno]}"
-        ) from error
+        raise OutputError(f"Cannot write {target}: {os.strerror(error.errno)}. {_DISK_ADVICE[error.errno]}") from error
 
 
 _DISK_ADVICE = {

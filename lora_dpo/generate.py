@@ -125,9 +125,7 @@ def decode(
     alive = list(range(len(prompts)))  # the rows still writing
     for _ in range(sampling.max_new_tokens):
         with torch.no_grad():  # not inside the yield: the caller's grad mode is its own
-            output = model(
-                **inputs, attention_mask=mask_BP, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            output = model(**inputs, attention_mask=mask_BP, past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens = pick(output.logits[:, -1].float(), sampling, draws)
         token_list = tokens.tolist()
         yield from ((rows[i], token_list[i]) for i in alive)
@@ -164,9 +162,7 @@ def pick(logits_BV: torch.Tensor, sampling: Sampling, draws: torch.Generator) ->
     return order_BK.gather(1, torch.multinomial(top_BK, 1, generator=draws)).squeeze(1)
 
 
-def _left_pad(
-    prompts: Sequence[Sequence[int]], *, pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_pad(prompts: Sequence[Sequence[int]], *, pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts to `[B, P]` ids and mask, real tokens at the right end."""
     import torch
 

@@ -1,7 +1,7 @@
 """The base model, loaded once, and the adapters on it. The only place that loads weights.
 
-    π_ref = reference(model): the adapters off, or the frozen copy named "ref"
-    π_θ   = the same model, the adapter named "default" on
+π_ref = reference(model): the adapters off, or the frozen copy named "ref"
+π_θ   = the same model, the adapter named "default" on
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where the input embeddings are."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
 
 def load_base(
@@ -92,7 +93,9 @@ def load_base(
     return Base(model, tokenizer, name, revision, quantize, packed, str(compute).removeprefix("torch."), fingerprint)
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model. Raises `ModelError` if there is none or it has no chat template."""
     from transformers import AutoTokenizer
 
@@ -154,8 +157,8 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-def attach_lora(base: Base, lora: LoraSection, *, seed: int) -> PeftModel:
-    """Put a fresh adapter on the base: B = 0, so the policy starts as the reference.
+def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
+    """Put a fresh adapter on a base model: B = 0, so the policy starts as the reference.
 
     Raises:
         ConfigError: `targets` or `layers` match nothing in this model.
@@ -164,11 +167,11 @@ def attach_lora(base: Base, lora: LoraSection, *, seed: int) -> PeftModel:
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    config = lora_config(base.model, lora)
+    config = lora_config(base, lora)
     try:
-        model = get_peft_model(base.model, config)
+        model = get_peft_model(base, config)
     except ValueError as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0]} Layers: {', '.join(linear_names(base.model))}.") from None
+        raise ConfigError(f"lora: {str(error).splitlines()[0]} Layers: {', '.join(linear_names(base))}.") from None
     to_fp32_masters(model)
     return model
 
@@ -188,7 +191,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and scales by any number
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
         layers_to_transform=layers,

@@ -1,7 +1,7 @@
 """Where a run writes: the adapter folder it will become, and the unfinished run beside it.
 
-    adapters/quickstart            the result: appears whole, at the end
-    adapters/quickstart.partial    a run that goes on or was interrupted: recipe, checkpoints, metrics
+adapters/quickstart            the result: appears whole, at the end
+adapters/quickstart.partial    a run that goes on or was interrupted: recipe, checkpoints, metrics
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     _refuse_inert(given, settings)
     if recipe.lora.dropout > 0 and settings.get("disable_dropout", True):
         raise ConfigError(
-            f"lora.dropout is {recipe.lora.dropout}, but TRL switches all dropout off: set trainer.disable_dropout: false."
+            f"lora.dropout is {recipe.lora.dropout}, but TRL switches all dropout off: "
+            "set trainer.disable_dropout: false."
         )
     return settings
 

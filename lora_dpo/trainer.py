@@ -39,6 +39,7 @@ class DPOTrainer(trl.DPOTrainer):
     """
 
     reference_guard: bool = True
+    ref_model: Any
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         if args is not None and args.bf16 and not torch.cuda.is_available():

@@ -23,9 +23,7 @@ __all__ = [
 ]
 
 
-def read_pairs(
-    sources: str | Sequence[str], *, on_bad_row: str = "drop"
-) -> tuple[list[PreferencePair], ReadReport]:
+def read_pairs(sources: str | Sequence[str], *, on_bad_row: str = "drop") -> tuple[list[PreferencePair], ReadReport]:
     """Read preference pairs from files or hub data sets, in order.
 
     Args:

@@ -46,6 +46,7 @@ class ReadReport:
 
     @property
     def kept(self) -> int:
+        """Rows that became pairs."""
         return self.rows - len(self.dropped)
 
     def reasons(self) -> list[tuple[str, int]]:

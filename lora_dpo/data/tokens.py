@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair
-from lora_dpo.data.template import encode, render
+from lora_dpo.data.template import Message, encode, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,9 +58,7 @@ def tokenize_pairs(
     return kept, dropped
 
 
-def tokenize_pair(
-    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None
-) -> TokenPair:
+def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None) -> TokenPair:
     """One pair to ids. The prompt is the common start of prompt, prompt + chosen and prompt + rejected."""
     prompt = encode(tokenizer, render(tokenizer, pair.prompt, add_generation_prompt=True))
     sides = [_conversation_ids(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
@@ -82,7 +80,7 @@ def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def _conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, answer: tuple[dict[str, str], ...]
+    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, answer: tuple[Message, ...]
 ) -> list[int]:
     # Templates write a line break after the end-of-turn token. The model never writes it, since
     # decoding stops at the token before; so it is no part of the answer.

@@ -1,0 +1,117 @@
+"""What is measured before and after training, with the one model in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from lora_dpo.data import Message
+from lora_dpo.evaluate import AnswerMetrics, PairMetrics, answer_metrics, pair_metrics, score_pairs, write_json
+from lora_dpo.generate import Answer, Sampling, generate
+from lora_dpo.model import reference
+from lora_dpo.prepare import Run, Stopped
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Scores = tuple[list[float], list[float]]
+"""Log-probabilities of the held-out chosen and rejected answers."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out measurements of one state of the model; None where the recipe measures nothing."""
+
+    pairs: PairMetrics | None = None
+    answers: AnswerMetrics | None = None
+    texts: tuple[Answer, ...] = ()
+
+
+def measure_before(run: Run, model: PeftModel, pad: int, cache: Path) -> tuple[Scores | None, Measured]:
+    """Score and answer as the reference. The policy equals it before the first step: the guard checks that."""
+    if cache.is_file():
+        stored = json.loads(cache.read_text(encoding="utf-8"))
+        scores, texts = stored["scores"], [Answer(**answer) for answer in stored["answers"]]
+    else:
+        scores = None
+        if run.held_out:
+            tick = run.progress("held-out pairs, reference", len(run.held_out))
+            scores = score_pairs(model, run.held_out, pad_id=pad, as_reference=True, on_pair=tick)
+        with reference(model):
+            texts = _answer(run, model, "answers before training")
+        write_json(cache, {"scores": scores, "answers": [asdict(answer) for answer in texts]})
+    pairs = pair_metrics(scores, scores, beta=run.beta) if scores else None
+    return scores, Measured(pairs, _answer_metrics(run, texts), tuple(texts))
+
+
+def measure_after(run: Run, model: PeftModel, pad: int, ref_scores: Scores | None) -> Measured:
+    """Score and answer as the policy, against the reference's scores from before."""
+    pairs = None
+    try:
+        if ref_scores:
+            tick = run.progress("held-out pairs, adapter", len(run.held_out))
+            scores = score_pairs(model, run.held_out, pad_id=pad, on_pair=tick)
+            pairs = pair_metrics(scores, ref_scores, beta=run.beta)
+        texts = _answer(run, model, "answers after training")
+    except Stopped:
+        raise Stopped(run.output, step=0, resumable=True) from None  # the last checkpoint is on disk
+    return Measured(pairs, _answer_metrics(run, texts), tuple(texts))
+
+
+def _answer(run: Run, model: PeftModel, stage: str) -> list[Answer]:
+    asked = [*run.prompts, *([Message(role="user", content=question.prompt)] for question in run.questions)]
+    if not asked:
+        return []
+    sampling = Sampling(max_new_tokens=run.recipe.evaluation.max_new_tokens)
+    tick = run.progress(stage, len(asked))
+    return generate(model, run.tokenizer, asked, sampling=sampling, on_answer=tick)
+
+
+def _answer_metrics(run: Run, texts: Sequence[Answer]) -> AnswerMetrics | None:
+    if not texts:
+        return None
+    split = len(run.prompts)
+    return answer_metrics(
+        texts[:split],
+        chosen_mean_tokens=fmean(len(pair.chosen) - 1 for pair in run.held_out) if run.held_out else 0.0,
+        questions=run.questions,
+        question_answers=texts[split:],
+    )
+
+
+def comparison(before: Measured, after: Measured) -> Iterator[tuple[str, str, str]]:
+    """Rows `(name, before, after)` of all that was measured, formatted."""
+    if before.pairs and after.pairs:
+        for label, key, form in (
+            ("reward accuracy", "accuracy", "{:.3f}"),
+            ("reward margin", "margin", "{:.3f}"),
+            ("chosen log-ratio (nats)", "chosen_logratio", "{:+.2f}"),
+            ("rejected log-ratio (nats)", "rejected_logratio", "{:+.2f}"),
+        ):
+            yield label, form.format(getattr(before.pairs, key)), form.format(getattr(after.pairs, key))
+    if before.answers and after.answers:
+        a, b = before.answers, after.answers
+        if a.answers:
+            yield (
+                f"answer length (tokens; chosen {a.chosen_mean_tokens:.0f})",
+                f"{a.mean_tokens:.1f}",
+                f"{b.mean_tokens:.1f}",
+            )
+            yield "answers that end by themselves", f"{a.finished:.0%}", f"{b.finished:.0%}"
+        if a.correct is not None and b.correct is not None:
+            counts = [
+                f"{m.correct:.0%} ({round(m.correct * m.questions)}/{m.questions})"
+                for m in (a, b)
+                if m.correct is not None
+            ]
+            yield "known answers right", counts[0], counts[1]
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """`count` indices spread evenly over `range(total)`: a fair sample, not the best."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]

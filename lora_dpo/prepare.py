@@ -1,0 +1,221 @@
+"""From a recipe to everything that is known before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.config import Recipe
+from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair, read_pairs, tokenize_pairs
+from lora_dpo.errors import DataError
+from lora_dpo.evaluate import Question, read_questions
+from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
+from lora_dpo.model import attach_lora, decide_packed, load_skeleton, load_tokenizer, pick_device, pick_dtype
+from lora_dpo.runs import check_space, partial_of
+from lora_dpo.settings import trainer_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Stopped(Exception):
+    """The run was asked to stop. `resumable` if a checkpoint was saved."""
+
+    def __init__(self, output: Path, *, step: int, resumable: bool) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.output, self.step, self.resumable = output, step, resumable
+
+
+@dataclass
+class StopSignal:
+    """Set `requested` from a signal handler or another thread to end a run at its next safe point."""
+
+    requested: bool = False
+
+
+@dataclass
+class Run:
+    """Everything that is known before the weights are loaded."""
+
+    recipe: Recipe
+    output: Path
+    emit: OnEvent
+    stop: StopSignal
+    tokenizer: PreTrainedTokenizerBase
+    settings: dict[str, Any]
+    train: list[TokenPair] = field(default_factory=list)
+    held_out: list[TokenPair] = field(default_factory=list)
+    prompts: list[tuple[Message, ...]] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    reports: dict[str, ReadReport] = field(default_factory=dict)
+
+    @property
+    def partial(self) -> Path:
+        """The folder of the unfinished run."""
+        return partial_of(self.output)
+
+    @property
+    def beta(self) -> float:
+        """DPO's β, TRL's default if the recipe names none."""
+        return float(self.settings.get("beta", 0.1))
+
+    def progress(self, stage: str, total: int) -> Callable[[int], None]:
+        """A callback for long stages that shows progress and notices a request to stop."""
+
+        def tick(done: int) -> None:
+            self.emit(Progress(stage, min(done, total), total))
+            if self.stop.requested:
+                raise Stopped(self.output, step=0, resumable=False)
+
+        tick(0)
+        return tick
+
+
+def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Run:
+    """Read and tokenise the data, resolve every setting, and say so; no weights are loaded."""
+    settings = trainer_settings(recipe)
+    section = recipe.model
+    tokenizer = load_tokenizer(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    run = Run(recipe, output, emit, stop, tokenizer, settings)
+    pairs = _read(run, "train", recipe.data.train)
+    run.train = _tokenize(run, "train", pairs)
+    if recipe.data.eval is not None:
+        held_out = _read(run, "eval", recipe.data.eval)
+        _warn_of_leaks(run, pairs, held_out)
+        run.held_out = _tokenize(run, "eval", held_out)
+        unique = list(dict.fromkeys(json.dumps(pair.prompt) for pair in held_out))
+        run.prompts = [tuple(json.loads(prompt)) for prompt in unique[: recipe.evaluation.answers]]
+    if recipe.evaluation.questions:
+        run.questions = read_questions(recipe.evaluation.questions)
+    dropped = [row for report in run.reports.values() for row in report.dropped]
+    emit(RowsDropped(tuple((str(row.origin), row.reason) for row in dropped)))
+    trainable = _count_trainable(recipe)
+    check_space(output, needed=trainable * 4 * 8)  # adapter, two checkpoints with Adam's two moments, one to spare
+    emit(Resolved(tuple(_resolved_lines(run, trainable))))
+    return run
+
+
+def _read(run: Run, which: str, sources: str | list[str]) -> list[PreferencePair]:
+    pairs, report = read_pairs(sources, on_bad_row=run.recipe.data.on_bad_row)
+    run.reports[which] = report
+    return pairs
+
+
+def _tokenize(run: Run, which: str, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
+    max_length = run.settings.get("max_length", 1024)
+    tick = run.progress(f"tokenising {which} pairs", len(pairs))
+    tokens, dropped = tokenize_pairs(run.tokenizer, pairs, max_length=max_length, on_pair=tick)
+    run.reports[which].dropped.extend(dropped)
+    if not tokens:
+        raise DataError(f"No {which} pair is left: {run.reports[which].summary()}. Raise trainer.max_length?")
+    return tokens
+
+
+def _warn_of_leaks(run: Run, pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> None:
+    known = {json.dumps(pair.prompt) for pair in pairs}
+    leaked = sum(json.dumps(pair.prompt) in known for pair in held_out)
+    if leaked:
+        text = (
+            f"{leaked} of {len(held_out)} held-out pairs have a prompt that is also trained on: results will flatter."
+        )
+        run.emit(Note(text, warning=True))
+
+
+def _count_trainable(recipe: Recipe) -> int:
+    """Trainable parameters, counted on a model without weights."""
+    adapter = recipe.reference_adapter
+    if adapter is not None:
+        from safetensors import safe_open
+
+        from lora_dpo.adapters import check_folder
+
+        check_folder(adapter)
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
+            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+        return sum(_product(shape) for shape in shapes)
+    model = attach_lora(_skeleton(recipe), recipe.lora, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _skeleton(recipe: Recipe) -> Any:
+    section = recipe.model
+    return load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _resolved_lines(run: Run, trainable: int) -> Iterator[tuple[str, str]]:
+    import torch
+
+    recipe, settings = run.recipe, run.settings
+    device = pick_device()
+    dtype = pick_dtype(recipe.model.dtype, device)
+    skeleton = _skeleton(recipe)
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    yield "model", f"{recipe.model.name}, {total / 1e6:,.0f} M parameters"
+    yield "device", where
+    yield "weights", _weights_line(recipe, skeleton, device, dtype)
+    yield "reference", "the base, adapter off" if recipe.reference == "base" else f"a frozen copy of {recipe.reference}"
+    yield "adapter", f"{trainable:,} trainable parameters in float32 ({trainable / total:.2%}){_lora_line(recipe)}"
+    for which, report in run.reports.items():
+        yield f"{which} data", report.summary()
+    yield "tokens", _token_line(run.train)
+    batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
+    per_epoch = -(-len(run.train) // batch)
+    steps = settings.get("max_steps", -1)
+    steps = steps if steps > 0 else round(per_epoch * settings["num_train_epochs"])
+    mean = fmean(len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in run.train)
+    yield (
+        "steps",
+        (
+            f"{steps} of {batch} pairs ({steps * batch / len(run.train):.2f} passes over the data), "
+            f"about {mean * batch:,.0f} tokens a step"
+        ),
+    )
+    weights = settings.get("loss_weights") or [1.0] * len(settings["loss_type"])
+    loss = " + ".join(f"{weight:g}·{name}" for name, weight in zip(settings["loss_type"], weights, strict=False))
+    yield "objective", f"{loss}, β {settings.get('beta', 0.1):g}, learning rate {settings['learning_rate']:g}"
+    yield "output", str(run.output)
+
+
+def _weights_line(recipe: Recipe, skeleton: Any, device: Any, dtype: str) -> str:
+    import torch
+
+    if recipe.model.quantize == "none":
+        return f"as stored, computed in {dtype}"
+    packed = recipe.model.packed
+    if packed == "auto":
+        packed = decide_packed(skeleton, device, getattr(torch, dtype))
+    held = "packed in 4 bits" if packed else "held dequantised"
+    return f"NF4 with double quantisation, {held}, computed in {dtype}"
+
+
+def _lora_line(recipe: Recipe) -> str:
+    if recipe.reference != "base":
+        return ", continued"
+    lora = recipe.lora
+    extras = [name for name, on in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if on]
+    layers = "" if lora.layers == "all" else f", layers {lora.layers}"
+    return f", rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}{layers}{', '.join(['', *extras])}"
+
+
+def _token_line(pairs: Sequence[TokenPair]) -> str:
+    parts = []
+    for name, lengths in (
+        ("prompt", [len(pair.prompt) for pair in pairs]),
+        ("chosen", [len(pair.chosen) for pair in pairs]),
+        ("rejected", [len(pair.rejected) for pair in pairs]),
+    ):
+        parts.append(f"{name} {median(lengths):.0f} (longest {max(lengths)})")
+    cut = sum(pair.truncated for pair in pairs)
+    return "median " + ", ".join(parts) + (f"; {cut} pairs cut at max_length" if cut else "")

@@ -1,0 +1,126 @@
+"""A byte tokenizer, a tiny random model, and preference files: everything that tests need without a network.
+
+The tokenizer's ids are bytes (`list(b"Hi")` is the ids of "Hi"); its special tokens follow from 256.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes with, each with its byte as id (GPT-2's table)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Ids are bytes, then `<|im_start|>` (bos), `<|im_end|>` (eos, pad), `<|endoftext|>`; ChatML template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_alone = Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    bytes_alone.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytes_alone,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama of 25 thousand parameters with the byte tokenizer: a `model.name` for recipes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # ten times the usual: next-token distributions are far from uniform
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_pairs(tmp_path: Path) -> Callable[..., Path]:
+    """Write a JSONL file of `count` different, usable pairs of chat messages; returns its path."""
+    subjects = ("the moon", "a red kite", "bread", "Zürich")
+
+    def write(name: str = "pairs.jsonl", count: int = 12) -> Path:
+        path = tmp_path / name
+        rows = []
+        for number in range(count):
+            subject = subjects[number % len(subjects)]
+            prompt = [{"role": "user", "content": f"Say {number + 1} words about {subject}."}]
+            if number % 3 == 2:
+                prompt.insert(0, {"role": "system", "content": "Be brief."})
+            chosen = [{"role": "assistant", "content": f"{subject.capitalize()}: {number + 1}."}]
+            rejected = [{"role": "assistant", "content": f"Well, {subject} is " + "so " * (number % 5) + "big."}]
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def recipe_dict(
+    tiny_model_folder: Path, write_pairs: Callable[..., Path], tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
+    """Settings of a run of seconds; keyword arguments replace or, for sections, add to them.
+
+    `recipe_dict(trainer={"beta": 0.2}, output="elsewhere")` is ready for `check_recipe`.
+    """
+
+    def make(**changes: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "model": {"name": str(tiny_model_folder), "quantize": "none", "dtype": "float32"},
+            "lora": {"rank": 4, "alpha": 8},
+            "data": {"train": str(tmp_path / "pairs.jsonl")},
+            "evaluation": {"answers": 2, "show": 1, "max_new_tokens": 8},
+            "output": str(tmp_path / "adapter"),
+            "trainer": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
+        }
+        for name, change in changes.items():
+            merged = isinstance(change, dict) and isinstance(settings.get(name), dict)
+            settings[name] = {**settings[name], **change} if merged else change
+        if settings["data"]["train"] == str(tmp_path / "pairs.jsonl") and not (tmp_path / "pairs.jsonl").exists():
+            write_pairs()
+        return settings
+
+    return make

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_dpo.generate import Sampling, generate, pick, stream
+
+CHATS = [[{"role": "user", "content": text}] for text in ("hi", "tell me about the sea, please", "why?", "é ü")]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+
+
+def test_greedy_batch_equals_transformers_generate_one_by_one(model, tokenizer):
+    answers = generate(model, tokenizer, CHATS, sampling=Sampling(max_new_tokens=24), batch_size=3)
+    for chat, answer in zip(CHATS, answers, strict=True):
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        expected = out.tolist()
+        finished = tokenizer.eos_token_id in expected
+        if finished:
+            expected = expected[: expected.index(tokenizer.eos_token_id)]
+        assert answer.finished == finished
+        assert answer.tokens == len(expected)
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_rows_that_end_early_leave_the_others_unchanged(model, tokenizer):
+    together = generate(model, tokenizer, CHATS * 3, sampling=Sampling(max_new_tokens=40), batch_size=12)
+    alone = [generate(model, tokenizer, [chat], sampling=Sampling(max_new_tokens=40))[0] for chat in CHATS]
+    assert together == alone * 3
+
+
+def test_stream_pieces_join_to_the_answer(model, tokenizer):
+    sampling = Sampling(max_new_tokens=30, temperature=0.9, top_p=0.9, seed=3)
+    whole = generate(model, tokenizer, CHATS[:1], sampling=sampling)[0].text
+    pieces = "".join(stream(model, tokenizer, CHATS[0], sampling=sampling))
+    assert whole.startswith(pieces.strip())  # an unfinished last character is held back
+    assert pieces
+
+
+def test_same_seed_same_answer_other_seed_another(model, tokenizer):
+    texts = [
+        generate(model, tokenizer, CHATS[:1], sampling=Sampling(max_new_tokens=30, temperature=1.0, seed=seed))[0].text
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pick_is_argmax_at_temperature_zero():
+    assert pick(torch.tensor([[0.0, 3.0, 1.0]]), Sampling(), torch.Generator()).tolist() == [1]
+
+
+def test_nucleus_never_leaves_the_smallest_set_that_reaches_top_p():
+    # probabilities 0.5, 0.3, 0.15, 0.05: top_p 0.7 keeps the first two, in the ratio 5 : 3
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
+    drawn = pick(logits, Sampling(temperature=1.0, top_p=0.7), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {0, 1}
+    assert (drawn == 0).float().mean().item() == pytest.approx(5 / 8, abs=0.03)
+
+
+def test_nucleus_on_a_flat_distribution_wider_than_the_shortcut():
+    # 3,000 equal tokens: the likeliest 1,024 hold a third, so all must be sorted to reach top_p
+    drawn = pick(torch.zeros(2000, 3000), Sampling(temperature=1.0, top_p=0.9), torch.Generator().manual_seed(0))
+    assert len(set(drawn.tolist())) > 1100
+
+
+def test_sampling_follows_the_temperature():
+    logits = torch.tensor([2.0, 0.0]).repeat(4000, 1)
+    hot = pick(logits, Sampling(temperature=2.0), torch.Generator().manual_seed(0)).float().mean().item()
+    assert hot == pytest.approx(torch.sigmoid(torch.tensor(-1.0)).item(), abs=0.03)

@@ -1,0 +1,157 @@
+import pytest
+import torch
+
+from lora_dpo.config import LoraSection
+from lora_dpo.errors import ConfigError, ModelError
+from lora_dpo.model import attach_lora, load_base, pick_dtype, reference, weight_fingerprint
+
+IDS = torch.tensor([[257, 5, 6, 7, 8, 9, 10, 11]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def fill_b(model, value=0.05):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.fill_(value)
+
+
+def test_a_fresh_adapter_changes_nothing(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    before = logits(base.model)
+    assert torch.equal(logits(attach_lora(base.model, LoraSection(rank=4), seed=0)), before)
+
+
+def test_reference_turns_the_adapter_off_and_on_again(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    plain = logits(base.model)
+    model = attach_lora(base.model, LoraSection(rank=4), seed=0)
+    fill_b(model)
+    adapted = logits(model)
+    with reference(model):
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model), adapted)
+    assert not torch.allclose(adapted, plain)
+    with pytest.raises(RuntimeError), reference(model):
+        raise RuntimeError
+    assert torch.equal(logits(model), adapted)
+
+
+def test_reference_keeps_trainable_what_was_trainable(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    model = attach_lora(base.model, LoraSection(rank=4), seed=0)
+    model.add_adapter("ref", model.peft_config["default"])
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    with reference(model):
+        pass
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == names
+
+
+def test_packed_and_dequantised_nf4_are_the_same_function(tiny_model_folder):
+    packed = load_base(str(tiny_model_folder), quantize="nf4", packed=True)
+    held = load_base(str(tiny_model_folder), quantize="nf4", packed=False)
+    plain = load_base(str(tiny_model_folder), quantize="none")
+    packed.model.train()  # the eval path of bitsandbytes on some CPUs computes in bf16
+    assert torch.allclose(logits(packed.model), logits(held.model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(held.model), logits(plain.model), rtol=1e-2, atol=1e-2)
+    assert packed.packed
+    assert not held.packed
+
+
+def test_the_head_and_embeddings_are_not_quantised(tiny_model_folder):
+    held = load_base(str(tiny_model_folder), quantize="nf4", packed=False)
+    plain = load_base(str(tiny_model_folder), quantize="none")
+    assert torch.equal(held.model.lm_head.weight, plain.model.lm_head.weight)
+    assert torch.equal(held.model.model.embed_tokens.weight, plain.model.model.embed_tokens.weight)
+
+
+def test_gradients_after_an_evaluation_equal_gradients_before_it(tiny_model_folder):
+    # bitsandbytes repacks 4-bit weights in eval mode on AVX512-BF16 CPUs; gradients must survive that.
+    base = load_base(str(tiny_model_folder), quantize="nf4", packed=True)
+    model = attach_lora(base.model, LoraSection(rank=4), seed=0)
+    fill_b(model)
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    model.eval()
+    logits(model)
+    with reference(model):
+        logits(model)
+    after = gradients()
+    assert before.keys() == after.keys()
+    assert len(before) == 2 * 2 * 7  # A and B of seven linear layers in two decoder layers
+    for name, gradient in before.items():
+        assert gradient.abs().max() > 0
+        assert torch.allclose(after[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize(("layers", "expected"), [("all", {0, 1}), ("top-1", {1}), ([0], {0})])
+def test_lora_layers(tiny_model_folder, layers, expected):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    model = attach_lora(base.model, LoraSection(rank=2, layers=layers), seed=0)
+    found = {int(name.split(".layers.")[1].split(".")[0]) for name, p in model.named_parameters() if p.requires_grad}
+    assert found == expected
+
+
+def test_lora_variants_and_targets(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    model = attach_lora(base.model, LoraSection(rank=4, alpha=8, targets=["q_proj"], rslora=True, dora=True), seed=0)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("q_proj" in name for name in names)
+    assert any("magnitude" in name for name in names)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == pytest.approx(8 / 2)  # alpha / sqrt(rank)
+
+
+def test_targets_that_match_nothing_name_the_layers_there_are(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    with pytest.raises(ConfigError, match="q_proj"):
+        attach_lora(base.model, LoraSection(targets=["nothing"]), seed=0)
+
+
+def test_layer_number_out_of_range(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    with pytest.raises(ConfigError, match="layers 0 to 1"):
+        attach_lora(base.model, LoraSection(layers=[7]), seed=0)
+
+
+def test_adapters_are_float32_whatever_the_base(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none", dtype="bfloat16")
+    model = attach_lora(base.model, LoraSection(rank=2), seed=0)
+    assert base.model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_fingerprint_knows_other_weights_and_ignores_the_storage_dtype(tiny_model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    model.float().save_pretrained(tmp_path / "fp32")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    model.save_pretrained(tmp_path / "other")
+    prints = {name: weight_fingerprint(str(tmp_path / name)) for name in ("bf16", "fp32", "other")}
+    assert prints["bf16"] == prints["fp32"] != prints["other"]
+    assert prints["bf16"]
+
+
+def test_model_errors_say_the_next_step(tmp_path):
+    with pytest.raises(ModelError, match="no model folder"):
+        load_base(str(tmp_path))
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_base("nobody/has-this-model")
+
+
+def test_auto_dtype_is_float32_on_a_cpu():
+    assert pick_dtype("auto", torch.device("cpu")) == "float32"
+    assert pick_dtype("bfloat16", torch.device("cpu")) == "bfloat16"

@@ -1,0 +1,171 @@
+import math
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
+
+from lora_dpo import DPOTrainer
+from lora_dpo.errors import ReferenceMismatch
+
+ROWS = [
+    {"prompt_ids": [257, 5, 6, 7], "chosen_ids": [8, 9, 258], "rejected_ids": [10, 258]},
+    {"prompt_ids": [257, 65], "chosen_ids": [66, 67, 68, 69, 258], "rejected_ids": [72, 73]},
+    {"prompt_ids": [257, 65, 66], "chosen_ids": [67, 258], "rejected_ids": [72, 73, 74, 75, 258]},
+    {"prompt_ids": [257, 90], "chosen_ids": [91, 92, 258], "rejected_ids": [93]},
+]
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+
+
+def config(tmp_path, **settings):
+    defaults = dict(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return DPOConfig(**{**defaults, **settings})
+
+
+def build(kind, folder, tmp_path, model=None, rows=ROWS, peft_config=LORA, ref_model=None, **settings):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return kind(
+        model or AutoModelForCausalLM.from_pretrained(folder),
+        ref_model,
+        config(tmp_path, **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def trained_adapter(folder, tmp_path):
+    trainer = build(DPOTrainer, folder, tmp_path, learning_rate=5e-2)
+    trainer.train()
+    trainer.model.save_pretrained(str(tmp_path / "sft"))
+    return tmp_path / "sft"
+
+
+def test_loss_at_step_zero_is_ln_2(tiny_model_folder, tmp_path):
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_same_losses_and_metrics_as_stock_trl(tiny_model_folder, tmp_path):
+    class StockOnTokens(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    logs = []
+    for kind in (DPOTrainer, StockOnTokens):
+        trainer = build(kind, tiny_model_folder, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3])
+        trainer.train()
+        logs.append(
+            [
+                {k: v for k, v in row.items() if "time" not in k and "second" not in k}
+                for row in trainer.state.log_history[:-1]
+            ]
+        )
+    for ours, stock in zip(*logs, strict=True):
+        assert ours == pytest.approx(stock, rel=1e-5, abs=1e-7)
+
+
+def test_text_rows_are_prepared_as_trl_prepares_them(tiny_model_folder, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
+             "rejected": [{"role": "assistant", "content": "no"}]}] * 4  # fmt: skip
+    ours, stock = (build(kind, tiny_model_folder, tmp_path, rows=rows) for kind in (DPOTrainer, trl.DPOTrainer))
+    assert ours.train_dataset[0] == stock.train_dataset[0]
+
+
+def test_the_guard_stops_a_trained_policy_against_the_bare_base(tiny_model_folder, tmp_path):
+    adapter = trained_adapter(tiny_model_folder, tmp_path)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model_folder), str(adapter), is_trainable=True
+    )
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path, model=model, peft_config=None)
+    trainer.model.delete_adapter("ref")  # what is left is the silent bug: reference = base
+    with pytest.raises(ReferenceMismatch, match="already trained, but the reference is the bare base"):
+        trainer.train()
+    trainer.reference_guard = False
+    trainer.train()
+
+
+def test_the_guard_stops_a_foreign_ref_model(tiny_model_folder, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.add_(0.3)
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path, ref_model=other)
+    with pytest.raises(ReferenceMismatch, match="ref_model is another model"):
+        trainer.train()
+
+
+def test_the_guard_stops_stale_precomputed_references(tiny_model_folder, tmp_path):
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path, rows=rows)
+    trainer.precompute_ref_logps = True
+    with pytest.raises(ReferenceMismatch, match="ref_chosen_logps"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("settings", [{}, {"ld_alpha": 0.5}, {"precompute_ref_log_probs": True}])
+def test_the_guard_lets_an_honest_start_pass(tiny_model_folder, tmp_path, settings):
+    assert build(DPOTrainer, tiny_model_folder, tmp_path, **settings).check_reference(pairs=4) < 1e-5
+
+
+def test_continuing_from_an_adapter_its_frozen_copy_is_the_reference(tiny_model_folder, tmp_path):
+    adapter = trained_adapter(tiny_model_folder, tmp_path)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model_folder), str(adapter), is_trainable=True
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path, model=model, peft_config=None, learning_rate=1e-1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    after = dict(trainer.model.named_parameters())
+    for name, value in before.items():
+        assert torch.equal(after[name.replace(".default.", ".ref.")], value)
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_adapter_weights_stay_exact_float32_on_a_4bit_base(tiny_model_folder, tmp_path):
+    from lora_dpo.config import LoraSection
+    from lora_dpo.model import attach_lora, load_base
+
+    base = load_base(str(tiny_model_folder), quantize="nf4", packed=True)
+    model = attach_lora(base.model, LoraSection(rank=4), seed=0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
+    trainer = build(
+        DPOTrainer, tiny_model_folder, tmp_path, model=model, peft_config=None, max_steps=2, learning_rate=1e-8
+    )
+    now = dict(trainer.model.named_parameters())
+    assert all(now[name].dtype == torch.float32 and torch.equal(now[name], value) for name, value in before.items())
+    trainer.train()
+    moved = [not torch.equal(now[name], value) for name, value in before.items()]
+    assert any(moved) or any(p.abs().max() > 0 for name, p in now.items() if "lora_B.default" in name)
+
+
+def test_tiny_updates_reach_the_masters(tiny_model_folder, tmp_path):
+    # At 1e-6 an Adam step moves a weight of 0.1 by 1e-5 of itself: bf16 (3e-3) would round it away.
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path, learning_rate=1e-6, max_steps=2)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_B" in n}
+    trainer.train()
+    assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_bf16_autocast_is_off_without_a_gpu(tiny_model_folder, tmp_path):
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path, bf16=True)
+    assert not trainer.args.bf16
+    assert trainer.accelerator.mixed_precision == "no"
