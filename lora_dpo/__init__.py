@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters import attach_adapter
 from lora_dpo.chat import Chat, open_chat
-from lora_dpo.config import Recipe, read_recipe
+from lora_dpo.config import LoraSection, Recipe, read_recipe
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.fetch import fetch_model
 from lora_dpo.generate import Sampling, generate, stream
 from lora_dpo.merge import merge
 from lora_dpo.model import Base, attach_lora, load_base, reference
+from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.train import TrainResult, train
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ __all__ = [
     "Chat",
     "DPOTrainer",
     "LoraDPOError",
+    "LoraSection",
     "Recipe",
     "Sampling",
+    "StopSignal",
+    "Stopped",
     "TrainResult",
     "attach_adapter",
     "attach_lora",

@@ -114,7 +114,7 @@ def base_name(folder: Path) -> tuple[str, str | None]:
     return str(name), config.get("revision")
 
 
-def attach_adapter(base: Base, folder: Path, *, trainable: bool = False) -> PeftModel:
+def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False) -> PeftModel:
     """Put a saved adapter on a loaded base, under the name `default`.
 
     Raises:
@@ -123,6 +123,7 @@ def attach_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Peft
     import torch
     from peft import PeftModel
 
+    folder = Path(folder)
     passport = read_passport(folder)
     if passport:
         check_base(passport, base, folder)

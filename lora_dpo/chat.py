@@ -80,7 +80,7 @@ class Chat:
 
 
 def open_chat(
-    adapter: Path,
+    adapter: str | Path,
     *,
     model: str | None = None,
     quantize: Quantize | None = None,
@@ -98,6 +98,7 @@ def open_chat(
         AdapterError: no adapter there, or made for another base.
         ModelError: the base cannot be loaded.
     """
+    adapter = Path(adapter)
     name, revision = base_name(adapter)
     passport = read_passport(adapter)
     trained_on: Quantize = "none" if passport is not None and passport.quantize == "none" else "nf4"

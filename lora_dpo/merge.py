@@ -22,7 +22,12 @@ StoredDtype = Literal["bfloat16", "float16", "float32"]
 
 
 def merge(
-    adapter: Path, output: Path, *, into: Into = "base16", dtype: StoredDtype = "bfloat16", model: str | None = None
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    into: Into = "base16",
+    dtype: StoredDtype = "bfloat16",
+    model: str | None = None,
 ) -> Path:
     """Merge an adapter into its base and write a model folder that plain transformers loads.
 
@@ -38,6 +43,7 @@ def merge(
     """
     import torch
 
+    adapter, output = Path(adapter), Path(output)
     refuse_existing(output)
     passport = read_passport(adapter)
     if into == "trained-base" and passport is not None and passport.quantize == "none":
@@ -49,6 +55,7 @@ def merge(
         quantize="nf4" if into == "trained-base" else "none",
         packed=False,
         dtype="float32",
+        device="cpu",  # float32 weights of a model that trains in 4 bits seldom fit the card
     )
     peft_model = attach_adapter(base, adapter)
     try:

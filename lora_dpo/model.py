@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,15 +57,17 @@ def load_base(
     quantize: Quantize = "nf4",
     packed: bool | Literal["auto"] = "auto",
     dtype: Dtype = "auto",
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Base:
-    """Load a base model once, on the GPU if there is one.
+    """Load a base model once.
 
     Args:
         name: a packaged model (`smollm2-135m`), a model folder, or a hub id.
         quantize: "nf4" (4-bit NormalFloat, double quantisation; Dettmers et al. 2023, section 3) or "none".
         packed: keep 4-bit weights packed, or dequantised once at load: the same function.
         dtype: compute dtype; "auto" is what the hardware does fast.
+        device: "auto" is the GPU if there is one; else "cpu" or "cuda".
 
     Raises:
         ModelError: the model is not there, cannot be loaded, or has no chat template.
@@ -73,19 +76,20 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
-    device = pick_device()
-    compute = getattr(torch, pick_dtype(dtype, device))
+    place = pick_device() if device == "auto" else torch.device(device)
+    compute = getattr(torch, pick_dtype(dtype, place))
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(name, **common)
     with quiet_loading(), _load_errors(name):
         if packed == "auto":
-            packed = decide_packed(load_skeleton(name, **common), device, compute)
-        arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": device}}
+            packed = quantize == "nf4" and decide_packed(load_skeleton(name, **common), place, compute)
+        arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
         if quantize == "nf4" and packed:
             arguments["quantization_config"] = _nf4_config(compute)
         model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
     if quantize == "nf4" and not packed:
-        hold_dequantized(model)
+        with quiet_loading():
+            hold_dequantized(model)
     model.requires_grad_(False)
     model.eval()
     fingerprint = weight_fingerprint(path, revision=revision)
@@ -130,6 +134,7 @@ def pick_device() -> torch.device:
 
 def resolve_model(name: str) -> str:
     """A packaged model's folder, else the name itself. Raises `ModelError` with the next step."""
+    name = os.path.expanduser(name)
     if name in PACKAGED_MODELS:
         folder = MODELS_DIR / name
         if not (folder / "config.json").is_file():
@@ -324,13 +329,22 @@ def _load_errors(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars of transformers inside the block: faces draw their own."""
-    from transformers.utils import logging
+    """No progress bars and no advice of the libraries inside the block: faces draw their own."""
+    import logging
+    import warnings
 
-    were_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging
+
+    were_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    bitsandbytes = logging.getLogger("bitsandbytes")  # asks to install an optional CPU kernel that is not used
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what the libraries will rename
+            yield
     finally:
+        bitsandbytes.setLevel(level)
         if were_on:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()

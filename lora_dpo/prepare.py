@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters import check_folder
 from lora_dpo.config import Recipe
 from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair, read_pairs, tokenize_pairs
-from lora_dpo.errors import DataError
+from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.evaluate import Question, read_questions
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
 from lora_dpo.model import attach_lora, decide_packed, load_skeleton, load_tokenizer, pick_device, pick_dtype
@@ -19,7 +21,8 @@ from lora_dpo.runs import check_space, partial_of
 from lora_dpo.settings import trainer_settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Stopped(Exception):
@@ -35,6 +38,8 @@ class StopSignal:
     """Set `requested` from a signal handler or another thread to end a run at its next safe point."""
 
     requested: bool = False
+    output: Path | None = None
+    """Filled in by the run: the adapter folder that it works towards."""
 
 
 @dataclass
@@ -81,6 +86,7 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
     section = recipe.model
     tokenizer = load_tokenizer(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     run = Run(recipe, output, emit, stop, tokenizer, settings)
+    stop.output = output
     pairs = _read(run, "train", recipe.data.train)
     run.train = _tokenize(run, "train", pairs)
     if recipe.data.eval is not None:
@@ -93,9 +99,12 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
         run.questions = read_questions(recipe.evaluation.questions)
     dropped = [row for report in run.reports.values() for row in report.dropped]
     emit(RowsDropped(tuple((str(row.origin), row.reason) for row in dropped)))
-    trainable = _count_trainable(recipe)
+    skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    lines = list(_model_lines(recipe, skeleton))
+    trainable = _count_trainable(recipe, skeleton)
     check_space(output, needed=trainable * 4 * 8)  # adapter, two checkpoints with Adam's two moments, one to spare
-    emit(Resolved(tuple(_resolved_lines(run, trainable))))
+    lines.append(("adapter", f"{trainable:,} trainable parameters in float32{_lora_line(recipe)}"))
+    emit(Resolved((*lines, *_run_lines(run))))
     return run
 
 
@@ -109,6 +118,8 @@ def _tokenize(run: Run, which: str, pairs: Sequence[PreferencePair]) -> list[Tok
     max_length = run.settings.get("max_length", 1024)
     tick = run.progress(f"tokenising {which} pairs", len(pairs))
     tokens, dropped = tokenize_pairs(run.tokenizer, pairs, max_length=max_length, on_pair=tick)
+    if dropped and run.recipe.data.on_bad_row == "error":
+        raise DataError(f"{dropped[0].origin.source}, row {dropped[0].origin.row}: {dropped[0].reason}.")
     run.reports[which].dropped.extend(dropped)
     if not tokens:
         raise DataError(f"No {which} pair is left: {run.reports[which].summary()}. Raise trainer.max_length?")
@@ -125,48 +136,36 @@ def _warn_of_leaks(run: Run, pairs: Sequence[PreferencePair], held_out: Sequence
         run.emit(Note(text, warning=True))
 
 
-def _count_trainable(recipe: Recipe) -> int:
-    """Trainable parameters, counted on a model without weights."""
+def _count_trainable(recipe: Recipe, skeleton: PreTrainedModel) -> int:
+    """Trainable parameters, counted without weights; the skeleton gets the adapter on it."""
     adapter = recipe.reference_adapter
-    if adapter is not None:
-        from safetensors import safe_open
+    if adapter is None:
+        model = attach_lora(skeleton, recipe.lora, seed=0)
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if recipe.lora.model_fields_set:
+        given = ", ".join(sorted(recipe.lora.model_fields_set))
+        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
+    from safetensors import safe_open
 
-        from lora_dpo.adapters import check_folder
-
-        check_folder(adapter)
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
-            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
-        return sum(_product(shape) for shape in shapes)
-    model = attach_lora(_skeleton(recipe), recipe.lora, seed=0)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _skeleton(recipe: Recipe) -> Any:
-    section = recipe.model
-    return load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    check_folder(adapter)
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
+        return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
 
 
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
-
-
-def _resolved_lines(run: Run, trainable: int) -> Iterator[tuple[str, str]]:
+def _model_lines(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[tuple[str, str]]:
     import torch
 
-    recipe, settings = run.recipe, run.settings
     device = pick_device()
     dtype = pick_dtype(recipe.model.dtype, device)
-    skeleton = _skeleton(recipe)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     yield "model", f"{recipe.model.name}, {total / 1e6:,.0f} M parameters"
-    yield "device", where
+    yield "device", torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     yield "weights", _weights_line(recipe, skeleton, device, dtype)
     yield "reference", "the base, adapter off" if recipe.reference == "base" else f"a frozen copy of {recipe.reference}"
-    yield "adapter", f"{trainable:,} trainable parameters in float32 ({trainable / total:.2%}){_lora_line(recipe)}"
+
+
+def _run_lines(run: Run) -> Iterator[tuple[str, str]]:
+    settings = run.settings
     for which, report in run.reports.items():
         yield f"{which} data", report.summary()
     yield "tokens", _token_line(run.train)
@@ -177,18 +176,16 @@ def _resolved_lines(run: Run, trainable: int) -> Iterator[tuple[str, str]]:
     mean = fmean(len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in run.train)
     yield (
         "steps",
-        (
-            f"{steps} of {batch} pairs ({steps * batch / len(run.train):.2f} passes over the data), "
-            f"about {mean * batch:,.0f} tokens a step"
-        ),
+        f"{steps} of {batch} pairs ({steps * batch / len(run.train):.2f} passes over the data), "
+        f"about {mean * batch:,.0f} tokens a step",
     )
     weights = settings.get("loss_weights") or [1.0] * len(settings["loss_type"])
     loss = " + ".join(f"{weight:g}·{name}" for name, weight in zip(settings["loss_type"], weights, strict=False))
-    yield "objective", f"{loss}, β {settings.get('beta', 0.1):g}, learning rate {settings['learning_rate']:g}"
+    yield "objective", f"{loss}, β {run.beta:g}, learning rate {settings['learning_rate']:g}"
     yield "output", str(run.output)
 
 
-def _weights_line(recipe: Recipe, skeleton: Any, device: Any, dtype: str) -> str:
+def _weights_line(recipe: Recipe, skeleton: PreTrainedModel, device: torch.device, dtype: str) -> str:
     import torch
 
     if recipe.model.quantize == "none":

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "bf16_full_eval": "set model.dtype instead",
     "fp16_full_eval": "set model.dtype instead",
     "padding_free": "TRL ignores it in DPO",
+    "truncation_mode": "answers are cut at their end when they are tokenised",
     "pad_token": "it comes from the tokenizer",
     "disable_tqdm": "progress is drawn from the run's events",
     "do_train": "a run always trains",
@@ -58,6 +59,25 @@ ELSEWHERE = {
     "dataset_num_proc": "rows are tokenised before training starts",
 }
 """Fields of DPOConfig that a run would ignore or that have another place: refused, with the reason."""
+
+LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+"""TRL's losses. TRL itself notices a wrong name at the first step only."""
 
 NEEDS_LOSS = {
     "label_smoothing": ("robust", "exo_pair", "aot", "aot_unpaired"),
@@ -85,10 +105,16 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
         if name in ELSEWHERE:
             raise ConfigError(f"trainer.{name} has no effect here: {ELSEWHERE[name]}.")
         _check_type(name, value, hints[name])
+    for loss in given.get("loss_type", ()):
+        if loss not in LOSSES:
+            raise ConfigError(
+                f"trainer.loss_type has {loss!r}: allowed are {', '.join(LOSSES)}.{nearest(loss, LOSSES)}"
+            )
     settings = {**DEFAULTS, **given}
     if "loss_type" in given and "loss_weights" not in given:
         settings.pop("loss_weights")  # the default weights belong to the default losses
     _refuse_inert(given, settings)
+    _refuse_inert_sections(recipe, settings)
     if recipe.lora.dropout > 0 and settings.get("disable_dropout", True):
         raise ConfigError(
             f"lora.dropout is {recipe.lora.dropout}, but TRL switches all dropout off: "
@@ -142,3 +168,13 @@ def _refuse_inert(given: dict[str, Any], settings: dict[str, Any]) -> None:
     divergence = given.get("f_divergence_type", "reverse_kl")
     if "f_alpha_divergence_coef" in given and divergence != "alpha_divergence":
         raise ConfigError("trainer.f_alpha_divergence_coef needs f_divergence_type: alpha_divergence.")
+
+
+def _refuse_inert_sections(recipe: Recipe, settings: dict[str, Any]) -> None:
+    if recipe.model.quantize == "none" and recipe.model.packed != "auto":
+        raise ConfigError("model.packed changes nothing with quantize: none. Remove it.")
+    if recipe.data.eval is None:
+        if settings.get("eval_strategy", "no") != "no":
+            raise ConfigError("trainer.eval_strategy needs held-out pairs: set data.eval.")
+        for name in {"answers", "show"} & recipe.evaluation.model_fields_set:
+            raise ConfigError(f"evaluation.{name} is about held-out prompts: set data.eval.")

@@ -18,12 +18,12 @@ from lora_dpo.adapters import attach_adapter, make_passport, write_passport
 from lora_dpo.card import write_card, write_curves
 from lora_dpo.config import Recipe, dump_recipe
 from lora_dpo.data import ReadReport, TokenPair
-from lora_dpo.errors import ConfigError
+from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.evaluate import to_json
 from lora_dpo.events import Answered, Compared, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.measure import Measured, comparison, evenly, measure_after, measure_before
-from lora_dpo.model import POLICY, Base, attach_lora, load_base
+from lora_dpo.model import POLICY, Base, attach_lora, load_base, quiet_loading
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.runs import RunLog, choose_output, open_run
 from lora_dpo.settings import trainer_config
@@ -71,7 +71,7 @@ def train(
     run = prepare(recipe, output, emit, stop or StopSignal())
     checkpoint = open_run(recipe, output, resume=resume)
     try:
-        with disk_errors(output), _quiet_libraries():
+        with disk_errors(output), _memory_errors(), _quiet_libraries():
             return _execute(run, base, checkpoint)
     except Stopped as stopped:
         if not stopped.resumable and not list(run.partial.glob("checkpoints/*")):
@@ -136,15 +136,12 @@ def _load(run: Run) -> Base:
 
 
 def _attach(base: Base, recipe: Recipe, *, seed: int) -> PeftModel:
-    from peft import PeftModel
-
-    if isinstance(base.model, PeftModel):
+    if base.name != recipe.model.name:
+        raise ConfigError(f"The base handed in is {base.name}, but the recipe names {recipe.model.name}.")
+    if any("lora_" in name for name, _ in base.model.named_parameters()):
         raise ConfigError("The base handed in has an adapter on it already. Load a base without one.")
     if recipe.reference_adapter is None:
         return attach_lora(base.model, recipe.lora, seed=seed)
-    if recipe.lora.model_fields_set:
-        given = ", ".join(sorted(recipe.lora.model_fields_set))
-        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
     return attach_adapter(base, recipe.reference_adapter, trainable=True)
 
 
@@ -182,14 +179,28 @@ def _drop_printing_callbacks(trainer: Any) -> None:
 
 
 @contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            "The GPU's memory ran out. Lower trainer.per_device_train_batch_size (and raise "
+            "trainer.gradient_accumulation_steps), lower trainer.max_length, or set trainer.gradient_checkpointing."
+        ) from error
+
+
+@contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep data sets' progress bars out of the way: events say what happens."""
+    """Keep the libraries' progress bars and advice out of the way: events say what happens."""
     import datasets
 
     were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with quiet_loading():
+            yield
     finally:
         if were_on:
             datasets.enable_progress_bars()

@@ -41,13 +41,17 @@ class DPOTrainer(trl.DPOTrainer):
     reference_guard: bool = True
     ref_model: Any
 
-    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        if args is not None and args.bf16 and not torch.cuda.is_available():
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            cuda = torch.cuda.is_available()
+            args = trl.DPOConfig(f"{name.rpartition('/')[2]}-DPO", bf16=cuda, use_cpu=not cuda)
+        if args.bf16 and not torch.cuda.is_available():
             logger.info("No GPU: training in %s without bf16 autocast.", getattr(model, "dtype", "the model's dtype"))
             args.bf16 = False
             args.mixed_precision = "no"
         exact = _trainable_values(model) if isinstance(model, PeftModel) else {}
-        super().__init__(model, ref_model, args, **kwargs)
+        super().__init__(model, ref_model, args, *rest, **kwargs)
         to_fp32_masters(self.model)
         self._restore(exact)
 

@@ -150,7 +150,7 @@ def prefer(question: Question, samples: list[Sample]) -> list[tuple[Sample, Samp
     """
     good = [s for s in samples if complete(s) and s.tokens <= LONGEST]
     if question.accepted:
-        right = [s for s in good if s.tokens >= 4 and correct(s, question.accepted)]
+        right = [s for s in good if 4 <= s.tokens <= FACT and correct(s, question.accepted)]
         if not right:
             return []
         chosen = min(right, key=lambda s: s.tokens)
@@ -166,7 +166,7 @@ def prefer(question: Question, samples: list[Sample]) -> list[tuple[Sample, Samp
     return [(chosen, rejected, "rambles")] if rejected.tokens >= 2 * chosen.tokens else []
 
 
-SHORTEST, IDEAL, LONGEST = 12, 32, 64
+SHORTEST, IDEAL, LONGEST, FACT = 12, 32, 64, 24
 
 
 def write(questions: list[Question]) -> None:

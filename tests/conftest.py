@@ -50,14 +50,14 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama of 25 thousand parameters with the byte tokenizer: a `model.name` for recipes."""
+    """A random two-layer Llama of 115 thousand parameters with the byte tokenizer: a `model.name` for recipes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,  # less than a block of NF4's 64 weights a row, and bitsandbytes fails on some CPUs
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -78,18 +78,21 @@ def tiny_model_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def write_pairs(tmp_path: Path) -> Callable[..., Path]:
-    """Write a JSONL file of `count` different, usable pairs of chat messages; returns its path."""
+    """Write a JSONL file of `count` usable pairs of chat messages, numbered from `first`; returns its path.
+
+    Prompts with different numbers differ.
+    """
     subjects = ("the moon", "a red kite", "bread", "Zürich")
 
-    def write(name: str = "pairs.jsonl", count: int = 12) -> Path:
+    def write(name: str = "pairs.jsonl", count: int = 12, *, first: int = 1) -> Path:
         path = tmp_path / name
         rows = []
-        for number in range(count):
+        for number in range(first, first + count):
             subject = subjects[number % len(subjects)]
-            prompt = [{"role": "user", "content": f"Say {number + 1} words about {subject}."}]
-            if number % 3 == 2:
+            prompt = [{"role": "user", "content": f"Say {number} words about {subject}."}]
+            if number % 3 == 0:
                 prompt.insert(0, {"role": "system", "content": "Be brief."})
-            chosen = [{"role": "assistant", "content": f"{subject.capitalize()}: {number + 1}."}]
+            chosen = [{"role": "assistant", "content": f"{subject.capitalize()}: {number}."}]
             rejected = [{"role": "assistant", "content": f"Well, {subject} is " + "so " * (number % 5) + "big."}]
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -102,25 +105,25 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
 def recipe_dict(
     tiny_model_folder: Path, write_pairs: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """Settings of a run of seconds; keyword arguments replace or, for sections, add to them.
+    """Settings of a run of seconds, with held-out pairs; keyword arguments replace or, for sections, add to them.
 
     `recipe_dict(trainer={"beta": 0.2}, output="elsewhere")` is ready for `check_recipe`.
     """
 
     def make(**changes: Any) -> dict[str, Any]:
+        train, held_out = tmp_path / "pairs.jsonl", tmp_path / "eval.jsonl"
+        if not train.exists():
+            write_pairs(train.name)
+            write_pairs(held_out.name, count=4, first=101)
         settings: dict[str, Any] = {
             "model": {"name": str(tiny_model_folder), "quantize": "none", "dtype": "float32"},
-            "lora": {"rank": 4, "alpha": 8},
-            "data": {"train": str(tmp_path / "pairs.jsonl")},
+            "data": {"train": str(train), "eval": str(held_out)},
             "evaluation": {"answers": 2, "show": 1, "max_new_tokens": 8},
-            "output": str(tmp_path / "adapter"),
             "trainer": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
         }
         for name, change in changes.items():
             merged = isinstance(change, dict) and isinstance(settings.get(name), dict)
             settings[name] = {**settings[name], **change} if merged else change
-        if settings["data"]["train"] == str(tmp_path / "pairs.jsonl") and not (tmp_path / "pairs.jsonl").exists():
-            write_pairs()
         return settings
 
     return make

@@ -34,11 +34,14 @@ def pair_from_row(row: Row, origin: Origin) -> PreferencePair:
         prompt, chosen, rejected = _split_shared_prefix(chosen, rejected)
     else:
         prompt = _prompt(row["prompt"])
+        chosen, rejected = (_without_prompt(answer, prompt) for answer in (chosen, rejected))
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or not messages[-1]["content"].strip():
             raise BadRow(f"empty {side} answer")
         if messages[-1]["role"] != "assistant":
             raise BadRow(f"{side} does not end with the assistant")
+        if messages[0]["role"] not in ("assistant", "tool"):
+            raise BadRow(f"{side} starts with the {messages[0]['role']} and not with the prompt's messages")
     if chosen == rejected:
         raise BadRow("chosen equals rejected")
     return PreferencePair(prompt, chosen, rejected, origin)
@@ -63,6 +66,11 @@ def _answer(value: Any, side: str) -> Messages:
     if isinstance(value, dict):
         value = [value]
     return _messages(value, side)
+
+
+def _without_prompt(answer: Messages, prompt: Messages) -> Messages:
+    """Some data sets repeat the prompt at the start of both answers: it is the prompt only once."""
+    return answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
 
 
 def _json_list(text: str) -> list[Any] | None:

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_dpo.config import check_recipe, dump_recipe
+from lora_dpo.errors import ConfigError
+from lora_dpo.settings import DEFAULTS, ELSEWHERE, trainer_config, trainer_settings
+
+TRL_LOSSES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+
+
+def resolve(lora: dict[str, Any] | None = None, **trainer: Any) -> dict[str, Any]:
+    recipe = {"model": {"name": "m"}, "data": {"train": "a.jsonl"}, "lora": lora or {}, "trainer": trainer}
+    return trainer_settings(check_recipe(recipe))
+
+
+def refusal(lora: dict[str, Any] | None = None, **trainer: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve(lora, **trainer)
+    return str(caught.value)
+
+
+def build(tmp_path: Path, **trainer: Any) -> Any:
+    return trainer_config(resolve(**trainer), output_dir=tmp_path, dtype="float32")
+
+
+# --- names and types ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("bta", "beta"), ("learning_rat", "learning_rate"), ("los_type", "loss_type"), ("max_step", "max_steps")],
+)
+def test_an_unknown_trainer_field_is_refused_with_the_nearest_one(wrong, right):
+    message = refusal(**{wrong: 1})
+    assert f"trainer.{wrong} is not a field of TRL's DPOConfig" in message
+    assert f"Did you mean {right}?" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("learning_rate", "5e-7", "number"),
+        ("learning_rate", None, "number"),
+        ("beta", True, "number"),
+        ("max_steps", 2.0, "integer"),
+        ("seed", "42", "integer"),
+        ("gradient_checkpointing", "yes", "boolean"),
+        ("loss_type", 3, "list"),
+        ("loss_type", ["sft", 3], "string"),
+        ("loss_weights", [1.0, "half"], "number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_what_is_allowed(field, value, allowed):
+    message = refusal(**{field: value})
+    assert f"trainer.{field} is {value!r}" in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize("field", ELSEWHERE)
+def test_a_field_that_has_another_place_is_refused_with_that_place(field):
+    message = refusal(**{field: True})
+    assert f"trainer.{field} has no effect here: {ELSEWHERE[field]}" in message
+
+
+def test_every_refused_field_and_every_default_is_a_field_of_trl():
+    from trl import DPOConfig
+
+    fields = {field.name for field in dataclasses.fields(DPOConfig)}
+    assert set(ELSEWHERE) <= fields
+    assert set(DEFAULTS) <= fields
+    assert not set(ELSEWHERE) & set(DEFAULTS)
+
+
+def test_given_values_go_over_defaults_and_reach_trl(tmp_path):
+    settings = resolve(beta=0.3, save_steps=7)
+    assert settings == {**DEFAULTS, "beta": 0.3, "save_steps": 7}
+    config = build(tmp_path, beta=0.3, save_steps=7)
+    assert (config.beta, config.save_steps, config.learning_rate) == (0.3, 7, DEFAULTS["learning_rate"])
+    assert config.output_dir == str(tmp_path)
+
+
+def test_a_very_small_learning_rate_passes_unrounded(tmp_path):
+    assert build(tmp_path, learning_rate=5e-7).learning_rate == 5e-7
+
+
+def test_an_integer_stands_for_a_float(tmp_path):
+    assert build(tmp_path, beta=1, num_train_epochs=2).beta == 1
+
+
+def test_the_recipe_itself_is_not_changed():
+    recipe = check_recipe({"model": {"name": "m"}, "data": {"train": "a"}, "trainer": {"loss_type": "hinge"}})
+    trainer_settings(recipe)
+    assert recipe.trainer == {"loss_type": "hinge"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data": {"train": "a", "eval": "b"}, "evaluation": {"answers": 3}},
+        {"reference": "adapter:a"},
+        {"model": {"name": "m", "quantize": "none"}},
+        {"trainer": {"loss_type": "hinge", "beta": 0.3}},
+    ],
+    ids=["minimal", "held-out", "continued", "unquantised", "trainer"],
+)
+def test_a_dumped_recipe_is_as_good_as_the_one_it_was_made_from(changes):
+    recipe = check_recipe({"model": {"name": "m"}, "data": {"train": "a"}, **changes})
+    again = check_recipe(yaml.safe_load(dump_recipe(recipe)))
+    assert trainer_settings(again) == trainer_settings(recipe)
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def test_the_default_losses_have_the_default_weights(tmp_path):
+    config = build(tmp_path)
+    assert (config.loss_type, config.loss_weights) == (["sigmoid", "sft"], [1.0, 0.2])
+
+
+@pytest.mark.parametrize("loss", TRL_LOSSES)
+def test_every_loss_of_trl_is_accepted(tmp_path, loss):
+    extra = {"label_smoothing": 0.01} if loss == "exo_pair" else {}
+    config = build(tmp_path, loss_type=loss, **extra)
+    assert (config.loss_type, config.loss_weights) == ([loss], None)
+
+
+def test_losses_may_be_a_list_and_then_the_default_weights_are_dropped(tmp_path):
+    config = build(tmp_path, loss_type=["hinge", "sft", "ipo"])
+    assert (config.loss_type, config.loss_weights) == (["hinge", "sft", "ipo"], None)
+
+
+def test_given_weights_stay_with_given_losses(tmp_path):
+    config = build(tmp_path, loss_type=["hinge", "sft"], loss_weights=[1.0, 3.0])
+    assert config.loss_weights == [1.0, 3.0]
+
+
+def test_weights_without_losses_weigh_the_default_losses(tmp_path):
+    config = build(tmp_path, loss_weights=[1.0, 0.5])
+    assert (config.loss_type, config.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
+
+
+def test_as_many_weights_as_losses_are_asked_for(tmp_path):
+    with pytest.raises(ConfigError, match="loss_weights"):
+        build(tmp_path, loss_type=["hinge"], loss_weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("losses", ["sigmoidd", ["sigmoid", "sfft"]])
+def test_an_unknown_loss_is_refused_before_anything_is_loaded(losses):
+    message = refusal(loss_type=losses)
+    assert "loss_type" in message
+    assert "Did you mean s" in message
+
+
+def test_no_loss_at_all_is_refused():
+    assert "loss_type" in refusal(loss_type=[])
+
+
+def test_exo_pair_without_label_smoothing_is_refused_before_anything_is_loaded():
+    assert "label_smoothing" in refusal(loss_type="exo_pair")
+
+
+def test_an_unknown_f_divergence_is_refused_before_anything_is_loaded():
+    assert "f_divergence_type" in refusal(f_divergence_type="js")
+
+
+def test_an_f_divergence_with_a_loss_that_has_none_is_refused_before_anything_is_loaded():
+    assert "f_divergence_type" in refusal(f_divergence_type="js_divergence", loss_type="bco_pair")
+
+
+# --- settings that would do nothing ---------------------------------------------------------------
+
+
+def test_label_smoothing_is_refused_with_losses_that_ignore_it():
+    message = refusal(label_smoothing=0.1)
+    assert "trainer.label_smoothing changes nothing with loss_type ['sigmoid', 'sft']" in message
+    assert "robust" in message
+
+
+@pytest.mark.parametrize("loss", ["robust", "exo_pair", "aot", "aot_unpaired", ["sft", "robust"]])
+def test_label_smoothing_is_accepted_with_losses_that_read_it(tmp_path, loss):
+    assert build(tmp_path, label_smoothing=0.1, loss_type=loss).label_smoothing == 0.1
+
+
+def test_label_smoothing_of_zero_is_harmless_with_any_loss(tmp_path):
+    assert build(tmp_path, label_smoothing=0.0).label_smoothing == 0.0
+
+
+def test_discopop_tau_is_refused_without_discopop(tmp_path):
+    assert "only discopop" in refusal(discopop_tau=0.1)
+    assert "only discopop" in refusal(discopop_tau=0.1, loss_type="hinge")
+    assert build(tmp_path, discopop_tau=0.1, loss_type="discopop").discopop_tau == 0.1
+
+
+@pytest.mark.parametrize("others", [{}, {"f_divergence_type": "js_divergence"}])
+def test_the_alpha_coefficient_is_refused_without_the_alpha_divergence(tmp_path, others):
+    assert "f_divergence_type: alpha_divergence" in refusal(f_alpha_divergence_coef=0.4, **others)
+
+
+def test_the_alpha_coefficient_is_accepted_with_the_alpha_divergence(tmp_path):
+    config = build(tmp_path, f_alpha_divergence_coef=0.4, f_divergence_type="alpha_divergence", loss_type="sigmoid")
+    assert config.f_alpha_divergence_coef == 0.4
+
+
+def test_lora_dropout_is_refused_while_trl_switches_dropout_off():
+    assert "trainer.disable_dropout: false" in refusal(lora={"dropout": 0.05})
+    assert "trainer.disable_dropout: false" in refusal(lora={"dropout": 0.05}, disable_dropout=True)
+    assert resolve(lora={"dropout": 0.05}, disable_dropout=False)["disable_dropout"] is False
+
+
+def test_cutting_prompts_at_their_start_is_refused_because_answers_are_cut_at_their_end():
+    assert "truncation_mode" in refusal(truncation_mode="keep_end")
+
+
+@pytest.mark.parametrize("name", ["answers", "show"])
+def test_answers_to_held_out_prompts_are_refused_without_held_out_data(name):
+    recipe = {"model": {"name": "m"}, "data": {"train": "a"}, "evaluation": {name: 3}}
+    with pytest.raises(ConfigError, match=f"evaluation.{name} .*data.eval"):
+        trainer_settings(check_recipe(recipe))
+    recipe["data"]["eval"] = "b"
+    trainer_settings(check_recipe(recipe))
+
+
+def test_evaluation_steps_are_refused_without_held_out_data():
+    assert "data.eval" in refusal(eval_strategy="steps")
+
+
+def test_packed_is_refused_without_quantisation():
+    recipe = {"model": {"name": "m", "quantize": "none", "packed": True}, "data": {"train": "a"}}
+    with pytest.raises(ConfigError, match="packed"):
+        trainer_settings(check_recipe(recipe))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("beta", 0), ("beta", -0.1), ("learning_rate", math.nan), ("per_device_train_batch_size", 0)],
+)
+def test_a_number_that_cannot_train_is_refused_before_anything_is_loaded(field, value):
+    assert f"trainer.{field} is {value!r}" in refusal(**{field: value})
+
+
+# --- TRL's config ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr_scheduler_type", "cosin"), ("optim", "adam_torch")])
+def test_what_trl_refuses_is_a_config_error_with_its_own_reason(tmp_path, field, value):
+    with pytest.raises(ConfigError, match=f"trainer: .*{value}"):
+        build(tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("use_cpu", True), ("dataloader_pin_memory", False)])
+def test_a_field_that_is_set_by_the_hardware_is_taken_or_refused_by_its_name(tmp_path, field, value):
+    try:
+        config = build(tmp_path, **{field: value})
+    except ConfigError as error:
+        assert str(error).startswith(f"trainer.{field} ")  # noqa: PT017 - one of two good ends
+    else:
+        assert getattr(config, field) is value
+
+
+def test_precision_follows_the_hardware_and_the_models_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = trainer_config(resolve(), output_dir=tmp_path, dtype="bfloat16")
+    assert not config.bf16
+    assert not config.fp16
+    assert not config.gradient_checkpointing
+    assert config.use_cpu
+
+
+def test_gradient_checkpointing_can_be_asked_for(tmp_path):
+    assert build(tmp_path, gradient_checkpointing=True).gradient_checkpointing
