@@ -1,23 +1,24 @@
 """What training changed, on pairs and prompts that it never saw.
 
-Shape suffixes: N pairs, B sequences of a batch, T tokens.
+Shape suffixes: N pairs, B sequences of a batch, R rows (chosen, then rejected), T tokens, L labelled tokens.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import TokenPair
 from lora_dpo.data.files import read_rows
 from lora_dpo.errors import DataError
 from lora_dpo.generate import Answer
-from lora_dpo.model import reference
+from lora_dpo.model import bare, reference
 
 if TYPE_CHECKING:
     import torch
@@ -95,40 +96,62 @@ def score_pairs(
         as_reference: score with the reference (adapters off, or the frozen copy) instead of the policy.
         on_pair: called with the number of pairs done so far.
     """
-    sequences = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    done: list[float] = [0.0] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]) + len(sequences[index][1]))
+    from lora_dpo.shared_prefix.model import unsupported_reason
+
+    base = bare(model)
+    score_batch = _stream_logps if unsupported_reason(base) is None else _padded_logps
+    chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
     finished = 0
-    while finished < len(order):
-        batch = _next_batch(order[finished:], sequences)
-        if as_reference:
-            with reference(model):
-                scores = _batch_logps(model, [sequences[index] for index in batch], pad_id)
-        else:
-            scores = _batch_logps(model, [sequences[index] for index in batch], pad_id)
-        for index, score in zip(batch, scores, strict=True):
-            done[index] = score
+    for batch in _batches(pairs):
+        with reference(model) if as_reference else nullcontext():
+            scores = score_batch(model, [pairs[index] for index in batch], pad_id)
+        for index, of_chosen, of_rejected in zip(batch, *scores, strict=True):
+            chosen[index], rejected[index] = of_chosen, of_rejected
         finished += len(batch)
         if on_pair:
-            on_pair(finished // 2)
-    return done[0::2], done[1::2]
+            on_pair(finished)
+    return chosen, rejected
 
 
-def _next_batch(order: Sequence[int], sequences: Sequence[tuple[list[int], list[int]]]) -> list[int]:
-    """As many of the next (ever longer) sequences as fit `TOKENS_PER_BATCH` with padding, at least one."""
+def _batches(pairs: Sequence[TokenPair]) -> Iterator[list[int]]:
+    """Indices of pairs of like length, at most `TOKENS_PER_BATCH` tokens together, at least one pair."""
+    sizes = [2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
     batch: list[int] = []
-    for index in order:
-        length = len(sequences[index][0]) + len(sequences[index][1])
-        if batch and length * (len(batch) + 1) > TOKENS_PER_BATCH:
-            break
+    for index in sorted(range(len(pairs)), key=lambda index: sizes[index]):
+        if batch and sizes[index] * (len(batch) + 1) > TOKENS_PER_BATCH:
+            yield batch
+            batch = []
         batch.append(index)
-    return batch
+    if batch:
+        yield batch
 
 
-def _batch_logps(model: torch.nn.Module, sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> list[float]:
-    """Sum of the answer tokens' log-probabilities for each `(prompt, answer)`."""
+def _stream_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[list[float], list[float]]:
+    """Score without padding, each prompt once (`lora_dpo.shared_prefix`)."""
     import torch
 
+    from lora_dpo.shared_prefix.layout import lay_out
+    from lora_dpo.shared_prefix.logprobs import label_logprobs, to_rows
+    from lora_dpo.shared_prefix.model import stream_attention, stream_hidden, to_device
+
+    base = bare(model)
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    prompts = [pair.prompt for pair in pairs] * 2
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    masks = [[False] * len(prompt) + [True] * len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    layout = lay_out(rows, masks, width=max(map(len, rows)))
+    layout = to_device(layout, base.get_input_embeddings().weight.device)
+    with torch.no_grad(), stream_attention(base):
+        values_L = label_logprobs(stream_hidden(base, layout), layout, base.get_output_embeddings())
+    sums: list[float] = to_rows(values_L, layout.source_RT).sum(dim=1).tolist()
+    return sums[: len(pairs)], sums[len(pairs) :]
+
+
+def _padded_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[list[float], list[float]]:
+    """Score any architecture: whole sequences, padded on the left so that all answers end together."""
+    import torch
+
+    sequences = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
     device = next(model.parameters()).device
     width = max(len(prompt) + len(answer) for prompt, answer in sequences)
     longest_answer = max(len(answer) for _, answer in sequences)
@@ -136,7 +159,6 @@ def _batch_logps(model: torch.nn.Module, sequences: Sequence[tuple[list[int], li
     mask_BT = torch.zeros_like(ids_BT)
     answer_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(sequences):
-        # Padded on the left: all answers end at the same column, so the head sees few prompt positions.
         start = width - len(prompt) - len(answer)
         ids_BT[row, start:] = torch.tensor(prompt + answer)
         mask_BT[row, start:] = 1
@@ -152,8 +174,8 @@ def _batch_logps(model: torch.nn.Module, sequences: Sequence[tuple[list[int], li
         ).logits[:, :-1]
     targets = ids_BT[:, -longest_answer:].to(device)
     logps = torch.log_softmax(logits.float(), dim=-1).gather(2, targets[..., None]).squeeze(2)
-    summed: list[float] = (logps * answer_BT[:, -longest_answer:].to(device)).sum(dim=1).tolist()
-    return summed
+    sums: list[float] = (logps * answer_BT[:, -longest_answer:].to(device)).sum(dim=1).tolist()
+    return sums[: len(pairs)], sums[len(pairs) :]
 
 
 def answer_metrics(

@@ -90,6 +90,8 @@ def load_base(
     if quantize == "nf4" and not packed:
         with quiet_loading():
             hold_dequantized(model)
+    elif quantize == "nf4" and place.type == "cpu":
+        keep_packed_weights_differentiable(model)
     model.requires_grad_(False)
     model.eval()
     fingerprint = weight_fingerprint(path, revision=revision)
@@ -172,9 +174,8 @@ def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    config = lora_config(base, lora)
     try:
-        model = get_peft_model(base, config)
+        model = get_peft_model(base, lora_config(base, lora))
     except ValueError as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]} Layers: {', '.join(linear_names(base))}.") from None
     to_fp32_masters(model)
@@ -193,12 +194,15 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
         layers = list(range(count))[-int(lora.layers.removeprefix("top-")) :]
     if layers and (max(layers) >= count or min(layers) < 0):
         raise ConfigError(f"lora.layers is {lora.layers!r}: this model has layers 0 to {count - 1}.")
+    targets = lora.targets
+    if layers is not None and targets == "all-linear":
+        targets = linear_names(model)  # peft picks layers by number only for named targets
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=targets,
         layers_to_transform=layers,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
@@ -240,6 +244,13 @@ def reference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield model
 
 
+def bare(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PeftModel (adapters stay in its layers), or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def linear_names(model: torch.nn.Module) -> list[str]:
     """Last name parts of the model's linear layers, without the head: what `targets` may name."""
     import torch
@@ -262,6 +273,17 @@ def hold_dequantized(model: PreTrainedModel) -> None:
             weight = part.weight.data
             codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
             part.weight.data = dequantize_4bit(codes, state).to(weight.dtype).reshape(weight.shape)
+
+
+def keep_packed_weights_differentiable(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    In eval mode it repacks them there for a kernel without a backward pass, and never back: LoRA
+    gradients would be cut, without an error, after the first evaluation.
+    """
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
 
 
 def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:

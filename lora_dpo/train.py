@@ -107,7 +107,10 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None) -> TrainResul
     )
     _drop_printing_callbacks(trainer)
     trainer.reference_guard = checkpoint is None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.close()
     if run.stop.requested:
         raise Stopped(run.output, step=trainer.state.global_step, resumable=True)
     model.eval()

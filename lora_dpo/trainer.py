@@ -15,7 +15,8 @@ from datasets import Dataset
 from peft import PeftModel
 
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.model import POLICY, REFERENCE, to_fp32_masters
+from lora_dpo.model import POLICY, REFERENCE, bare, to_fp32_masters
+from lora_dpo.shared_prefix import PairForward, unsupported_reason
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,25 @@ class DPOTrainer(trl.DPOTrainer):
         super().__init__(model, ref_model, args, *rest, **kwargs)
         to_fp32_masters(self.model)
         self._restore(exact)
+        self.pair_forward = self._share_prefixes()
+
+    def _share_prefixes(self) -> PairForward | None:
+        """Compute each pair's common prefix once and no padding; the numbers stay TRL's."""
+        base = bare(self.model)
+        reason = "the data holds images" if self._is_vision_dataset else unsupported_reason(base)
+        if self.ref_model is not None and reason is None:
+            reason = "the reference is a second model"
+        if reason is not None:
+            logger.warning("Training with TRL's own forward pass (slower, the same result): %s.", reason)
+            return None
+        outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
+        return PairForward(base, (*outputs, "log_sum_sq_probs") if self.use_weighting else outputs)
+
+    def close(self) -> None:
+        """Give the model back the forward pass that it had before this trainer's shared-prefix one."""
+        if self.pair_forward is not None:
+            self.pair_forward.close()
+            self.pair_forward = None
 
     def _restore(self, exact: dict[str, torch.Tensor]) -> None:
         """Undo TRL's bf16 rounding of an adapter that was handed in, in the policy and its frozen copy."""

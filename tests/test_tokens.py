@@ -136,9 +136,11 @@ def test_truncation_cuts_the_answers_end_and_says_so(tokenizer):
 
 
 def test_a_short_answer_stays_whole_beside_a_cut_one(tokenizer):
-    kept, _ = tokenize_pairs(tokenizer, [make_pair(chosen="Yes, sir")], max_length=len(HI_PROMPT) + 4)
+    pairs = [make_pair(chosen="Yes, sir"), make_pair(rejected="Never")]
+    kept, _ = tokenize_pairs(tokenizer, pairs, max_length=len(HI_PROMPT) + 4)
     assert (kept[0].chosen, kept[0].rejected) == ([*b"Yes,"], [*b"No", END])
-    assert kept[0].truncated
+    assert (kept[1].chosen, kept[1].rejected) == ([*b"Yes", END], [*b"Neve"])
+    assert [tokens.truncated for tokens in kept] == [True, True]
 
 
 def test_a_pair_that_just_fits_is_not_truncated(tokenizer):

@@ -1,0 +1,150 @@
+"""Running a transformers model over a stream of pairs, and knowing when it cannot be done."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lora_dpo.shared_prefix.attention import NAME, SPANS
+from lora_dpo.shared_prefix.layout import Layout, lay_out
+from lora_dpo.shared_prefix.logprobs import to_rows
+
+ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+"""Dense decoders whose layers see the stream through the attention function alone; each is tested."""
+
+
+def unsupported_reason(model: Any) -> str | None:
+    """Why a base model cannot run a stream of pairs, or None if it can."""
+    config = model.config
+    if config.model_type not in ARCHITECTURES:
+        return f"the architecture {config.model_type} is not among {', '.join(ARCHITECTURES)}"
+    if getattr(config, "output_router_logits", None):
+        return "its experts have a balancing loss over the whole batch"
+    return None
+
+
+def window_of(model: Any) -> int | None:
+    """Tokens that a layer may look back, if any layer is limited; longer rows cannot share a prefix."""
+    config = model.config
+    kinds = getattr(config, "layer_types", None)
+    limited = any("full" not in kind for kind in kinds) if kinds else True
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if limited and getattr(config, "use_sliding_window", True) else None
+
+
+def stream_hidden(model: Any, layout: Layout, **kwargs: Any) -> torch.Tensor:
+    """Hidden states `[S, E]` of the stream from the model's backbone.
+
+    The attention name stays set: activation checkpointing runs the layers again in the backward pass.
+    `stream_attention` or `PairForward` set it back.
+    """
+    model.config._attn_implementation = NAME
+    output = model.base_model(
+        input_ids=layout.ids_S[None],
+        position_ids=layout.position_S[None],
+        use_cache=False,
+        **{SPANS: layout.spans},
+        **kwargs,
+    )
+    hidden: torch.Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+@contextlib.contextmanager
+def stream_attention(model: Any) -> Iterator[None]:
+    """Give a model its own attention back after the block; inside it, `stream_hidden` may set another."""
+    plain = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = plain
+
+
+def to_device(layout: Layout, device: torch.device) -> Layout:
+    """The layout with its tensors on `device`."""
+    moved = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(layout)
+        if isinstance(value := getattr(layout, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(layout, **moved)
+
+
+class PairForward:
+    """Gives one model instance TRL's `forward(..., labels, fused_lm_head=True)` over a shared-prefix stream.
+
+    Bound to that instance only, and undone by `close`. Batches that cannot be expressed (a row longer
+    than a sliding window, odd inputs) go to the forward that was there before.
+    """
+
+    def __init__(self, model: Any, outputs: tuple[str, ...]) -> None:
+        reason = unsupported_reason(model)
+        if reason is not None:
+            raise ValueError(reason)
+        self.model, self.outputs = model, outputs
+        self.before = model.forward
+        self.plain = model.config._attn_implementation
+        self.window = window_of(model)
+        inner = self
+
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs)
+
+        forward.__signature__ = _signature(self.before)  # type: ignore[attr-defined]
+        model.forward = types.MethodType(forward, model)
+
+    def close(self) -> None:
+        """Give the model its own forward and attention back."""
+        self.model.forward = self.before
+        self.model.config._attn_implementation = self.plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's call with padded rows `[2n, T]`; any other call is passed on."""
+        ids_RT, labels_RT = kwargs.get("input_ids"), kwargs.get("labels")
+        expected = {"input_ids", "attention_mask", "labels", "fused_lm_head", "use_cache", "num_items_in_batch"}
+        pairs = not args and kwargs.get("fused_lm_head") and labels_RT is not None and not len(ids_RT) % 2
+        if not pairs or set(kwargs) - expected or (self.window and ids_RT.shape[1] > self.window):
+            self.model.config._attn_implementation = self.plain
+            return self.before(*args, **kwargs)
+        mask_RT = kwargs.get("attention_mask")
+        mask_RT = torch.ones_like(ids_RT) if mask_RT is None else mask_RT
+        rows = [row[keep.bool()].tolist() for row, keep in zip(ids_RT, mask_RT, strict=True)]
+        wanted = [(row[keep.bool()] != -100).tolist() for row, keep in zip(labels_RT, mask_RT, strict=True)]
+        layout = to_device(lay_out(rows, wanted, width=ids_RT.shape[1]), ids_RT.device)
+        return self._outputs(stream_hidden(self.model, layout), layout)
+
+    def _outputs(self, hidden_SE: torch.Tensor, layout: Layout) -> Any:
+        # TRL's own chunked head, on the rows that predict a label: the same numbers, for fewer rows.
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, _ChunkedLogProbFunction
+
+        head = self.model.get_output_embeddings()
+        values = _ChunkedLogProbFunction.apply(
+            hidden_SE[layout.predictor_L],
+            head.weight,
+            head.bias,
+            layout.label_L,
+            1.0,
+            _CHUNKED_LOGPROB_CHUNK_SIZE,
+            None,
+            1.0,
+            self.outputs,
+        )
+        names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        tables = {
+            name: None if value is None else to_rows(value, layout.source_RT)
+            for name, value in zip(names, values, strict=True)
+        }
+        labelled = layout.source_RT < len(layout.label_L)
+        return FusedCausalLMOutput(loss=-tables["log_probs"].sum() / labelled.sum(), label_mask=labelled, **tables)
+
+
+def _signature(forward: Any) -> Any:
+    import inspect
+
+    # `generate` validates its keywords against the model's own signature
+    return inspect.signature(getattr(forward, "__func__", forward))
