@@ -40,22 +40,10 @@ def write_card(
         f"A LoRA adapter for `{passport.base}`, preference-tuned with Direct Preference Optimization by lora-dpo on "
         f"{counts}. It is a small update: the base model is needed beside it.",
         "",
-        "## What changed on held-out data",
-        "",
-        "| | before | after |",
-        "|---|---|---|",
-        *(f"| {label} | {before} | {after} |" for label, before, after in comparison),
-        "",
-        "Reward accuracy counts the held-out pairs in which the adapter raised the chosen answer more than the "
-        "rejected one, against the reference; a tie counts half. Answers are greedy.",
-        "",
+        *(_comparison_lines(comparison) if comparison else []),
         "![training curves](curves.png)",
         "",
-        "## Answers before and after",
-        "",
-        "Evenly spaced over the held-out prompts, not picked.",
-        "",
-        *(line for sample in samples for line in _sample_lines(*sample)),
+        *(_answer_lines(samples) if samples else []),
         "## How it was made",
         "",
         "```",
@@ -76,6 +64,30 @@ def write_card(
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _comparison_lines(comparison: Sequence[tuple[str, str, str]]) -> list[str]:
+    return [
+        "## What changed on held-out data",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| {label} | {before} | {after} |" for label, before, after in comparison),
+        "",
+        "Reward accuracy counts the held-out pairs in which the adapter raised the chosen answer more than the "
+        "rejected one, against the reference; a tie counts half. Answers are greedy.",
+        "",
+    ]
+
+
+def _answer_lines(samples: Sequence[tuple[str, str, str]]) -> list[str]:
+    return [
+        "## Answers before and after",
+        "",
+        "Evenly spaced over the held-out prompts, not picked.",
+        "",
+        *(line for sample in samples for line in _sample_lines(*sample)),
+    ]
 
 
 def _sample_lines(prompt: str, before: str, after: str) -> list[str]:

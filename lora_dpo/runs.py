@@ -2,37 +2,49 @@
 
 adapters/quickstart            the result: appears whole, at the end
 adapters/quickstart.partial    a run that goes on or was interrupted: recipe, checkpoints, metrics
+
+While a run goes on, `running.json` in its unfinished folder names the process, so that no other run
+clears or continues the folder under its feet.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.config import Recipe, dump_recipe
+from lora_dpo.config import Recipe, dump_recipe, read_recipe
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.files import disk_errors, refuse_existing
 
 ADAPTERS_DIR = Path("adapters")
+LOCK = "running.json"
 
 
 def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
     """The adapter folder: the recipe's `output`, or a free name under `adapters/`.
 
     With `resume` and no `output`, the unfinished run of this recipe that was touched last.
+
+    Raises:
+        OutputError: the recipe's `output` is taken, or there is nothing to resume.
     """
     if recipe.output is not None:
+        _check_place(Path(recipe.output), resume=resume)
         return Path(recipe.output)
     names = [recipe_name, *(f"{recipe_name}-{number}" for number in range(2, 1000))]
     if resume:
-        unfinished = [ADAPTERS_DIR / name for name in names if checkpoints(partial_of(ADAPTERS_DIR / name))]
+        unfinished = [out for out in map(ADAPTERS_DIR.joinpath, names) if _interrupted(out) and not _running(out)]
         if not unfinished:
             raise OutputError(f"No interrupted run of {recipe_name} is in {ADAPTERS_DIR}. Start it without --resume.")
         return max(unfinished, key=lambda output: partial_of(output).stat().st_mtime)
-    free = (ADAPTERS_DIR / name for name in names)
-    return next(out for out in free if not out.exists() and not checkpoints(partial_of(out)))
+    places = map(ADAPTERS_DIR.joinpath, names)
+    return next(out for out in places if not (out.exists() or _interrupted(out) or _running(out)))
 
 
 def partial_of(output: Path) -> Path:
@@ -49,27 +61,31 @@ def checkpoints(partial: Path) -> list[Path]:
 def open_run(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
     """Prepare the run's folder; return the checkpoint to resume from, or None for a fresh start.
 
+    The folder is this process's until `release`.
+
     Raises:
-        OutputError: the output exists, or an interrupted run is in the way.
+        OutputError: the output exists, or another run is in the way.
         ConfigError: resuming with other settings than the run began with.
     """
-    refuse_existing(output)
+    _check_place(output, resume=resume)
     partial = partial_of(output)
-    found = checkpoints(partial)
     if resume:
-        if not found:
-            raise OutputError(f"{partial} holds no checkpoint to resume from. Start the run without --resume.")
-        _check_same_recipe(recipe, partial)
-        return found[-1]
-    if found:
-        raise OutputError(
-            f"An interrupted run is in {partial}. Continue it with --resume, or remove that folder to start over."
-        )
+        _check_same_recipe(recipe, output)
     with disk_errors(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        _claim(output)
+        if resume:
+            return checkpoints(partial)[-1]
+        _clear(partial)
         (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     return None
+
+
+def release(partial: Path) -> None:
+    """Say that this process's run in `partial` goes on no longer, so that it can be resumed."""
+    lock = partial / LOCK
+    if _process_in(lock) == os.getpid():
+        lock.unlink(missing_ok=True)
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -85,7 +101,7 @@ def check_space(output: Path, needed: int) -> None:
 
 def resume_command(output: Path) -> str:
     """The command that continues an interrupted run."""
-    return f"lora-dpo train {partial_of(output) / 'recipe.yaml'} --resume"
+    return f"lora-dpo train {shlex.quote(str(partial_of(output) / 'recipe.yaml'))} --resume"
 
 
 class RunLog:
@@ -96,8 +112,7 @@ class RunLog:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self.rows = [row for row in map(json.loads, lines) if row["step"] <= from_step]
+            self.rows = [row for row in _whole_rows(path) if row["step"] <= from_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -107,13 +122,85 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
 
 
-def _check_same_recipe(recipe: Recipe, partial: Path) -> None:
-    began_with = (partial / "recipe.yaml").read_text(encoding="utf-8")
-    if began_with == dump_recipe(recipe):
+def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return  # the last line: the process was killed while it wrote it
+
+
+# --- who may write --------------------------------------------------------------------------------
+
+
+def _check_place(output: Path, *, resume: bool) -> None:
+    refuse_existing(output)
+    partial = partial_of(output)
+    if process := _running(output):
+        raise OutputError(
+            f"A run is going on in {partial} (process {process}). Wait for its end, or set another output; if that "
+            f"process is something else, remove {partial / LOCK}."
+        )
+    if resume and not _interrupted(output):
+        raise OutputError(f"{partial} holds no checkpoint to resume from. Start the run without --resume.")
+    if _interrupted(output) and not resume:
+        raise OutputError(
+            f"An interrupted run is in {partial}. Continue it with --resume, or remove that folder to start over."
+        )
+
+
+def _interrupted(output: Path) -> bool:
+    return bool(checkpoints(partial_of(output)))
+
+
+def _running(output: Path) -> int | None:
+    """The other process of this machine that works towards `output`, or None."""
+    import psutil
+
+    process = _process_in(partial_of(output) / LOCK)
+    return process if process not in (None, os.getpid()) and psutil.pid_exists(process) else None
+
+
+def _process_in(lock: Path) -> int | None:
+    """The process named by a lock; None for no lock, another machine's, or one that was cut off."""
+    try:
+        found = json.loads(lock.read_text(encoding="utf-8"))
+        return int(found["process"]) if found["host"] == platform.node() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _claim(output: Path) -> None:
+    """Write the lock. Only one of two processes that start together gets it."""
+    lock = partial_of(output) / LOCK
+    if lock.exists() and not _running(output):
+        lock.unlink(missing_ok=True)  # of a process that ended without `release`
+    try:
+        with lock.open("x", encoding="utf-8") as file:
+            file.write(json.dumps({"process": os.getpid(), "host": platform.node()}))
+    except FileExistsError:
+        raise OutputError(
+            f"A run has just started in {lock.parent}. Wait for its end, or set another output."
+        ) from None
+
+
+def _clear(partial: Path) -> None:
+    """Remove what a run left that cannot be resumed; the lock is ours."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _check_same_recipe(recipe: Recipe, output: Path) -> None:
+    began_with = read_recipe(partial_of(output) / "recipe.yaml")
+    if began_with == recipe:
         return
-    old, new = began_with.splitlines(), dump_recipe(recipe).splitlines()
-    changed = [line.strip() for line in new if line not in old] or ["fewer settings"]
+    old, new = dump_recipe(began_with).splitlines(), dump_recipe(recipe).splitlines()
+    changed = [line.strip() for line in new if line not in old]
+    gone = [f"without {line.strip()}" for line in old if line not in new]
     raise ConfigError(
-        f"The interrupted run in {partial} began with other settings (now: {'; '.join(changed[:3])}). Resume it with "
-        f"its own recipe: lora-dpo train {partial / 'recipe.yaml'} --resume"
+        f"The interrupted run in {partial_of(output)} began with other settings (now: "
+        f"{'; '.join((changed or gone)[:3])}). Resume it with its own recipe: {resume_command(output)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from lora_dpo.config import Recipe, nearest
+from lora_dpo.config import EvaluationSection, Recipe, nearest
 from lora_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ DEFAULTS: dict[str, Any] = {
 }
 """What a recipe starts from; any of these can be set under `trainer:`."""
 
+NO_UPLOADS = "a run uploads nothing; share the adapter folder yourself when training is done"
+
 ELSEWHERE = {
     "output_dir": "set output: instead",
     "resume_from_checkpoint": "pass --resume instead",
@@ -57,6 +60,14 @@ ELSEWHERE = {
     "ref_model_sync_steps": "the reference is the same base, so there is no second model to move",
     "remove_unused_columns": "rows are token ids already",
     "dataset_num_proc": "rows are tokenised before training starts",
+    "use_cpu": "a GPU is used if there is one; hide it with CUDA_VISIBLE_DEVICES= before the command",
+    "push_to_hub": NO_UPLOADS,
+    "hub_always_push": NO_UPLOADS,
+    "hub_model_id": NO_UPLOADS,
+    "hub_private_repo": NO_UPLOADS,
+    "hub_revision": NO_UPLOADS,
+    "hub_strategy": NO_UPLOADS,
+    "hub_token": NO_UPLOADS,
 }
 """Fields of DPOConfig that a run would ignore or that have another place: refused, with the reason."""
 
@@ -85,6 +96,15 @@ NEEDS_LOSS = {
 }
 """Fields that TRL reads for these losses only; with any other loss they would change nothing."""
 
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+"""TRL's f-divergences. TRL itself notices a wrong name at the first step only."""
+
+DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+"""Losses of chosen minus rejected, where the unknown β·log Z(x) of another divergence than reverse_kl cancels."""
+
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+ABOVE_ZERO = ("beta", "learning_rate", "num_train_epochs")
+
 
 def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     """Check the `trainer:` section against DPOConfig's fields and fill in the defaults.
@@ -105,16 +125,16 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
         if name in ELSEWHERE:
             raise ConfigError(f"trainer.{name} has no effect here: {ELSEWHERE[name]}.")
         _check_type(name, value, hints[name])
-    for loss in given.get("loss_type", ()):
-        if loss not in LOSSES:
-            raise ConfigError(
-                f"trainer.loss_type has {loss!r}: allowed are {', '.join(LOSSES)}.{nearest(loss, LOSSES)}"
-            )
+        _check_number(name, value)
+    _check_loss_names(given)
     settings = {**DEFAULTS, **given}
     if "loss_type" in given and "loss_weights" not in given:
         settings.pop("loss_weights")  # the default weights belong to the default losses
+    _check_losses(settings)
+    _check_trackers(settings)
     _refuse_inert(given, settings)
     _refuse_inert_sections(recipe, settings)
+    _refuse_head(recipe)
     if recipe.lora.dropout > 0 and settings.get("disable_dropout", True):
         raise ConfigError(
             f"lora.dropout is {recipe.lora.dropout}, but TRL switches all dropout off: "
@@ -129,7 +149,8 @@ def trainer_config(settings: dict[str, Any], *, output_dir: Path, dtype: str) ->
     from trl import DPOConfig
 
     cuda = torch.cuda.is_available()
-    settings = {"gradient_checkpointing": cuda, **settings}  # on a CPU memory is there, and time is not
+    # Checkpointing saves memory and costs time: on a CPU memory is there, and time is not.
+    settings = {"gradient_checkpointing": cuda, "dataloader_pin_memory": cuda, **settings}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -139,11 +160,10 @@ def trainer_config(settings: dict[str, Any], *, output_dir: Path, dtype: str) ->
                 fp16=cuda and dtype == "float16",
                 use_cpu=not cuda,
                 disable_tqdm=True,
-                dataloader_pin_memory=cuda,
                 **settings,
             )
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -152,6 +172,73 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     except ValidationError as error:
         allowed = " or ".join(dict.fromkeys(_plain(problem["msg"]) for problem in error.errors()))
         raise ConfigError(f"trainer.{name} is {value!r}: allowed is {allowed}.") from None
+
+
+def _check_number(name: str, value: Any) -> None:
+    numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"trainer.{name} is {value!r}: allowed is a finite number.")
+    if name in AT_LEAST_ONE and value < 1:
+        raise ConfigError(f"trainer.{name} is {value!r}: allowed is 1 or more.")
+    if name in ABOVE_ZERO and value <= 0:
+        raise ConfigError(f"trainer.{name} is {value!r}: allowed is a number above 0.")
+    if name == "label_smoothing" and not 0 <= value < 0.5:
+        raise ConfigError(f"trainer.{name} is {value!r}: allowed is 0 or more, and below 0.5.")
+
+
+def _check_loss_names(given: dict[str, Any]) -> None:
+    losses = given.get("loss_type")
+    if losses == []:
+        raise ConfigError(f"trainer.loss_type is []: name at least one of {', '.join(LOSSES)}.")
+    for loss in losses or ():
+        if loss not in LOSSES:
+            raise ConfigError(
+                f"trainer.loss_type has {loss!r}: allowed are {', '.join(LOSSES)}.{nearest(loss, LOSSES)}"
+            )
+
+
+def _check_losses(settings: dict[str, Any]) -> None:
+    """What TRL would refuse too, but only when the weights are loaded."""
+    losses = settings["loss_type"]
+    if "exo_pair" in losses and not settings.get("label_smoothing"):
+        raise ConfigError("The loss exo_pair needs a trainer.label_smoothing above 0, such as 0.001.")
+    if settings.get("use_weighting") and {"aot", "aot_unpaired"} & set(losses):
+        raise ConfigError(f"trainer.use_weighting does not work with loss_type {losses}. Remove one of them.")
+    divergence = settings.get("f_divergence_type", "reverse_kl")
+    if divergence not in DIVERGENCES:
+        raise ConfigError(
+            f"trainer.f_divergence_type is {divergence!r}: allowed are {', '.join(DIVERGENCES)}."
+            f"{nearest(divergence, DIVERGENCES)}"
+        )
+    without = [loss for loss in losses if loss not in DIVERGENCE_LOSSES]
+    if divergence != "reverse_kl" and without:
+        raise ConfigError(
+            f"trainer.f_divergence_type {divergence} does not exist for loss_type {', '.join(without)}. "
+            f"Losses that have it: {', '.join(DIVERGENCE_LOSSES)}."
+        )
+
+
+def _check_trackers(settings: dict[str, Any]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    asked, known = settings["report_to"] or [], (*INTEGRATION_TO_CALLBACK, "all", "none")
+    for tracker in [asked] if isinstance(asked, str) else asked:
+        if tracker not in known:
+            raise ConfigError(
+                f"trainer.report_to has {tracker!r}: allowed are {', '.join(known)}.{nearest(tracker, known)}"
+            )
+        if tracker not in (*get_available_reporting_integrations(), "all", "none"):
+            raise ConfigError(f"trainer.report_to has {tracker!r}, which is not installed. Install it, or use none.")
+
+
+def _refuse_head(recipe: Recipe) -> None:
+    targets = recipe.lora.targets
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        raise ConfigError(
+            "lora.targets has lm_head, but TRL multiplies with that layer's own weight, so an adapter on it would "
+            "never be trained. Remove it."
+        )
 
 
 def _plain(message: str) -> str:
@@ -176,5 +263,8 @@ def _refuse_inert_sections(recipe: Recipe, settings: dict[str, Any]) -> None:
     if recipe.data.eval is None:
         if settings.get("eval_strategy", "no") != "no":
             raise ConfigError("trainer.eval_strategy needs held-out pairs: set data.eval.")
-        for name in {"answers", "show"} & recipe.evaluation.model_fields_set:
+        for name in ("answers", "show"):
+            # The default is no wish: a recipe that was written out has it, too.
+            if getattr(recipe.evaluation, name) == EvaluationSection.model_fields[name].default:
+                continue
             raise ConfigError(f"evaluation.{name} is about held-out prompts: set data.eval.")

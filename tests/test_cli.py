@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 import lora_dpo
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError
+from lora_dpo.events import Compared, Progress, Resolved, Saved, StepLogged
 
 MINIMAL = {"model": {"name": "some-model"}, "data": {"train": "pairs.jsonl"}}
 COMMANDS = [["train"], ["chat"], ["merge"], ["recipe"], ["models"], ["models", "fetch"], ["models", "list"]]
@@ -287,6 +289,40 @@ def test_the_models_command_says_what_is_here(capsys):
     Path("models/smollm2-135m/config.json").write_text("{}")
     assert main(["models", "list"]) == 0
     assert "here" in capsys.readouterr().out
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def drawn(*events: Any, width: int = 60) -> str:
+    """What a log file gets."""
+    from rich.console import Console
+
+    from lora_dpo.console import RunView
+
+    view = RunView(Console(file=io.StringIO(), width=width))
+    for event in events:
+        view(event)
+    return view.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_log_file_gets_one_line_a_step():
+    said = drawn(Progress("training", 1, 2), StepLogged(1, 2, {"loss": 0.5}), Progress("training", 2, 2))
+    assert said.splitlines() == ["training  loss 0.50  1/2"]
+
+
+def test_the_next_command_can_be_copied_whole():
+    folder = Path("my adapters", "x" * 90)
+    assert f"  lora-dpo chat '{folder}' --compare\n" in drawn(Saved(folder))
+
+
+def test_a_long_value_is_folded_and_not_cut():
+    said = drawn(Resolved((("output", "x" * 200),)))
+    assert said.count("x") == 200
+
+
+def test_nothing_compared_is_no_table():
+    assert drawn(Compared(())) == ""
 
 
 # --- import is free -------------------------------------------------------------------------------

@@ -258,6 +258,45 @@ def test_an_override_fills_a_section_whose_lines_are_all_commented_out(read):
     assert read(MINIMAL + "trainer:\n  # beta: 0.1\n", "trainer.beta=0.2").trainer == {"beta": 0.2}
 
 
+@pytest.mark.parametrize("section", ["lora", "evaluation", "trainer"])
+def test_an_empty_section_is_a_section_of_defaults(section):
+    assert check_recipe(with_settings(**{section: None})) == check_recipe(with_settings())
+
+
+def test_merge_keys_work(read):
+    recipe = read(
+        MINIMAL + "lora: &small {rank: 4, alpha: 8}\nevaluation: {}\ntrainer:\n  <<: {beta: 0.2}\n  seed: 3\n"
+    )
+    assert recipe.trainer == {"beta": 0.2, "seed": 3}
+    assert recipe.lora.rank == 4
+
+
+def test_home_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = check_recipe(
+        with_settings(
+            data={"train": ["~/a.jsonl", "org/data"], "eval": "~/b.jsonl"},
+            evaluation={"questions": "~/q.jsonl"},
+            reference="adapter:~/first",
+            output="~/out",
+        )
+    )
+    assert (recipe.data.train, recipe.data.eval) == (["/home/me/a.jsonl", "org/data"], "/home/me/b.jsonl")
+    assert (recipe.evaluation.questions, recipe.output) == ("/home/me/q.jsonl", "/home/me/out")
+    assert recipe.reference_adapter == Path("/home/me/first")
+
+
+def test_infinity_inside_a_trainer_field_survives_writing(recipe_path):
+    recipe = check_recipe(with_settings(trainer={"lr_scheduler_kwargs": {"power": float("inf")}}))
+    recipe_path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert read_recipe(recipe_path) == recipe
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf"])
+def test_a_number_without_end_is_refused(alpha):
+    assert "finite" in refusal(lora={"alpha": float(alpha)})
+
+
 # --- forms ----------------------------------------------------------------------------------------
 
 

@@ -201,6 +201,16 @@ def test_a_file_that_cannot_be_used_says_where_and_why(tmp_path, name, content, 
     assert message in str(caught.value)
 
 
+def test_no_source_at_all_is_said():
+    with pytest.raises(DataError, match="list of preference files is empty"):
+        read_pairs([])
+
+
+def test_a_missing_file_in_a_list_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        read_pairs([jsonl(tmp_path / "a.jsonl", TEXT_ROW), str(tmp_path / "none.jsonl")])
+
+
 def test_a_number_too_long_for_python_is_broken_json(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": ' + "1" * 5000 + "}\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 1"):

@@ -90,9 +90,11 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
             target.mkdir()
             (target / "theirs.txt").write_text("theirs")
 
-    with pytest.raises(OutputError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists") as caught:
         write()
-    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    (kept,) = (path for path in tmp_path.iterdir() if path != target)
+    assert str(kept) in str(caught.value)
+    assert [path.name for path in kept.iterdir()] == ["mine.txt"]
     assert [path.name for path in target.iterdir()] == ["theirs.txt"]
 
 

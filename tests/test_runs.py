@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,16 @@ import pytest
 
 from lora_dpo.config import Recipe, check_recipe, read_recipe
 from lora_dpo.errors import ConfigError, OutputError
-from lora_dpo.runs import RunLog, check_space, checkpoints, choose_output, open_run, partial_of, resume_command
+from lora_dpo.runs import (
+    RunLog,
+    check_space,
+    checkpoints,
+    choose_output,
+    open_run,
+    partial_of,
+    release,
+    resume_command,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +69,23 @@ def test_what_a_run_left_before_its_first_checkpoint_takes_no_name():
     assert choose_output(recipe(), "quickstart", resume=False) == Path("adapters/quickstart")
 
 
+def test_the_recipes_own_output_is_taken_as_it_is():
+    assert choose_output(recipe(output="mine"), "quickstart", resume=False) == Path("mine")
+    interrupt(Path("mine"), 50)
+    assert choose_output(recipe(output="mine"), "quickstart", resume=True) == Path("mine")
+
+
+@pytest.mark.parametrize("output", ["mine", "."])
 @pytest.mark.parametrize("resume", [False, True])
-def test_the_recipes_own_output_is_taken_as_it_is(resume):
+def test_a_taken_output_is_refused_before_anything_is_read(output, resume):
     Path("mine").mkdir()
-    assert choose_output(recipe(output="mine"), "quickstart", resume=resume) == Path("mine")
+    with pytest.raises(OutputError, match="already exists"):
+        choose_output(recipe(output=output), "quickstart", resume=resume)
+
+
+def test_an_output_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert choose_output(recipe(output="~/mine"), "quickstart", resume=False) == Path("/home/me/mine")
 
 
 def test_resume_continues_the_run_that_was_interrupted_last():
@@ -111,7 +136,7 @@ def test_a_fresh_run_clears_what_cannot_be_resumed():
     partial.mkdir()
     (partial / "metrics.jsonl").write_text("{}")
     open_run(recipe(), Path("out"), resume=False)
-    assert [path.name for path in partial.iterdir()] == ["recipe.yaml"]
+    assert sorted(path.name for path in partial.iterdir()) == ["recipe.yaml", "running.json"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -180,6 +205,83 @@ def test_the_resume_command_reads_the_unfinished_runs_own_recipe():
 
 def test_the_resume_command_survives_a_shell():
     assert "'my runs/q.partial/recipe.yaml'" in resume_command(Path("my runs/q"))
+
+
+def test_resume_does_not_mind_the_order_of_trainer_fields():
+    open_run(recipe(trainer={"beta": 0.1, "seed": 7}), Path("out"), resume=False)
+    interrupt(Path("out"), 50)
+    assert open_run(recipe(trainer={"seed": 7, "beta": 0.1}), Path("out"), resume=True) is not None
+
+
+# --- one run at a time ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_process() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield process
+        process.kill()
+
+
+def run_of(process: int, output: Path) -> Path:
+    """Make the folder of a run that goes on in another process, before its first checkpoint."""
+    open_run(recipe(), output, resume=False)
+    lock = partial_of(output) / "running.json"
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "process": process}))
+    return partial_of(output)
+
+
+@pytest.mark.parametrize("steps", [[], [50]], ids=["before-a-checkpoint", "after-one"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_goes_on_elsewhere_is_left_alone_and_named(another_process, steps, resume):
+    partial = run_of(another_process.pid, Path("out"))
+    interrupt(Path("out"), *steps)
+    before = sorted(partial.rglob("*"))
+    for start in (open_run, lambda settings, output, resume: choose_output(settings, "", resume=resume)):
+        with pytest.raises(OutputError, match=rf"going on in out\.partial \(process {another_process.pid}\)"):
+            start(recipe(output="out"), Path("out"), resume=resume)
+    assert sorted(partial.rglob("*")) == before
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_name(another_process):
+    run_of(another_process.pid, Path("adapters/quickstart"))
+    assert choose_output(recipe(), "quickstart", resume=False) == Path("adapters/quickstart-2")
+    interrupt(Path("adapters/quickstart"), 50, touched=9_000)
+    interrupt(Path("adapters/quickstart-2"), 50, touched=1_000)
+    assert choose_output(recipe(), "quickstart", resume=True) == Path("adapters/quickstart-2")
+
+
+def test_of_two_runs_that_start_together_only_one_gets_the_place(another_process, monkeypatch):
+    run_of(another_process.pid, Path("out"))
+    monkeypatch.setattr("lora_dpo.runs._check_place", lambda output, resume: None)  # as if checked before the other
+    with pytest.raises(OutputError, match="has just started"):
+        open_run(recipe(), Path("out"), resume=False)
+
+
+def test_the_lock_of_a_process_that_died_is_no_lock():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    run_of(process.pid, Path("out"))
+    interrupt(Path("out"), 50)
+    assert open_run(recipe(), Path("out"), resume=True) == Path("out.partial/checkpoints/checkpoint-50")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"process": 1, "host": "another machine"}'])
+def test_a_lock_that_names_no_process_here_is_no_lock(text):
+    partial = partial_of(Path("out"))
+    partial.mkdir()
+    (partial / "running.json").write_text(text)
+    assert open_run(recipe(), Path("out"), resume=False) is None
+
+
+def test_release_gives_up_the_own_lock_only(another_process):
+    open_run(recipe(), Path("mine"), resume=False)
+    release(partial_of(Path("mine")))
+    release(partial_of(Path("mine")))
+    assert not (partial_of(Path("mine")) / "running.json").exists()
+    theirs = run_of(another_process.pid, Path("theirs"))
+    release(theirs)
+    assert (theirs / "running.json").exists()
 
 
 # --- the log --------------------------------------------------------------------------------------

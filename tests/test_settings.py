@@ -191,6 +191,32 @@ def test_an_f_divergence_with_a_loss_that_has_none_is_refused_before_anything_is
     assert "f_divergence_type" in refusal(f_divergence_type="js_divergence", loss_type="bco_pair")
 
 
+def test_a_nearly_right_f_divergence_gets_a_hint():
+    assert "Did you mean js_divergence?" in refusal(f_divergence_type="js_divergance")
+
+
+def test_weighting_with_a_loss_that_sorts_is_refused_before_anything_is_loaded():
+    assert "use_weighting" in refusal(use_weighting=True, loss_type="aot")
+
+
+# --- trackers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trackers", ["none", "all", [], None])
+def test_trackers_that_are_always_there(trackers):
+    assert resolve(report_to=trackers)["report_to"] == trackers
+
+
+def test_an_unknown_tracker_is_refused_with_the_nearest_one():
+    assert "Did you mean tensorboard?" in refusal(report_to="tensorbord")
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["mlflow"])
+    assert "'wandb', which is not installed" in refusal(report_to=["mlflow", "wandb"])
+    assert resolve(report_to=["mlflow"])["report_to"] == ["mlflow"]
+
+
 # --- settings that would do nothing ---------------------------------------------------------------
 
 
@@ -256,7 +282,19 @@ def test_packed_is_refused_without_quantisation():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("beta", 0), ("beta", -0.1), ("learning_rate", math.nan), ("per_device_train_batch_size", 0)],
+    [
+        ("beta", 0),
+        ("beta", -0.1),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("weight_decay", math.inf),
+        ("loss_weights", [1.0, math.nan]),
+        ("num_train_epochs", 0),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", -1),
+        ("label_smoothing", 0.5),
+    ],
 )
 def test_a_number_that_cannot_train_is_refused_before_anything_is_loaded(field, value):
     assert f"trainer.{field} is {value!r}" in refusal(**{field: value})

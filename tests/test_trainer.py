@@ -71,6 +71,8 @@ def test_same_losses_and_metrics_as_stock_trl(tiny_model_folder, tmp_path):
     for kind in (DPOTrainer, StockOnTokens):
         trainer = build(kind, tiny_model_folder, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3])
         trainer.train()
+        if kind is DPOTrainer:
+            assert trainer.pair_forward.streams == 8  # policy and reference, in the guard and in three steps
         logs.append(
             [
                 {k: v for k, v in row.items() if "time" not in k and "second" not in k}

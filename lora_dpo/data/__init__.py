@@ -33,6 +33,8 @@ def read_pairs(sources: str | Sequence[str], *, on_bad_row: str = "drop") -> tup
     Raises:
         DataError: a source cannot be read, or no row of it is usable.
     """
+    if not sources:
+        raise DataError("The list of preference files is empty. Name at least one file or hub data set.")
     pairs: list[PreferencePair] = []
     report = ReadReport()
     for source in [sources] if isinstance(sources, str) else sources:

@@ -34,7 +34,7 @@ def read_rows(source: str) -> Iterator[tuple[int, Row]]:
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        raise DataError(f"{source} is not UTF-8 text (byte {_first_bad_byte(path)}). Save it as UTF-8.") from error
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
 
@@ -100,8 +100,19 @@ def _parse_json(text: str, path: Path, line: int | None) -> Any:
     except json.JSONDecodeError as error:
         where = line if line is not None else error.lineno
         raise DataError(f"{path}, line {where}: broken JSON ({error.msg}, column {error.colno}).") from None
+    except ValueError:  # more than 4,300 digits
+        raise DataError(f"{path}, line {line or 1}: broken JSON (a number is too long).") from None
     except RecursionError:
         raise DataError(f"{path}, line {line or 1}: JSON nested too deeply to be a preference row.") from None
+
+
+def _first_bad_byte(path: Path) -> int:
+    """Counted from the file's start; the reader's own error counts from the start of a block."""
+    try:
+        path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
 
 
 def _as_row(value: Any, path: Path, number: int) -> Row:

@@ -35,6 +35,7 @@ def pair_from_row(row: Row, origin: Origin) -> PreferencePair:
     else:
         prompt = _prompt(row["prompt"])
         chosen, rejected = (_without_prompt(answer, prompt) for answer in (chosen, rejected))
+    _check_prompt(prompt)
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or not messages[-1]["content"].strip():
             raise BadRow(f"empty {side} answer")
@@ -48,21 +49,23 @@ def pair_from_row(row: Row, origin: Origin) -> PreferencePair:
 
 
 def _prompt(value: Any) -> Messages:
-    messages = _messages(value, "prompt") if not isinstance(value, str) else ()
     if isinstance(value, str):
         listed = _json_list(value)
-        messages = _messages(listed, "prompt") if listed else (Message(role="user", content=value),)
+        return _messages(listed, "prompt") if listed else (_message("user", value, "prompt"),)
+    return _messages(value, "prompt")
+
+
+def _check_prompt(messages: Messages) -> None:
     if not messages or not messages[-1]["content"].strip():
         raise BadRow("empty prompt")
     if messages[-1]["role"] == "assistant":
         raise BadRow("prompt ends with the assistant")
-    return messages
 
 
 def _answer(value: Any, side: str) -> Messages:
     if isinstance(value, str):
         listed = _json_list(value)
-        return _messages(listed, side) if listed else (Message(role="assistant", content=value),)
+        return _messages(listed, side) if listed else (_message("assistant", value, side),)
     if isinstance(value, dict):
         value = [value]
     return _messages(value, side)
@@ -79,7 +82,7 @@ def _json_list(text: str) -> list[Any] | None:
         return None
     try:
         parsed = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return parsed if all(isinstance(item, dict) and "role" in item for item in parsed) else None
 
@@ -93,8 +96,17 @@ def _messages(value: Any, part: str) -> Messages:
             raise BadRow(f"{part} has a message without text content")
         if item.get("role") not in ROLES:
             raise BadRow(f"{part} has a message with an unknown role ({item.get('role')!r})")
-        found.append(Message(role=item["role"], content=item["content"]))
+        found.append(_message(item["role"], item["content"], part))
     return tuple(found)
+
+
+def _message(role: str, content: str, part: str) -> Message:
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        # JSON's "\ud83d" is half of an emoji, from a text that was cut within it: no tokenizer can read that.
+        raise BadRow(f"{part} holds half of a character (a lone surrogate)") from None
+    return Message(role=role, content=content)
 
 
 def _split_shared_prefix(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:

@@ -12,6 +12,8 @@ from lora_dpo.data.template import Message, encode, render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SAME_AS_WRITTEN = "chosen and rejected are identical once written for the model"
+
 
 @dataclass(frozen=True)
 class TokenPair:
@@ -34,7 +36,8 @@ def tokenize_pairs(
 ) -> tuple[list[TokenPair], list[Dropped]]:
     """Tokenise through the chat template; drop pairs that carry no signal.
 
-    Dropped are pairs whose prompt alone fills `max_length`, and pairs that `max_length` makes equal.
+    Dropped are pairs whose prompt alone fills `max_length`, and pairs whose answers are equal as
+    the model reads them, because of `max_length` or the chat template.
 
     Args:
         max_length: longest sequence (prompt and answer) in tokens; answers are cut at their end.
@@ -50,7 +53,8 @@ def tokenize_pairs(
         if max_length is not None and len(tokens.prompt) >= max_length:
             dropped.append(Dropped(pair.origin, f"prompt fills max_length ({max_length} tokens)"))
         elif tokens.chosen == tokens.rejected:
-            dropped.append(Dropped(pair.origin, "identical after truncation"))
+            reason = "identical after truncation" if tokens.truncated else _SAME_AS_WRITTEN
+            dropped.append(Dropped(pair.origin, reason))
         else:
             kept.append(tokens)
         if on_pair:

@@ -30,8 +30,8 @@ def pair_attention(
     for span in spans:
         first = slice(span.start, span.chosen)  # prefix and chosen branch lie in order: plain causal attention
         if span.chosen > span.start:
-            parts = (part[None, :, first] for part in (query_HSD, key_HSD, value_HSD))
-            done.append(scaled_dot_product_attention(*parts, is_causal=True, scale=scale)[0])
+            query, key, value = (part[None, :, first] for part in (query_HSD, key_HSD, value_HSD))
+            done.append(scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)[0])
         own = slice(span.chosen, span.end)
         if span.end > span.chosen:
             keys, values = (

@@ -67,12 +67,14 @@ def stream_attention(model: Any) -> Iterator[None]:
 
 def to_device(layout: Layout, device: torch.device) -> Layout:
     """The layout with its tensors on `device`."""
-    moved = {
-        field.name: value.to(device)
-        for field in dataclasses.fields(layout)
-        if isinstance(value := getattr(layout, field.name), torch.Tensor)
-    }
-    return dataclasses.replace(layout, **moved)
+    return dataclasses.replace(
+        layout,
+        ids_S=layout.ids_S.to(device),
+        position_S=layout.position_S.to(device),
+        predictor_L=layout.predictor_L.to(device),
+        label_L=layout.label_L.to(device),
+        source_RT=layout.source_RT.to(device),
+    )
 
 
 class PairForward:
@@ -90,6 +92,8 @@ class PairForward:
         self.before = model.forward
         self.plain = model.config._attn_implementation
         self.window = window_of(model)
+        self.streams = 0
+        """Forward passes that ran as a stream."""
         inner = self
 
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
@@ -105,18 +109,23 @@ class PairForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's call with padded rows `[2n, T]`; any other call is passed on."""
-        ids_RT, labels_RT = kwargs.get("input_ids"), kwargs.get("labels")
-        expected = {"input_ids", "attention_mask", "labels", "fused_lm_head", "use_cache", "num_items_in_batch"}
-        pairs = not args and kwargs.get("fused_lm_head") and labels_RT is not None and not len(ids_RT) % 2
-        if not pairs or set(kwargs) - expected or (self.window and ids_RT.shape[1] > self.window):
+        if args or not self._is_pairs(**kwargs):
             self.model.config._attn_implementation = self.plain
             return self.before(*args, **kwargs)
-        mask_RT = kwargs.get("attention_mask")
-        mask_RT = torch.ones_like(ids_RT) if mask_RT is None else mask_RT
+        ids_RT, mask_RT, labels_RT = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
         rows = [row[keep.bool()].tolist() for row, keep in zip(ids_RT, mask_RT, strict=True)]
         wanted = [(row[keep.bool()] != -100).tolist() for row, keep in zip(labels_RT, mask_RT, strict=True)]
         layout = to_device(lay_out(rows, wanted, width=ids_RT.shape[1]), ids_RT.device)
+        self.streams += 1
         return self._outputs(stream_hidden(self.model, layout), layout)
+
+    def _is_pairs(self, **kwargs: Any) -> bool:
+        given = {name for name, value in kwargs.items() if value is not None}  # peft fills in None for the rest
+        needed = {"input_ids", "attention_mask", "labels", "fused_lm_head"}
+        if not needed <= given or not kwargs["fused_lm_head"] or given - needed - {"use_cache", "return_dict"}:
+            return False
+        rows, longest = kwargs["input_ids"].shape
+        return rows % 2 == 0 and (self.window is None or longest <= self.window)
 
     def _outputs(self, hidden_SE: torch.Tensor, layout: Layout) -> Any:
         # TRL's own chunked head, on the rows that predict a label: the same numbers, for fewer rows.
@@ -136,8 +145,9 @@ class PairForward:
         )
         names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         tables = {
-            name: None if value is None else to_rows(value, layout.source_RT)
+            name: to_rows(value, layout.source_RT)
             for name, value in zip(names, values, strict=True)
+            if value is not None
         }
         labelled = layout.source_RT < len(layout.label_L)
         return FusedCausalLMOutput(loss=-tables["log_probs"].sum() / labelled.sum(), label_mask=labelled, **tables)
