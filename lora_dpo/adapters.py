@@ -140,6 +140,14 @@ def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False) -
     return model
 
 
+def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
+    """Put a checkpoint's adapter weights into the policy that is on the model."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"), adapter_name=POLICY)
+
+
 def check_base(passport: Passport, base: Base, folder: Path) -> None:
     """Raise `AdapterError` if the adapter's base has other weights than the one in memory."""
     known = passport.base_fingerprint and base.fingerprint

@@ -177,7 +177,8 @@ def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
     try:
         model = get_peft_model(base, lora_config(base, lora))
     except ValueError as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0]} Layers: {', '.join(linear_names(base))}.") from None
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise ConfigError(f"lora: {reason}. Linear layers here: {', '.join(linear_names(base))}.") from None
     to_fp32_masters(model)
     return model
 

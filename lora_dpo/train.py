@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters import attach_adapter, make_passport, write_passport
+from lora_dpo.adapters import attach_adapter, make_passport, restore_adapter, write_passport
 from lora_dpo.card import write_card, write_curves
 from lora_dpo.config import Recipe, dump_recipe
 from lora_dpo.data import ReadReport, TokenPair
@@ -25,7 +26,7 @@ from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.measure import Measured, comparison, evenly, measure_after, measure_before
 from lora_dpo.model import POLICY, Base, attach_lora, load_base, quiet_loading
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
-from lora_dpo.runs import RunLog, choose_output, open_run
+from lora_dpo.runs import RunLog, checkpoints, choose_output, open_run, release
 from lora_dpo.settings import trainer_config
 
 if TYPE_CHECKING:
@@ -73,51 +74,51 @@ def train(
     try:
         with disk_errors(output), _memory_errors(), _quiet_libraries():
             return _execute(run, base, checkpoint)
-    except Stopped as stopped:
-        if not stopped.resumable and not list(run.partial.glob("checkpoints/*")):
-            shutil.rmtree(run.partial, ignore_errors=True)
-        raise
-    except BaseException:
-        if not list(run.partial.glob("checkpoints/*")):
+    finally:
+        release(run.partial)
+        if not checkpoints(run.partial):
             shutil.rmtree(run.partial, ignore_errors=True)  # nothing in it could be resumed
-        raise
 
 
 def _execute(run: Run, base: Base | None, checkpoint: Path | None) -> TrainResult:
+    base = base or _load(run)
+    model = _attach(base, run.recipe, seed=run.settings["seed"])
+    pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
+    ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
+    log = RunLog(run.partial / "metrics.jsonl", from_step=state.get("global_step", -1))
+    if checkpoint and state["global_step"] >= state["max_steps"]:
+        restore_adapter(model, checkpoint)  # only the measuring was interrupted
+    else:
+        _optimise(run, base, model, log, checkpoint)
+    model.eval()
+    after = measure_after(run, model, pad, ref_scores)
+    _report(run, before, after)
+    _save(run, base, model, log, before, after)
+    return TrainResult(run.output, base, model, before, after)
+
+
+def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None) -> None:
+    """The training loop: TRL's, from the checkpoint if there is one. Raises `Stopped` if asked to."""
     from datasets import Dataset
 
     from lora_dpo.trainer import DPOTrainer
 
-    recipe = run.recipe
-    base = base or _load(run)
-    model = _attach(base, recipe, seed=run.settings["seed"])
-    pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
-    before_file = run.partial / "before.json"
-    ref_scores, before = measure_before(run, model, pad, before_file)
-    config = trainer_config(run.settings, output_dir=run.partial / "checkpoints", dtype=base.dtype)
-    log = RunLog(run.partial / "metrics.jsonl", from_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
-    callback = _make_callback(run, log)
     trainer = DPOTrainer(
         model,
-        args=config,
+        args=trainer_config(run.settings, output_dir=run.partial / "checkpoints", dtype=base.dtype),
         train_dataset=Dataset.from_list([_columns(pair) for pair in run.train]),
         eval_dataset=Dataset.from_list([_columns(pair) for pair in run.held_out]) if run.held_out else None,
         processing_class=run.tokenizer,
-        callbacks=[callback],
+        callbacks=[_make_callback(run, log)],
     )
     _drop_printing_callbacks(trainer)
-    trainer.reference_guard = checkpoint is None
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.close()
     if run.stop.requested:
         raise Stopped(run.output, step=trainer.state.global_step, resumable=True)
-    model.eval()
-    after = measure_after(run, model, pad, ref_scores)
-    _report(run, before, after)
-    _save(run, base, model, log, before, after)
-    return TrainResult(run.output, base, model, before, after)
 
 
 # --- one base in memory ---------------------------------------------------------------------------

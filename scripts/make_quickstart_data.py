@@ -63,6 +63,8 @@ def sample(questions: list[Question], batch_size: int = 64) -> None:
     from lora_dpo.generate import Sampling, generate
 
     done = {(s.prompt, s.style) for s in read_samples()} if SAMPLES.exists() else set()
+    if all((q.prompt, style) in done for q in questions if q.part != "questions" for style in STYLES):
+        return
     folder = "models/smollm2-135m"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # fp32, not the faster bf16: the draws then hardly depend on the machine.
@@ -146,7 +148,7 @@ def prefer(question: Question, samples: list[Sample]) -> list[tuple[Sample, Samp
 
     A question with a known answer gives up to two pairs: its shortest correct answer against a wrong one,
     and against one that rambles. Any other prompt gives one: the complete, on-topic answer nearest to
-    `IDEAL` tokens against the longest answer, if that one has at least twice the tokens.
+    `IDEAL` tokens against the longest answer, if that one is at least 1.7 times as long.
     """
     good = [s for s in samples if complete(s) and s.tokens <= LONGEST]
     if question.accepted:
@@ -163,7 +165,7 @@ def prefer(question: Question, samples: list[Sample]) -> list[tuple[Sample, Samp
         return []
     chosen = min(fitting, key=lambda s: abs(s.tokens - IDEAL))
     rejected = max((s for s in samples if s is not chosen), key=lambda s: s.tokens)
-    return [(chosen, rejected, "rambles")] if rejected.tokens >= 2 * chosen.tokens else []
+    return [(chosen, rejected, "rambles")] if rejected.tokens >= 1.7 * chosen.tokens else []
 
 
 SHORTEST, IDEAL, LONGEST, FACT = 12, 32, 64, 24

@@ -1,0 +1,274 @@
+import logging
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl import DPOConfig
+
+from lora_dpo import DPOTrainer
+from lora_dpo.data import Origin, TokenPair
+from lora_dpo.evaluate import _padded_logps, _stream_logps
+from lora_dpo.settings import LOSSES
+from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
+from lora_dpo.shared_prefix.attention import pair_attention
+from lora_dpo.shared_prefix.model import ARCHITECTURES, window_of
+
+SIZES = dict(
+    vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    initializer_range=0.3,
+)  # fmt: skip
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "phi3": transformers.Phi3Config,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "smollm3": transformers.SmolLM3Config,
+}
+
+
+def tiny(kind, **extra):
+    torch.manual_seed(0)
+    extra = {"head_dim": 8, **extra} if kind in ("qwen3", "mistral") else extra
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **extra)).eval()
+
+
+def pair(prompt, chosen, rejected):
+    return TokenPair(prompt, chosen, rejected, Origin("t", 1), False)
+
+
+PAIRS = [
+    pair([1, 5, 6, 7], [8, 9, 2], [10, 2]),
+    pair([1, 20], [21, 22, 23, 24, 2], [21, 22, 30]),  # the answers begin alike
+    pair([1, 20, 21, 33, 34, 35, 36], [40], [41, 42, 43, 44, 45, 2]),
+    pair([1, 9], [10, 11], [10, 11, 12, 2]),  # one answer begins with the other
+]
+
+
+def rows_of(pairs):
+    sequences = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
+    masks = [[False] * len(p.prompt) + [True] * len(a) for side in ("chosen", "rejected") for p in pairs
+             for a in [getattr(p, side)]]  # fmt: skip
+    return sequences, masks
+
+
+def test_layout_of_the_worked_example():
+    # prefix a b c = 1 2 3, chosen d e = 4 5, rejected f = 6; the prompt is a b c
+    mask = [False] * 3
+    layout = lay_out([[1, 2, 3, 4, 5], [1, 2, 3, 6]], [[*mask, True, True], [*mask, True]], width=5)
+    assert layout.ids_S.tolist() == [1, 2, 3, 4, 3]
+    assert layout.position_S.tolist() == [0, 1, 2, 3, 2]
+    assert layout.label_L.tolist() == [4, 5, 6]
+    assert layout.predictor_L.tolist() == [2, 3, 4]
+    assert layout.source_RT.tolist() == [[3, 3, 0, 1], [3, 3, 2, 3]]
+    assert [(s.start, s.prefix, s.chosen, s.end) for s in layout.spans] == [(0, 2, 4, 5)]
+
+
+def test_layout_refuses_half_a_pair():
+    with pytest.raises(ValueError, match="2n"):
+        lay_out([[1, 2]], [[False, True]], width=2)
+
+
+def visible(layout, at):
+    """The ids that stream index `at` sees, itself included, in order of position."""
+    span = next(span for span in layout.spans if span.start <= at < span.end)
+    seen = (
+        range(span.start, at + 1)
+        if at < span.chosen
+        else [*range(span.start, span.prefix), *range(span.chosen, at + 1)]
+    )
+    return layout.ids_S[list(seen)].tolist()
+
+
+sequences = st.lists(st.integers(3, 6), min_size=1, max_size=7)
+
+
+@given(st.lists(st.tuples(sequences, sequences, sequences), min_size=1, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_every_label_is_predicted_from_exactly_its_own_row(triples):
+    rows, masks = rows_of([pair(*triple) for triple in triples])
+    width = max(map(len, rows))
+    layout = lay_out(rows, masks, width=width)
+    for row, mask, source in zip(rows, masks, layout.source_RT.tolist(), strict=True):
+        for column in range(1, width):
+            index = source[column - 1]
+            if column < len(row) and mask[column]:
+                at = int(layout.predictor_L[index])
+                assert int(layout.label_L[index]) == row[column]
+                assert visible(layout, at) == row[:column]
+                assert int(layout.position_S[at]) == column - 1
+            else:
+                assert index == len(layout.label_L)
+    longest = sum(len(a) + len(b) for a, b in zip(rows[: len(triples)], rows[len(triples) :], strict=True))
+    assert len(layout.ids_S) <= longest  # never more tokens than without sharing
+
+
+def test_pair_attention_equals_one_dense_mask_over_the_stream():
+    rows, masks = rows_of(PAIRS)
+    layout = lay_out(rows, masks, width=max(map(len, rows)))
+    size = len(layout.ids_S)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(4, size, 8), torch.randn(2, size, 8), torch.randn(2, size, 8)
+    sees = torch.zeros(size, size, dtype=torch.bool)
+    for span in layout.spans:
+        for at in range(span.start, span.end):
+            begin = span.start if at < span.chosen else span.chosen
+            sees[at, begin : at + 1] = True
+            if at >= span.chosen:
+                sees[at, span.start : span.prefix] = True
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query[None], key.repeat_interleave(2, 0)[None], value.repeat_interleave(2, 0)[None], attn_mask=sees, scale=0.3
+    )[0]
+    assert torch.allclose(pair_attention(query, key, value, layout.spans, 0.3), dense, atol=1e-6)
+
+
+def test_every_supported_architecture_is_tested_here():
+    assert set(CONFIGS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_scores_equal_those_of_whole_padded_rows(kind):
+    model = tiny(kind)
+    for ours, plain in zip(_stream_logps(model, PAIRS, 0), _padded_logps(model, PAIRS, 0), strict=True):
+        assert ours == pytest.approx(plain, rel=1e-6)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_scores_do_not_depend_on_the_order_or_the_split():
+    model = tiny("llama")
+    together = _stream_logps(model, PAIRS, 0)[0]
+    alone = [_stream_logps(model, [one], 0)[0][0] for one in reversed(PAIRS)][::-1]
+    assert together == pytest.approx(alone, rel=1e-6)
+
+
+class Stock(trl.DPOTrainer):
+    """Stock TRL on rows that are token ids already."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+def one_step(trainer_class, kind, folder, tmp_path, **options):
+    args = DPOConfig(
+        str(tmp_path), per_device_train_batch_size=4, report_to="none", bf16=False, use_cpu=True, disable_tqdm=True,
+        beta=0.3, **{"gradient_checkpointing": False, **options},
+    )  # fmt: skip
+    columns = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in PAIRS]
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    trainer = trainer_class(
+        tiny(kind), args=args, train_dataset=Dataset.from_list(columns), peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    trainer.model.train()
+    batch = trainer._prepare_inputs(trainer.data_collator(columns))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    return loss.item(), gradients, metrics, trainer
+
+
+def assert_same_as_stock(kind, folder, tmp_path, **options):
+    ours, stock = (one_step(c, kind, folder, tmp_path, **options) for c in (DPOTrainer, Stock))
+    assert ours[3].pair_forward.streams == 2  # policy and reference
+    assert ours[0] == pytest.approx(stock[0], rel=2e-6, abs=1e-7)
+    assert ours[2] == pytest.approx(stock[2], rel=2e-5, abs=1e-6)
+    assert ours[1].keys() == stock[1].keys()
+    largest = max(gradient.abs().max() for gradient in stock[1].values())
+    for name, gradient in stock[1].items():
+        assert torch.allclose(ours[1][name], gradient, rtol=1e-5, atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_loss_gradients_and_metrics_equal_stock_trl(kind, tiny_model_folder, tmp_path):
+    assert_same_as_stock(kind, tiny_model_folder, tmp_path)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_trl_loss_equals_stock_trl(loss, tiny_model_folder, tmp_path):
+    smoothing = {"label_smoothing": 0.1} if loss in ("exo_pair", "robust", "aot", "aot_unpaired") else {}
+    assert_same_as_stock("llama", tiny_model_folder, tmp_path, loss_type=[loss], **smoothing)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "alpha_divergence"},
+        {"ld_alpha": 0.4},
+        {"use_weighting": True},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda options: next(iter(options)) + "-" + str(next(iter(options.values()))),
+)
+def test_every_trl_option_equals_stock_trl(options, tiny_model_folder, tmp_path):
+    assert_same_as_stock("llama", tiny_model_folder, tmp_path, **options)
+
+
+def test_rows_longer_than_a_sliding_window_take_the_plain_path(tiny_model_folder, tmp_path):
+    model = tiny("mistral", sliding_window=4)
+    assert window_of(model) == 4
+    forward = PairForward(trl_patched(model), ("log_probs",))
+    forward(**padded_call())
+    assert forward.streams == 0
+
+
+def trl_patched(model):
+    trl.trainer.utils.add_fused_lm_head(model)
+    return model
+
+
+def padded_call():
+    ids = torch.tensor([[1, 5, 6, 7, 8, 2], [1, 5, 6, 7, 9, 2]])
+    labels = ids.masked_fill(torch.arange(6) < 4, -100)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
+
+
+def test_generation_keeps_the_models_own_attention_while_bound():
+    model = trl_patched(tiny("llama"))
+    ids = torch.tensor([[1, 5, 6]])
+    before = model.generate(ids, max_new_tokens=5, do_sample=False)
+    forward = PairForward(model, ("log_probs",))
+    model(**padded_call())
+    assert forward.streams == 1
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
+
+
+def test_closing_gives_the_model_its_own_forward_back():
+    model = trl_patched(tiny("llama"))
+    own = model.forward
+    forward = PairForward(model, ("log_probs",))
+    model(**padded_call())
+    forward.close()
+    assert model.forward == own
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_architecture_that_cannot_is_said_once_and_trains_with_trls_forward(tiny_model_folder, tmp_path, caplog):
+    config = transformers.Gemma2Config(**{**SIZES, "head_dim": 8})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert "gemma2" in unsupported_reason(model)
+    args = DPOConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False)
+    columns = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in PAIRS]
+    with caplog.at_level(logging.WARNING, logger="lora_dpo"):
+        trainer = DPOTrainer(
+            model, args=args, train_dataset=Dataset.from_list(columns),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+            processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+        )  # fmt: skip
+    assert trainer.pair_forward is None
+    assert [record for record in caplog.records if "gemma2" in record.message]
+    assert trainer.check_reference() < 1e-5
