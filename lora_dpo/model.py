@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_dpo.config import Dtype, LoraSection, Quantize
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
+from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def load_base(
     compute = getattr(torch, pick_dtype(dtype, place))
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(name, **common)
-    with quiet_loading(), _load_errors(name):
+    with quiet_libraries(), _load_errors(name):
         if packed == "auto":
             packed = quantize == "nf4" and decide_packed(load_skeleton(name, **common), place, compute)
         arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
@@ -88,7 +89,7 @@ def load_base(
             arguments["quantization_config"] = _nf4_config(compute)
         model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
     if quantize == "nf4" and not packed:
-        with quiet_loading():
+        with quiet_libraries():
             hold_dequantized(model)
     elif quantize == "nf4" and place.type == "cpu":
         keep_packed_weights_differentiable(model)
@@ -105,7 +106,7 @@ def load_tokenizer(
     """The tokenizer of a base model. Raises `ModelError` if there is none or it has no chat template."""
     from transformers import AutoTokenizer
 
-    with quiet_loading(), _load_errors(name):
+    with quiet_libraries(), _load_errors(name):
         path = resolve_model(name)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
@@ -121,7 +122,7 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet_loading(), _load_errors(name), torch.device("meta"):
+    with quiet_libraries(), _load_errors(name), torch.device("meta"):
         path = resolve_model(name)
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -348,26 +349,3 @@ def _load_errors(name: str) -> Iterator[None]:
             f"The model {name} could not be loaded: {reason} "
             "Give a model folder, a hub id (with network), or a name of: lora-dpo models list"
         ) from error
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bars and no advice of the libraries inside the block: faces draw their own."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    were_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    bitsandbytes = logging.getLogger("bitsandbytes")  # asks to install an optional CPU kernel that is not used
-    level = bitsandbytes.level
-    bitsandbytes.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what the libraries will rename
-            yield
-    finally:
-        bitsandbytes.setLevel(level)
-        if were_on:
-            transformers_logging.enable_progress_bar()

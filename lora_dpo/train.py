@@ -24,8 +24,9 @@ from lora_dpo.evaluate import to_json
 from lora_dpo.events import Answered, Compared, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.measure import Measured, comparison, evenly, measure_after, measure_before
-from lora_dpo.model import POLICY, Base, attach_lora, load_base, quiet_loading
+from lora_dpo.model import POLICY, Base, attach_lora, load_base
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
+from lora_dpo.quiet import quiet_libraries
 from lora_dpo.runs import RunLog, checkpoints, choose_output, open_run, release
 from lora_dpo.settings import trainer_config
 
@@ -69,10 +70,11 @@ def train(
     output = choose_output(recipe, name, resume=resume)
     recipe = recipe.model_copy(update={"output": str(output)})
     emit = on_event or (lambda event: None)
-    run = prepare(recipe, output, emit, stop or StopSignal())
+    with quiet_libraries():
+        run = prepare(recipe, output, emit, stop or StopSignal())
     checkpoint = open_run(recipe, output, resume=resume)
     try:
-        with disk_errors(output), _memory_errors(), _quiet_libraries():
+        with disk_errors(output), _memory_errors(), quiet_libraries():
             return _execute(run, base, checkpoint)
     finally:
         release(run.partial)
@@ -193,21 +195,6 @@ def _memory_errors() -> Iterator[None]:
             "The GPU's memory ran out. Lower trainer.per_device_train_batch_size (and raise "
             "trainer.gradient_accumulation_steps), lower trainer.max_length, or set trainer.gradient_checkpointing."
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' progress bars and advice out of the way: events say what happens."""
-    import datasets
-
-    were_on = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with quiet_loading():
-            yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
-    ("errors", "config", "files", "events"),
+    ("errors", "config", "files", "events", "quiet"),
     ("data", "shared_prefix", "fetch"),
     ("model", "adapters", "generate", "runs", "settings", "card"),
     ("trainer", "evaluate", "prepare", "measure", "train", "merge", "chat"),
