@@ -23,7 +23,8 @@ def write_card(
     samples: Sequence[tuple[str, str, str]],
 ) -> None:
     """Write `README.md`: what the adapter is, what was measured, and the command that made it."""
-    name = path.parent.name if recipe.output is None else Path(recipe.output).name
+    place = recipe.output or str(path.parent)
+    name = Path(place).name
     front = {
         "base_model": passport.base,
         "library_name": "peft",
@@ -47,7 +48,7 @@ def write_card(
         "## How it was made",
         "",
         "```",
-        f"lora-dpo train {name}/recipe.yaml output={name}-again",
+        f"lora-dpo train {place}/recipe.yaml output={place}-again",
         "```",
         "",
         f"Reference: {passport.reference}. Base weights: {_base_line(passport)}. All settings are in `recipe.yaml`, "
@@ -56,8 +57,8 @@ def write_card(
         "## How to use it",
         "",
         "```",
-        f"lora-dpo chat {name}",
-        f"lora-dpo merge {name} --output {name}-merged",
+        f"lora-dpo chat {place}",
+        f"lora-dpo merge {place} --output {name}-merged",
         "```",
         "",
         "or with plain `peft`: `PeftModel.from_pretrained(base_model, folder)`.",

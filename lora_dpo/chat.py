@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.config import Dtype, Quantize
@@ -17,7 +18,10 @@ from lora_dpo.data import Message
 from lora_dpo.errors import OutputError
 from lora_dpo.files import disk_errors
 from lora_dpo.generate import Sampling, stream
-from lora_dpo.model import Base, load_base, reference
+from lora_dpo.model import Base, load_base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Chat:
     """A conversation with a base and one adapter on it; `use_adapter` says which of them answers."""
 
     base: Base
-    model: object
+    model: PeftModel
     """The base with the adapter on it (a PeftModel)."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
     system: str | None = None
@@ -44,7 +48,10 @@ class Chat:
                 said += piece
                 yield piece
         finally:
-            self.history.append(Message(role="assistant", content=said.strip()))
+            if said.strip():
+                self.history.append(Message(role="assistant", content=said.strip()))
+            else:
+                self.history.pop()  # a turn without an answer would confuse the next one
 
     def answer_once(self, text: str, *, use_adapter: bool) -> str:
         """The answer to one message on top of the history, which stays as it is."""
@@ -70,7 +77,7 @@ class Chat:
         turns = [Message(role="system", content=self.system)] if self.system else []
         with ExitStack() as stack:
             if not self.use_adapter:
-                stack.enter_context(reference(self.model))  # type: ignore[arg-type]
+                stack.enter_context(self.model.disable_adapter())
             yield from stream(
                 self.model,
                 self.base.tokenizer,
@@ -100,6 +107,7 @@ def open_chat(
     """
     adapter = Path(adapter)
     name, revision = base_name(adapter)
+    revision = None if model else revision  # another place has its own revisions
     passport = read_passport(adapter)
     trained_on: Quantize = "none" if passport is not None and passport.quantize == "none" else "nf4"
     base = load_base(model or name, revision=revision, quantize=quantize or trained_on, dtype=dtype)

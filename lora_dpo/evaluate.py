@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +17,7 @@ from lora_dpo.data import TokenPair
 from lora_dpo.data.files import read_rows
 from lora_dpo.errors import DataError
 from lora_dpo.generate import Answer
-from lora_dpo.model import bare, reference
+from lora_dpo.model import bare
 
 if TYPE_CHECKING:
     import torch
@@ -87,24 +86,27 @@ def score_pairs(
     pairs: Sequence[TokenPair],
     *,
     pad_id: int,
-    as_reference: bool = False,
     on_pair: Callable[[int], None] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Log-probability of each chosen and each rejected answer, `(chosen, rejected)` of N numbers each.
 
+    The model is scored as it is: inside `reference(model)` with the adapters off.
+
     Args:
-        as_reference: score with the reference (adapters off, or the frozen copy) instead of the policy.
         on_pair: called with the number of pairs done so far.
     """
-    from lora_dpo.shared_prefix.model import unsupported_reason
+    from lora_dpo.shared_prefix.model import unsupported_reason, window_of
 
     base = bare(model)
-    score_batch = _stream_logps if unsupported_reason(base) is None else _padded_logps
+    window = window_of(base)
+    streams = unsupported_reason(base) is None
     chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
     finished = 0
     for batch in _batches(pairs):
-        with reference(model) if as_reference else nullcontext():
-            scores = score_batch(model, [pairs[index] for index in batch], pad_id)
+        part = [pairs[index] for index in batch]
+        longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in part)
+        fits = streams and (window is None or longest <= window)
+        scores = (_stream_logps if fits else _padded_logps)(model, part, pad_id)
         for index, of_chosen, of_rejected in zip(batch, *scores, strict=True):
             chosen[index], rejected[index] = of_chosen, of_rejected
         finished += len(batch)
@@ -132,7 +134,7 @@ def _stream_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[
 
     from lora_dpo.shared_prefix.layout import lay_out
     from lora_dpo.shared_prefix.logprobs import label_logprobs, to_rows
-    from lora_dpo.shared_prefix.model import stream_attention, stream_hidden, to_device
+    from lora_dpo.shared_prefix.model import logit_scale, stream_attention, stream_hidden, to_device
 
     base = bare(model)
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -142,7 +144,8 @@ def _stream_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[
     layout = lay_out(rows, masks, width=max(map(len, rows)))
     layout = to_device(layout, base.get_input_embeddings().weight.device)
     with torch.no_grad(), stream_attention(base):
-        values_L = label_logprobs(stream_hidden(base, layout), layout, base.get_output_embeddings())
+        hidden_SE = stream_hidden(base, layout)
+        values_L = label_logprobs(hidden_SE, layout, base.get_output_embeddings(), scale=logit_scale(base))
     sums: list[float] = to_rows(values_L, layout.source_RT).sum(dim=1).tolist()
     return sums[: len(pairs)], sums[len(pairs) :]
 

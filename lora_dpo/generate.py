@@ -99,6 +99,9 @@ def stream(
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
+    whole = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    if len(whole) > len(shown):
+        yield whole[len(shown) :]  # an answer that ends inside a character
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from lora_dpo.data import Message
 from lora_dpo.evaluate import AnswerMetrics, PairMetrics, answer_metrics, pair_metrics, score_pairs, write_json
 from lora_dpo.generate import Answer, Sampling, generate
-from lora_dpo.model import reference
 from lora_dpo.prepare import Run, Stopped
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Measured:
 
 
 def measure_before(run: Run, model: PeftModel, pad: int, cache: Path) -> tuple[Scores | None, Measured]:
-    """Score and answer as the reference. The policy equals it before the first step: the guard checks that."""
+    """Score and answer before the first step, when the policy is the reference: the guard checks that."""
     if cache.is_file():
         stored = json.loads(cache.read_text(encoding="utf-8"))
         scores, texts = stored["scores"], [Answer(**answer) for answer in stored["answers"]]
@@ -40,9 +39,8 @@ def measure_before(run: Run, model: PeftModel, pad: int, cache: Path) -> tuple[S
         scores = None
         if run.held_out:
             tick = run.progress("held-out pairs, reference", len(run.held_out))
-            scores = score_pairs(model, run.held_out, pad_id=pad, as_reference=True, on_pair=tick)
-        with reference(model):
-            texts = _answer(run, model, "answers before training")
+            scores = score_pairs(model, run.held_out, pad_id=pad, on_pair=tick)
+        texts = _answer(run, model, "answers before training")
         write_json(cache, {"scores": scores, "answers": [asdict(answer) for answer in texts]})
     pairs = pair_metrics(scores, scores, beta=run.beta) if scores else None
     return scores, Measured(pairs, _answer_metrics(run, texts), tuple(texts))

@@ -50,14 +50,17 @@ def merge(
     if into == "trained-base" and passport is not None and passport.quantize == "none":
         raise AdapterError(f"{adapter} was trained on unquantised weights: use --into base16, it is the same base.")
     name, revision = base_name(adapter)
+    revision = None if model else revision  # another place has its own revisions
     base = load_base(
         model or name,
         revision=revision,
         quantize="nf4" if into == "trained-base" else "none",
         packed=False,
-        dtype="float32",
+        # Training quantised the weights as they are in its compute dtype.
+        dtype=passport.dtype if passport and into == "trained-base" else "float32",  # type: ignore[arg-type]
         device="cpu",  # float32 weights of a model that trains in 4 bits seldom fit the card
     )
+    base.model.float()
     peft_model = attach_adapter(base, adapter)
     try:
         merged = peft_model.merge_and_unload(safe_merge=True)

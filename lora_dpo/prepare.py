@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -174,8 +174,8 @@ def _run_lines(run: Run) -> Iterator[tuple[str, str]]:
     batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
     per_epoch = -(-len(run.train) // batch)
     steps = settings.get("max_steps", -1)
-    steps = steps if steps > 0 else round(per_epoch * settings["num_train_epochs"])
-    mean = fmean(len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in run.train)
+    steps = steps if steps > 0 else ceil(per_epoch * settings["num_train_epochs"])
+    mean = fmean(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in run.train)
     yield (
         "steps",
         f"{steps} of {batch} pairs ({steps * batch / len(run.train):.2f} passes over the data), "

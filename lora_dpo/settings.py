@@ -154,7 +154,7 @@ def trainer_config(settings: dict[str, Any], *, output_dir: Path, dtype: str) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return DPOConfig(
+            config = DPOConfig(
                 output_dir=str(output_dir),
                 bf16=cuda and dtype == "bfloat16",
                 fp16=cuda and dtype == "float16",
@@ -164,6 +164,9 @@ def trainer_config(settings: dict[str, Any], *, output_dir: Path, dtype: str) ->
             )
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from error
+    if config.n_gpu > 1:
+        config._n_gpu = 1  # one base on one GPU; transformers would copy the model to every visible one
+    return config
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

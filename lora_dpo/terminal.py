@@ -35,6 +35,8 @@ def converse(chat: Chat, console: Console, *, compare: bool = False) -> None:
                 compare_once(chat, line, console)
             elif line:
                 speak(chat, line, console)
+        except KeyboardInterrupt:
+            console.print("[dim](stopped)[/]")
         except LoraDPOError as error:
             console.print(f"[red]error:[/] {escape(str(error))}")
 

@@ -121,6 +121,8 @@ def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: P
         trainer.close()
     if run.stop.requested:
         raise Stopped(run.output, step=trainer.state.global_step, resumable=True)
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
+        raise ModelError("Training ended in NaN or infinite weights. Lower trainer.learning_rate and start again.")
 
 
 # --- one base in memory ---------------------------------------------------------------------------
@@ -144,6 +146,11 @@ def _load(run: Run) -> Base:
 def _attach(base: Base, recipe: Recipe, *, seed: int) -> PeftModel:
     if base.name != recipe.model.name:
         raise ConfigError(f"The base handed in is {base.name}, but the recipe names {recipe.model.name}.")
+    if (base.quantize, base.revision) != (recipe.model.quantize, recipe.model.revision):
+        raise ConfigError(
+            f"The base handed in is quantised {base.quantize}, revision {base.revision}; the recipe says "
+            f"{recipe.model.quantize}, {recipe.model.revision}. Load it as the recipe says."
+        )
     if any("lora_" in name for name, _ in base.model.named_parameters()):
         raise ConfigError("The base handed in has an adapter on it already. Load a base without one.")
     if recipe.reference_adapter is None:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.model import POLICY, REFERENCE, bare, to_fp32_masters
+from lora_dpo.model import POLICY, REFERENCE, bare, pick_device, pick_dtype, to_fp32_masters
 from lora_dpo.shared_prefix import PairForward, unsupported_reason
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 1e-2, tor
 class DPOTrainer(trl.DPOTrainer):
     """A `trl.DPOTrainer` with the same constructor, settings, losses and logged metrics.
 
-    Three things differ:
+    Four things differ:
+
+    - Each pair's common prefix is computed once and nothing is padded (`lora_dpo.shared_prefix`). With
+      LoRA dropout both branches then share one draw over their prefix.
 
     - Adapter weights are float32 masters also on a 4-bit base, where TRL casts them to bf16 and Adam's
       small updates round to zero. An adapter that training continues from keeps its exact values.
-    - On a machine without a GPU, bf16 autocast (TRL's default) is switched off: it is slower there.
+    - bf16 autocast (TRL's default) is switched off where it is slow: without a GPU, or on one before Ampere.
     - Before the first step policy and reference must agree on real pairs (for the sigmoid loss: loss
       = ln 2, Rafailov et al. 2023, eq. 7 at h = 0), else `ReferenceMismatch` says which is wrong.
 
@@ -47,14 +50,17 @@ class DPOTrainer(trl.DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             cuda = torch.cuda.is_available()
             args = trl.DPOConfig(f"{name.rpartition('/')[2]}-DPO", bf16=cuda, use_cpu=not cuda)
-        if args.bf16 and not torch.cuda.is_available():
-            logger.info("No GPU: training in %s without bf16 autocast.", getattr(model, "dtype", "the model's dtype"))
-            args.bf16 = False
-            args.mixed_precision = "no"
+        fast = pick_dtype("auto", pick_device())
+        if args.bf16 and fast != "bfloat16":
+            logger.info("bf16 is slow on this machine: training with %s instead.", fast)
+            args.bf16, args.fp16 = False, fast == "float16"
+            args.mixed_precision = "fp16" if args.fp16 else "no"
         exact = _trainable_values(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, ref_model, args, *rest, **kwargs)
-        to_fp32_masters(self.model)
-        self._restore(exact)
+        self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if isinstance(self.model, PeftModel) and not self._sharded:
+            to_fp32_masters(self.model)
+            self._restore(exact)
         self.pair_forward = self._share_prefixes()
 
     def _share_prefixes(self) -> PairForward | None:
@@ -63,6 +69,8 @@ class DPOTrainer(trl.DPOTrainer):
         reason = "the data holds images" if self._is_vision_dataset else unsupported_reason(base)
         if self.ref_model is not None and reason is None:
             reason = "the reference is a second model"
+        if self._sharded:
+            reason = "the model is sharded by DeepSpeed or FSDP"
         if reason is not None:
             logger.warning("Training with TRL's own forward pass (slower, the same result): %s.", reason)
             return None
@@ -71,6 +79,9 @@ class DPOTrainer(trl.DPOTrainer):
 
     def close(self) -> None:
         """Give the model back the forward pass that it had before this trainer's shared-prefix one."""
+        # accelerate wraps the model's forward in autocast for good: an evaluation after training would
+        # run under other numerics than the one before it.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.pair_forward is not None:
             self.pair_forward.close()
             self.pair_forward = None
@@ -94,7 +105,11 @@ class DPOTrainer(trl.DPOTrainer):
         """TRL's `train`, after the reference guard. A resumed policy is trained already: not checked."""
         if self.reference_guard and not resume_from_checkpoint and self.state.global_step == 0:
             self.check_reference()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.pair_forward is not None:
+                self.pair_forward.rest()
 
     def check_reference(self, pairs: int = 2) -> float:
         """Score a few training pairs with policy and reference.
@@ -105,7 +120,8 @@ class DPOTrainer(trl.DPOTrainer):
         Raises:
             ReferenceMismatch: it is larger than rounding can explain.
         """
-        if not isinstance(self.train_dataset, Dataset):
+        if not isinstance(self.train_dataset, Dataset) or self._sharded:
+            logger.warning("Policy and reference were not compared: the data is a stream, or the model is sharded.")
             return 0.0
         rows = [self.train_dataset[index] for index in range(min(pairs, len(self.train_dataset)))]
         batch = self._prepare_inputs(self.data_collator(rows))

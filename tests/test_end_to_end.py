@@ -89,7 +89,6 @@ def test_packed_4bit_weights_give_the_same_scores_as_the_held_ones(adapter, work
     monkeypatch.chdir(workplace)
     packed, held = (load_base("smollm2-135m", quantize="nf4", packed=on) for on in (True, False))
     held_out = pairs(packed.tokenizer, workplace)[:2]
-    packed.model.train()
     one, other = (score_pairs(base.model, held_out, pad_id=2) for base in (packed, held))
     assert one[0] == pytest.approx(other[0], rel=1e-5)
     assert torch.uint8 in {parameter.dtype for parameter in packed.model.parameters()}

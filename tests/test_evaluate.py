@@ -7,7 +7,7 @@ from lora_dpo.data import Origin, TokenPair
 from lora_dpo.errors import DataError
 from lora_dpo.evaluate import answer_metrics, is_correct, pair_metrics, read_questions, score_pairs
 from lora_dpo.generate import Answer
-from lora_dpo.model import attach_lora, load_base
+from lora_dpo.model import attach_lora, load_base, reference
 
 
 def pair(prompt, chosen, rejected):
@@ -59,7 +59,8 @@ def test_scoring_as_reference_ignores_the_adapter_and_leaves_it_on(tiny_model_fo
             if "lora_B" in name:
                 parameter.fill_(0.05)
     adapted = score_pairs(model, PAIRS, pad_id=258)
-    assert score_pairs(model, PAIRS, pad_id=258, as_reference=True)[0] == pytest.approx(plain[0], rel=1e-5)
+    with reference(model):
+        assert score_pairs(model, PAIRS, pad_id=258)[0] == pytest.approx(plain[0], rel=1e-5)
     assert score_pairs(model, PAIRS, pad_id=258)[0] == pytest.approx(adapted[0], rel=1e-6)
     assert adapted[0] != pytest.approx(plain[0], rel=1e-3)
 

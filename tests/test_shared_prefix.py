@@ -13,7 +13,7 @@ from trl import DPOConfig
 
 from lora_dpo import DPOTrainer
 from lora_dpo.data import Origin, TokenPair
-from lora_dpo.evaluate import _padded_logps, _stream_logps
+from lora_dpo.evaluate import _padded_logps, _stream_logps, score_pairs
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
 from lora_dpo.shared_prefix.attention import pair_attention
@@ -25,6 +25,7 @@ SIZES = dict(
     initializer_range=0.3,
 )  # fmt: skip
 CONFIGS = {
+    "granite": transformers.GraniteConfig,
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,
     "phi3": transformers.Phi3Config,
@@ -37,6 +38,7 @@ CONFIGS = {
 def tiny(kind, **extra):
     torch.manual_seed(0)
     extra = {"head_dim": 8, **extra} if kind in ("qwen3", "mistral") else extra
+    extra = {"logits_scaling": 3.0, "attention_multiplier": 0.4, **extra} if kind == "granite" else extra
     return transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **extra)).eval()
 
 
@@ -224,6 +226,28 @@ def test_rows_longer_than_a_sliding_window_take_the_plain_path(tiny_model_folder
     forward = PairForward(trl_patched(model), ("log_probs",))
     forward(**padded_call())
     assert forward.streams == 0
+
+
+def test_scores_honour_a_sliding_window():
+    model = tiny("mistral", sliding_window=4)
+    unlimited = tiny("mistral", sliding_window=None)
+    scores = score_pairs(model, PAIRS, pad_id=0)[0]
+    assert scores == pytest.approx(_padded_logps(model, PAIRS, 0)[0], rel=1e-6)
+    assert scores != pytest.approx(score_pairs(unlimited, PAIRS, pad_id=0)[0], rel=1e-3)
+
+
+def test_two_trainers_on_one_model_leave_it_as_it_was():
+    model = trl_patched(tiny("llama"))
+    own = model.forward
+    first = PairForward(model, ("log_probs",))
+    model(**padded_call())
+    second = PairForward(model, ("log_probs",))
+    first.close()  # the second is still bound
+    model(**padded_call())
+    assert second.streams == 1
+    second.close()
+    assert model.config._attn_implementation == "sdpa"
+    assert own is not None
 
 
 def trl_patched(model):

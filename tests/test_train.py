@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lora_dpo
 from lora_dpo.adapters import read_passport
 from lora_dpo.chat import open_chat
 from lora_dpo.config import check_recipe
+from lora_dpo.data import Origin, TokenPair
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
 from lora_dpo.evaluate import score_pairs
 from lora_dpo.events import Compared, Note, Progress, Resolved, Saved, StepLogged
@@ -154,19 +155,19 @@ def test_a_crash_in_training_leaves_no_adapter(recipe, monkeypatch, tmp_path):
 
 def test_the_base_is_loaded_once_across_train_evaluate_and_chat(recipe, monkeypatch):
     loads = []
-    original = AutoModelForCausalLM.from_pretrained.__func__
+    original = PreTrainedModel.from_pretrained.__func__
 
-    def counted(cls, *args, **kwargs):
+    def counted(cls, *args, **kwargs):  # every way to load weights ends here
         loads.append(args[0])
         return original(cls, *args, **kwargs)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", classmethod(counted))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
     result = train(recipe(), name="tiny")
     chat = lora_dpo.Chat(result.base, result.model)
     "".join(chat.say("hello"))
     chat.use_adapter = False
     "".join(chat.say("hello"))
-    score_pairs(result.model, [], pad_id=0)
+    score_pairs(result.model, [TokenPair([257, 5], [6, 258], [7, 258], Origin("t", 1), False)], pad_id=258)
     assert len(loads) == 1
 
 
@@ -211,6 +212,9 @@ def test_continuing_from_an_adapter_starts_at_ln_2_and_differs_from_it_after(rec
     assert losses(second.folder)[1] == pytest.approx(0.6931472, abs=1e-5)
     assert second.before.pairs.accuracy == 0.5
     assert not (second.folder / "ref").exists()
+    barely = train(reference_recipe := recipe(reference=f"adapter:{first}", trainer__learning_rate=1e-9), name="barely")
+    assert abs(barely.after.pairs.chosen_logratio) < 1e-3  # measured against the frozen copy, not the base
+    assert reference_recipe.reference_adapter == first
     third = train(recipe(reference=f"adapter:{first}", **settings), name="third")
     assert losses(third.folder) == losses(second.folder)
 

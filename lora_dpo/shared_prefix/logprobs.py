@@ -11,7 +11,7 @@ import torch
 
 from lora_dpo.shared_prefix.layout import Layout
 
-CHUNK = 2048
+CHUNK = 512
 """Tokens projected to the vocabulary at once."""
 
 
@@ -24,12 +24,12 @@ def to_rows(value_L: torch.Tensor, source_RT: torch.Tensor) -> torch.Tensor:
     return padded[source_RT]
 
 
-def label_logprobs(hidden_SE: torch.Tensor, layout: Layout, head: Any) -> torch.Tensor:
+def label_logprobs(hidden_SE: torch.Tensor, layout: Layout, head: Any, *, scale: float = 1.0) -> torch.Tensor:
     """Log-probability of each labelled token, `[L]`, in float32; only predictors of labels are projected."""
     predicting_LE = hidden_SE[layout.predictor_L]
     parts = []
     for start in range(0, len(predicting_LE), CHUNK):
-        logits_cV = head(predicting_LE[start : start + CHUNK]).float()
+        logits_cV = head(predicting_LE[start : start + CHUNK]).float() * scale
         picked_c = logits_cV.gather(1, layout.label_L[start : start + CHUNK, None]).squeeze(1)
         parts.append(picked_c - torch.logsumexp(logits_cV, dim=-1))
     return torch.cat(parts) if parts else hidden_SE.new_zeros(0, dtype=torch.float32)

@@ -14,7 +14,7 @@ from lora_dpo.shared_prefix.attention import NAME, SPANS
 from lora_dpo.shared_prefix.layout import Layout, lay_out
 from lora_dpo.shared_prefix.logprobs import to_rows
 
-ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+ARCHITECTURES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """Dense decoders whose layers see the stream through the attention function alone; each is tested."""
 
 
@@ -25,7 +25,14 @@ def unsupported_reason(model: Any) -> str | None:
         return f"the architecture {config.model_type} is not among {', '.join(ARCHITECTURES)}"
     if getattr(config, "output_router_logits", None):
         return "its experts have a balancing loss over the whole batch"
+    if getattr(config, "attention_dropout", 0.0):
+        return "its attention has dropout"
     return None
+
+
+def logit_scale(model: Any) -> float:
+    """What the logits are multiplied by: 1, but in Granite."""
+    return 1.0 / float(getattr(model.config, "logits_scaling", 1.0))
 
 
 def window_of(model: Any) -> int | None:
@@ -81,7 +88,7 @@ class PairForward:
     """Gives one model instance TRL's `forward(..., labels, fused_lm_head=True)` over a shared-prefix stream.
 
     Bound to that instance only, and undone by `close`. Batches that cannot be expressed (a row longer
-    than a sliding window, odd inputs) go to the forward that was there before.
+    than a sliding window, unknown inputs) go to the forward that was there before.
     """
 
     def __init__(self, model: Any, outputs: tuple[str, ...]) -> None:
@@ -90,7 +97,7 @@ class PairForward:
             raise ValueError(reason)
         self.model, self.outputs = model, outputs
         self.before = model.forward
-        self.plain = model.config._attn_implementation
+        self.plain = model.config._attn_implementation if model.config._attn_implementation != NAME else "sdpa"
         self.window = window_of(model)
         self.streams = 0
         """Forward passes that ran as a stream."""
@@ -100,24 +107,32 @@ class PairForward:
             return inner(*args, **kwargs)
 
         forward.__signature__ = _signature(self.before)  # type: ignore[attr-defined]
-        model.forward = types.MethodType(forward, model)
+        self.bound = model.forward = types.MethodType(forward, model)
+
+    def rest(self) -> None:
+        """Give the model its own attention back, until the next stream."""
+        self.model.config._attn_implementation = self.plain
 
     def close(self) -> None:
         """Give the model its own forward and attention back."""
-        self.model.forward = self.before
-        self.model.config._attn_implementation = self.plain
+        self.rest()
+        if self.model.forward == self.bound:  # not another trainer's
+            self.model.forward = self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's call with padded rows `[2n, T]`; any other call is passed on."""
         if args or not self._is_pairs(**kwargs):
-            self.model.config._attn_implementation = self.plain
+            self.rest()
             return self.before(*args, **kwargs)
         ids_RT, mask_RT, labels_RT = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
         rows = [row[keep.bool()].tolist() for row, keep in zip(ids_RT, mask_RT, strict=True)]
         wanted = [(row[keep.bool()] != -100).tolist() for row, keep in zip(labels_RT, mask_RT, strict=True)]
         layout = to_device(lay_out(rows, wanted, width=ids_RT.shape[1]), ids_RT.device)
         self.streams += 1
-        return self._outputs(stream_hidden(self.model, layout), layout)
+        hidden_SE = stream_hidden(self.model, layout)
+        if not torch.is_grad_enabled():
+            self.rest()  # no backward pass will run the layers again
+        return self._outputs(hidden_SE, layout)
 
     def _is_pairs(self, **kwargs: Any) -> bool:
         given = {name for name, value in kwargs.items() if value is not None}  # peft fills in None for the rest
@@ -132,6 +147,7 @@ class PairForward:
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, _ChunkedLogProbFunction
 
         head = self.model.get_output_embeddings()
+        hidden_SE, layout = hidden_SE.to(head.weight.device), to_device(layout, head.weight.device)
         values = _ChunkedLogProbFunction.apply(
             hidden_SE[layout.predictor_L],
             head.weight,
@@ -140,7 +156,7 @@ class PairForward:
             1.0,
             _CHUNKED_LOGPROB_CHUNK_SIZE,
             None,
-            1.0,
+            logit_scale(self.model),
             self.outputs,
         )
         names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -150,7 +166,9 @@ class PairForward:
             if value is not None
         }
         labelled = layout.source_RT < len(layout.label_L)
-        return FusedCausalLMOutput(loss=-tables["log_probs"].sum() / labelled.sum(), label_mask=labelled, **tables)
+        return FusedCausalLMOutput(
+            loss=-tables["log_probs"].sum() / labelled.sum().clamp(min=1), label_mask=labelled, **tables
+        )
 
 
 def _signature(forward: Any) -> Any:
