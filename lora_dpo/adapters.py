@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.errors import AdapterError
 from lora_dpo.model import POLICY, Base
+from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -121,14 +122,17 @@ def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False) -
         AdapterError: the folder is no adapter, or the adapter was made for another base.
     """
     import torch
-    from peft import PeftModel
+
+    with quiet_libraries():  # peft brings bitsandbytes in, which has advice to give
+        from peft import PeftModel
 
     folder = Path(folder)
     passport = read_passport(folder)
     if passport:
         check_base(passport, base, folder)
     try:
-        model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=POLICY, is_trainable=trainable)
+        with quiet_libraries():
+            model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=POLICY, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         # size mismatch, unknown target modules, broken safetensors or config
         reason = str(error).strip().splitlines()

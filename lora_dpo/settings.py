@@ -267,7 +267,7 @@ def _refuse_inert_sections(recipe: Recipe, settings: dict[str, Any]) -> None:
         if settings.get("eval_strategy", "no") != "no":
             raise ConfigError("trainer.eval_strategy needs held-out pairs: set data.eval.")
         for name in ("answers", "show"):
-            # The default is no wish: a recipe that was written out has it, too.
-            if getattr(recipe.evaluation, name) == EvaluationSection.model_fields[name].default:
+            # The default is no wish (a recipe that was written out has it, too), and 0 asks for nothing.
+            if getattr(recipe.evaluation, name) in (0, EvaluationSection.model_fields[name].default):
                 continue
             raise ConfigError(f"evaluation.{name} is about held-out prompts: set data.eval.")
