@@ -43,7 +43,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, _as_row(_parse_json(line, path, number), path, number)
+                yield number, _as_row(_parse_json(line.rstrip("\r\n"), path, number), path, number)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
