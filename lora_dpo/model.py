@@ -291,7 +291,7 @@ def keep_packed_weights_differentiable(model: PreTrainedModel) -> None:
 def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:
     """A hash that tells base models apart without reading all their weights.
 
-    Covers each stored tensor's name, shape and up to 64 evenly spaced elements, rounded to bf16 so that
+    Covers each stored tensor's name, shape and up to 64 elements of its middle row, rounded to bf16 so that
     a float32 copy of bf16 weights has the same fingerprint. None without safetensors files.
     """
     import torch
