@@ -123,7 +123,8 @@ class EvaluationSection(Section):
     """What is measured before and after training."""
 
     answers: Annotated[
-        int, Field(ge=0, description="Held-out prompts answered greedily before and after training.")
+        int,
+        Field(ge=0, description="Held-out prompts, spread over the file, answered greedily before and after training."),
     ] = 32
     show: Annotated[int, Field(ge=0, description="How many of these answers are shown side by side.")] = 4
     max_new_tokens: Annotated[int, Field(ge=1, description="Longest answer, in tokens.")] = 160

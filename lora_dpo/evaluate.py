@@ -224,3 +224,9 @@ def to_json(metrics: PairMetrics | AnswerMetrics | None) -> dict[str, float | in
 def write_json(path: Path, value: object) -> None:
     """Write readable JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """`count` indices spread evenly over `range(total)`: a fair sample, not the best."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]

@@ -107,9 +107,3 @@ def comparison(before: Measured, after: Measured) -> Iterator[tuple[str, str, st
                 if m.correct is not None
             ]
             yield "known answers right", counts[0], counts[1]
-
-
-def evenly(total: int, count: int) -> list[int]:
-    """`count` indices spread evenly over `range(total)`: a fair sample, not the best."""
-    count = min(count, total)
-    return [index * total // count for index in range(count)]

@@ -14,7 +14,7 @@ from lora_dpo.adapters import check_folder
 from lora_dpo.config import Recipe
 from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.evaluate import Question, read_questions
+from lora_dpo.evaluate import Question, evenly, read_questions
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
 from lora_dpo.model import attach_lora, decide_packed, load_skeleton, load_tokenizer, pick_device, pick_dtype
 from lora_dpo.runs import check_space, partial_of
@@ -96,7 +96,8 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
         _warn_of_leaks(run, pairs, held_out)
         run.held_out = _tokenize(run, "eval", held_out)
         unique = list(dict.fromkeys(json.dumps(pair.prompt) for pair in held_out))
-        run.prompts = [tuple(json.loads(prompt)) for prompt in unique[: recipe.evaluation.answers]]
+        spread = evenly(len(unique), recipe.evaluation.answers)  # files are often sorted by kind
+        run.prompts = [tuple(json.loads(unique[index])) for index in spread]
     if recipe.evaluation.questions:
         run.questions = read_questions(recipe.evaluation.questions)
     dropped = [row for report in run.reports.values() for row in report.dropped]

@@ -20,10 +20,10 @@ from lora_dpo.card import write_card, write_curves
 from lora_dpo.config import Recipe, dump_recipe
 from lora_dpo.data import ReadReport, TokenPair
 from lora_dpo.errors import ConfigError, ModelError
-from lora_dpo.evaluate import to_json
+from lora_dpo.evaluate import evenly, to_json
 from lora_dpo.events import Answered, Compared, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
-from lora_dpo.measure import Measured, comparison, evenly, measure_after, measure_before
+from lora_dpo.measure import Measured, comparison, measure_after, measure_before
 from lora_dpo.model import POLICY, Base, attach_lora, load_base
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
