@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters import attach_adapter
 from lora_dpo.chat import Chat, open_chat
-from lora_dpo.config import LoraSection, Recipe, read_recipe
+from lora_dpo.config import EngineSection, LoraSection, Recipe, read_recipe
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.fetch import fetch_model
@@ -27,6 +27,7 @@ __all__ = [
     "Base",
     "Chat",
     "DPOTrainer",
+    "EngineSection",
     "LoraDPOError",
     "LoraSection",
     "Recipe",

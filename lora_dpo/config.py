@@ -136,6 +136,52 @@ class EvaluationSection(Section):
     _home = field_validator("questions")(_at_home)
 
 
+class EngineSection(Section):
+    """How steps are computed. Nothing here changes what is computed."""
+
+    tokens: Annotated[
+        int | Literal["auto"],
+        Field(
+            description="Most tokens that run at once; a step's pairs are packed into parts of them, with the gradient "
+            "of the whole step. auto: measured, as many as fit and are useful."
+        ),
+    ] = "auto"
+    split_pairs: Annotated[
+        bool,
+        Field(
+            description="Run a pair's two answers one after the other: least memory, a third more computing. The "
+            "gradient stays the same."
+        ),
+    ] = False
+    reference_cache: Annotated[
+        str,
+        Field(
+            description="Where the reference's log-probabilities are kept between runs: auto (the user's cache "
+            "folder), off, or a folder."
+        ),
+    ] = "auto"
+    trunk_cache: Annotated[
+        Literal["memory", "disk", "off"],
+        Field(
+            description="With lora.layers: top-N, keep the output of the layers below per pair, so that they run once: "
+            "in memory (at most a quarter of what is free), then on disk, or not at all."
+        ),
+    ] = "memory"
+    fallback: Annotated[
+        bool,
+        Field(description="Train with TRL's own passes where this model cannot share prefixes. false: an error."),
+    ] = True
+
+    _home = field_validator("reference_cache")(_at_home)
+
+    @field_validator("tokens")
+    @classmethod
+    def _some_tokens(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("allowed: auto, or 1 or more")
+        return value
+
+
 class Recipe(Section):
     """Everything about one run."""
 
@@ -152,6 +198,7 @@ class Recipe(Section):
     evaluation: Annotated[EvaluationSection, Field(description="What is measured before and after training.")] = (
         EvaluationSection()
     )
+    engine: Annotated[EngineSection, Field(description="How steps are computed.")] = EngineSection()
     output: Annotated[
         str | None,
         Field(description="The adapter folder. Default: adapters/RECIPE-NAME, numbered if that is taken."),
@@ -163,7 +210,7 @@ class Recipe(Section):
 
     _home = field_validator("output")(_at_home)
 
-    @field_validator("model", "lora", "data", "evaluation", "trainer", mode="before")
+    @field_validator("model", "lora", "data", "evaluation", "engine", "trainer", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value  # `trainer:` with all its lines commented out

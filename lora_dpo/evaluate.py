@@ -95,18 +95,14 @@ def score_pairs(
     Args:
         on_pair: called with the number of pairs done so far.
     """
-    from lora_dpo.shared_prefix.model import unsupported_reason, window_of
+    from lora_dpo.shared_prefix.model import unsupported_reason
 
-    base = bare(model)
-    window = window_of(base)
-    streams = unsupported_reason(base) is None
+    streams = unsupported_reason(bare(model)) is None
     chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
     finished = 0
     for batch in _batches(pairs):
         part = [pairs[index] for index in batch]
-        longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in part)
-        fits = streams and (window is None or longest <= window)
-        scores = (_stream_logps if fits else _padded_logps)(model, part, pad_id)
+        scores = (_stream_logps if streams else _padded_logps)(model, part, pad_id)
         for index, of_chosen, of_rejected in zip(batch, *scores, strict=True):
             chosen[index], rejected[index] = of_chosen, of_rejected
         finished += len(batch)
@@ -133,8 +129,8 @@ def _stream_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[
     import torch
 
     from lora_dpo.shared_prefix.layout import lay_out
-    from lora_dpo.shared_prefix.logprobs import label_logprobs, to_rows
-    from lora_dpo.shared_prefix.model import logit_scale, stream_attention, stream_hidden, to_device
+    from lora_dpo.shared_prefix.logprobs import to_rows
+    from lora_dpo.shared_prefix.model import label_values, stream_attention, stream_hidden, to_device
 
     base = bare(model)
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -145,7 +141,7 @@ def _stream_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[
     layout = to_device(layout, base.get_input_embeddings().weight.device)
     with torch.no_grad(), stream_attention(base):
         hidden_SE = stream_hidden(base, layout)
-        values_L = label_logprobs(hidden_SE, layout, base.get_output_embeddings(), scale=logit_scale(base))
+        values_L = label_values(base, hidden_SE, layout).log_probs
     sums: list[float] = to_rows(values_L, layout.source_RT).sum(dim=1).tolist()
     return sums[: len(pairs)], sums[len(pairs) :]
 

@@ -113,6 +113,7 @@ def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: P
         eval_dataset=Dataset.from_list([_columns(pair) for pair in run.held_out]) if run.held_out else None,
         processing_class=run.tokenizer,
         callbacks=[_make_callback(run, log)],
+        engine=run.recipe.engine,
     )
     _drop_printing_callbacks(trainer)
     try:

@@ -5,18 +5,23 @@ The constructor is TRL's, so a TRL script changes one import.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import trl
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
-from lora_dpo.errors import ReferenceMismatch
+from lora_dpo.config import EngineSection
+from lora_dpo.engine import Engine
+from lora_dpo.errors import ConfigError, ReferenceMismatch
 from lora_dpo.model import POLICY, REFERENCE, bare, pick_device, pick_dtype, to_fp32_masters
-from lora_dpo.shared_prefix import PairForward, unsupported_reason
+from lora_dpo.shared_prefix import unsupported_reason
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +32,46 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 1e-2, tor
 class DPOTrainer(trl.DPOTrainer):
     """A `trl.DPOTrainer` with the same constructor, settings, losses and logged metrics.
 
-    Four things differ:
+    What differs:
 
     - Each pair's common prefix is computed once and nothing is padded (`lora_dpo.shared_prefix`). With
       LoRA dropout both branches then share one draw over their prefix.
-
+    - An optimiser step is one batch: all its pairs (`gradient_accumulation_steps` batches of them) are packed
+      into parts by tokens, with the gradient of the whole (`lora_dpo.steps`).
+    - The reference is scored once a pair and kept on disk (`lora_dpo.reference_cache`).
+    - `gradient_checkpointing=True`, TRL's default, means: where the step would not fit without it.
+    - Entropy, mean logits and token accuracy are computed on steps that are logged, not averaged over those between.
     - Adapter weights are float32 masters also on a 4-bit base, where TRL casts them to bf16 and Adam's
       small updates round to zero. An adapter that training continues from keeps its exact values.
     - bf16 autocast (TRL's default) is switched off where it is slow: without a GPU, or on one before Ampere.
     - Before the first step policy and reference must agree on real pairs (for the sigmoid loss: loss
       = ln 2, Rafailov et al. 2023, eq. 7 at h = 0), else `ReferenceMismatch` says which is wrong.
 
+    Where an architecture or a set-up cannot be run so, TRL's own passes run, and a warning says why.
+
     Set `reference_guard = False` on the class or instance to train against a reference that is meant
     to differ from the starting policy.
+
+    Args:
+        engine: how steps are computed; the defaults measure and decide (`lora_dpo.EngineSection`).
     """
 
     reference_guard: bool = True
     ref_model: Any
+    accelerator: Any
+    loss_weights: list[float]
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
 
-    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        *rest: Any,
+        engine: EngineSection | None = None,
+        **kwargs: Any,
+    ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             cuda = torch.cuda.is_available()
@@ -55,36 +81,52 @@ class DPOTrainer(trl.DPOTrainer):
             logger.info("bf16 is slow on this machine: training with %s instead.", fast)
             args.bf16, args.fp16 = False, fast == "float16"
             args.mixed_precision = "fp16" if args.fp16 else "no"
+        self.engine: Engine | None = None
+        self._precompute: list[Any] = []
+        settings = engine or EngineSection()
         exact = _trainable_values(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, ref_model, args, *rest, **kwargs)
         self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if isinstance(self.model, PeftModel) and not self._sharded:
             to_fp32_masters(self.model)
             self._restore(exact)
-        self.pair_forward = self._share_prefixes()
-
-    def _share_prefixes(self) -> PairForward | None:
-        """Compute each pair's common prefix once and no padding; the numbers stay TRL's."""
-        base = bare(self.model)
-        reason = "the data holds images" if self._is_vision_dataset else unsupported_reason(base)
-        if self.ref_model is not None and reason is None:
-            reason = "the reference is a second model"
-        if self._sharded:
-            reason = "the model is sharded by DeepSpeed or FSDP"
-        if reason is not None:
+        reason = self._no_engine_because()
+        if reason is None:
+            self.engine = Engine(self, settings)
+            self.precompute_ref_logps = True  # TRL's loss reads the reference from the batch
+        elif not settings.fallback:
+            raise ConfigError(f"engine.fallback is false, but {reason}. Set it to true to train with TRL's own passes.")
+        elif self._precompute:
+            raise ConfigError(f"precompute_ref_log_probs is not possible here: {reason}. Set it to false.")
+        else:
             logger.warning("Training with TRL's own forward pass (slower, the same result): %s.", reason)
-            return None
-        outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
-        return PairForward(base, (*outputs, "log_sum_sq_probs") if self.use_weighting else outputs)
+        for dataset in self._precompute:
+            self.score_references(dataset)
+
+    def _no_engine_because(self) -> str | None:
+        if self._is_vision_dataset:
+            return "the data holds images"
+        if self._sharded:
+            return "the model is sharded by DeepSpeed or FSDP"
+        if self.ref_model is not None:
+            return "the reference is a second model"
+        if self.args.activation_offloading:
+            return "activation_offloading hooks into the same places"
+        if not isinstance(self.model, PeftModel):
+            return "the whole model is trained, not an adapter"
+        for adapter in self.model.peft_config.values():
+            if not isinstance(adapter, LoraConfig) or getattr(adapter, "alora_invocation_tokens", None):
+                return f"the adapter is of another kind than LoRA ({type(adapter).__name__})"
+        return unsupported_reason(bare(self.model))
 
     def close(self) -> None:
         """Give the model back the forward pass that it had before this trainer's shared-prefix one."""
         # accelerate wraps the model's forward in autocast for good: an evaluation after training would
         # run under other numerics than the one before it.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        if self.pair_forward is not None:
-            self.pair_forward.close()
-            self.pair_forward = None
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
 
     def _restore(self, exact: dict[str, torch.Tensor]) -> None:
         """Undo TRL's bf16 rounding of an adapter that was handed in, in the policy and its frozen copy."""
@@ -101,15 +143,94 @@ class DPOTrainer(trl.DPOTrainer):
             return dataset  # already token ids
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if isinstance(self.model, PeftModel) and self.ref_model is None:
+            # TRL's constructor asks for it before the engine is there; later, references are scored as they come.
+            self._precompute.append(dataset)
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def score_references(self, dataset: Any, on_pair: Callable[[int], None] | None = None) -> None:
+        """Score every pair of a dataset of token ids with the reference, ahead of training, into the cache.
+
+        Args:
+            on_pair: called with the number of pairs done so far.
+        """
+        if self.engine is None:
+            raise ConfigError("The references cannot be scored ahead: this model trains with TRL's own passes.")
+        rows = sorted(
+            (dataset[index] for index in range(len(dataset))),
+            key=lambda row: len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]),
+        )
+        for start in range(0, len(rows), 32):
+            self.engine.with_reference(self._prepare_inputs(self.data_collator(rows[start : start + 32])))
+            if on_pair:
+                on_pair(min(start + 32, len(rows)))
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """TRL's step; with the engine, the last batch of an optimiser step runs all its batches as one."""
+        if self.engine is None:
+            step: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return step
+        self.engine.gathered.append(self._prepare_inputs(inputs))
+        if len(self.engine.gathered) < self.current_gradient_accumulation_steps:
+            return torch.zeros((), device=self.args.device)
+        model.train()
+        return self.engine.step(model, logged=self._logs_next_step())
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; with the engine, the reference comes from the cache."""
+        if self.engine is not None:
+            inputs = self.engine.with_reference(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def loss_of(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss, with its metrics, of per-token tables that are there already.
+
+        Args:
+            output: TRL's `FusedCausalLMOutput`, tables `[R, T-1]`.
+            inputs: the batch that the tables belong to, with the reference's log-probabilities.
+        """
+        loss: torch.Tensor = self._compute_loss(lambda **_: output, inputs, False)
+        if self.engine is not None and not self.engine.forward.logged:
+            for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
+                self._metrics["train"].pop(name, None)  # made of zeros: these are computed on logged steps only
+        return loss
+
+    @contextlib.contextmanager
+    def unlogged(self, *, sft_factor: float = 1.0) -> Iterator[None]:
+        """TRL's loss of a part of a batch: no metrics, no exchange with other processes, the sft term rescaled."""
+        before = {name: getattr(self, name) for name in _OF_THE_WHOLE_BATCH}
+        self._metrics = {mode: defaultdict(list) for mode in self._metrics}
+        self.accelerator = _Alone(self.accelerator.device)
+        pairs = zip(self.loss_types, self.loss_weights, strict=True)
+        self.loss_weights = [weight * sft_factor if name == "sft" else weight for name, weight in pairs]
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    def _logs_next_step(self) -> bool:
+        if self.args.logging_strategy != "steps":
+            return bool(self.args.logging_strategy == "epoch")  # at the end of one, whose last step is not known here
+        step = self.state.global_step + 1
+        first = step == 1 and self.args.logging_first_step
+        return bool(first or step % max(1, self.state.logging_steps) == 0 or step >= self.state.max_steps)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's `train`, after the reference guard. A resumed policy is trained already: not checked."""
+        if self.engine is not None:
+            self.engine.gathered.clear()
         if self.reference_guard and not resume_from_checkpoint and self.state.global_step == 0:
             self.check_reference()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if self.pair_forward is not None:
-                self.pair_forward.rest()
+            if self.engine is not None:
+                self.engine.forward.rest()
 
     def check_reference(self, pairs: int = 2) -> float:
         """Score a few training pairs with policy and reference.
@@ -132,6 +253,8 @@ class DPOTrainer(trl.DPOTrainer):
             # A given ref_model is scored as it is, adapters on: here it is the policy itself.
             policy_B = torch.cat(self.compute_ref_log_probs(self.model, batch)).float()
             self.ref_model = ref_model
+            if self.engine is not None:
+                batch = self.engine.with_reference(batch)
             if "ref_chosen_logps" in batch:
                 reference_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
             else:
@@ -172,6 +295,21 @@ class DPOTrainer(trl.DPOTrainer):
             "The adapter is already trained, but the reference is the bare base: to continue from it, name it as "
             "the reference (reference: adapter:PATH), or start from a fresh adapter."
         )
+
+
+_OF_THE_WHOLE_BATCH = ("_metrics", "_total_train_tokens", "accelerator", "loss_weights")
+
+
+class _Alone:
+    """What TRL's loss asks of its accelerator, for one process: nothing is gathered."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    gather_for_metrics = gather
 
 
 def _trainable_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -31,6 +31,14 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test starts with an empty cache of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LORA_DPO_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """Ids are bytes, then `<|im_start|>` (bos), `<|im_end|>` (eos, pad), `<|endoftext|>`; ChatML template."""

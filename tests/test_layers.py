@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 LAYERS = (
     ("errors", "config", "files", "events", "quiet"),
     ("data", "shared_prefix", "fetch"),
-    ("model", "adapters", "generate", "runs", "settings", "card"),
-    ("trainer", "evaluate", "prepare", "measure", "train", "merge", "chat"),
+    ("model", "adapters", "generate", "runs", "settings", "card", "memory", "reference_cache"),
+    ("trainer", "engine", "steps", "evaluate", "prepare", "measure", "train", "merge", "chat"),
     ("cli", "console", "terminal", "__init__", "__main__"),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
-EAGER = {"trainer", "shared_prefix"}  # a class on top of TRL's, and pure tensors: imported only when training starts
+# a class on top of TRL's and what it is made of, and pure tensors: imported only when training starts
+EAGER = {"trainer", "engine", "steps", "shared_prefix"}
 WITHOUT_TRAINING = ("merge", "generate", "evaluate", "chat")
 
 

@@ -1,6 +1,6 @@
 """Attention over a flat stream of pairs: no mask over the whole stream is ever built.
 
-Shape suffixes: H query heads, K key-value heads, S stream tokens, D head width.
+Shape suffixes: H query heads, K key-value heads, G queries a key head (H = K·G), S stream tokens, D head width.
 
 Per pair: the prefix sees itself causally; each branch sees the prefix and, causally, itself.
 """
@@ -21,30 +21,70 @@ SPANS = "lora_dpo_spans"
 
 
 def pair_attention(
-    query_HSD: torch.Tensor, key_KSD: torch.Tensor, value_KSD: torch.Tensor, spans: Sequence[Span], scale: float | None
+    query_HSD: torch.Tensor,
+    key_KSD: torch.Tensor,
+    value_KSD: torch.Tensor,
+    spans: Sequence[Span],
+    scale: float | None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention of every pair on its own. `[H, S, D]` queries, `[K, S, D]` keys and values → `[H, S, D]`."""
+    """Attention of every pair on its own.
+
+    Args:
+        query_HSD: `[H, S, D]`; keys and values are `[K, S, D]`, each shared by H / K query heads.
+        window: how many tokens back a layer sees, itself included (sliding-window attention).
+        softcap: bound c of the scores, c·tanh(score / c) (Gemma 2).
+
+    Returns:
+        `[S, H, D]`.
+    """
     groups = query_HSD.shape[0] // key_KSD.shape[0]
-    key_HSD, value_HSD = (part.repeat_interleave(groups, dim=0) for part in (key_KSD, value_KSD))
+    # One key head serves G query heads without a copy: the group axis of keys and values has stride 0.
+    query_KGSD = query_HSD.view(-1, groups, *query_HSD.shape[1:])
+    key_KGSD, value_KGSD = (part.unsqueeze(1).expand(-1, groups, -1, -1) for part in (key_KSD, value_KSD))
     done = []
     for span in spans:
         first = slice(span.start, span.chosen)  # prefix and chosen branch lie in order: plain causal attention
         if span.chosen > span.start:
-            query, key, value = (part[None, :, first] for part in (query_HSD, key_HSD, value_HSD))
-            done.append(scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)[0])
+            query, key, value = (part[:, :, first] for part in (query_KGSD, key_KGSD, value_KGSD))
+            done.append(_attend(query, key, value, 0, scale, window, softcap))
         own = slice(span.chosen, span.end)
         if span.end > span.chosen:
+            prefix = span.prefix - span.start
             keys, values = (
-                torch.cat([part[:, span.start : span.prefix], part[:, own]], dim=1) for part in (key_HSD, value_HSD)
+                torch.cat([part[:, span.start : span.prefix], part[:, own]], dim=1)
+                .unsqueeze(1)
+                .expand(-1, groups, -1, -1)
+                for part in (key_KSD, value_KSD)
             )
-            rejected, prefix = span.end - span.chosen, span.prefix - span.start
-            sees = torch.ones(rejected, prefix + rejected, dtype=torch.bool, device=keys.device).tril(prefix)
-            done.append(
-                scaled_dot_product_attention(
-                    query_HSD[None, :, own], keys[None], values[None], attn_mask=sees, scale=scale
-                )[0]
-            )
-    return torch.cat(done, dim=1)
+            done.append(_attend(query_KGSD[:, :, own], keys, values, prefix, scale, window, softcap))
+    return torch.cat([part.permute(2, 0, 1, 3).flatten(1, 2) for part in done])
+
+
+def _attend(
+    query_KGQD: torch.Tensor,
+    key_KGTD: torch.Tensor,
+    value_KGTD: torch.Tensor,
+    before: int,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of Q queries that follow the first `before` of T = before + Q keys; `[K, G, Q, D]`."""
+    queries, keys = query_KGQD.shape[2], key_KGTD.shape[2]
+    limited = window is not None and keys > window
+    if softcap is None and not limited and before == 0:
+        return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, is_causal=True, scale=scale)
+    sees_QT = torch.ones(queries, keys, dtype=torch.bool, device=query_KGQD.device).tril(before)
+    if limited:
+        sees_QT = sees_QT.triu(before - window + 1)  # type: ignore[operator]
+    if softcap is None:
+        return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, attn_mask=sees_QT, scale=scale)
+    scores = query_KGQD @ key_KGTD.transpose(2, 3) * (query_KGQD.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~sees_QT, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value_KGTD.dtype) @ value_KGTD
 
 
 def _interface(
@@ -61,8 +101,9 @@ def _interface(
     spans = kwargs.get(SPANS)
     if spans is None or attention_mask is not None or query.shape[0] != 1:
         raise RuntimeError("shared-prefix attention was called without its spans")
-    out = pair_attention(query[0], key[0], value[0], spans, scaling)  # type: ignore[arg-type]
-    return out.transpose(0, 1)[None].contiguous(), None
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    out = pair_attention(query[0], key[0], value[0], spans, scaling, window=window, softcap=softcap)  # type: ignore[arg-type]
+    return out[None], None
 
 
 # A new name beside transformers' own: nothing of anyone else's is replaced.

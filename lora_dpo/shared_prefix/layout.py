@@ -79,7 +79,7 @@ def lay_out(rows: Sequence[Sequence[int]], answer_masks: Sequence[Sequence[bool]
 
     for chosen, rejected in zip(range(half), range(half, 2 * half), strict=True):
         pair = (chosen, rejected)
-        shared = _common_prefix(rows[chosen], rows[rejected])
+        shared = common_prefix(rows[chosen], rows[rejected])
         start = len(ids)
         ids += rows[chosen][: max(0, shared - 1)]
         positions += range(max(0, shared - 1))
@@ -110,7 +110,31 @@ def lay_out(rows: Sequence[Sequence[int]], answer_masks: Sequence[Sequence[bool]
     )
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def stream_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """Tokens that a pair takes in the stream: its two sequences, their common prefix counted once."""
+    return len(chosen) + len(rejected) - 2 - max(0, common_prefix(chosen, rejected) - 1)
+
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Pairs to micro-batches of at most `budget` stream tokens; a longer pair gets one of its own.
+
+    First fit, longest pairs first, so that few micro-batches are needed. Every index of `lengths` appears once,
+    in ascending order within its micro-batch.
+    """
+    packed: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fits = next((place for place, left in enumerate(room) if lengths[index] <= left), None)
+        if fits is None:
+            packed.append([index])
+            room.append(budget - lengths[index])
+        else:
+            packed[fits].append(index)
+            room[fits] -= lengths[index]
+    return [sorted(batch) for batch in packed]
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the longest common prefix that leaves each side at least one token of its own."""
     limit = min(len(left), len(right)) - 1
     for index in range(limit):

@@ -5,17 +5,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from lora_dpo.shared_prefix.attention import NAME, SPANS
 from lora_dpo.shared_prefix.layout import Layout, lay_out
-from lora_dpo.shared_prefix.logprobs import to_rows
+from lora_dpo.shared_prefix.logprobs import HeadValues, head_values, to_rows
+from lora_dpo.shared_prefix.rematerialise import Rematerialiser
+from lora_dpo.shared_prefix.trunk import TrunkCache, from_trunk, lowest_adapted_layer, trunk_hidden
 
-ARCHITECTURES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+LOGGED = ("entropy", "mean_logits", "is_top1")
+"""Per-token values that TRL only logs."""
+
+ARCHITECTURES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 """Dense decoders whose layers see the stream through the attention function alone; each is tested."""
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -23,25 +42,27 @@ def unsupported_reason(model: Any) -> str | None:
     config = model.config
     if config.model_type not in ARCHITECTURES:
         return f"the architecture {config.model_type} is not among {', '.join(ARCHITECTURES)}"
-    if getattr(config, "output_router_logits", None):
-        return "its experts have a balancing loss over the whole batch"
+    others = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
+    if others:
+        return f"it has layers of type {', '.join(sorted(others))}"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its tokens see later ones"
     if getattr(config, "attention_dropout", 0.0):
         return "its attention has dropout"
+    if any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters()):
+        return "its output head is trained"
     return None
 
 
 def logit_scale(model: Any) -> float:
     """What the logits are multiplied by: 1, but in Granite."""
-    return 1.0 / float(getattr(model.config, "logits_scaling", 1.0))
+    return 1.0 / float(getattr(model.config, "logits_scaling", None) or 1.0)
 
 
-def window_of(model: Any) -> int | None:
-    """Tokens that a layer may look back, if any layer is limited; longer rows cannot share a prefix."""
-    config = model.config
-    kinds = getattr(config, "layer_types", None)
-    limited = any("full" not in kind for kind in kinds) if kinds else True
-    window: int | None = getattr(config, "sliding_window", None)
-    return window if limited and getattr(config, "use_sliding_window", True) else None
+def logit_softcap(model: Any) -> float | None:
+    """Bound c of the logits, c·tanh(logit / c), in Gemma 2; else None."""
+    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    return cap
 
 
 def stream_hidden(model: Any, layout: Layout, **kwargs: Any) -> torch.Tensor:
@@ -60,6 +81,16 @@ def stream_hidden(model: Any, layout: Layout, **kwargs: Any) -> torch.Tensor:
     )
     hidden: torch.Tensor = output.last_hidden_state[0]
     return hidden
+
+
+def label_values(model: Any, hidden_SE: torch.Tensor, layout: Layout, extras: tuple[str, ...] = ()) -> HeadValues:
+    """The output head on those tokens of the stream that predict a label, and on no other."""
+    head = model.get_output_embeddings()
+    scale, softcap = logit_scale(model), logit_softcap(model)
+    predicting_LE = hidden_SE[layout.predictor_L]
+    return head_values(
+        predicting_LE, head.weight, head.bias, layout.label_L, scale=scale, softcap=softcap, extras=extras
+    )
 
 
 @contextlib.contextmanager
@@ -87,20 +118,37 @@ def to_device(layout: Layout, device: torch.device) -> Layout:
 class PairForward:
     """Gives one model instance TRL's `forward(..., labels, fused_lm_head=True)` over a shared-prefix stream.
 
-    Bound to that instance only, and undone by `close`. Batches that cannot be expressed (a row longer
-    than a sliding window, unknown inputs) go to the forward that was there before.
+    Bound to that instance only, and undone by `close`. Any other call goes to the forward that was there before.
+
+    Args:
+        outputs: fields of TRL's output beside `log_probs` that are always computed.
+        rematerialise: make cheap intermediate results again in the backward pass (`rematerialise.py`).
+        trunk: keeps the outputs of the layers below the lowest adapted one (`trunk.py`); None computes them anew.
     """
 
-    def __init__(self, model: Any, outputs: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        outputs: tuple[str, ...] = (),
+        *,
+        rematerialise: bool = True,
+        trunk: TrunkCache | None = None,
+    ) -> None:
         reason = unsupported_reason(model)
         if reason is not None:
             raise ValueError(reason)
         self.model, self.outputs = model, outputs
         self.before = model.forward
         self.plain = model.config._attn_implementation if model.config._attn_implementation != NAME else "sdpa"
-        self.window = window_of(model)
+        self.trunk = trunk
+        self.depth = lowest_adapted_layer(model) if trunk is not None else 0
+        self.logged = True
+        """Whether the next passes compute what TRL only logs: entropy, mean logits, top-1."""
         self.streams = 0
         """Forward passes that ran as a stream."""
+        self.tokens = 0
+        """Stream tokens that ran through the top layers."""
+        self.rematerialiser = Rematerialiser(model) if rematerialise else None
         inner = self
 
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +164,8 @@ class PairForward:
     def close(self) -> None:
         """Give the model its own forward and attention back."""
         self.rest()
+        if self.rematerialiser is not None:
+            self.rematerialiser.close()
         if self.model.forward == self.bound:  # not another trainer's
             self.model.forward = self.before
 
@@ -125,50 +175,78 @@ class PairForward:
             self.rest()
             return self.before(*args, **kwargs)
         ids_RT, mask_RT, labels_RT = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
-        rows = [row[keep.bool()].tolist() for row, keep in zip(ids_RT, mask_RT, strict=True)]
+        rows = rows_of(ids_RT, mask_RT)
         wanted = [(row[keep.bool()] != -100).tolist() for row, keep in zip(labels_RT, mask_RT, strict=True)]
         layout = to_device(lay_out(rows, wanted, width=ids_RT.shape[1]), ids_RT.device)
         self.streams += 1
-        hidden_SE = stream_hidden(self.model, layout)
+        self.tokens += len(layout.ids_S)
+        hidden_SE = self._hidden(layout, rows)
         if not torch.is_grad_enabled():
             self.rest()  # no backward pass will run the layers again
         return self._outputs(hidden_SE, layout)
+
+    @contextlib.contextmanager
+    def log(self, logged: bool) -> Iterator[None]:
+        """Inside the block, passes compute what TRL only logs, or not."""
+        before, self.logged = self.logged, logged
+        try:
+            yield
+        finally:
+            self.logged = before
+
+    @contextlib.contextmanager
+    def count_kept(self) -> Iterator[dict[int, int]]:
+        """Inside the block, the bytes of each storage that forward passes keep for their backward passes."""
+        if self.rematerialiser is None:
+            raise RuntimeError("what is kept is counted by the rematerialiser, which is off")
+        kept: dict[int, int] = {}
+        self.rematerialiser.kept = kept
+        try:
+            yield kept
+        finally:
+            self.rematerialiser.kept = None
 
     def _is_pairs(self, **kwargs: Any) -> bool:
         given = {name for name, value in kwargs.items() if value is not None}  # peft fills in None for the rest
         needed = {"input_ids", "attention_mask", "labels", "fused_lm_head"}
         if not needed <= given or not kwargs["fused_lm_head"] or given - needed - {"use_cache", "return_dict"}:
             return False
-        rows, longest = kwargs["input_ids"].shape
-        return rows % 2 == 0 and (self.window is None or longest <= self.window)
+        return len(kwargs["input_ids"]) % 2 == 0
+
+    def _hidden(self, layout: Layout, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        keep = self.rematerialiser is not None and torch.is_grad_enabled()
+        with self.rematerialiser.active() if keep else contextlib.nullcontext():  # type: ignore[union-attr]
+            if self.trunk is None or self.depth == 0:
+                return stream_hidden(self.model, layout)
+            below_SE = trunk_hidden(self.model, self._run, layout, rows, self.depth, self.trunk)
+            with from_trunk(self.model, self.depth, below_SE):
+                return stream_hidden(self.model, layout)
+
+    def _run(self, layout: Layout) -> torch.Tensor:
+        return stream_hidden(self.model, layout)
 
     def _outputs(self, hidden_SE: torch.Tensor, layout: Layout) -> Any:
-        # TRL's own chunked head, on the rows that predict a label: the same numbers, for fewer rows.
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, _ChunkedLogProbFunction
+        from trl.trainer.utils import FusedCausalLMOutput
 
-        head = self.model.get_output_embeddings()
-        hidden_SE, layout = hidden_SE.to(head.weight.device), to_device(layout, head.weight.device)
-        values = _ChunkedLogProbFunction.apply(
-            hidden_SE[layout.predictor_L],
-            head.weight,
-            head.bias,
-            layout.label_L,
-            1.0,
-            _CHUNKED_LOGPROB_CHUNK_SIZE,
-            None,
-            logit_scale(self.model),
-            self.outputs,
-        )
-        names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        device = self.model.get_output_embeddings().weight.device  # with a model over several devices, another one
+        layout = to_device(layout, device)
+        extras = (*self.outputs, *(LOGGED if self.logged else ()))
+        values = label_values(self.model, hidden_SE.to(device), layout, extras)
         tables = {
-            name: to_rows(value, layout.source_RT)
-            for name, value in zip(names, values, strict=True)
-            if value is not None
+            name: to_rows(value, layout.source_RT) for name, value in values._asdict().items() if value is not None
         }
+        zero_RT = torch.zeros_like(tables["log_probs"].detach())
+        for name in LOGGED:  # what is not logged now is not computed: TRL reads the fields all the same
+            tables.setdefault(name, zero_RT.bool() if name == "is_top1" else zero_RT)
         labelled = layout.source_RT < len(layout.label_L)
         return FusedCausalLMOutput(
             loss=-tables["log_probs"].sum() / labelled.sum().clamp(min=1), label_mask=labelled, **tables
         )
+
+
+def rows_of(ids_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[list[int]]:
+    """Token ids of each row of a padded batch, without the padding."""
+    return [row[keep.bool()].tolist() for row, keep in zip(ids_RT, mask_RT, strict=True)]
 
 
 def _signature(forward: Any) -> Any:

@@ -1,0 +1,165 @@
+"""The fast path of one trainer: shared-prefix passes, whole-batch steps, references from the cache.
+
+Shape suffixes: B pairs, R = 2B rows (chosen, then rejected), T columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_dpo.config import EngineSection
+from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget, free_bytes
+from lora_dpo.model import bare, reference
+from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
+from lora_dpo.shared_prefix import PairForward
+from lora_dpo.shared_prefix.layout import pack
+from lora_dpo.shared_prefix.model import rows_of
+from lora_dpo.shared_prefix.trunk import TrunkCache, decoder_layers
+from lora_dpo.steps import Inputs, WholeStep, merge_batches, model_inputs, pair_lengths, select
+
+if TYPE_CHECKING:
+    from lora_dpo.trainer import DPOTrainer
+
+
+class Engine:
+    """Bound to the trainer's model until `close`.
+
+    Args:
+        trainer: whose model is a LoRA PeftModel on an architecture that `shared_prefix` can run.
+    """
+
+    def __init__(self, trainer: DPOTrainer, settings: EngineSection) -> None:
+        self.trainer = trainer
+        self.device: torch.device = trainer.args.device
+        self.gathered: list[Inputs] = []
+        """Batches of the optimiser step that is being gathered."""
+        base = bare(trainer.model)
+        compute = _compute_dtype(trainer)
+        self.usual_tokens = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
+        weighting = ("log_sum_sq_probs",) if trainer.use_weighting else ()
+        self.forward = PairForward(base, weighting, trunk=_trunk_cache(trainer, settings))
+        self.references = ReferenceCache(_cache_folder(settings), reference_name(trainer.model, compute))
+        layers = decoder_layers(base)
+        budget = Budget(
+            layers=len(layers),
+            may_checkpoint=trainer.args.gradient_checkpointing,
+            checkpoint_bytes=base.config.hidden_size * compute.itemsize,
+            cap=self.usual_tokens if settings.tokens == "auto" else settings.tokens,
+            free=lambda: free_bytes(self.device),
+            set_checkpointing=lambda count: _checkpoint_lowest(layers, count),
+        )
+        self.whole_step = WholeStep(trainer, self, budget, split_pairs=settings.split_pairs)
+
+    def close(self) -> None:
+        """Give the model back its own forward pass."""
+        self.whole_step.budget.set_checkpointing(0)
+        self.forward.close()
+
+    def step(self, model: Any, *, logged: bool) -> torch.Tensor:
+        """Forward and backward of the gathered batches as one; the loss, detached.
+
+        Args:
+            logged: whether TRL's logged values (entropy, mean logits, token accuracy) are computed.
+        """
+        batch = merge_batches(self.gathered, self.trainer._tokenizer.pad_token_id)
+        self.gathered.clear()
+        self.forward.logged = logged
+        try:
+            return self.whole_step.run(model, self.with_reference(batch))
+        finally:
+            self.forward.logged = True
+
+    def kept_bytes(self, inputs: Inputs) -> float:
+        """Bytes that a stream token keeps for the backward pass, measured on the shortest pair of a batch."""
+        lengths = pair_lengths(inputs)
+        part = select(inputs, [lengths.index(min(lengths))])
+        with self.forward.count_kept() as kept, self.trainer.compute_loss_context_manager(), self.forward.log(False):
+            output = bare(self.trainer.model)(**model_inputs(part.inputs))
+        del output
+        return sum(kept.values()) / min(lengths)
+
+    def with_reference(self, inputs: Inputs) -> Inputs:
+        """The batch with `ref_chosen_logps` and `ref_rejected_logps`, `[B]` each; unknown pairs are scored first."""
+        if "ref_chosen_logps" in inputs:
+            return inputs
+        keys = _pair_keys(inputs)
+        known = self.references.get(keys)
+        missing = [index for index, key in enumerate(keys) if key not in known]
+        if missing:
+            fresh = {keys[index]: logps for index, logps in self._score(inputs, missing).items()}
+            self.references.put(fresh)
+            known = {**known, **fresh}
+        sums = torch.tensor([known[key].sums(self.trainer.ld_alpha) for key in keys], dtype=torch.float64)
+        sums = sums.to(inputs["input_ids"].device, torch.float32)
+        return {**inputs, "ref_chosen_logps": sums[:, 0], "ref_rejected_logps": sums[:, 1]}
+
+    def _score(self, inputs: Inputs, pairs: list[int]) -> dict[int, PairLogps]:
+        """The reference's log-probabilities of some pairs of a batch, by index."""
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        lengths = pair_lengths(inputs)
+        scored: dict[int, PairLogps] = {}
+        was_training = model.training
+        model.eval()  # dropout would make the reference another one at each pass
+        try:
+            with torch.no_grad(), reference(model), self.forward.log(False), trainer.compute_loss_context_manager():
+                for part in pack([lengths[index] for index in pairs], self.usual_tokens):
+                    chosen = [pairs[index] for index in part]
+                    batch = select(inputs, chosen).inputs
+                    sums = answer_sums(model(**model_inputs(batch)).log_probs, batch["completion_mask"])
+                    scored.update(zip(chosen, sums, strict=True))
+        finally:
+            model.train(was_training)
+        return scored
+
+
+def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairLogps]:
+    """Each pair's log-probabilities over the tokens that both answers have, and over the longer one's rest.
+
+    Args:
+        log_probs_RT: `[R, T-1]` per-token values.
+        mask_RT: `[R, T]`, 1 on answer tokens.
+    """
+    mask_RT = mask_RT[:, 1:]
+    place_RT = mask_RT.cumsum(dim=1)
+    shorter_B = torch.minimum(*mask_RT.sum(dim=1).chunk(2))
+    head_RT = place_RT <= torch.cat([shorter_B, shorter_B])[:, None]
+    log_probs_RT = log_probs_RT.double() * mask_RT
+    sums_R2 = torch.stack([(log_probs_RT * head_RT).sum(dim=1), (log_probs_RT * ~head_RT).sum(dim=1)], dim=1)
+    return [PairLogps(*row) for row in torch.cat(sums_R2.chunk(2), dim=1).tolist()]
+
+
+def _pair_keys(inputs: Inputs) -> list[bytes]:
+    rows = rows_of(inputs["input_ids"], inputs["attention_mask"])
+    starts = inputs["completion_mask"].argmax(dim=1).tolist()
+    half = len(rows) // 2
+    return [pair_key(rows[index], rows[half + index], (starts[index], starts[half + index])) for index in range(half)]
+
+
+def _compute_dtype(trainer: DPOTrainer) -> torch.dtype:
+    """What the matrix products of a trainer's passes run in."""
+    if trainer.args.bf16 or trainer.args.fp16:
+        return torch.bfloat16 if trainer.args.bf16 else torch.float16
+    dtype: torch.dtype = bare(trainer.model).dtype
+    return dtype
+
+
+def _cache_folder(settings: EngineSection) -> Path | None:
+    where = settings.reference_cache
+    return None if where == "off" else default_folder() if where == "auto" else Path(where)
+
+
+def _trunk_cache(trainer: DPOTrainer, settings: EngineSection) -> TrunkCache | None:
+    if settings.trunk_cache == "off":
+        return None
+    folder = Path(trainer.args.output_dir) / "trunk" if settings.trunk_cache == "disk" else None
+    return TrunkCache(memory_bytes=free_bytes(torch.device("cpu")) // 4, folder=folder)
+
+
+def _checkpoint_lowest(layers: Any, count: int) -> None:
+    """Checkpoint the `count` lowest layers: in the backward pass they come last, when the others are free again."""
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < count

@@ -1,0 +1,117 @@
+"""How much of a step fits into memory at once: measured on a small part of it, and learnt when it was too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+CPU_TOKENS, CUDA_TOKENS = 4096, 65536
+"""Most stream tokens at once: beyond these more tokens only cost memory (on a CPU, caches)."""
+
+SHARE = 0.6
+"""Share of the free memory that a part may keep for its backward pass; the rest is for its working space."""
+
+
+def free_bytes(device: Any) -> int:
+    """Memory that is free for this process: on the GPU, or of the machine."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
+    return int(psutil.virtual_memory().available)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or, under a limit, on a CPU."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def fit(
+    *,
+    token_bytes: float,
+    checkpoint_bytes: float,
+    layers: int,
+    may_checkpoint: int,
+    free: float,
+    longest: int,
+    cap: int,
+) -> tuple[int, int]:
+    """Tokens that fit at once and how many layers must be checkpointed, as few as possible.
+
+    A checkpointed layer keeps its input and is run again in the backward pass, one layer at a time.
+
+    Args:
+        token_bytes: bytes that a token keeps for the backward pass, all layers together.
+        checkpoint_bytes: bytes of one hidden state.
+        may_checkpoint: layers that may be checkpointed: `layers`, or 0.
+        free: bytes that may be kept.
+        longest: tokens of the longest pair, which cannot be parted.
+        cap: never more tokens than this, unless a pair is longer.
+    """
+    layer_bytes = token_bytes / layers
+    tokens = 0
+    for count in range(may_checkpoint + 1):
+        again = layer_bytes if count else 0.0
+        each = (layers - count) * layer_bytes + count * checkpoint_bytes + again
+        tokens = int(free / each)
+        if tokens >= longest:
+            return max(longest, min(tokens, cap)), count
+    return longest, may_checkpoint
+
+
+@dataclass
+class Budget:
+    """The stream tokens of a part and the number of checkpointed layers; measured once, then only ever lowered."""
+
+    layers: int
+    may_checkpoint: bool
+    checkpoint_bytes: int
+    cap: int
+    free: Callable[[], int]
+    set_checkpointing: Callable[[int], None]
+    tokens: int = 0
+    checkpointed: int = 0
+    token_bytes: float = 0.0
+
+    def measure(self, probe: Callable[[], float], longest: int) -> None:
+        """Decide, at the first step and when a longer pair comes than was planned for.
+
+        Args:
+            probe: runs a small forward pass and returns the bytes that a token keeps.
+            longest: tokens of the longest pair of the step.
+        """
+        if not self.tokens:
+            self.set_checkpointing(0)
+            self.token_bytes = probe()
+        elif longest <= self.tokens:
+            return
+        tokens, checkpointed = fit(
+            token_bytes=self.token_bytes,
+            checkpoint_bytes=self.checkpoint_bytes,
+            layers=self.layers,
+            may_checkpoint=self.layers if self.may_checkpoint else 0,
+            free=self.free() * SHARE,
+            longest=longest,
+            cap=min(self.cap, self.tokens or self.cap),
+        )
+        self.tokens = tokens
+        self._checkpoint(max(checkpointed, self.checkpointed))
+
+    def shrink(self, longest: int) -> str | None:
+        """Ask for less: half the tokens, then checkpointing; says what was changed, None if nothing is left."""
+        if self.tokens > longest:
+            self.tokens = max(longest, self.tokens // 2)
+            return f"parts of at most {self.tokens} tokens from now on"
+        if self.may_checkpoint and self.checkpointed < self.layers:
+            self._checkpoint(min(self.layers, max(1, self.checkpointed * 2)))
+            return f"activations of {self.checkpointed} of {self.layers} layers are computed again from now on"
+        return None
+
+    def _checkpoint(self, count: int) -> None:
+        self.checkpointed = count
+        self.set_checkpointing(count)

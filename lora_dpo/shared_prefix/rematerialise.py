@@ -1,0 +1,111 @@
+"""Cheap results are made again in the backward pass instead of being kept for it.
+
+A layer keeps its norms' outputs and, for the adapters, the MLP's products, although both follow from tensors
+that are kept anyway by a few elementwise operations. While `Rematerialiser.active` a recipe is kept in their
+place: the same values again, no matrix product repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lora_dpo.shared_prefix.trunk import decoder_layers
+
+Recipe = Callable[[], torch.Tensor]
+
+
+class Rematerialiser:
+    """Hooks on one model instance; nothing changes outside `active`, and `close` removes them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._recipes: dict[int, tuple[weakref.ref[torch.Tensor], Recipe]] | None = None
+        self.kept: dict[int, int] | None = None
+        """Set it to {} to count: bytes of each storage that a forward pass keeps for its backward pass."""
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._removable: list[Any] = []
+        for part in model.modules():
+            if type(part).__name__.endswith("RMSNorm") and part is not getattr(model, "norm", None):
+                self._removable.append(part.register_forward_hook(self._note_output))
+            elif all(hasattr(part, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+                self._watch_mlp(part)
+        for layer in decoder_layers(model):
+            self._removable.append(layer.register_forward_pre_hook(self._forget))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._removable:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Keep recipes for the length of the block, which runs the forward pass."""
+        self._recipes = {}
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                yield
+        finally:
+            self._recipes = None
+
+    def _watch_mlp(self, mlp: Any) -> None:
+        """down(act(gate) * up): the activation follows from `gate`, the product from `gate` and `up`."""
+        seen: dict[str, torch.Tensor] = {}
+
+        def note_up(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            if self._recipes is not None:
+                seen["up"] = output.detach()
+
+        def note_act(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            if self._recipes is not None:
+                seen["gate"] = inputs[0].detach()
+                self._note_output(module, inputs, output)
+
+        def note_product(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            if self._recipes is not None:
+                gate, up = seen.pop("gate"), seen.pop("up")
+                self._note(inputs[0], lambda: mlp.act_fn(gate) * up, gate, up)
+
+        self._removable.append(mlp.up_proj.register_forward_hook(note_up))
+        self._removable.append(mlp.act_fn.register_forward_hook(note_act))
+        self._removable.append(mlp.down_proj.register_forward_pre_hook(note_product))
+
+    def _forget(self, module: Any, inputs: Any) -> None:
+        # Recipes hold their sources: what the last layer did not keep for its backward pass is let go.
+        if self._recipes is not None:
+            self._recipes.clear()
+
+    def _note_output(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if self._recipes is not None:
+            source = inputs[0].detach()
+            self._note(output, lambda: module(source), source)
+
+    def _note(self, tensor: torch.Tensor, recipe: Recipe, *sources: torch.Tensor) -> None:
+        if self._recipes is not None:
+            self._recipes[tensor.data_ptr()] = (weakref.ref(tensor), recipe)
+        for source in sources:
+            self._count(source)
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if self.kept is not None and tensor.untyped_storage().data_ptr() not in self._weights:
+            self.kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        # While the noted tensor lives, nothing else can lie at its address: only itself and its views.
+        noted = self._recipes.get(tensor.data_ptr()) if self._recipes else None
+        original = noted[0]() if noted else None
+        if noted is None or original is None or original.numel() != tensor.numel() or not tensor.is_contiguous():
+            self._count(tensor)
+            return tensor
+        return noted[1], tensor.shape
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        recipe, shape = packed
+        with torch.no_grad():
+            made: torch.Tensor = recipe()
+        return made.view(shape)
