@@ -205,7 +205,8 @@ def _check_losses(settings: dict[str, Any]) -> None:
     losses = settings["loss_type"]
     if "exo_pair" in losses and not settings.get("label_smoothing"):
         raise ConfigError("The loss exo_pair needs a trainer.label_smoothing above 0, such as 0.001.")
-    if settings.get("use_weighting") and {"aot", "aot_unpaired"} & set(losses):
+    # sft is one mean over the batch, which TRL cannot weight by pairs: it fails at the first step
+    if settings.get("use_weighting") and {"aot", "aot_unpaired", "sft"} & set(losses):
         raise ConfigError(f"trainer.use_weighting does not work with loss_type {losses}. Remove one of them.")
     divergence = settings.get("f_divergence_type", "reverse_kl")
     if divergence not in DIVERGENCES:

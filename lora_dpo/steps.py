@@ -101,7 +101,7 @@ class WholeStep:
                 loss = trainer.loss_of(model(**model_inputs(inputs)), inputs)
             trainer.accelerator.backward(loss)
             return loss.detach()
-        if couples_pairs(trainer.loss_types, weighted=trainer.use_weighting):
+        if couples_pairs(trainer.loss_types):
             return self._two_passes(model, inputs, parts)
         return self._one_pass(model, inputs, parts)
 
@@ -140,9 +140,9 @@ class WholeStep:
         return loss.detach()
 
 
-def couples_pairs(loss_types: Sequence[str], *, weighted: bool) -> bool:
+def couples_pairs(loss_types: Sequence[str]) -> bool:
     """Whether a pair's gradient depends on the other pairs' values: then the parts cannot be taken one by one."""
-    return bool(set(loss_types) & set(SORTED)) or ("sft" in loss_types and weighted)
+    return bool(set(loss_types) & set(SORTED))
 
 
 def pair_lengths(inputs: Inputs) -> list[int]:

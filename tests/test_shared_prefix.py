@@ -8,59 +8,16 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from tiny import CONFIGS, PAIRS, SIZES, Stock, columns, one_step, pair, tiny
 from transformers import AutoTokenizer
 from trl import DPOConfig
 
 from lora_dpo import DPOTrainer
-from lora_dpo.data import Origin, TokenPair
 from lora_dpo.evaluate import _padded_logps, _stream_logps, score_pairs
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
 from lora_dpo.shared_prefix.attention import pair_attention
 from lora_dpo.shared_prefix.model import ARCHITECTURES
-
-SIZES = dict(
-    vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    initializer_range=0.3,
-)  # fmt: skip
-CONFIGS = {
-    "gemma": transformers.GemmaConfig,
-    "gemma2": transformers.Gemma2Config,
-    "gemma3_text": transformers.Gemma3TextConfig,
-    "granite": transformers.GraniteConfig,
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "olmo2": transformers.Olmo2Config,
-    "phi3": transformers.Phi3Config,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "smollm3": transformers.SmolLM3Config,
-}
-
-
-def tiny(kind, **extra):
-    torch.manual_seed(0)
-    extra = {"head_dim": 8, **extra} if kind.startswith(("qwen3", "mistral", "gemma")) else extra
-    # Gemma 2 and 3: rows of the tests are longer than this window, and every second layer is limited to it
-    extra = {"sliding_window": 4, **extra} if kind in ("gemma2", "gemma3_text") else extra
-    # soft caps near the size of the scores and logits, so that they matter
-    extra = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **extra} if kind == "gemma2" else extra
-    extra = {"layer_types": ["sliding_attention", "full_attention"], **extra} if kind == "gemma3_text" else extra
-    extra = {"logits_scaling": 3.0, "attention_multiplier": 0.4, **extra} if kind == "granite" else extra
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **extra)).eval()
-
-
-def pair(prompt, chosen, rejected):
-    return TokenPair(prompt, chosen, rejected, Origin("t", 1), False)
-
-
-PAIRS = [
-    pair([1, 5, 6, 7], [8, 9, 2], [10, 2]),
-    pair([1, 20], [21, 22, 23, 24, 2], [21, 22, 30]),  # the answers begin alike
-    pair([1, 20, 21, 33, 34, 35, 36], [40], [41, 42, 43, 44, 45, 2]),
-    pair([1, 9], [10, 11], [10, 11, 12, 2]),  # one answer begins with the other
-]
 
 
 def rows_of(pairs):
@@ -158,37 +115,6 @@ def test_scores_do_not_depend_on_the_order_or_the_split():
     together = _stream_logps(model, PAIRS, 0)[0]
     alone = [_stream_logps(model, [one], 0)[0][0] for one in reversed(PAIRS)][::-1]
     assert together == pytest.approx(alone, rel=1e-6)
-
-
-class Stock(trl.DPOTrainer):
-    """Stock TRL on rows that are token ids already."""
-
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset
-
-
-def one_step(trainer_class, kind, folder, tmp_path, model=(), **options):
-    args = DPOConfig(
-        str(tmp_path), per_device_train_batch_size=4, report_to="none", bf16=False, use_cpu=True, disable_tqdm=True,
-        beta=0.3, **{"gradient_checkpointing": False, **options},
-    )  # fmt: skip
-    columns = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in PAIRS]
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    trainer = trainer_class(
-        tiny(kind, **dict(model)), args=args, train_dataset=Dataset.from_list(columns), peft_config=lora,
-        processing_class=AutoTokenizer.from_pretrained(folder),
-    )  # fmt: skip
-    torch.manual_seed(1)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-    trainer.model.train()
-    batch = trainer._prepare_inputs(trainer.data_collator(columns))
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
-    return loss.item(), gradients, metrics, trainer
 
 
 def assert_same_as_stock(kind, folder, tmp_path, **options):
@@ -324,10 +250,10 @@ def test_an_architecture_that_cannot_is_said_once_and_trains_with_trls_forward(t
     model = transformers.AutoModelForCausalLM.from_config(config)
     assert "gpt_neox" in unsupported_reason(model)
     args = DPOConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False)
-    columns = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in PAIRS]
+    rows = columns(PAIRS)
     with caplog.at_level(logging.WARNING, logger="lora_dpo"):
         trainer = DPOTrainer(
-            model, args=args, train_dataset=Dataset.from_list(columns),
+            model, args=args, train_dataset=Dataset.from_list(rows),
             peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
             processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
         )  # fmt: skip

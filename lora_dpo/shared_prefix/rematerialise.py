@@ -26,6 +26,7 @@ class Rematerialiser:
         self._recipes: dict[int, tuple[weakref.ref[torch.Tensor], Recipe]] | None = None
         self.kept: dict[int, int] | None = None
         """Set it to {} to count: bytes of each storage that a forward pass keeps for its backward pass."""
+        self._checkpointed = False
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._removable: list[Any] = []
         for part in model.modules():
@@ -34,7 +35,7 @@ class Rematerialiser:
             elif all(hasattr(part, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
                 self._watch_mlp(part)
         for layer in decoder_layers(model):
-            self._removable.append(layer.register_forward_pre_hook(self._forget))
+            self._removable.append(layer.register_forward_pre_hook(self._enter_layer))
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -73,10 +74,12 @@ class Rematerialiser:
         self._removable.append(mlp.act_fn.register_forward_hook(note_act))
         self._removable.append(mlp.down_proj.register_forward_pre_hook(note_product))
 
-    def _forget(self, module: Any, inputs: Any) -> None:
+    def _enter_layer(self, layer: Any, inputs: Any) -> None:
         # Recipes hold their sources: what the last layer did not keep for its backward pass is let go.
         if self._recipes is not None:
             self._recipes.clear()
+        # A checkpointed layer keeps nothing but its input, and runs again in the backward pass.
+        self._checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
 
     def _note_output(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if self._recipes is not None:
@@ -84,8 +87,9 @@ class Rematerialiser:
             self._note(output, lambda: module(source), source)
 
     def _note(self, tensor: torch.Tensor, recipe: Recipe, *sources: torch.Tensor) -> None:
-        if self._recipes is not None:
-            self._recipes[tensor.data_ptr()] = (weakref.ref(tensor), recipe)
+        if self._recipes is None or self._checkpointed:
+            return
+        self._recipes[tensor.data_ptr()] = (weakref.ref(tensor), recipe)
         for source in sources:
             self._count(source)
 

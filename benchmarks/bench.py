@@ -1,0 +1,427 @@
+"""One optimiser step of ours and of stock TRL, side by side in one process on the same pairs.
+
+    make bench                                           the three shapes, float32
+    python benchmarks/bench.py --data pairs.json         your own pairs
+    python benchmarks/bench.py --shape hh --ablate       what each part of the engine gives alone
+
+Times are only meaningful as ratios within one run: every round runs every variant once, in turn. The other
+columns do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import random
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import psutil
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, Row, draw, read, total
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_dpo import DPOTrainer, EngineSection, load_base
+from lora_dpo.model import pick_device
+from lora_dpo.shared_prefix import layout as layout_module
+from lora_dpo.shared_prefix import model as forward_module
+
+GB = 1e9
+
+
+@dataclass
+class Variant:
+    """A way to compute the steps of one pool of pairs."""
+
+    name: str
+    trainer: Any
+    batches: list[list[Row]]
+    before: Callable[[], None] = lambda: None
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    flops: float = 0.0
+    kept: float = 0.0
+    peak: float = 0.0
+
+
+class Stock(trl.DPOTrainer):
+    """Stock TRL on pairs that are token ids already."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+
+def build(kind: Any, base: Any, rows: list[Row], layers: Any, batch: int, **settings: Any) -> Any:
+    """A trainer with an all-linear rank-16 adapter on its own copy of the base."""
+    model = base()
+    engine = settings.pop("engine", None)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=PROJECTIONS, layers_to_transform=layers
+    )
+    args = trl.DPOConfig(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=batch,
+        report_to="none",
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        loss_type=["sigmoid"],
+        **settings,
+    )
+    trainer = kind(
+        model.model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=model.tokenizer,
+        peft_config=lora,
+        **({"engine": engine} if engine else {}),
+    )
+    if args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.state.max_steps, trainer.state.logging_steps = 10**9, 10  # TRL's default: one step of ten is logged
+    return trainer
+
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def run(variant: Variant) -> None:
+    """Every batch of the variant once, forward and backward, as the training loop calls it."""
+    variant.before()
+    for batch in variant.batches:
+        trainer = variant.trainer
+        trainer.training_step(trainer.model, trainer.data_collator(batch))
+        trainer.model.zero_grad(set_to_none=True)
+        trainer._metrics["train"].clear()
+
+
+def seconds_of(variant: Variant) -> float:
+    gc.collect()
+    with peak_memory() as peak:
+        start = time.perf_counter()
+        run(variant)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - start
+    variant.peak = max(variant.peak, peak[0])
+    return spent
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Most memory during the block, beyond what was held before it: of the GPU, or resident (sampled)."""
+    found = [0.0]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        yield found
+        found[0] = torch.cuda.max_memory_allocated() - held
+        return
+    process, done = psutil.Process(), threading.Event()
+    held = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            found[0] = max(found[0], process.memory_info().rss - held)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def count(variant: Variant) -> None:
+    """FLOPs and tokens of the variant's batches, and the most bytes that one of them keeps for its backward pass."""
+    with FlopCounterMode(display=False) as counter, counted_tokens(variant):
+        run(variant)
+    variant.flops = float(counter.get_total_flops())
+    widest = max(variant.batches, key=lambda batch: sum(map(total, batch)))
+    variant.kept = kept_bytes(variant.trainer, widest)
+
+
+@contextlib.contextmanager
+def counted_tokens(variant: Variant) -> Iterator[None]:
+    """Tokens that run through the backbone for the policy's forward pass."""
+    engine = getattr(variant.trainer, "engine", None)
+    if engine is None:
+        padded = [2 * len(batch) * max(map(total, batch)) for batch in variant.batches]
+        variant.tokens = sum(padded)
+        yield
+        return
+    yield
+    variant.tokens = sum(sum(engine_lengths(variant.trainer, batch)) for batch in variant.batches)
+
+
+def engine_lengths(trainer: Any, batch: list[Row]) -> list[int]:
+    from lora_dpo.steps import pair_lengths
+
+    return pair_lengths(trainer.data_collator(batch))
+
+
+def kept_bytes(trainer: Any, batch: list[Row]) -> float:
+    """Bytes of distinct storages that the forward pass of a batch keeps for its backward pass, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+    kept: dict[int, int] = {}
+    inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+    trainer.model.train()
+    engine = getattr(trainer, "engine", None)
+    if engine is not None:
+        inputs = engine.with_reference(inputs)
+        with engine.forward.count_kept() as kept:
+            loss = trainer.compute_loss(trainer.model, inputs)
+    else:
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = trainer.compute_loss(trainer.model, inputs)
+    trainer._metrics["train"].clear()
+    del loss
+    return float(sum(kept.values()))
+
+
+def forget_references(trainer: Any) -> Callable[[], None]:
+    return trainer.engine.references._known.clear
+
+
+def variants(options: argparse.Namespace, rows: list[Row]) -> list[Variant]:
+    """The two baselines and ours, on the same pairs."""
+    shuffled = rows[:]
+    random.Random(1).shuffle(shuffled)
+    size = options.batch
+    mixed = [shuffled[start : start + size] for start in range(0, len(rows), size)]
+    ordered = sorted(rows, key=total)
+    grouped = [ordered[start : start + size] for start in range(0, len(rows), size)]
+
+    def base(quantize: str, packed: bool) -> Any:
+        return lambda: load_base(options.model, quantize=quantize, packed=packed, dtype=options.dtype)
+
+    nf4 = options.quantize == "nf4"
+    theirs = base(options.quantize, packed=True) if nf4 else base("none", packed="auto")
+    ours_base = base("nf4", packed="auto") if nf4 else theirs
+    off = EngineSection(reference_cache="off")
+    stock = build(Stock, theirs, rows, None, size)
+    tuned_trainer = build(Stock, theirs, rows, None, size, gradient_checkpointing=False)
+    tuned_trainer.precompute_ref_logps = True
+    known = [[{**row, "ref_chosen_logps": -100.0, "ref_rejected_logps": -100.0} for row in batch] for batch in grouped]
+    ours = build(DPOTrainer, ours_base, rows, None, size, engine=off)
+    found = [
+        Variant("TRL as a user gets it", stock, mixed),
+        Variant("TRL tuned: no checkpointing, references known, by length", tuned_trainer, known),
+        Variant("ours, first epoch", ours, mixed, forget_references(ours)),
+        Variant("ours, references known", ours, mixed),
+    ]
+    if options.top:
+        layers = ours.model.config.num_hidden_layers
+        top = build(DPOTrainer, ours_base, rows, list(range(layers))[-options.top :], size, engine=off)
+        found.append(Variant(f"ours, top {options.top} layers, trunk known", top, mixed))
+    return found
+
+
+def ablations(options: argparse.Namespace, full: Variant) -> list[Variant]:
+    """The engine with one part switched off; the first is the whole engine, references known."""
+    trainer = full.trainer
+    forward = trainer.engine.forward
+    found = [Variant("whole engine", trainer, full.batches)]
+
+    def off(name: str, switch: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        variant = Variant(name, trainer, full.batches)
+        found.append(variant)
+        SWITCHES[name] = switch
+
+    off("without sharing prefixes", lambda: patched(layout_module, "common_prefix", lambda left, right: 0))
+    off(
+        "with TRL's head: products repeated in the backward pass",
+        lambda: patched(forward_module, "head_values", trl_head),
+    )
+    off("entropy, mean logits and top-1 in every step", lambda: patched(trainer, "_logs_next_step", lambda: True))
+    off("without rematerialising", lambda: patched(forward, "rematerialiser", None))
+    off("every layer checkpointed", lambda: checkpointed(trainer))
+    off("one pair at a time", lambda: patched(trainer.engine.whole_step.budget, "tokens", 1))
+    off("the two branches of a pair apart", lambda: patched(trainer.engine.whole_step, "split_pairs", True))
+    return found
+
+
+SWITCHES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {}
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+@contextlib.contextmanager
+def checkpointed(trainer: Any) -> Iterator[None]:
+    trainer.model.gradient_checkpointing_enable()
+    trainer.engine.whole_step.budget._checkpoint(trainer.engine.whole_step.budget.layers)
+    try:
+        yield
+    finally:
+        trainer.engine.whole_step.budget._checkpoint(0)
+
+
+def trl_head(hidden: Any, weight: Any, bias: Any, label: Any, *, scale: float, softcap: Any, extras: Any) -> Any:
+    """The same values through TRL's chunked head, on the labelled tokens only."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    values = ChunkedLogProbFunction.apply(
+        hidden, weight, bias, label, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, scale, ("log_probs", *extras)
+    )
+    return forward_module.HeadValues(*values)
+
+
+def measure(found: list[Variant], rounds: int, console: Console) -> None:
+    """Counts once, which also warms up; then `rounds` rounds of every variant in turn."""
+    for variant in found:
+        with SWITCHES.get(variant.name, contextlib.nullcontext)():
+            console.print(f"  counting {variant.name}", style="dim")
+            count(variant)
+    for number in range(rounds):
+        for variant in found:
+            with SWITCHES.get(variant.name, contextlib.nullcontext)():
+                variant.seconds.append(seconds_of(variant))
+            console.print(f"  round {number + 1}: {variant.name} {variant.seconds[-1]:.1f} s", style="dim")
+
+
+def table(title: str, found: list[Variant], against: list[Variant]) -> Table:
+    """One row a variant; speed as ratios to each of `against`."""
+    drawn = Table(title=title, title_justify="left")
+    for name in ("", *(f"pairs/s over {base.name.partition(':')[0]}" for base in against)):
+        drawn.add_column(name, justify="right" if name else "left")
+    for name in ("tokens", "TFLOPs", "kept for backward, GB", "peak beyond the weights, GB"):
+        drawn.add_column(name, justify="right")
+    for variant in found:
+        ratios = [
+            f"{median(b / v for b, v in zip(base.seconds, variant.seconds, strict=True)):.2f}" for base in against
+        ]
+        numbers = [f"{variant.tokens:,}", f"{variant.flops / 1e12:.2f}", f"{variant.kept / GB:.2f}"]
+        drawn.add_row(variant.name, *ratios, *numbers, f"{variant.peak / GB:.2f}")
+    return drawn
+
+
+def record(options: argparse.Namespace, shape: str, rows: list[Row], found: list[Variant]) -> dict[str, Any]:
+    """What one table says, with the machine and the versions."""
+    skip = ("trainer", "batches", "before")
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
+    return {
+        "shape": shape,
+        "pairs": len(rows),
+        "batch": options.batch,
+        "model": options.model,
+        "quantize": options.quantize,
+        "dtype": options.dtype,
+        "device": device,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")},
+        "floor_flops": floor_flops(found[0].trainer, rows),
+        "variants": [{name: value for name, value in vars(variant).items() if name not in skip} for variant in found],
+    }
+
+
+def floor_flops(trainer: Any, rows: list[Row]) -> float:
+    """4N(P+C+R) + 4HV(C+R) a pair: a frozen base of N body weights, its head, forward and backward, no attention."""
+    config = trainer.model.get_base_model().config
+    layers = trainer.model.get_base_model().base_model.layers
+    body = sum(p.numel() for n, p in layers.named_parameters() if "lora_" not in n and p.dim() == 2)
+    answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    prompts = sum(len(row["prompt_ids"]) for row in rows)
+    return 4.0 * body * (prompts + answers) + 4.0 * config.hidden_size * config.vocab_size * answers
+
+
+def cpu_name() -> str:
+    for line in (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else ()
+    ):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def touch_memory(gigabytes: int) -> None:
+    """Touch memory once: on a virtual machine the first touch of a page costs many times a later one."""
+    block = torch.empty(gigabytes << 28, dtype=torch.int32).fill_(1)
+    del block
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="one shape of data; default: all")
+    parser.add_argument("--data", help="a preference file instead of drawn pairs")
+    parser.add_argument("--pairs", type=int, default=32, help="how many pairs")
+    parser.add_argument("--batch", type=int, default=8, help="pairs of an optimiser step")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--quantize", choices=("none", "nf4"), default="none")
+    parser.add_argument("--dtype", default="auto", help="compute dtype, such as float32")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--top", type=int, default=0, help="also measure an adapter on the top N layers")
+    parser.add_argument("--ablate", action="store_true", help="what each part of the engine gives alone")
+    parser.add_argument("--touch", type=int, default=0, help="GB of memory to touch first")
+    parser.add_argument("--output", type=Path, help="a JSON file to add the results to")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    console = Console()
+    if options.touch:
+        touch_memory(options.touch)
+    tokenizer = load_base(options.model, quantize="none").tokenizer
+    pools = {"data": options.data} if options.data else dict.fromkeys(options.shape or SHAPES)
+    for shape, path in pools.items():
+        rows = (
+            read(path, tokenizer, options.pairs)
+            if path
+            else draw(SHAPES[shape], options.pairs, vocabulary=len(tokenizer))
+        )
+        title = f"{Path(path).name if path else SHAPES[shape].title}: {len(rows)} pairs in steps of {options.batch}"
+        console.print(f"{title}, {options.model}, {options.quantize}, {pick_device()}")
+        found = variants(options, rows)
+        if options.ablate:
+            found = ablations(options, found[3])
+            against = found[:1]
+        else:
+            against = found[:2]
+        measure(found, options.rounds, console)
+        console.print(table(title, found, against))
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            old = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else []
+            old.append(record(options, Path(path).name if path else shape, rows, found))
+            options.output.write_text(json.dumps(old, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
