@@ -5,6 +5,7 @@ Shape suffixes: B pairs, R = 2B rows (chosen, then rejected), T columns.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +156,12 @@ def _cache_folder(settings: EngineSection) -> Path | None:
 def _trunk_cache(trainer: DPOTrainer, settings: EngineSection) -> TrunkCache | None:
     if settings.trunk_cache == "off":
         return None
-    folder = Path(trainer.args.output_dir) / "trunk" if settings.trunk_cache == "disk" else None
-    return TrunkCache(memory_bytes=free_bytes(torch.device("cpu")) // 4, folder=folder)
+    memory = free_bytes(torch.device("cpu")) // 4
+    if settings.trunk_cache == "memory":
+        return TrunkCache(memory_bytes=memory)
+    folder = Path(trainer.args.output_dir).absolute() / "trunk"
+    room = shutil.disk_usage(next(parent for parent in folder.parents if parent.is_dir())).free // 2
+    return TrunkCache(memory_bytes=memory, folder=folder, disk_bytes=room)
 
 
 def _checkpoint_lowest(layers: Any, count: int) -> None:

@@ -39,7 +39,7 @@ def tiny(kind, **extra):
     extra = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **extra} if kind == "gemma2" else extra
     extra = {"layer_types": ["sliding_attention", "full_attention"], **extra} if kind == "gemma3_text" else extra
     extra = {"logits_scaling": 3.0, "attention_multiplier": 0.4, **extra} if kind == "granite" else extra
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **extra)).eval()
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**{**SIZES, **extra})).eval()
 
 
 def pair(prompt, chosen, rejected):

@@ -74,8 +74,10 @@ class _HeadValues(torch.autograd.Function):
         ctx.hidden_dtype = hidden_LE.dtype
         if wanted:
             ctx.save_for_backward(torch.cat(slopes) if slopes else hidden_LE.float())
-        empty = hidden_LE.new_zeros(0, dtype=torch.float32)
-        found = {name: torch.cat(parts) if parts else empty for name, parts in columns.items()}
+        found = {
+            name: torch.cat(parts) if parts else hidden_LE.new_zeros(0, dtype=torch.float32)
+            for name, parts in columns.items()
+        }
         result = tuple(found.get(name) for name in ("log_probs", *EXTRAS))
         ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
         return result

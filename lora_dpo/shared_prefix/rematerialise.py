@@ -33,7 +33,11 @@ class Rematerialiser:
             if type(part).__name__.endswith("RMSNorm") and part is not getattr(model, "norm", None):
                 self._removable.append(part.register_forward_hook(self._note_output))
             elif all(hasattr(part, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-                self._watch_mlp(part)
+                self._watch_mlp(part.down_proj, part.act_fn, part.up_proj, lambda up: up)
+            elif all(hasattr(part, name) for name in ("gate_up_proj", "down_proj", "activation_fn")):
+                self._watch_mlp(
+                    part.down_proj, part.activation_fn, part.gate_up_proj, lambda both: both.chunk(2, -1)[1]
+                )
         for layer in decoder_layers(model):
             self._removable.append(layer.register_forward_pre_hook(self._enter_layer))
 
@@ -52,13 +56,13 @@ class Rematerialiser:
         finally:
             self._recipes = None
 
-    def _watch_mlp(self, mlp: Any) -> None:
+    def _watch_mlp(self, down: Any, act: Any, up_source: Any, up_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """down(act(gate) * up): the activation follows from `gate`, the product from `gate` and `up`."""
         seen: dict[str, torch.Tensor] = {}
 
         def note_up(module: Any, inputs: Any, output: torch.Tensor) -> None:
             if self._recipes is not None:
-                seen["up"] = output.detach()
+                seen["up"] = up_of(output.detach())
 
         def note_act(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             if self._recipes is not None:
@@ -68,11 +72,11 @@ class Rematerialiser:
         def note_product(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             if self._recipes is not None:
                 gate, up = seen.pop("gate"), seen.pop("up")
-                self._note(inputs[0], lambda: mlp.act_fn(gate) * up, gate, up)
+                self._note(inputs[0], lambda: act(gate) * up, gate, up)
 
-        self._removable.append(mlp.up_proj.register_forward_hook(note_up))
-        self._removable.append(mlp.act_fn.register_forward_hook(note_act))
-        self._removable.append(mlp.down_proj.register_forward_pre_hook(note_product))
+        self._removable.append(up_source.register_forward_hook(note_up))
+        self._removable.append(act.register_forward_hook(note_act))
+        self._removable.append(down.register_forward_pre_hook(note_product))
 
     def _enter_layer(self, layer: Any, inputs: Any) -> None:
         # Recipes hold their sources: what the last layer did not keep for its backward pass is let go.
@@ -113,3 +117,7 @@ class Rematerialiser:
         with torch.no_grad():
             made: torch.Tensor = recipe()
         return made.view(shape)
+
+
+def _second_half(gate_and_up: torch.Tensor) -> torch.Tensor:
+    return gate_and_up.chunk(2, dim=-1)[1]
