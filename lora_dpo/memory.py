@@ -89,6 +89,7 @@ class Budget:
             self.set_checkpointing(0)
             self.token_bytes = probe()
         elif longest <= self.tokens:
+            self.set_checkpointing(self.checkpointed)  # transformers switches all layers on when training starts
             return
         tokens, checkpointed = fit(
             token_bytes=self.token_bytes,

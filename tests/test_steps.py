@@ -266,6 +266,21 @@ def test_checkpointed_layers_change_memory_not_gradients(tiny_model_folder, tmp_
     assert_close(step(trainer)[0], plain[0])
 
 
+@pytest.mark.parametrize("free", [10**9, 1000], ids=["fits", "does not fit"])
+def test_training_with_checkpointing_allowed_checkpoints_only_what_must_be(free, tiny_model_folder, tmp_path):
+    # an evaluation between the steps switches to the model's own attention and back
+    options = dict(max_steps=3, learning_rate=1e-3, per_device_train_batch_size=2, lr_scheduler_type="constant")
+    plain = trained(DPOTrainer, tiny_model_folder, tmp_path, PAIRS, **options)
+    trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, logging_steps=1,
+                    gradient_checkpointing=True, eval_strategy="steps", eval_steps=1, **options)  # fmt: skip
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.reference_guard = False
+    trainer.engine.whole_step.budget.free = lambda: free
+    trainer.train()
+    assert trainer.engine.whole_step.budget.checkpointed == (0 if free > 1000 else 2)
+    assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == pytest.approx(plain[0], rel=1e-5)
+
+
 # --- packing ---------------------------------------------------------------------------------------
 
 
