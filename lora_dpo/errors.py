@@ -6,6 +6,7 @@
     ├── ModelError         loading, fetching or describing a base model
     ├── AdapterError       an adapter folder: missing, broken, made for another base
     ├── ReferenceMismatch  step 0: the policy is not the reference
+    ├── JudgeError         a judge cannot be reached, or gives no usable scores
     └── OutputError        a result cannot be written where it was asked for
 
 A message says what is wrong, the value seen and the next step, in one or two sentences: the
@@ -35,6 +36,10 @@ class AdapterError(LoraDPOError):
 
 class ReferenceMismatch(LoraDPOError):
     """At step 0 the policy differs from the reference, so the loss would mean nothing."""
+
+
+class JudgeError(LoraDPOError):
+    """A judge cannot be loaded or reached, or what it returns are no scores."""
 
 
 class OutputError(LoraDPOError):

@@ -246,6 +246,14 @@ def reference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield model
 
 
+def detach(model: PeftModel) -> PreTrainedModel:
+    """Take all adapters off again: the base as it was before any was put on, the same object."""
+    base: PreTrainedModel = model.unload()
+    base.requires_grad_(False)
+    base.eval()
+    return base
+
+
 def bare(model: Any) -> PreTrainedModel:
     """The transformers model inside a PeftModel (adapters stay in its layers), or the model itself."""
     from peft import PeftModel
