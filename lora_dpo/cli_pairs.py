@@ -62,24 +62,22 @@ def pairs(
 
         lora-dpo pairs prompts.txt --model smollm2-135m --judge 'rules:length<=40' -o pairs.jsonl
 
-        lora-dpo pairs prompts.txt --adapter adapters/quickstart --judge llm:qwen3:8b@http://localhost:11434/v1 -o p.jsonl
+        lora-dpo pairs p.txt --adapter adapters/quickstart --judge llm:qwen3:8b@http://localhost:11434/v1 -o pairs.jsonl
 
-        lora-dpo pairs prompts.jsonl --model smollm2-135m --judge my_judge:score --select gaps --min-gap 0.5 -o p.jsonl
+        lora-dpo pairs p.jsonl --model smollm2-135m --judge my_judge:score --select gaps --min-gap 0.5 -o pairs.jsonl
     """
     from lora_dpo.console import RunView
+    from lora_dpo.files import refuse_existing
     from lora_dpo.generate import Sampling
-    from lora_dpo.judges import Means, open_judge
     from lora_dpo.judges.grammar import check_specs
     from lora_dpo.pairs import Selection, make_pairs
-    from lora_dpo.policy import attach_reference, beta_of, load_policy
+    from lora_dpo.policy import load_with_judge
     from lora_dpo.prompts import read_prompts
     from lora_dpo.samples import SamplePlan
 
     one_of("--select", select, ("best-worst", "gaps"))
     if quantize is not None:
         one_of("--quantize", quantize, ("nf4", "none"))
-    from lora_dpo.files import refuse_existing
-
     refuse_existing(output)
     check_specs(judge)
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
@@ -87,17 +85,14 @@ def pairs(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     plan = SamplePlan(answers=answers, sampling=sampling, system=system, batch_size=batch_size)
     with err.status("loading the model"):
-        policy = load_policy(model, adapter=adapter, quantize=cast(Any, quantize))
-        if any(spec.endswith("implicit") for spec in judge):
-            attach_reference(policy)
-        means = Means(
-            base=policy.base,
-            policy=policy.model if adapter else None,
-            beta=beta_of(adapter),
-            endpoint=endpoint,
+        policy, judged_by = load_with_judge(
+            judge,
             cache=output.with_name(output.name + ".judge.sqlite"),
+            endpoint=endpoint,
+            model=model,
+            adapter=adapter,
+            quantize=cast(Any, quantize),
         )
-        judged_by = open_judge(judge, means)
     show_lines(
         [
             ("model", policy.base.name + (f" with {adapter}" if adapter else "")),

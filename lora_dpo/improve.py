@@ -193,14 +193,22 @@ def _claim(run: _Rounds) -> None:
         write_new(path, text)
         return
     with disk_errors(path):
-        old = path.read_text(encoding="utf-8").splitlines()
-    # More rounds may be asked for later; anything else would make rounds that cannot be compared.
-    changed = [line.strip() for line in text.splitlines() if line not in old and not line.startswith("  rounds:")]
+        old = path.read_text(encoding="utf-8")
+    changed = _changed_lines(old, text)
     if changed:
         raise ConfigError(
             f"The rounds in {run.folder} were begun with other settings (now: {'; '.join(changed[:3])}). "
             "Go on with those settings, or set another output."
         )
+
+
+def _changed_lines(old: str, new: str) -> list[str]:
+    """What differs, but for the number of rounds: more of them may be asked for later."""
+    before, now = ([line for line in text.splitlines() if not line.startswith("  rounds:")] for text in (old, new))
+    if before == now:
+        return []
+    changed = [line.strip() for line in now if line not in before]
+    return changed or [f"without {line.strip()}" for line in before if line not in now] or ["another order"]
 
 
 # --- the steps of a round -------------------------------------------------------------------------
@@ -366,6 +374,6 @@ def _write_table(run: _Rounds) -> None:
 
 def _side_by_side(run: _Rounds, best: int) -> Iterator[tuple[str, str, str]]:
     """Held-out answers of the start and of the best round, spread over the file: a fair sample."""
-    for index in evenly(len(run.held_out), run.recipe.evaluation.show) if best else ():
+    for index in evenly(len(run.held_out), run.recipe.improve.show) if best else ():
         texts = [run.measured[number].answers[index].text for number in (0, best)]
         yield run.held_out[index].text, texts[0], texts[1]

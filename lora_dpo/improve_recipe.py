@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from lora_dpo.config import (
-    EvaluationSection,
     LoraSection,
     ModelSection,
     Recipe,
@@ -48,6 +47,11 @@ class ImproveSection(Section):
         Field(description="best-worst: at most one pair a prompt. gaps: all answers that are far enough apart."),
     ] = "best-worst"
     min_gap: Annotated[float, Field(ge=0, description="Smallest difference of two scores.")] = 0.0
+    questions: Annotated[
+        str | None,
+        Field(description="JSONL of {prompt, accepted}: asked before and after each training, to see what is lost."),
+    ] = None
+    show: Annotated[int, Field(ge=0, description="Held-out answers shown side by side at the end.")] = 4
     criterion: Annotated[str | None, Field(description="What an LLM judge is to look at.")] = None
     judge_per_minute: Annotated[float | None, Field(gt=0, description="Most requests to an LLM judge.")] = None
     judge_prices: Annotated[
@@ -70,17 +74,14 @@ class ImproveRecipe(Section):
         "base"
     )
     improve: Annotated[ImproveSection, Field(description="Prompts, judge and rounds.")]
-    evaluation: Annotated[EvaluationSection, Field(description="questions: known answers to ask in each round.")] = (
-        EvaluationSection()
-    )
     output: Annotated[
         str | None, Field(description="Round N's adapter is OUTPUT-roundN. Default: adapters/RECIPE-NAME.")
     ] = None
     trainer: Annotated[
         dict[str, Any], Field(description="Any field of TRL's DPOConfig, for each round's training.")
-    ] = {}
+    ] = {}  # noqa: RUF012 - pydantic copies it
 
-    _empty_section = field_validator("model", "lora", "evaluation", "trainer", mode="before")(
+    _empty_section = field_validator("model", "lora", "trainer", mode="before")(
         lambda value: {} if value is None else value
     )
 
@@ -101,7 +102,7 @@ class ImproveRecipe(Section):
             "model": self.model,
             "reference": reference,
             "data": {"train": str(pairs)},
-            "evaluation": self.evaluation,
+            "evaluation": {"questions": self.improve.questions, "max_new_tokens": self.improve.max_new_tokens},
             "output": str(output),
             "trainer": self.trainer,
         }

@@ -249,6 +249,10 @@ def reference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def detach(model: PeftModel) -> PreTrainedModel:
     """Take all adapters off again: the base as it was before any was put on, the same object."""
     base: PreTrainedModel = model.unload()
+    if not hasattr(base, "_hf_hook"):  # an offloading hook of accelerate sits on the forward, too, and stays
+        vars(base).pop("forward", None)  # TRL leaves its own there, one around the other with each training
+    base.gradient_checkpointing_disable()
+    base.config.use_cache = True  # TRL switches it off for training
     base.requires_grad_(False)
     base.eval()
     return base

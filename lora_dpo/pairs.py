@@ -214,7 +214,7 @@ def _pair_rows(
 def _warn(emit: OnEvent, report: PairReport) -> None:
     cut = report.skipped["without an answer that ended by itself"]
     if cut > 0.2 * report.prompts:
-        text = f"{cut} of {report.prompts} prompts have no answer that ended by itself: raise --max-new-tokens."
+        text = f"{cut} of {report.prompts} prompts have no answer that ended by itself: raise max_new_tokens."
         emit(Note(text, warning=True))
 
 

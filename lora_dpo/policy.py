@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_dpo.adapters import attach_adapter, base_name, check_folder, read_passport
 from lora_dpo.config import Dtype, Quantize, read_recipe
-from lora_dpo.errors import AdapterError
+from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import sha256_of
-from lora_dpo.model import REFERENCE, Base, load_base
+from lora_dpo.judges import Judge, Means, open_judge
+from lora_dpo.judges.endpoint import EndpointSettings
+from lora_dpo.judges.grammar import check_specs
+from lora_dpo.model import POLICY, REFERENCE, Base, load_base
 
 
 @dataclass
@@ -66,6 +69,41 @@ def load_policy(
     return Policy(base, attach_adapter(base, adapter), adapter)
 
 
+def load_with_judge(
+    specs: Sequence[str],
+    *,
+    cache: Path,
+    endpoint: EndpointSettings | None = None,
+    model: str | None = None,
+    adapter: Path | None = None,
+    quantize: Quantize | None = None,
+) -> tuple[Policy, Judge]:
+    """The model that answers and the judge of its answers, both in memory.
+
+    Args:
+        specs: judges as a user writes them; they add up.
+        cache: where an LLM judge keeps its verdicts.
+
+    Raises:
+        LoraDPOError: as `load_policy` and `open_judge` do. What needs no model is refused before one is loaded.
+    """
+    check_specs(specs)
+    implicit = any(spec.endswith("implicit") for spec in specs)
+    if implicit and adapter is None:
+        raise ConfigError("The implicit judge compares an adapter with its reference. Give one with --adapter.")
+    policy = load_policy(model, adapter=adapter, quantize=quantize)
+    if implicit:
+        attach_reference(policy)
+    means = Means(
+        base=policy.base,
+        policy=policy.model if adapter else None,
+        beta=beta_of(adapter),
+        endpoint=endpoint or EndpointSettings(),
+        cache=cache,
+    )
+    return policy, open_judge(specs, means)
+
+
 def beta_of(adapter: Path | None) -> float:
     """The β that an adapter was trained with, by its recipe; DPO's usual 0.1 if it does not say."""
     if adapter is None or not (adapter / "recipe.yaml").is_file():
@@ -91,5 +129,5 @@ def attach_reference(policy: Policy) -> None:
             "cannot be computed."
         ) from error
     policy.model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
-    policy.model.set_adapter("default")
+    policy.model.set_adapter(POLICY)
     policy.model.eval()

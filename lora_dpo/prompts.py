@@ -49,11 +49,11 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     Raises:
         DataError: the source cannot be read, or has no prompt.
     """
-    if source.lower().endswith(".txt"):
-        found = _text_prompts(Path(source))
-    else:
-        found = _row_prompts(source)
-    unique = list({json.dumps(prompt.messages): prompt for prompt in reversed(found)}.values())[::-1]
+    found = _text_prompts(Path(source)) if source.lower().endswith(".txt") else _row_prompts(source)
+    first: dict[str, Prompt] = {}
+    for prompt in found:
+        first.setdefault(json.dumps(prompt.messages), prompt)
+    unique = list(first.values())
     if not unique:
         raise DataError(f"{source} holds no prompt. Write one prompt a line, or rows with 'prompt'.")
     return [unique[index] for index in evenly(len(unique), limit)] if limit else unique

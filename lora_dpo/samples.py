@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class SamplePlan:
 
     answers: int = 4
     """Answers a prompt."""
-    sampling: Sampling = Sampling(temperature=0.8, top_p=0.95)
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.8, top_p=0.95))
     system: str | None = None
     """A system turn before every prompt while sampling; it does not become part of a pair."""
     batch_size: int = 32

@@ -224,7 +224,8 @@ class Endpoint:
             seconds = (then - datetime.datetime.now(datetime.UTC)).total_seconds()
         if not seconds <= LONGEST_WAIT:
             raise JudgeError(
-                f"{self.url} asks to wait {seconds:,.0f} s. Run the same command again then: answered questions are kept."
+                f"{self.url} asks to wait {seconds:,.0f} s. Run the same command again then: "
+                "answered questions are kept."
             )
         return max(0.0, seconds)
 

@@ -18,7 +18,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.config import nearest
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judges.base import Judge, add_up
-from lora_dpo.judges.endpoint import EndpointSettings
+from lora_dpo.judges.endpoint import API_KEY, EndpointSettings
 from lora_dpo.judges.rules import rule_judge
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Means:
     """The model with its adapter on it, or None without an adapter."""
     beta: float = 0.1
     """DPO's β of the policy's training, for the implicit reward."""
-    endpoint: EndpointSettings = EndpointSettings()
+    endpoint: EndpointSettings = field(default_factory=EndpointSettings)
     cache: Path | None = None
     """Where an LLM judge keeps verdicts; None keeps none."""
 
@@ -62,12 +62,17 @@ def open_judge(specs: Sequence[str], means: Means | None = None) -> Judge:
 
 
 def check_specs(specs: Sequence[str]) -> None:
-    """Refuse what `open_judge` would refuse, as far as that needs no model. Raises `ConfigError`."""
+    """Refuse what `open_judge` would refuse, as far as that needs no model.
+
+    Raises:
+        ConfigError: a spec that means nothing.
+        JudgeError: a function that cannot be imported.
+    """
     for spec in specs:
         _, text = _split_weight(spec.strip())
         kind, _, argument = text.partition(":")
         if kind not in KINDS:
-            _check_function(text)
+            _function_judge(text)
         elif kind == "rules":
             rule_judge(text, argument)
         elif kind == "llm":
@@ -117,19 +122,21 @@ def _split_endpoint(text: str, argument: str) -> tuple[str, str]:
         raise ConfigError(
             f"The judge is {text!r}: write llm:MODEL@URL, such as llm:qwen2.5:14b@http://localhost:11434/v1."
         )
+    if "?" in url:
+        raise ConfigError(
+            f"The judge's URL {url} has a '?', and the judge is written into every pair. Leave it out; a key belongs "
+            f"into the environment variable {API_KEY}."
+        )
     return model, url
 
 
-def _check_function(text: str) -> None:
+def _function_judge(text: str) -> Judge:
+    """A user's function, found as Python finds it when started in the current folder."""
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
         kind = re.split(r"[:<>=]", text)[0]
         raise ConfigError(
             f"{text!r} is no judge: write rules:…, reward:…, llm:…, implicit, or module:function.{nearest(kind, KINDS)}"
         )
-
-
-def _function_judge(text: str) -> Judge:
-    """A user's function, found as Python finds it when started in the current folder."""
     module_name, _, name = text.partition(":")
     module = _import(module_name, text)
     function = getattr(module, name, None)
@@ -146,7 +153,7 @@ def _import(module_name: str, text: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything
-        known = f" Known kinds are {', '.join(KINDS)}." if isinstance(error, ModuleNotFoundError) else ""
+        known = nearest(module_name, KINDS) if isinstance(error, ModuleNotFoundError) else ""
         raise JudgeError(f"The judge {text} cannot be imported: {type(error).__name__}: {error}.{known}") from error
     finally:
         if added:
