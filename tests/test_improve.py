@@ -59,7 +59,12 @@ def settings(tiny_model_folder):
                 "select": "gaps",
                 "min_gap": 0.1,
             },
-            "trainer": {"max_steps": 10, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "loss_type": ["sigmoid", "sft"]},
+            "trainer": {
+                "max_steps": 10,
+                "per_device_train_batch_size": 8,
+                "learning_rate": 1e-2,
+                "loss_type": ["sigmoid", "sft"],
+            },
         }
         for name, change in changes.items():
             found[name] = {**found.get(name, {}), **change} if isinstance(change, dict) else change
@@ -95,7 +100,7 @@ def state_of(model):
     patched = [name for name, part in model.named_modules() if "forward" in vars(part)]
     hooks = [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]
     grads = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return tensors, parts, patched, hooks, grads, model.config.to_dict(), set(vars(model)) - {'model_tags'}
+    return tensors, parts, patched, hooks, grads, model.config.to_dict(), set(vars(model)) - {"model_tags"}
 
 
 def test_training_gives_the_base_back_bit_for_bit(tiny_model_folder, recipe_dict):
