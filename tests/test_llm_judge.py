@@ -1,5 +1,6 @@
 """The LLM judge against a real local HTTP server that misbehaves in the ways that servers do."""
 
+import importlib
 import json
 import re
 import threading
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from lora_dpo.cli import main
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.generate import Answer
 from lora_dpo.judges.endpoint import API_KEY, Endpoint, EndpointSettings
@@ -260,7 +262,7 @@ def dripping(handler):
     handler.end_headers()
     handler.close_connection = True
     try:
-        for _ in range(30):
+        for _ in range(400):
             handler.wfile.write(b" ")
             handler.wfile.flush()
             time.sleep(0.05)
@@ -414,6 +416,32 @@ def test_what_was_answered_before_a_failure_is_kept(server, tmp_path):
     asked = len(server.requests)
     judge(server, cache=cache, parallel=1).score(PROMPT, answers("a", "bb", "ccc"))
     assert len(server.requests) - asked == 6 - 2
+
+
+def test_the_command_with_a_judge_behind_a_server_that_fails_and_recovers(
+    server, tiny_model_folder, tmp_path, monkeypatch, capsys
+):
+    module = importlib.import_module("lora_dpo.generate")  # the package's attribute is the function
+    monkeypatch.setattr(module, "stop_token_ids", lambda model, tokenizer: frozenset({*range(100, 130), 257}))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("One?\nTwo?\nThree?\n")
+    command = ["pairs", "p.txt", "--model", str(tiny_model_folder), "--quantize", "none", "-o", "p.jsonl"]
+    command += ["--judge", f"llm:m@{server.url}", "--answers", "3", "--max-new-tokens", "8", "--temperature", "1"]
+    command += ["--criterion", "Shorter is better.", "--judge-prices", "1,2"]
+    server.replies = [GOOD, GOOD, (403, {}, b"quota used up")]
+    assert main(command) == 1
+    assert "quota used up" in capsys.readouterr().err
+    assert main(command) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    asked = len(server.requests)
+    assert "from the cache" in said
+    assert "cost 0.000" in said
+    assert "the two orders disagreed" in said
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["origin"]["judge"] for row in rows} == {f"llm:m@{server.url}"}
+    assert {row["origin"]["judge_facts"]["criterion"] for row in rows} == {"Shorter is better."}
+    assert all("Shorter is better." in body["messages"][0]["content"] for body in server.requests)
+    assert asked <= 3 * 6 + 4  # what was answered before the failure was not asked again
 
 
 def test_a_file_that_is_no_cache_is_named(tmp_path):
