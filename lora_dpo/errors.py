@@ -3,6 +3,7 @@
     LoraDPOError
     ├── ConfigError        the recipe or a command-line option
     ├── DataError          a preference file or a row in it
+    │   └── NoPairs        answers were sampled and judged, and none is better than another
     ├── ModelError         loading, fetching or describing a base model
     ├── AdapterError       an adapter folder: missing, broken, made for another base
     ├── ReferenceMismatch  step 0: the policy is not the reference
@@ -24,6 +25,10 @@ class ConfigError(LoraDPOError):
 
 class DataError(LoraDPOError):
     """A preference file is missing, unreadable or holds no usable pair."""
+
+
+class NoPairs(DataError):
+    """Answers were sampled and judged, and there is nothing to choose between."""
 
 
 class ModelError(LoraDPOError):

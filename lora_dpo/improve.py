@@ -21,11 +21,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lora_dpo.adapters import attach_adapter
-from lora_dpo.errors import ConfigError, DataError, OutputError
+from lora_dpo.adapters import attach_adapter, read_passport
+from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.evaluate import evenly
 from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured
-from lora_dpo.files import disk_errors
+from lora_dpo.files import disk_errors, refuse_existing
 from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.journal import alone, write_new
@@ -39,6 +39,7 @@ from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.prompts import Prompt, read_prompts
 from lora_dpo.runs import ADAPTERS_DIR, checkpoints, partial_of
 from lora_dpo.samples import SamplePlan
+from lora_dpo.settings import trainer_settings
 from lora_dpo.train import train
 
 FEWEST_HELD_OUT = 8
@@ -140,7 +141,13 @@ def improve(
         best = 0
         run.measured.append(_measured(run, 0))
         for number in range(1, recipe.improve.rounds + 1):
-            _make_pairs(run, number)
+            try:
+                _make_pairs(run, number)
+            except NoPairs as error:
+                if number == 1:
+                    raise
+                run.emit(Note(f"Round {number} has nothing to learn from. {error}"))
+                break
             _train(run, number)
             run.measured.append(_measured(run, number))
             _write_table(run)
@@ -165,6 +172,10 @@ def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) 
             "The implicit judge changes with every round, so its scores cannot show whether rounds help. Use another "
             "judge, or lora-dpo pairs --judge implicit for one round."
         )
+    if recipe.reference != "base" and recipe.lora.model_fields_set:
+        given = ", ".join(sorted(recipe.lora.model_fields_set))
+        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
+    trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
     prompts = read_prompts(section.prompts, limit=section.limit)
     held_out = read_prompts(section.held_out, limit=section.held_out_limit)
     if len(held_out) < FEWEST_HELD_OUT:
@@ -187,9 +198,8 @@ def _claim(run: _Rounds) -> None:
     """Write down the recipe, or check that it is the one that the rounds were begun with."""
     path, text = run.folder / "recipe.yaml", dump_improve_recipe(run.recipe)
     if not path.exists():
-        taken = [folder for number in (1, 2) if (folder := run.adapter(number)) and folder.exists()]
-        if taken:
-            raise OutputError(f"{taken[0]} already exists and is not of this run. Set another output.")
+        for number in range(1, run.recipe.improve.rounds + 1):
+            refuse_existing(run.adapter(number) or path)
         write_new(path, text)
         return
     with disk_errors(path):
@@ -241,6 +251,9 @@ def _train(run: _Rounds, number: int) -> None:
     output = run.adapter(number)
     assert output is not None  # noqa: S101 - every round but the start has one
     if output.exists():
+        passport = read_passport(output)
+        if passport is None or str(run.pairs(number)) not in passport.data.get("train", {}).get("sha256", {}):
+            raise OutputError(f"{output} already exists and is not of this run. Set another output.")
         return
     run.tell(Note(f"round {number}: training"))
     before = run.adapter(number - 1)

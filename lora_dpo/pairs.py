@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.errors import ConfigError, NoPairs
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import refuse_existing
 from lora_dpo.generate import Answer
@@ -82,7 +82,7 @@ def make_pairs(
     Raises:
         OutputError: the output exists, or its journals hold work of other settings.
         JudgeError: the judge failed. What it scored before is kept.
-        DataError: no pair came out.
+        NoPairs: all prompts were sampled and judged, and none gave a pair.
     """
     refuse_existing(output)
     plan, selection = plan or SamplePlan(), selection or Selection()
@@ -117,7 +117,7 @@ def make_pairs(
         rows = list(_pair_rows(prompts, answers, scores, selection, common, report))
         if not rows:
             why = ", ".join(f"{count} {reason}" for reason, count in report.skipped.most_common())
-            raise DataError(f"No prompt gave a pair ({why}). The answers are kept in {kept}.")
+            raise NoPairs(f"No prompt gave a pair ({why}). The answers are kept in {kept}.")
         write_new(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     _warn(emit, report)
     return report

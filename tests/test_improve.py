@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from lora_dpo.adapters import read_passport
 from lora_dpo.cli import main
 from lora_dpo.config import check_settings
-from lora_dpo.errors import ConfigError, DataError, OutputError
+from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.events import Note, Progress, RoundsMeasured, Saved, StepLogged
 from lora_dpo.generate import Answer
 from lora_dpo.improve_recipe import ImproveRecipe, ImproveSection, dump_improve_recipe, read_improve_recipe
@@ -261,8 +262,6 @@ def test_stopped_at_any_step_the_same_call_goes_on_to_the_same_result(recipe, un
     if not uninterrupted:
         rounds.improve(recipe(improve={"rounds": 1}, output="out/x"))
         uninterrupted["whole"] = contents("out")
-        import shutil
-
         shutil.rmtree("out")
     stop, listen = stop_at(MOMENTS[moment])
     with pytest.raises(Stopped):
@@ -308,9 +307,38 @@ def test_a_judge_that_was_taken_out_is_another_setting(recipe):
 
 
 def test_an_adapter_of_another_run_is_never_taken_for_a_round(recipe):
-    Path("adapters/improved-round1").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"improved-round1 already exists and is not of this run"):
+    Path("adapters/improved-round2").mkdir(parents=True)
+    with pytest.raises(OutputError, match="improved-round2 already exists"):
         rounds.improve(recipe())
+    assert not Path("adapters/improved.improve/round0.heldout.json").exists()
+
+
+def test_an_adapter_of_another_run_that_appears_later_is_never_taken_for_a_round(recipe):
+    rounds.improve(recipe(improve={"rounds": 1}))
+    shutil.move("adapters/improved-round1", "mine")
+    rounds.improve(recipe(improve={"rounds": 1}, output="adapters/other"))
+    shutil.move("adapters/other-round1", "adapters/improved-round1")
+    with pytest.raises(OutputError, match="improved-round1 already exists and is not of this run"):
+        rounds.improve(recipe(improve={"rounds": 1}))
+
+
+def test_a_later_round_without_a_pair_is_the_end_and_no_error(recipe, forced, monkeypatch):
+    forced(0, 1)
+    real = rounds.make_pairs
+
+    def none(*arguments, **named):
+        if "round2" in str(arguments[3]):
+            raise NoPairs("No prompt gave a pair (8 with answers scored alike).")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(rounds, "make_pairs", none)
+    events = []
+    result = rounds.improve(recipe(), on_event=events.append)
+    assert (result.best, len(result.measured)) == (1, 2)
+    assert any("Round 2 has nothing to learn from." in event.text for event in events if isinstance(event, Note))
+    monkeypatch.setattr(rounds, "make_pairs", lambda *a, **n: (_ for _ in ()).throw(NoPairs("none")))
+    with pytest.raises(DataError):
+        rounds.improve(recipe(output="first"))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -332,6 +360,20 @@ def test_too_few_held_out_prompts_are_refused(recipe):
 def test_the_implicit_judge_cannot_measure_rounds(recipe):
     with pytest.raises(ConfigError, match="changes with every round"):
         rounds.improve(recipe(improve={"judge": "implicit"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"trainer": {"learing_rate": 1e-3}}, "Did you mean learning_rate?"),
+        ({"improve": {"questions": "none.jsonl", "judge": "rules:fun"}}, "There is no rule 'fun'"),
+        ({"reference": "adapter:some"}, "lora (rank) comes from the reference adapter"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_anything_is_sampled(recipe, change, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        rounds.improve(recipe(**change))
+    assert not Path("adapters").exists()
 
 
 @pytest.mark.parametrize(
