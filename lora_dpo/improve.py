@@ -143,10 +143,10 @@ def improve(
         for number in range(1, recipe.improve.rounds + 1):
             try:
                 _make_pairs(run, number)
-            except NoPairs as error:
+            except NoPairs as nothing:
                 if number == 1:
                     raise
-                run.emit(Note(f"Round {number} has nothing to learn from. {error}"))
+                run.emit(Note(f"Round {number} has nothing to learn from. {nothing}"))
                 break
             _train(run, number)
             run.measured.append(_measured(run, number))
