@@ -107,6 +107,7 @@ def test_the_last_number(text, number):
         ("rules:regex=(", "no regular expression"),
         ("rules:regex", "'rules:regex="),
         ("json", "is no judge"),
+        ("length<=40", "Did you mean rules:length<=40?"),
         ("llm:gpt", "llm:MODEL@URL"),
         ("llm:m@localhost:1/v1", "llm:MODEL@URL"),
         ("llm:m@https://x/v1?key=1", "has a '?'"),

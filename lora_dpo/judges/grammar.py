@@ -27,7 +27,7 @@ from lora_dpo.config import nearest
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judges.base import Judge, add_up
 from lora_dpo.judges.endpoint import API_KEY, EndpointSettings
-from lora_dpo.judges.rules import rule_judge
+from lora_dpo.judges.rules import KNOWN, rule_judge
 
 if TYPE_CHECKING:
     from lora_dpo.model import Base
@@ -134,9 +134,8 @@ def _function_judge(text: str) -> Judge:
     """A user's function, found as Python finds it when started in the current folder."""
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
         kind = re.split(r"[:<>=]", text)[0]
-        raise ConfigError(
-            f"{text!r} is no judge: write rules:…, reward:…, llm:…, implicit, or module:function.{nearest(kind, KINDS)}"
-        )
+        hint = f" Did you mean rules:{text}?" if kind in KNOWN else nearest(kind, KINDS)
+        raise ConfigError(f"{text!r} is no judge: write rules:…, reward:…, llm:…, implicit, or module:function.{hint}")
     module_name, _, name = text.partition(":")
     module = _import(module_name, text)
     function = getattr(module, name, None)
