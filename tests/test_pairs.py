@@ -442,3 +442,25 @@ def test_a_killed_command_goes_on_where_it_was(tiny_model_folder, tmp_path):
     assert journal.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     ids = [(row["prompt"], row["answer"]) for row in rows_of(journal)[1:]]
     assert set(ids) == {(prompt, answer) for prompt in range(40) for answer in range(3)}
+
+
+@pytest.mark.slow
+def test_the_real_model_makes_pairs_that_train(tmp_path):
+    """In a process of its own: the real ends of turn, the real template, and training on what was written."""
+    root = Path(lora_dpo.__file__).parent.parent
+    (tmp_path / "models").symlink_to(root / "models")
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+
+    def run(*arguments):
+        start = [sys.executable, "-m", "lora_dpo", *arguments]
+        return subprocess.run(start, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    made = ["--limit", "3", "--max-new-tokens", "32", "--answers", "3", "--judge", "rules:length<=15", "-o", "p.jsonl"]
+    run("pairs", str(root / "data" / "quickstart.jsonl"), "--model", "smollm2-135m", *made)
+    pairs, report = read_pairs(str(tmp_path / "p.jsonl"))
+    assert pairs
+    assert not report.dropped
+    settings = ["data.train=p.jsonl", "data.eval=null", "evaluation.questions=null", "trainer.max_steps=1"]
+    settings += ["evaluation.answers=32", "evaluation.show=4", "trainer.per_device_train_batch_size=1", "output=a"]
+    run("train", str(root / "configs" / "quickstart.yaml"), *settings)
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
