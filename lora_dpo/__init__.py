@@ -15,9 +15,15 @@ from lora_dpo.data import read_pairs
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.fetch import fetch_model
 from lora_dpo.generate import Sampling, generate, stream
+from lora_dpo.improve import improve
+from lora_dpo.improve_recipe import read_improve_recipe
+from lora_dpo.judges import open_judge
 from lora_dpo.merge import merge
 from lora_dpo.model import Base, attach_lora, load_base, reference
+from lora_dpo.pairs import make_pairs
+from lora_dpo.policy import load_policy
 from lora_dpo.prepare import Stopped, StopSignal
+from lora_dpo.prompts import read_prompts
 from lora_dpo.train import TrainResult, train
 
 if TYPE_CHECKING:
@@ -39,10 +45,16 @@ __all__ = [
     "attach_lora",
     "fetch_model",
     "generate",
+    "improve",
     "load_base",
+    "load_policy",
+    "make_pairs",
     "merge",
     "open_chat",
+    "open_judge",
+    "read_improve_recipe",
     "read_pairs",
+    "read_prompts",
     "read_recipe",
     "reference",
     "stream",

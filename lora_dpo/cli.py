@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from lora_dpo import cli_pairs
 from lora_dpo.errors import LoraDPOError
 
 app = typer.Typer(
@@ -72,13 +70,14 @@ def train(
     from lora_dpo.console import RunView
     from lora_dpo.prepare import Stopped, StopSignal
     from lora_dpo.runs import checkpoints, partial_of, resume_command
+    from lora_dpo.signals import stop_on_signals
     from lora_dpo.train import train as run_training
 
     settings = read_recipe(recipe, overrides or ())
     view, stop = RunView(out, show_dropped=show_dropped), StopSignal()
     name = recipe.stem if recipe.name != "recipe.yaml" else recipe.absolute().parent.name.removesuffix(".partial")
     try:
-        with _stop_on_signals(stop), view.live():
+        with stop_on_signals(stop, err.print), view.live():
             run_training(settings, name=name, resume=resume, on_event=view, stop=stop)
     except Stopped as stopped:
         if stopped.resumable:
@@ -160,6 +159,10 @@ def merge(
     with err.status("merging"):
         folder = run_merge(adapter, output, into=into, dtype=dtype, model=model)  # type: ignore[arg-type]
     out.print(f"[green]merged[/] {adapter} into {into}: [bold]{folder}[/] ({dtype})")
+
+
+app.command()(cli_pairs.pairs)
+app.command()(cli_pairs.improve)
 
 
 @app.command("recipe")
@@ -249,24 +252,6 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
     if value not in allowed:
         raise ConfigError(f"{option} is {value!r}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
-
-
-@contextmanager
-def _stop_on_signals(stop: Any) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: stop at the next safe point. Second: at once."""
-
-    def handle(number: int, frame: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        err.print("\nStopping after this step (again to stop at once).")
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -264,6 +264,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: missing file, broken YAML, unknown key, or a value of the wrong kind.
     """
+    return check_recipe(read_settings(path, overrides), where=str(path))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain settings of a YAML file, `key=value` overrides applied; they are not checked yet.
+
+    Raises:
+        ConfigError: missing file, broken YAML, or no settings in it.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -279,22 +288,34 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not equals or not key:
             raise ConfigError(f"{override!r} is not a setting. Write key=value, such as trainer.beta=0.2.")
         _set_dotted(settings, key, _parse_yaml(value, where=override))
-    return check_recipe(settings, where=str(path))
+    return settings
 
 
 def check_recipe(settings: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """Validate plain settings. Raises `ConfigError` that names the key, the value and what is allowed."""
+    return check_settings(Recipe, settings, where=where)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def check_settings(kind: type[AnySection], settings: dict[str, Any], *, where: str) -> AnySection:
+    """Validate plain settings as a section of this kind. Raises `ConfigError` as `check_recipe` does."""
     try:
-        return Recipe.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + " ".join(_sentences(error))) from None
+        raise ConfigError(f"{where}: " + " ".join(_sentences(error, kind))) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every setting written out."""
     # A reference adapter brings its own LoRA settings: written out they would be refused when read again.
-    hidden = set() if recipe.reference_adapter is None else {"lora"}
-    settings = recipe.model_dump(mode="json", exclude=hidden)
+    return dump_settings(recipe, hidden=set() if recipe.reference_adapter is None else {"lora"})
+
+
+def dump_settings(section: Section, *, hidden: set[str]) -> str:
+    """A section as YAML, every setting written out but the hidden ones."""
+    settings = section.model_dump(mode="json", exclude=hidden)
     return str(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
@@ -337,8 +358,8 @@ def _set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:
     settings[last] = value
 
 
-def _sentences(error: ValidationError) -> Iterator[str]:
-    known = [key for key, _, _ in describe_fields()]
+def _sentences(error: ValidationError, kind: type[Section]) -> Iterator[str]:
+    known = [key for key, _, _ in describe_fields(kind)]
     for problem in error.errors()[:3]:
         key = ".".join(str(part) for part in problem["loc"] if not _is_type_tag(part))
         if problem["type"] == "extra_forbidden":

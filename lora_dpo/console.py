@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lora_dpo.events import Answered, Compared, Event, Note, Resolved, RowsDropped, Saved, StepLogged
+from lora_dpo.events import Answered, Compared, Event, Note, Resolved, RoundsMeasured, RowsDropped, Saved, StepLogged
 from lora_dpo.events import Progress as ProgressEvent
 
 
@@ -66,6 +66,8 @@ class RunView:
                 self._compared(rows)
             case Answered(rows):
                 self._answered(rows)
+            case RoundsMeasured(rows):
+                self._rounds(rows)
             case Saved(folder):
                 self.console.print(f"\n[green]saved[/] [bold]{escape(str(folder))}[/]   talk to it:", soft_wrap=True)
                 command = f"  lora-dpo chat {shlex.quote(str(folder))} --compare"
@@ -98,6 +100,14 @@ class RunView:
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
         for row in rows:
+            table.add_row(*map(escape, row))
+        self.console.print(table)
+
+    def _rounds(self, rows: tuple[tuple[str, ...], ...]) -> None:
+        table = Table(title="held-out prompts, by round", title_justify="left")
+        for index, name in enumerate(rows[0]):
+            table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        for row in rows[1:]:
             table.add_row(*map(escape, row))
         self.console.print(table)
 

@@ -3,9 +3,11 @@
     LoraDPOError
     ├── ConfigError        the recipe or a command-line option
     ├── DataError          a preference file or a row in it
+    │   └── NoPairs        answers were sampled and judged, and none is better than another
     ├── ModelError         loading, fetching or describing a base model
     ├── AdapterError       an adapter folder: missing, broken, made for another base
     ├── ReferenceMismatch  step 0: the policy is not the reference
+    ├── JudgeError         a judge cannot be reached, or gives no usable scores
     └── OutputError        a result cannot be written where it was asked for
 
 A message says what is wrong, the value seen and the next step, in one or two sentences: the
@@ -25,6 +27,10 @@ class DataError(LoraDPOError):
     """A preference file is missing, unreadable or holds no usable pair."""
 
 
+class NoPairs(DataError):
+    """Answers were sampled and judged, and there is nothing to choose between."""
+
+
 class ModelError(LoraDPOError):
     """A base model cannot be fetched, loaded or used for preference tuning."""
 
@@ -35,6 +41,10 @@ class AdapterError(LoraDPOError):
 
 class ReferenceMismatch(LoraDPOError):
     """At step 0 the policy differs from the reference, so the loss would mean nothing."""
+
+
+class JudgeError(LoraDPOError):
+    """A judge cannot be loaded or reached, or what it returns are no scores."""
 
 
 class OutputError(LoraDPOError):

@@ -62,11 +62,18 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class RoundsMeasured:
+    """Held-out scores of every round so far; the first row names the columns, numbers are formatted."""
+
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Saved:
     """The adapter folder is whole and in its place."""
 
     folder: Path
 
 
-Event = Resolved | RowsDropped | Progress | StepLogged | Note | Compared | Answered | Saved
+Event = Resolved | RowsDropped | Progress | StepLogged | Note | Compared | Answered | RoundsMeasured | Saved
 OnEvent = Callable[[Event], None]

@@ -246,6 +246,18 @@ def reference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield model
 
 
+def detach(model: PeftModel) -> PreTrainedModel:
+    """Take all adapters off again: the base as it was before any was put on, the same object."""
+    base: PreTrainedModel = model.unload()
+    if not hasattr(base, "_hf_hook"):  # an offloading hook of accelerate sits on the forward, too, and stays
+        vars(base).pop("forward", None)  # TRL leaves its own there, one around the other with each training
+    base.gradient_checkpointing_disable()
+    base.config.use_cache = True  # TRL switches it off for training
+    base.requires_grad_(False)
+    base.eval()
+    return base
+
+
 def bare(model: Any) -> PreTrainedModel:
     """The transformers model inside a PeftModel (adapters stay in its layers), or the model itself."""
     from peft import PeftModel

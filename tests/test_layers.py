@@ -12,11 +12,27 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
-    ("errors", "config", "files", "events", "quiet"),
+    ("errors", "config", "files", "events", "quiet", "journal", "improve_recipe"),
     ("data", "shared_prefix", "fetch"),
     ("model", "adapters", "generate", "runs", "settings", "card", "memory", "reference_cache"),
-    ("trainer", "engine", "steps", "evaluate", "prepare", "measure", "train", "merge", "chat"),
-    ("cli", "console", "terminal", "__init__", "__main__"),
+    (
+        "trainer",
+        "engine",
+        "steps",
+        "evaluate",
+        "prepare",
+        "measure",
+        "train",
+        "merge",
+        "chat",
+        "prompts",
+        "samples",
+        "judges",
+        "policy",
+        "pairs",
+        "improve",
+    ),
+    ("cli", "cli_pairs", "console", "terminal", "signals", "__init__", "__main__"),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}

@@ -273,7 +273,6 @@ def test_training_with_checkpointing_allowed_checkpoints_only_what_must_be(free,
     plain = trained(DPOTrainer, tiny_model_folder, tmp_path, PAIRS, **options)
     trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, logging_steps=1,
                     gradient_checkpointing=True, eval_strategy="steps", eval_steps=1, **options)  # fmt: skip
-    trainer.eval_dataset = trainer.train_dataset
     trainer.reference_guard = False
     trainer.engine.whole_step.budget.free = lambda: free
     trainer.train()

@@ -82,6 +82,7 @@ def build(trainer_class, model, folder, tmp_path, pairs=PAIRS, lora=LORA, engine
         model,
         args=args,
         train_dataset=Dataset.from_list(columns(pairs)),
+        eval_dataset=Dataset.from_list(columns(pairs)),
         peft_config=lora,
         processing_class=AutoTokenizer.from_pretrained(folder),
         **({"engine": engine} if engine is not None else {}),

@@ -1,0 +1,217 @@
+"""The commands that make preference pairs from a model's own answers: parse, call, draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lora_dpo.pairs import PairReport
+
+out = Console()
+err = Console(stderr=True)
+
+JUDGE_HELP = "rules:RULE, reward:MODEL, llm:MODEL@URL, implicit, or module:function. Several add up."
+
+
+def pairs(
+    prompts: Annotated[
+        str, typer.Argument(help="Prompts: a .txt with one a line, rows with 'prompt', or preference data.")
+    ],
+    judge: Annotated[list[str], typer.Option("--judge", help=JUDGE_HELP)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL to write. Must not exist.")],
+    model: Annotated[
+        str | None, typer.Option(help="The model that answers: a packaged name, a folder, or a hub id.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter on it. Its base is then found by itself.")] = None,
+    answers: Annotated[int, typer.Option(min=2, help="Answers sampled to each prompt.")] = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use this many prompts, spread evenly over the file.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Higher is more varied.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this share.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    system: Annotated[str | None, typer.Option(help="A system turn while sampling; no part of the pairs.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 32,
+    select: Annotated[
+        str, typer.Option(help="best-worst: at most one pair a prompt. gaps: all that are far enough apart.")
+    ] = "best-worst",
+    min_gap: Annotated[float, typer.Option(min=0, help="Smallest difference of two scores.")] = 0.0,
+    samples: Annotated[
+        Path | None, typer.Option(help="Where answers are kept; name an earlier run's file to judge them anew.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4 or none. Default: as the adapter, else nf4.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="What an LLM judge is to look at.")] = None,
+    judge_per_minute: Annotated[float | None, typer.Option(min=0.1, help="Most requests to an LLM judge.")] = None,
+    judge_prices: Annotated[
+        str | None, typer.Option(help="IN,OUT: prices of a million tokens, to count an LLM judge's cost.")
+    ] = None,
+) -> None:
+    """Make preference pairs from a model's own answers.
+
+    Samples several answers to each prompt, has a judge score them, and writes the best against the worst
+    as training data. Run the same command again to go on after an interruption: nothing is sampled twice.
+
+    Examples:
+
+        lora-dpo pairs prompts.txt --model smollm2-135m --judge 'rules:length<=40' -o pairs.jsonl
+
+        lora-dpo pairs p.txt --adapter adapters/quickstart --judge llm:qwen3:8b@http://localhost:11434/v1 -o pairs.jsonl
+
+        lora-dpo pairs p.jsonl --model smollm2-135m --judge my_judge:score --select gaps --min-gap 0.5 -o pairs.jsonl
+    """
+    from lora_dpo.console import RunView
+    from lora_dpo.files import refuse_existing
+    from lora_dpo.generate import Sampling
+    from lora_dpo.judges.grammar import check_specs
+    from lora_dpo.pairs import Selection, make_pairs
+    from lora_dpo.policy import load_with_judge
+    from lora_dpo.prompts import read_prompts
+    from lora_dpo.samples import SamplePlan
+
+    one_of("--select", select, ("best-worst", "gaps"))
+    if quantize is not None:
+        one_of("--quantize", quantize, ("nf4", "none"))
+    refuse_existing(output)
+    check_specs(judge)
+    endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
+    asked = read_prompts(prompts, limit=limit)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    plan = SamplePlan(answers=answers, sampling=sampling, system=system, batch_size=batch_size)
+    with err.status("loading the model"):
+        policy, judged_by = load_with_judge(
+            judge,
+            cache=output.with_name(output.name + ".judge.sqlite"),
+            endpoint=endpoint,
+            model=model,
+            adapter=adapter,
+            quantize=cast(Any, quantize),
+        )
+    show_lines(
+        [
+            ("model", policy.base.name + (f" with {adapter}" if adapter else "")),
+            ("judge", judged_by.spec + (f" ({judged_by.about})" if judged_by.about else "")),
+            ("prompts", f"{len(asked)} of {prompts}"),
+            ("answers", f"{answers} a prompt, temperature {temperature:g}, at most {max_new_tokens} tokens"),
+            ("output", str(output)),
+        ]
+    )
+    view = RunView(out)
+    selection = Selection(select=cast(Literal["best-worst", "gaps"], select), min_gap=min_gap)
+    try:
+        with view.live():
+            report = make_pairs(
+                asked, policy, judged_by, output, plan=plan, selection=selection, samples=samples, on_event=view
+            )
+    except KeyboardInterrupt:
+        out.print("Stopped. What was sampled and judged is kept: the same command goes on.")
+        raise
+    show_report(report)
+
+
+def endpoint_settings(criterion: str | None, per_minute: float | None, prices: str | None, judges: list[str]) -> Any:
+    """The options of an LLM judge, refused where there is none."""
+    from dataclasses import replace
+
+    from lora_dpo.errors import ConfigError
+    from lora_dpo.judges.endpoint import EndpointSettings
+
+    given = {"--criterion": criterion, "--judge-per-minute": per_minute, "--judge-prices": prices}
+    unused = [name for name, value in given.items() if value is not None]
+    if unused and not any("llm:" in spec for spec in judges):
+        raise ConfigError(f"{unused[0]} is about an LLM judge, and there is none. Remove it, or add --judge llm:….")
+    settings = EndpointSettings(per_minute=per_minute)
+    if prices is not None:
+        try:
+            prompt_price, answer_price = map(float, prices.split(","))
+        except ValueError:
+            raise ConfigError(f"--judge-prices is {prices!r}: write two numbers, such as 0.15,0.6.") from None
+        settings = replace(settings, prices=(prompt_price, answer_price))
+    return replace(settings, criterion=criterion) if criterion else settings
+
+
+def show_lines(lines: list[tuple[str, str]]) -> None:
+    """What was resolved, before the work begins."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in lines:
+        table.add_row(label, escape(value))
+    out.print(table)
+    out.print()
+
+
+def show_report(report: PairReport) -> None:
+    """What came out, every prompt accounted for."""
+    out.print(f"\n[green]written[/] [bold]{escape(str(report.output))}[/]   {report.pairs} pairs", soft_wrap=True)
+    score = "none" if report.mean_score is None else f"{report.mean_score:.3f}"
+    lines = [("mean score", f"{score} over {report.answers} answers")]
+    used = report.prompts - sum(report.skipped.values())
+    reasons = "".join(f", {count} {reason}" for reason, count in report.skipped.most_common())
+    lines.append(("prompts", f"{used} of {report.prompts} gave pairs{reasons}"))
+    lines.append(
+        (
+            "length",
+            f"chosen {report.chosen_words:.0f} words, rejected {report.rejected_words:.0f}; "
+            f"the chosen one is longer in {report.chosen_longer:.0%} of the pairs",
+        )
+    )
+    if report.cost:
+        lines.append(("judge", report.cost))
+    show_lines(lines)
+
+
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `ConfigError` for a value that an option does not know."""
+    from lora_dpo.config import nearest
+    from lora_dpo.errors import ConfigError
+
+    if value not in allowed:
+        raise ConfigError(f"{option} is {value!r}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
+
+
+def improve(
+    recipe: Annotated[Path, typer.Argument(help="A recipe with an improve: section, such as configs/improve.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dots: improve.rounds=2"),
+    ] = None,
+) -> None:
+    """Improve a model on its own answers, round by round.
+
+    Each round samples answers, has the judge score them, trains on the pairs, and measures the judge's score
+    on held-out prompts. Ends when a round no longer raises that score. Run the same command again to go on
+    after an interruption.
+
+    Examples:
+
+        lora-dpo improve configs/improve.yaml
+
+        lora-dpo improve configs/improve.yaml improve.rounds=1 'improve.judge=rules:sentences<=1' output=adapters/short
+    """
+    from lora_dpo.console import RunView
+    from lora_dpo.improve import improve as run_rounds
+    from lora_dpo.improve_recipe import read_improve_recipe
+    from lora_dpo.prepare import Stopped, StopSignal
+    from lora_dpo.signals import stop_on_signals
+
+    settings = read_improve_recipe(recipe, overrides or ())
+    view, stop = RunView(out), StopSignal()
+    try:
+        with stop_on_signals(stop, err.print), view.live():
+            result = run_rounds(settings, name=recipe.stem, on_event=view, stop=stop)
+    except (Stopped, KeyboardInterrupt):
+        out.print("Stopped. What is finished is kept: the same command goes on.")
+        raise typer.Exit(130) from None
+    if result.cost:
+        out.print(f"judge  {result.cost}", highlight=False)
+    if result.adapter is None or result.best == 0:
+        out.print("No round was better than the start.")
+    else:
+        out.print(f"[green]best[/] round {result.best}: [bold]{escape(str(result.adapter))}[/]", soft_wrap=True)

@@ -1,0 +1,392 @@
+"""Rounds of sample, judge, train: a model learns from its own answers, on one loaded base.
+
+Round r samples from round r-1's adapter, which is also the reference of its training. What is finished is on
+the disk, so that the same command goes on after any step:
+
+OUTPUT-round1, OUTPUT-round2 …            the adapters
+OUTPUT.improve/recipe.yaml                what the rounds were begun with
+OUTPUT.improve/round1.pairs.jsonl         pairs, with their journals beside them
+OUTPUT.improve/round0.heldout.json        answers and scores on held-out prompts; round 0 is the start
+OUTPUT.improve/rounds.json                the table
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from lora_dpo.adapters import attach_adapter, read_passport
+from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
+from lora_dpo.evaluate import evenly
+from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured
+from lora_dpo.files import disk_errors, refuse_existing
+from lora_dpo.generate import Answer, Sampling, generate
+from lora_dpo.improve_recipe import ImproveRecipe, dump_improve_recipe
+from lora_dpo.journal import alone, write_new
+from lora_dpo.judges import Judge, Means, open_judge
+from lora_dpo.judges.endpoint import EndpointSettings
+from lora_dpo.judges.grammar import check_specs
+from lora_dpo.model import Base, detach, load_base
+from lora_dpo.pairs import Selection, make_pairs
+from lora_dpo.policy import Policy
+from lora_dpo.prepare import Stopped, StopSignal
+from lora_dpo.prompts import Prompt, read_prompts
+from lora_dpo.runs import ADAPTERS_DIR, checkpoints, partial_of
+from lora_dpo.samples import SamplePlan
+from lora_dpo.settings import trainer_settings
+from lora_dpo.train import train
+
+FEWEST_HELD_OUT = 8
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Greedy answers of one round to the held-out prompts, and their scores."""
+
+    round: int
+    answers: tuple[Answer, ...]
+    scores: tuple[float | None, ...]
+    pairs: int = 0
+    """Training pairs of the round; 0 for the start."""
+
+    @property
+    def score(self) -> float:
+        """Mean over the held-out prompts that were scored."""
+        known = [score for score in self.scores if score is not None]
+        return fmean(known) if known else float("nan")
+
+    def gain_over(self, other: Measurement) -> tuple[float, float]:
+        """Mean difference of the scores, prompt by prompt, and its standard error."""
+        both = zip(self.scores, other.scores, strict=True)
+        gains = [new - old for new, old in both if new is not None and old is not None]
+        if len(gains) < 2:
+            return 0.0, 0.0
+        return fmean(gains), stdev(gains) / sqrt(len(gains))
+
+
+@dataclass
+class ImproveResult:
+    """What came of the rounds."""
+
+    measured: list[Measurement]
+    best: int
+    """The round with the highest score; 0 if no round was better than the start."""
+    adapter: Path | None
+    """The best round's adapter; None for the base itself."""
+    cost: str = ""
+
+
+@dataclass
+class _Rounds:
+    recipe: ImproveRecipe
+    output: Path
+    emit: OnEvent
+    stop: StopSignal
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    measured: list[Measurement] = field(default_factory=list)
+    base: Base | None = None
+    judge: Judge | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.output.with_name(self.output.name + ".improve")
+
+    def adapter(self, number: int) -> Path | None:
+        """The adapter that round `number` ended with; round 0 is the start."""
+        if number == 0:
+            start = self.recipe.reference
+            return None if start == "base" else Path(start.removeprefix("adapter:"))
+        return self.output.with_name(f"{self.output.name}-round{number}")
+
+    def pairs(self, number: int) -> Path:
+        return self.folder / f"round{number}.pairs.jsonl"
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on; a request to stop is heard here, between steps that are on the disk."""
+        self.emit(event)
+        if self.stop.requested:
+            raise Stopped(self.output, step=0, resumable=True)
+
+
+def improve(
+    recipe: ImproveRecipe,
+    *,
+    name: str = "improved",
+    on_event: OnEvent | None = None,
+    stop: StopSignal | None = None,
+) -> ImproveResult:
+    """Run rounds until the held-out score stops rising, or `improve.rounds` of them are done.
+
+    A round counts as better if its mean gain over the best round so far, prompt by prompt, is larger than the
+    gain's standard error. The first round that is not better is the last.
+
+    Args:
+        name: the recipe's name; round N's adapter is `adapters/NAME-roundN` unless the recipe sets `output`.
+        stop: set its `requested` to end after the step under way; the same call goes on from there.
+
+    Raises:
+        LoraDPOError: anything that a user can mend; finished steps are kept.
+        Stopped: `stop` was requested.
+    """
+    run = _prepare(recipe, name, on_event or (lambda event: None), stop or StopSignal())
+    with alone(run.folder / "recipe.yaml"):
+        _claim(run)
+        best = 0
+        run.measured.append(_measured(run, 0))
+        for number in range(1, recipe.improve.rounds + 1):
+            try:
+                _make_pairs(run, number)
+            except NoPairs as nothing:
+                if number == 1:
+                    raise
+                run.emit(Note(f"Round {number} has nothing to learn from. {nothing}"))
+                break
+            _train(run, number)
+            run.measured.append(_measured(run, number))
+            _write_table(run)
+            gain, error = run.measured[number].gain_over(run.measured[best])
+            if not gain > error:
+                text = f"Round {number} did not raise the score: gain {gain:+.3f}, standard error {error:.3f}."
+                run.emit(Note(text))
+                break
+            best = number
+        run.emit(Answered(tuple(_side_by_side(run, best))))
+        return ImproveResult(run.measured, best, run.adapter(best), run.judge.cost() if run.judge else "")
+
+
+# --- before the first round -----------------------------------------------------------------------
+
+
+def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) -> _Rounds:
+    section = recipe.improve
+    check_specs(section.judges)
+    if any(spec.endswith("implicit") for spec in section.judges):
+        raise ConfigError(
+            "The implicit judge changes with every round, so its scores cannot show whether rounds help. Use another "
+            "judge, or lora-dpo pairs --judge implicit for one round."
+        )
+    if recipe.reference != "base" and recipe.lora.model_fields_set:
+        given = ", ".join(sorted(recipe.lora.model_fields_set))
+        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
+    trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
+    prompts = read_prompts(section.prompts, limit=section.limit)
+    held_out = read_prompts(section.held_out, limit=section.held_out_limit)
+    if len(held_out) < FEWEST_HELD_OUT:
+        raise DataError(
+            f"{section.held_out} holds {len(held_out)} prompts: too few to see whether a round helped. "
+            f"Give at least {FEWEST_HELD_OUT}."
+        )
+    asked = {prompt.messages[-1]["content"] for prompt in prompts}
+    leaked = [prompt for prompt in held_out if prompt.messages[-1]["content"] in asked]
+    if leaked:
+        raise DataError(
+            f"{len(leaked)} of the {len(held_out)} held-out prompts are trained on, too (the first is "
+            f"{leaked[0].source} row {leaked[0].row}). Take them out of one of the files."
+        )
+    output = Path(recipe.output) if recipe.output else ADAPTERS_DIR / name
+    return _Rounds(recipe, output, emit, stop, prompts, held_out)
+
+
+def _claim(run: _Rounds) -> None:
+    """Write down the recipe, or check that it is the one that the rounds were begun with."""
+    path, text = run.folder / "recipe.yaml", dump_improve_recipe(run.recipe)
+    if not path.exists():
+        for number in range(1, run.recipe.improve.rounds + 1):
+            refuse_existing(run.adapter(number) or path)
+        write_new(path, text)
+        return
+    with disk_errors(path):
+        old = path.read_text(encoding="utf-8")
+    changed = _changed_lines(old, text)
+    if changed:
+        raise ConfigError(
+            f"The rounds in {run.folder} were begun with other settings (now: {'; '.join(changed[:3])}). "
+            "Go on with those settings, or set another output."
+        )
+
+
+def _changed_lines(old: str, new: str) -> list[str]:
+    """What differs, but for the number of rounds: more of them may be asked for later."""
+    before, now = ([line for line in text.splitlines() if not line.startswith("  rounds:")] for text in (old, new))
+    if before == now:
+        return []
+    changed = [line.strip() for line in now if line not in before]
+    return changed or [f"without {line.strip()}" for line in before if line not in now] or ["another order"]
+
+
+# --- the steps of a round -------------------------------------------------------------------------
+
+
+def _make_pairs(run: _Rounds, number: int) -> None:
+    target, section = run.pairs(number), run.recipe.improve
+    if target.exists():
+        return
+    how = Sampling(
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        seed=section.seed + number,
+    )
+    run.tell(Note(f"round {number}: sampling and judging"))
+    with _policy(run, number - 1) as policy:
+        make_pairs(
+            run.prompts,
+            policy,
+            _judge(run),
+            target,
+            plan=SamplePlan(answers=section.answers, sampling=how, batch_size=section.batch_size),
+            selection=Selection(select=section.select, min_gap=section.min_gap),
+            on_event=run.tell,
+        )
+
+
+def _train(run: _Rounds, number: int) -> None:
+    output = run.adapter(number)
+    assert output is not None  # noqa: S101 - every round but the start has one
+    if output.exists():
+        passport = read_passport(output)
+        if passport is None or str(run.pairs(number)) not in passport.data.get("train", {}).get("sha256", {}):
+            raise OutputError(f"{output} already exists and is not of this run. Set another output.")
+        return
+    run.tell(Note(f"round {number}: training"))
+    before = run.adapter(number - 1)
+    reference = "base" if before is None else f"adapter:{before}"
+    recipe = run.recipe.training(reference=reference, pairs=run.pairs(number), output=output)
+    resume = bool(checkpoints(partial_of(output)))
+    result = train(recipe, base=_base(run), resume=resume, on_event=run.emit, stop=run.stop)
+    _base(run).model = detach(result.model)
+
+
+def _measured(run: _Rounds, number: int) -> Measurement:
+    """The round's held-out answers and scores: from the disk, or made now."""
+    path = run.folder / f"round{number}.heldout.json"
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        found = Measurement(
+            number, tuple(Answer(**answer) for answer in stored["answers"]), tuple(stored["scores"]), stored["pairs"]
+        )
+    else:
+        found = _measure(run, number)
+        text = {"answers": [asdict(a) for a in found.answers], "scores": found.scores, "pairs": found.pairs}
+        write_new(path, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+    run.tell(RoundsMeasured(tuple(_table([*run.measured, found]))))
+    return found
+
+
+def _measure(run: _Rounds, number: int) -> Measurement:
+    sampling = Sampling(max_new_tokens=run.recipe.improve.max_new_tokens)
+    total = len(run.held_out)
+    with _policy(run, number) as policy:
+        answers = generate(
+            policy.model,
+            policy.base.tokenizer,
+            [prompt.messages for prompt in run.held_out],
+            sampling=sampling,
+            batch_size=run.recipe.improve.batch_size,
+            on_answer=lambda done: run.tell(Progress(f"held-out answers, round {number}", done, total)),
+        )
+    judge, scores = _judge(run), []
+    start = run.measured[0].answers if run.measured else answers
+    for index, prompt in enumerate(run.held_out):
+        # Beside the start's answer: a judge that compares then gives the share of prompts where this round wins,
+        # and one that looks at each answer alone gives what it would give anyway.
+        scores.append(judge.score(prompt, [start[index], answers[index]])[1])
+        run.tell(Progress(f"judging held-out answers, round {number}", index + 1, total))
+    if all(score is None for score in scores):
+        raise DataError(f"The judge {judge.spec} scored no held-out answer. Give prompts that it can judge.")
+    pairs = len(run.pairs(number).read_text(encoding="utf-8").splitlines()) if number else 0
+    return Measurement(number, tuple(answers), tuple(scores), pairs)
+
+
+# --- what is in memory, once and only when it is needed -------------------------------------------
+
+
+def _base(run: _Rounds) -> Base:
+    if run.base is None:
+        section = run.recipe.model
+        run.base = load_base(
+            section.name,
+            revision=section.revision,
+            quantize=section.quantize,
+            packed=section.packed,
+            dtype=section.dtype,
+            trust_remote_code=section.trust_remote_code,
+        )
+    return run.base
+
+
+@contextmanager
+def _policy(run: _Rounds, number: int) -> Iterator[Policy]:
+    """Round `number`'s model, on the one base; its adapter is taken off again at the end."""
+    base, adapter = _base(run), run.adapter(number)
+    if adapter is None:
+        yield Policy(base, base.model)
+        return
+    model: Any = attach_adapter(base, adapter)
+    try:
+        yield Policy(base, model, adapter)
+    finally:
+        base.model = detach(model)
+
+
+def _judge(run: _Rounds) -> Judge:
+    if run.judge is None:
+        section = run.recipe.improve
+        endpoint = EndpointSettings(
+            per_minute=section.judge_per_minute,
+            prices=(section.judge_prices[0], section.judge_prices[1]) if section.judge_prices else None,
+            criterion=section.criterion or EndpointSettings.criterion,
+        )
+        run.judge = open_judge(section.judges, Means(endpoint=endpoint, cache=run.folder / "judge.sqlite"))
+    return run.judge
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def _table(measured: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
+    yield "round", "mean score", "gain over the start", "answer tokens", "end by themselves", "pairs"
+    for found in measured:
+        gain, error = found.gain_over(measured[0])
+        yield (
+            str(found.round) if found.round else "start",
+            f"{found.score:.3f}",
+            f"{gain:+.3f} ± {error:.3f}" if found.round else "",
+            f"{fmean(answer.tokens for answer in found.answers):.1f}",
+            f"{fmean(answer.finished for answer in found.answers):.0%}",
+            str(found.pairs) if found.round else "",
+        )
+
+
+def _write_table(run: _Rounds) -> None:
+    """`rounds.json`: the table for programs. It follows from the held-out files, so it may be replaced."""
+    rows = [
+        {
+            "round": found.round,
+            "adapter": str(run.adapter(found.round)) if run.adapter(found.round) else None,
+            "score": found.score,
+            "mean_tokens": fmean(answer.tokens for answer in found.answers),
+            "finished": fmean(answer.finished for answer in found.answers),
+            "pairs": found.pairs,
+        }
+        for found in run.measured
+    ]
+    path = run.folder / "rounds.json"
+    temporary = path.with_suffix(".new")
+    with disk_errors(path):
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def _side_by_side(run: _Rounds, best: int) -> Iterator[tuple[str, str, str]]:
+    """Held-out answers of the start and of the best round, spread over the file: a fair sample."""
+    for index in evenly(len(run.held_out), run.recipe.improve.show) if best else ():
+        texts = [run.measured[number].answers[index].text for number in (0, best)]
+        yield run.held_out[index].text, texts[0], texts[1]

@@ -1,0 +1,124 @@
+"""A file that long work is written to row by row, so that a killed run goes on where it was.
+
+The first line names the settings that the rows were made with; rows of other settings are never mixed in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.errors import OutputError
+from lora_dpo.files import disk_errors, refuse_existing
+
+Row = dict[str, Any]
+
+
+class Journal:
+    """JSONL with a header line. Rows are on the disk when `append` returns."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Open or start the journal; a last line that a killed process left half-written is cut off.
+
+        Raises:
+            OutputError: the file holds rows of other settings, or cannot be written.
+        """
+        self.path = path
+        self.rows: list[Row] = []
+        header = json.dumps({"settings": dict(settings)}, ensure_ascii=False)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = b""
+            if path.exists():
+                content = path.read_bytes()
+                whole = content[: content.rfind(b"\n") + 1]
+            if whole:
+                first, *rest = _parsed(whole, path)
+                _refuse_other_settings(path, first.get("settings"), json.loads(header)["settings"])
+                self.rows = rest
+                os.truncate(path, len(whole))
+            else:
+                self._write(header + "\n", mode="w")
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add rows and wait until they are on the disk."""
+        with disk_errors(self.path):
+            self._write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), mode="a")
+        self.rows.extend(rows)
+
+    def _write(self, text: str, *, mode: str) -> None:
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that must not be there yet: whole or not at all.
+
+    Raises:
+        OutputError: it exists, or the disk refuses.
+    """
+    refuse_existing(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold `path` for this process: two runs that write to one place would spoil each other's work.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    import filelock
+
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.with_name(path.name + ".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise OutputError(
+                f"Another process is writing {path}. Wait for its end, or choose another output."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _parsed(content: bytes, path: Path) -> list[Row]:
+    try:
+        rows = [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    except ValueError as error:
+        raise OutputError(f"{path} cannot be read ({error}). Move it away, or choose another output.") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise OutputError(f"{path} is no journal of lora-dpo. Move it away, or choose another output.")
+    return rows
+
+
+def _refuse_other_settings(path: Path, old: Any, new: Row) -> None:
+    if not isinstance(old, dict):
+        raise OutputError(f"{path} is no journal of lora-dpo. Move it away, or choose another output.")
+    if old == new:
+        return
+    key = next(key for key in [*new, *old] if old.get(key) != new.get(key))
+    raise OutputError(
+        f"{path} was begun with other settings ({key} was {old.get(key)!r}, now {new.get(key)!r}). "
+        "Go on with those settings, or choose another output."
+    )

@@ -1,0 +1,51 @@
+"""The policy's own implicit reward as the judge: r(x, y) = β·(log π_θ(y|x) - log π_ref(y|x)).
+
+Rafailov et al. 2023, eq. 5, up to a term of the prompt alone, which no comparison of two answers sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.data import Message, Origin, PreferencePair, TokenPair
+from lora_dpo.data.tokens import tokenize_pair
+from lora_dpo.evaluate import score_pairs
+from lora_dpo.generate import Answer
+from lora_dpo.judges.base import Judge, Scores
+from lora_dpo.model import reference
+from lora_dpo.prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def implicit_judge(spec: str, model: Any, tokenizer: PreTrainedTokenizerBase, *, beta: float) -> Judge:
+    """The judge that reads the adapter on `model` as a reward model."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def score(prompt: Prompt, answers: Sequence[Answer]) -> Scores:
+        pairs = [_two(tokenizer, prompt, *two) for two in _by_twos([answer.text for answer in answers])]
+        policy = _interleave(score_pairs(model, pairs, pad_id=pad))
+        with reference(model):
+            ref = _interleave(score_pairs(model, pairs, pad_id=pad))
+        rewards = [beta * (ours - theirs) for ours, theirs in zip(policy, ref, strict=True)]
+        return rewards[: len(answers)]
+
+    return Judge(spec, score, {"beta": beta})
+
+
+def _by_twos(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Answers two by two, since pairs are what is scored; an odd last one stands beside itself."""
+    return [(texts[index], texts[min(index + 1, len(texts) - 1)]) for index in range(0, len(texts), 2)]
+
+
+def _two(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, first: str, second: str) -> TokenPair:
+    sides = [(Message(role="assistant", content=text),) for text in (first, second)]
+    origin = Origin(prompt.source, prompt.row)
+    pair = PreferencePair(prompt=prompt.messages, chosen=sides[0], rejected=sides[1], origin=origin)
+    return tokenize_pair(tokenizer, pair, max_length=None)
+
+
+def _interleave(scores: tuple[list[float], list[float]]) -> list[float]:
+    return [value for two in zip(*scores, strict=True) for value in two]

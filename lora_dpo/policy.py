@@ -1,0 +1,133 @@
+"""The model that answers: a base in memory, with an adapter on it or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.adapters import attach_adapter, base_name, check_folder, read_passport
+from lora_dpo.config import Dtype, Quantize, read_recipe
+from lora_dpo.errors import AdapterError, ConfigError
+from lora_dpo.files import sha256_of
+from lora_dpo.judges import Judge, Means, open_judge
+from lora_dpo.judges.endpoint import EndpointSettings
+from lora_dpo.judges.grammar import check_specs
+from lora_dpo.model import POLICY, REFERENCE, Base, load_base
+
+
+@dataclass
+class Policy:
+    """A model that can answer, and what identifies it."""
+
+    base: Base
+    model: Any
+    """The base's model, or a PeftModel around it."""
+    adapter: Path | None = None
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What its answers depend on, as plain values."""
+        weights = self.adapter and sha256_of(self.adapter / "adapter_model.safetensors")
+        return {
+            "model": self.base.name,
+            "model_fingerprint": self.base.fingerprint,
+            "quantize": self.base.quantize,
+            "dtype": self.base.dtype,
+            "adapter": str(self.adapter) if self.adapter else None,
+            "adapter_sha256": weights or None,
+        }
+
+
+def load_policy(
+    model: str | None = None,
+    *,
+    adapter: Path | None = None,
+    quantize: Quantize | None = None,
+    dtype: Dtype = "auto",
+) -> Policy:
+    """Load a base once and put an adapter on it, if there is one.
+
+    Args:
+        model: the base; by default the one that the adapter was trained on.
+        quantize: by default as the adapter was trained, and nf4 without an adapter.
+
+    Raises:
+        ModelError: the base cannot be loaded.
+        AdapterError: no adapter there, or made for another base.
+    """
+    if adapter is None:
+        if model is None:
+            raise AdapterError("Name the model that answers, with --model or --adapter.")
+        base = load_base(model, quantize=quantize or "nf4", dtype=dtype)
+        return Policy(base, base.model)
+    name, revision = base_name(adapter)
+    passport = read_passport(adapter)
+    trained_on: Quantize = "none" if passport is not None and passport.quantize == "none" else "nf4"
+    base = load_base(model or name, revision=None if model else revision, quantize=quantize or trained_on, dtype=dtype)
+    return Policy(base, attach_adapter(base, adapter), adapter)
+
+
+def load_with_judge(
+    specs: Sequence[str],
+    *,
+    cache: Path,
+    endpoint: EndpointSettings | None = None,
+    model: str | None = None,
+    adapter: Path | None = None,
+    quantize: Quantize | None = None,
+) -> tuple[Policy, Judge]:
+    """The model that answers and the judge of its answers, both in memory.
+
+    Args:
+        specs: judges as a user writes them; they add up.
+        cache: where an LLM judge keeps its verdicts.
+
+    Raises:
+        LoraDPOError: as `load_policy` and `open_judge` do. What needs no model is refused before one is loaded.
+    """
+    check_specs(specs)
+    implicit = any(spec.endswith("implicit") for spec in specs)
+    if implicit and adapter is None:
+        raise ConfigError("The implicit judge compares an adapter with its reference. Give one with --adapter.")
+    policy = load_policy(model, adapter=adapter, quantize=quantize)
+    if implicit:
+        attach_reference(policy)
+    means = Means(
+        base=policy.base,
+        policy=policy.model if adapter else None,
+        beta=beta_of(adapter),
+        endpoint=endpoint or EndpointSettings(),
+        cache=cache,
+    )
+    return policy, open_judge(specs, means)
+
+
+def beta_of(adapter: Path | None) -> float:
+    """The β that an adapter was trained with, by its recipe; DPO's usual 0.1 if it does not say."""
+    if adapter is None or not (adapter / "recipe.yaml").is_file():
+        return 0.1
+    return float(read_recipe(adapter / "recipe.yaml").trainer.get("beta", 0.1))
+
+
+def attach_reference(policy: Policy) -> None:
+    """Put the frozen reference of the adapter's training beside it, if that was an adapter itself.
+
+    Raises:
+        AdapterError: that adapter is not where the passport says.
+    """
+    passport = read_passport(policy.adapter) if policy.adapter else None
+    if passport is None or passport.reference == "base":
+        return
+    folder = Path(passport.reference.removeprefix("adapter:"))
+    try:
+        check_folder(folder)
+    except AdapterError as error:
+        raise AdapterError(
+            f"{policy.adapter} was trained against {passport.reference}, which is not there: its implicit reward "
+            "cannot be computed."
+        ) from error
+    policy.model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
+    policy.model.set_adapter(POLICY)
+    policy.model.eval()

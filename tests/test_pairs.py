@@ -1,0 +1,466 @@
+"""Pairs from sampled answers: what is read, what is chosen, what is recorded, and going on after a kill."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lora_dpo.samples
+from lora_dpo.cli import main
+from lora_dpo.config import LoraSection
+from lora_dpo.data import read_pairs
+from lora_dpo.errors import AdapterError, ConfigError, DataError, OutputError
+from lora_dpo.generate import Answer, Sampling, generate
+from lora_dpo.journal import Journal, alone, write_new
+from lora_dpo.judges.base import Judge
+from lora_dpo.model import attach_lora, load_base
+from lora_dpo.pairs import Selection, choose, make_pairs
+from lora_dpo.policy import Policy, attach_reference, load_policy, load_with_judge
+from lora_dpo.prompts import read_prompts
+from lora_dpo.samples import SamplePlan, batch_seed, sample_answers
+
+PLAN = SamplePlan(answers=3, sampling=Sampling(max_new_tokens=10, temperature=1.0, seed=5), batch_size=4)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def answers_end(monkeypatch):
+    """A random model hardly ever ends its turn: let some bytes do it."""
+    module = importlib.import_module("lora_dpo.generate")  # the package's attribute is the function
+    monkeypatch.setattr(module, "stop_token_ids", lambda model, tokenizer: frozenset({*range(100, 130), 257}))
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none", dtype="float32")
+    return Policy(base, base.model)
+
+
+@pytest.fixture
+def prompts():
+    Path("prompts.txt").write_text("".join(f"Say {'very ' * number}well.\n" for number in range(5)), encoding="utf-8")
+    return read_prompts("prompts.txt")
+
+
+def longest(prompt, answers):
+    return [len(answer.text) for answer in answers]
+
+
+LONGEST = Judge("mine:longest", longest)
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def test_text_has_a_prompt_a_line():
+    Path("p.txt").write_text("\ufeffOne?\n\n  # Two? \nOne?\n", encoding="utf-8")
+    found = read_prompts("p.txt")
+    assert [(prompt.text, prompt.row) for prompt in found] == [("One?", 1), ("# Two?", 3)]
+    assert found[0].messages == ({"role": "user", "content": "One?"},)
+
+
+def test_rows_have_text_or_messages_and_known_answers():
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two?"}]
+    rows = [{"prompt": "One?", "accepted": ["1", 1]}, {"prompt": turns}, {"messages": [turns[1]], "accepted": "2"}]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_prompts("p.jsonl")
+    assert [prompt.text for prompt in found] == ["One?", "Two?", "Two?"]
+    assert [prompt.accepted for prompt in found] == [("1", "1"), (), ("2",)]
+    assert found[1].messages == tuple(turns)
+
+
+def test_preference_data_gives_its_prompts(write_pairs):
+    found = read_prompts(str(write_pairs(count=4)))
+    assert [prompt.row for prompt in found] == [1, 2, 3, 4]
+    implicit = [{"role": "user", "content": "Hi"}]
+    row = {side: [*implicit, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    Path("implicit.jsonl").write_text(json.dumps(row))
+    assert read_prompts("implicit.jsonl")[0].messages == tuple(implicit)
+
+
+def test_a_limit_is_spread_over_the_file():
+    Path("p.txt").write_text("\n".join(map(str, range(10))))
+    assert [prompt.text for prompt in read_prompts("p.txt", limit=4)] == ["0", "2", "5", "7"]
+    assert len(read_prompts("p.txt", limit=40)) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.txt", None, "none.txt does not exist"),
+        ("empty.txt", b" \n\n", "holds no prompt"),
+        ("latin.txt", b"caf\xe9", "not UTF-8 text (byte 3)"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "p.jsonl, row 2: without 'prompt'"),
+        ("p.jsonl", b'{"prompt": 3}', "row 1: 'prompt' is neither text"),
+        ("p.jsonl", b'{"prompt": []}', "row 1: 'prompt' is neither text"),
+        ("p.jsonl", b'{"prompt": " "}', "row 1: the prompt is empty"),
+        ("p.jsonl", b'{"prompt": [{"role": "bot", "content": "a"}]}', "row 1: a message needs a 'role'"),
+        ("p.jsonl", b'{"prompt": [{"role": "assistant", "content": "a"}]}', "ends with the assistant"),
+        ("p.jsonl", b'{"prompt": "a", "accepted": {"b": 1}}', "row 1: 'accepted' must be"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_named(name, content, says):
+    if content is not None:
+        Path(name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(says)):
+        read_prompts(name)
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+def some(*texts, cut=()):
+    return [Answer(text, 1, index not in cut) for index, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "scores", "selection", "pairs"),
+    [
+        (some("a", "b", "c"), [1, 3, 2], {}, [(1, 0)]),
+        (some("a", "b", "c"), [1, 3, 2], {"select": "gaps"}, [(1, 0), (1, 2), (2, 0)]),
+        (some("a", "b", "c"), [1, 3, 2], {"select": "gaps", "min_gap": 1.5}, [(1, 0)]),
+        (some("a", "b", "c"), [1, 3, 2], {"min_gap": 2.0}, [(1, 0)]),
+        (some("a", "b", "c"), [1, 3, 2], {"min_gap": 2.1}, []),
+        (some("a", "b"), [1, 1], {"select": "gaps"}, []),
+        (some("a", "a"), [1, 2], {}, []),
+        (some("a", "b", "c", cut=[1]), [1, 3, 2], {}, [(2, 0)]),
+        (some("a", "b", "c", cut=[0]), [1, 3, 2], {}, [(1, 0)]),
+        (some("a", "b", cut=[0, 1]), [1, 2], {}, []),
+        (some("a", "", "c"), [1, 0, 2], {}, [(2, 0)]),
+        (some("a", "b", "c"), [None, 3, 2], {}, [(1, 2)]),
+        (some("a", "b"), [None, None], {}, []),
+    ],
+)
+def test_what_is_chosen(answers, scores, selection, pairs):
+    found, reason = choose(answers, scores, Selection(**selection))
+    assert found == pairs
+    assert bool(reason) == (not pairs)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def sample(policy, prompts, plan=PLAN, name="s.jsonl"):
+    return sample_answers(policy.model, policy.base.tokenizer, prompts, plan, journal=Path(name), policy={"model": "m"})
+
+
+def texts(samples):
+    return [[sample.answer for sample in row] for row in samples]
+
+
+def test_every_prompt_gets_its_answers_and_they_differ(policy, prompts):
+    found = sample(policy, prompts)
+    assert [[sample.id for sample in row] for row in found] == [[f"{p}/{a}" for a in range(3)] for p in range(5)]
+    assert len({answer.text for row in texts(found) for answer in row}) > 10
+    assert {answer.finished for row in texts(found) for answer in row} == {True, False}
+
+
+def test_an_answer_can_be_drawn_again_from_what_is_recorded(policy, prompts):
+    found = sample(policy, prompts)
+    rows = [json.loads(line) for line in Path("s.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    batch = [row for row in rows if row["batch"] == 1]
+    chats = [prompts[row["prompt"]].messages for row in batch]
+    sampling = Sampling(max_new_tokens=10, temperature=1.0, seed=batch[0]["seed"])
+    again = generate(policy.model, policy.base.tokenizer, chats, sampling=sampling)
+    assert again == [found[row["prompt"]][row["answer"]].answer for row in batch]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 5, 6, 9, 16])
+@pytest.mark.parametrize("cut", [0, 7])
+def test_a_killed_run_goes_on_to_the_same_answers(policy, prompts, monkeypatch, kept, cut):
+    whole = texts(sample(policy, prompts, name="whole.jsonl"))
+    lines = Path("whole.jsonl").read_bytes().splitlines(keepends=True)
+    Path("s.jsonl").write_bytes(b"".join(lines[:kept]) + (lines[kept][:cut] if kept < len(lines) else b""))
+    drawn = []
+    real = generate
+    monkeypatch.setattr(lora_dpo.samples, "generate", lambda *a, **n: drawn.append(len(a[2])) or real(*a, **n))
+    assert texts(sample(policy, prompts)) == whole
+    assert sum(drawn) == 15 - 4 * (max(0, kept - 1) // 4) if kept < 16 else drawn == []
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"answers": 4}, "answers"), ({"system": "Hi"}, "system"), ({"sampling": Sampling(seed=6)}, "temperature")],
+)
+def test_answers_of_other_settings_are_never_mixed_in(policy, prompts, change, key):
+    sample(policy, prompts)
+    before = Path("s.jsonl").read_bytes()
+    from dataclasses import replace
+
+    with pytest.raises(OutputError, match=rf"begun with other settings \({key} was"):
+        sample(policy, prompts, replace(PLAN, **change))
+    with pytest.raises(OutputError, match="prompts_sha256"):
+        sample(policy, prompts[:4])
+    assert Path("s.jsonl").read_bytes() == before
+
+
+def test_seeds_of_batches_and_of_neighbouring_runs_are_all_different():
+    assert len({batch_seed(seed, batch) for seed in range(20) for batch in range(20)}) == 400
+
+
+def test_a_system_turn_is_asked_and_not_kept(policy, prompts):
+    from dataclasses import replace
+
+    loud = texts(sample(policy, prompts, replace(PLAN, system="Shout.")))
+    assert loud != texts(sample(policy, prompts, name="plain.jsonl"))
+
+
+# --- the journal ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"[1]\n", b"{}\n", b'{"settings": 1}\n', b"\xff\n", b'{"a": 1}\nx\n'])
+def test_a_file_that_is_no_journal_is_left_alone(content):
+    Path("j").write_bytes(content)
+    with pytest.raises(OutputError):
+        Journal(Path("j"), {"a": 1})
+    assert Path("j").read_bytes() == content
+
+
+def test_two_processes_never_write_to_one_place():
+    with alone(Path("x")):
+        code = "from lora_dpo.journal import alone; from pathlib import Path\nwith alone(Path('x')): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "Another process is writing x" in done.stderr
+    with alone(Path("x")):
+        pass
+    assert not Path("x.lock").exists()
+
+
+def test_a_new_file_never_replaces_one():
+    write_new(Path("a/b"), "1")
+    with pytest.raises(OutputError, match="never overwritten"):
+        write_new(Path("a/b"), "2")
+    assert Path("a/b").read_text() == "1"
+    assert os.listdir("a") == ["b"]
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_pairs_are_training_data_and_say_where_they_come_from(policy, prompts):
+    report = make_pairs(prompts, policy, LONGEST, Path("out/p.jsonl"), plan=PLAN)
+    assert report.prompts == 5
+    assert report.answers == 15
+    assert report.pairs == len(rows_of("out/p.jsonl")) == report.prompts - sum(report.skipped.values()) > 0
+    assert report.chosen_longer >= 0
+    pairs, read = read_pairs("out/p.jsonl")
+    assert (len(pairs), read.dropped) == (report.pairs, [])
+    samples = {f"{row['prompt']}/{row['answer']}": row for row in rows_of("out/p.jsonl.samples.jsonl")[1:]}
+    for row in rows_of("out/p.jsonl"):
+        origin = row["origin"]
+        assert row["chosen_score"] > row["rejected_score"]
+        for side in ("chosen", "rejected"):
+            drawn = samples[origin["answers"][side]]
+            assert row[side] == [{"role": "assistant", "content": drawn["text"]}]
+            assert origin["seeds"][side] == drawn["seed"]
+            assert len(drawn["text"]) == row[f"{side}_score"]
+        assert samples[origin["answers"]["chosen"]]["finished"]
+        assert origin["judge"] == "mine:longest"
+        assert origin["model_fingerprint"] == policy.base.fingerprint
+        assert origin["sampling"] == PLAN.facts()
+        assert row["prompt"] == [dict(message) for message in prompts[origin["prompt"]["row"] - 1].messages]
+
+
+def test_a_taken_output_is_refused_before_anything_is_sampled(policy, prompts):
+    Path("p.jsonl").write_text("mine")
+    with pytest.raises(OutputError, match="never overwritten"):
+        make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
+    assert not Path("p.jsonl.samples.jsonl").exists()
+
+
+def test_a_judge_that_fails_half_way_keeps_what_it_judged(policy, prompts):
+    seen = []
+
+    def fails(prompt, answers):
+        seen.append(prompt.text)
+        if len(seen) == 3:
+            raise ValueError("no more")
+        return longest(prompt, answers)
+
+    from lora_dpo.errors import JudgeError
+
+    with pytest.raises(JudgeError, match="no more"):
+        make_pairs(prompts, policy, Judge("mine:f", fails), Path("p.jsonl"), plan=PLAN)
+    assert not Path("p.jsonl").exists()
+    make_pairs(prompts, policy, Judge("mine:f", fails), Path("p.jsonl"), plan=PLAN)
+    assert len(seen) == 6  # two kept, the third once more
+    make_pairs(prompts, policy, LONGEST, Path("straight.jsonl"), plan=PLAN)
+    strip = [{**row, "origin": None} for row in rows_of("p.jsonl")]
+    assert strip == [{**row, "origin": None} for row in rows_of("straight.jsonl")]
+
+
+def test_answers_can_be_judged_anew_without_sampling(policy, prompts, monkeypatch):
+    make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
+    monkeypatch.setattr(lora_dpo.samples, "generate", None)
+    shortest = Judge("mine:shortest", lambda prompt, answers: [-len(answer.text) for answer in answers])
+    report = make_pairs(prompts, policy, shortest, Path("q.jsonl"), plan=PLAN, samples=Path("p.jsonl.samples.jsonl"))
+    assert report.chosen_longer == 0
+
+
+def test_without_a_pair_nothing_is_written_and_the_reasons_are_counted(policy, prompts):
+    alike = Judge("mine:alike", lambda prompt, answers: [1 for _ in answers])
+    with pytest.raises(DataError, match=r"No prompt gave a pair \(\d with answers scored alike"):
+        make_pairs(prompts, policy, alike, Path("p.jsonl"), plan=PLAN)
+    assert not Path("p.jsonl").exists()
+
+
+def test_known_answers_are_asked_for_before_sampling(policy, prompts):
+    with pytest.raises(ConfigError, match="rows need 'accepted'"):
+        make_pairs(prompts, policy, Judge("rules:exact", longest, needs_accepted=True), Path("p.jsonl"), plan=PLAN)
+    assert not Path("p.jsonl.samples.jsonl").exists()
+
+
+# --- the policy -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model_folder, tmp_path_factory):
+    """An adapter that changes the model a lot, saved as training saves it, without a passport."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("adapters") / "one"
+    base = load_base(str(tiny_model_folder), quantize="none", dtype="float32")
+    model = attach_lora(base.model, LoraSection(rank=4), seed=0)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_adapter_answers_and_is_recorded(adapter, tiny_model_folder, policy, prompts):
+    with_adapter = load_policy(str(tiny_model_folder), adapter=adapter, quantize="none")
+    assert texts(sample(with_adapter, prompts, name="a.jsonl")) != texts(sample(policy, prompts, name="b.jsonl"))
+    facts = with_adapter.facts
+    assert facts["adapter"] == str(adapter)
+    assert re.fullmatch("[0-9a-f]{64}", facts["adapter_sha256"])
+
+
+def test_the_implicit_reward_of_a_continued_adapter_is_against_the_adapter_it_continued(
+    adapter, tiny_model_folder, prompts, monkeypatch
+):
+    policy, judge = load_with_judge(
+        ["implicit"], cache=Path("c"), model=str(tiny_model_folder), adapter=adapter, quantize="none"
+    )
+    answers = some("one", "another")
+    against_base = judge.score(prompts[0], answers)
+    assert all(abs(score) > 1e-3 for score in against_base)
+    # its own copy as the reference: the policy is its reference, and every reward is 0
+    import types
+
+    monkeypatch.setattr(
+        "lora_dpo.policy.read_passport", lambda folder: types.SimpleNamespace(reference=f"adapter:{adapter}")
+    )
+    attach_reference(policy)
+    assert judge.score(prompts[0], answers) == pytest.approx([0, 0], abs=1e-5)
+    monkeypatch.setattr("lora_dpo.policy.read_passport", lambda folder: types.SimpleNamespace(reference="adapter:gone"))
+    with pytest.raises(AdapterError, match="adapter:gone, which is not there"):
+        attach_reference(policy)
+
+
+def test_without_a_model_there_is_no_policy():
+    with pytest.raises(AdapterError, match="--model or --adapter"):
+        load_policy()
+
+
+def test_the_implicit_judge_is_refused_before_a_model_is_loaded():
+    with pytest.raises(ConfigError, match="--adapter"):
+        load_with_judge(["implicit"], cache=Path("c"), model="none")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command(model, *more, judge="rules:chars>=9"):
+    common = ["pairs", "prompts.txt", "--model", str(model), "--quantize", "none", "--judge", judge]
+    return [*common, "--max-new-tokens", "8", "--answers", "3", "-o", "p.jsonl", *more]
+
+
+def test_the_command_writes_pairs_and_accounts_for_every_prompt(tiny_model_folder, prompts, capsys):
+    assert main(command(tiny_model_folder)) == 0
+    said = capsys.readouterr().out
+    assert f"written p.jsonl   {len(rows_of('p.jsonl'))} pairs" in said
+    assert "5 gave pairs" in said
+    assert "over 15 answers" in said
+    assert sorted(os.listdir()) == ["p.jsonl", "p.jsonl.samples.jsonl", "p.jsonl.scores.jsonl", "prompts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--select", "best"], "Did you mean best-worst?"),
+        (["--quantize", "nf8"], "--quantize is 'nf8'"),
+        (["--criterion", "x"], "--criterion is about an LLM judge, and there is none"),
+        (["--judge", "llm:m@http://127.0.0.1:9", "--judge-prices", "1"], "write two numbers"),
+        (["--judge", "rules:fun"], "There is no rule 'fun'"),
+        (["--adapter", "nowhere"], "There is no adapter folder at nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tiny_model_folder, prompts, capsys, more, says):
+    assert main(command(tiny_model_folder, *more)) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+    assert os.listdir() == ["prompts.txt"]
+
+
+def test_a_killed_command_goes_on_where_it_was(tiny_model_folder, tmp_path):
+    """SIGKILL in the middle of sampling, in a real process; the same command then samples only the rest."""
+    Path("prompts.txt").write_text("".join(f"Say {number}.\n" for number in range(40)), encoding="utf-8")
+    arguments = [*command(tiny_model_folder), "--batch-size", "4"]
+    journal = tmp_path / "p.jsonl.samples.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(Path(lora_dpo.__file__).parent.parent)}
+    start = [sys.executable, "-m", "lora_dpo", *arguments]
+    process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 8) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = journal.read_bytes()
+    assert 8 < before.count(b"\n") < 121  # killed in the middle
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    # a random model ends no answer itself, so there is no pair; all answers are there
+    assert "No prompt gave a pair (40 without an answer that ended by itself)" in done.stderr
+    assert journal.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    ids = [(row["prompt"], row["answer"]) for row in rows_of(journal)[1:]]
+    assert set(ids) == {(prompt, answer) for prompt in range(40) for answer in range(3)}
+
+
+@pytest.mark.slow
+def test_the_real_model_makes_pairs_that_train(tmp_path):
+    """In a process of its own: the real ends of turn, the real template, and training on what was written."""
+    root = Path(lora_dpo.__file__).parent.parent
+    (tmp_path / "models").symlink_to(root / "models")
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+
+    def run(*arguments):
+        start = [sys.executable, "-m", "lora_dpo", *arguments]
+        return subprocess.run(start, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    made = ["--limit", "3", "--max-new-tokens", "32", "--answers", "3", "--judge", "rules:length<=15", "-o", "p.jsonl"]
+    run("pairs", str(root / "data" / "quickstart.jsonl"), "--model", "smollm2-135m", *made)
+    pairs, report = read_pairs(str(tmp_path / "p.jsonl"))
+    assert pairs
+    assert not report.dropped
+    settings = ["data.train=p.jsonl", "data.eval=null", "evaluation.questions=null", "trainer.max_steps=1"]
+    settings += ["evaluation.answers=32", "evaluation.show=4", "trainer.per_device_train_batch_size=1", "output=a"]
+    run("train", str(root / "configs" / "quickstart.yaml"), *settings)
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
