@@ -41,7 +41,7 @@ from shapes import SHAPES, Row, draw, read, total
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_dpo import DPOTrainer, EngineSection, load_base
-from lora_dpo.model import pick_device
+from lora_dpo.model import load_tokenizer, pick_device
 from lora_dpo.shared_prefix import layout as layout_module
 from lora_dpo.shared_prefix import model as forward_module
 
@@ -211,6 +211,15 @@ def forget_references(trainer: Any) -> Callable[[], None]:
     return trainer.engine.references._known.clear
 
 
+def bases(options: argparse.Namespace) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Makers of a base for stock TRL (packed where it is 4-bit) and for ours (as `load_base` decides)."""
+
+    def make(packed: Any) -> Any:
+        return load_base(options.model, quantize=options.quantize, packed=packed, dtype=options.dtype)
+
+    return (lambda: make(True if options.quantize == "nf4" else "auto")), (lambda: make("auto"))
+
+
 def variants(options: argparse.Namespace, rows: list[Row]) -> list[Variant]:
     """The two baselines and ours, on the same pairs."""
     shuffled = rows[:]
@@ -220,12 +229,7 @@ def variants(options: argparse.Namespace, rows: list[Row]) -> list[Variant]:
     ordered = sorted(rows, key=total)
     grouped = [ordered[start : start + size] for start in range(0, len(rows), size)]
 
-    def base(quantize: str, packed: bool) -> Any:
-        return lambda: load_base(options.model, quantize=quantize, packed=packed, dtype=options.dtype)
-
-    nf4 = options.quantize == "nf4"
-    theirs = base(options.quantize, packed=True) if nf4 else base("none", packed="auto")
-    ours_base = base("nf4", packed="auto") if nf4 else theirs
+    theirs, ours_base = bases(options)
     off = EngineSection(reference_cache="off")
     stock = build(Stock, theirs, rows, None, size)
     tuned_trainer = build(Stock, theirs, rows, None, size, gradient_checkpointing=False)
@@ -379,6 +383,22 @@ def touch_memory(gigabytes: int) -> None:
     del block
 
 
+def compare(options: argparse.Namespace, shape: str, title: str, rows: list[Row], console: Console) -> None:
+    """Measure one pool of pairs, draw the table, and keep the numbers if asked to."""
+    found = variants(options, rows)
+    against = found[:2]
+    if options.ablate:
+        found = ablations(options, found[3])
+        against = found[:1]
+    measure(found, options.rounds, console)
+    console.print(table(title, found, against))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        old = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else []
+        old.append(record(options, shape, rows, found))
+        options.output.write_text(json.dumps(old, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="one shape of data; default: all")
@@ -398,7 +418,7 @@ def main() -> None:
     console = Console()
     if options.touch:
         touch_memory(options.touch)
-    tokenizer = load_base(options.model, quantize="none").tokenizer
+    tokenizer = load_tokenizer(options.model)
     pools = {"data": options.data} if options.data else dict.fromkeys(options.shape or SHAPES)
     for shape, path in pools.items():
         rows = (
@@ -408,19 +428,7 @@ def main() -> None:
         )
         title = f"{Path(path).name if path else SHAPES[shape].title}: {len(rows)} pairs in steps of {options.batch}"
         console.print(f"{title}, {options.model}, {options.quantize}, {pick_device()}")
-        found = variants(options, rows)
-        if options.ablate:
-            found = ablations(options, found[3])
-            against = found[:1]
-        else:
-            against = found[:2]
-        measure(found, options.rounds, console)
-        console.print(table(title, found, against))
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            old = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else []
-            old.append(record(options, Path(path).name if path else shape, rows, found))
-            options.output.write_text(json.dumps(old, indent=1) + "\n", encoding="utf-8")
+        compare(options, Path(path).name if path else shape, title, rows, console)
 
 
 if __name__ == "__main__":
