@@ -149,8 +149,8 @@ def trainer_config(settings: dict[str, Any], *, output_dir: Path, dtype: str) ->
     from trl import DPOConfig
 
     cuda = torch.cuda.is_available()
-    # Checkpointing saves memory and costs time: on a CPU memory is there, and time is not.
-    settings = {"gradient_checkpointing": cuda, "dataloader_pin_memory": cuda, **settings}
+    # With the engine, checkpointing is allowed here and used only for steps that would not fit without it.
+    settings = {"gradient_checkpointing": True, "dataloader_pin_memory": cuda, **settings}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
