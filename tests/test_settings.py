@@ -324,9 +324,9 @@ def test_precision_follows_the_hardware_and_the_models_dtype(tmp_path, monkeypat
     config = trainer_config(resolve(), output_dir=tmp_path, dtype="bfloat16")
     assert not config.bf16
     assert not config.fp16
-    assert not config.gradient_checkpointing
     assert config.use_cpu
 
 
-def test_gradient_checkpointing_can_be_asked_for(tmp_path):
-    assert build(tmp_path, gradient_checkpointing=True).gradient_checkpointing
+def test_gradient_checkpointing_is_allowed_unless_refused(tmp_path):
+    assert trainer_config(resolve(), output_dir=tmp_path, dtype="float32").gradient_checkpointing
+    assert not build(tmp_path, gradient_checkpointing=False).gradient_checkpointing
