@@ -554,7 +554,7 @@ def test_rows_of_several_forms_in_one_folder_are_each_recognised(tmp_path):
 
 
 def test_an_unknown_form_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match="'alpca' is not a form.*alpaca"):
+    with pytest.raises(ConfigError, match=r"'alpca' is not a form.*alpaca"):
         read_pairs(write(tmp_path / "a.jsonl", {}), form="alpca")
 
 
@@ -612,7 +612,7 @@ def test_tools_reach_the_chat_template(tokenizer, tmp_path):
 def test_what_is_malformed_is_dropped_with_its_reason(tmp_path, row, reason):
     good = {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}
     _, report = read_pairs(write(tmp_path / "a.jsonl", good, {**good, **row}))
-    assert [drop.reason for drop in report.dropped][0].startswith(reason)
+    assert report.dropped[0].reason.startswith(reason)
 
 
 # --- compressed files -----------------------------------------------------------------------------

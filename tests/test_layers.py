@@ -16,7 +16,7 @@ LAYERS = (
     ("data", "shared_prefix", "fetch"),
     ("model", "adapters", "generate", "runs", "settings", "card"),
     ("trainer", "evaluate", "prepare", "measure", "train", "merge", "chat"),
-    ("cli", "console", "terminal", "__init__", "__main__"),
+    ("cli", "cli_data", "console", "console_data", "terminal", "__init__", "__main__"),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}

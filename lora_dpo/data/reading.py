@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lora_dpo.data.files import files_of, read_rows
+from lora_dpo.data.files import Row, files_of, read_rows
 from lora_dpo.data.messages import BadRow
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
 from lora_dpo.data.table import Form, form_named, form_of
@@ -22,8 +23,8 @@ class Outcome:
     dropped: tuple[Dropped, ...] = ()
     title: str | None = None
     """Title of the form; None for a line that is no row."""
-    text: str = ""
-    """The line, if it is no row."""
+    content: Any = None
+    """The row as it was read, the line if it is no row, or the votes."""
 
 
 def read_pairs(
@@ -63,6 +64,24 @@ def read_pairs(
     return pairs, report
 
 
+def pair_at(source: str, row: int | None, *, form: str | None = None) -> PreferencePair:
+    """The first pair of a row (a line in JSONL); with None the first pair of all.
+
+    Raises:
+        DataError: there is no such row, or it is no pair; the message says why.
+    """
+    rows = 0
+    for outcome in outcomes(source, form=form, tolerant=True):
+        rows += outcome.rows
+        for pair in outcome.pairs:
+            if row is None or row in (pair.origin.row, (pair.provenance or {}).get("rejected_row")):
+                return pair
+        for bad in outcome.dropped:
+            if bad.origin.row == row:
+                raise DataError(f"{bad.origin.source}, row {row} is no pair: {bad.reason}.")
+    raise DataError(f"{source} has no {'pair' if row is None else f'row {row}'}: {rows} rows were read.")
+
+
 def account(report: ReadReport, outcome: Outcome) -> None:
     """Enter an outcome into the report."""
     report.rows += outcome.rows
@@ -91,7 +110,7 @@ def outcomes(
 
         def on_broken(line: int, reason: str, text: str, file: str = file, broken: list[Outcome] = broken) -> None:
             dropped = Dropped(Origin(file, line), f"unreadable: {reason}", "unreadable")
-            broken.append(Outcome(1, dropped=(dropped,), text=text))
+            broken.append(Outcome(1, dropped=(dropped,), content=text))
 
         for number, row in read_rows(file, on_broken=on_broken if tolerant else None):
             yield from broken
@@ -101,34 +120,39 @@ def outcomes(
             try:
                 made = fits.read(row, origin)
             except BadRow as bad:
-                yield _dropped((origin,), bad, fits.title)
+                yield _dropped(origin, bad, fits.title, row)
                 continue
             if isinstance(made, Vote):
                 ballot.add(made)
                 vote_titles[origin] = fits.title
             else:
-                yield _pairs(made if isinstance(made, list) else [made], origin, fits, min_gap)
+                yield _pairs(made if isinstance(made, list) else [made], origin, fits, min_gap, row)
         yield from broken
     for votes, result in ballot.count():
-        origins, title = tuple(vote.origin for vote in votes), vote_titles[votes[0].origin]
-        if isinstance(result, BadRow):
-            yield _dropped(origins, result, title)
-        elif (bad_gap := _gap_problem(result, min_gap)) is not None:
-            yield _dropped(origins, bad_gap, title)
-        else:
-            yield Outcome(len(votes), (result,), title=title)
+        title = vote_titles[votes[0].origin]
+        problem = result if isinstance(result, BadRow) else _gap_problem(result, min_gap)
+        if problem is not None:
+            for vote in votes:
+                yield _dropped(vote.origin, problem, title, vote_row(vote))
+        elif isinstance(result, PreferencePair):
+            yield Outcome(len(votes), (result,), title=title, content=[vote_row(vote) for vote in votes])
 
 
-def _pairs(made: list[PreferencePair], origin: Origin, form: Form, min_gap: float | None) -> Outcome:
+def vote_row(vote: Vote) -> Row:
+    """A vote in TRL's form."""
+    return {"prompt": list(vote.prompt), "completion": list(vote.answer), "label": vote.up}
+
+
+def _pairs(made: list[PreferencePair], origin: Origin, form: Form, min_gap: float | None, row: Row) -> Outcome:
     problems = [_gap_problem(pair, min_gap) for pair in made]
     kept = tuple(pair for pair, problem in zip(made, problems, strict=True) if problem is None)
     if not kept and problems[0] is not None:
-        return _dropped((origin,), problems[0], form.title)
-    return Outcome(1, kept, title=form.title)
+        return _dropped(origin, problems[0], form.title, row)
+    return Outcome(1, kept, title=form.title, content=row)
 
 
-def _dropped(origins: tuple[Origin, ...], bad: BadRow, title: str) -> Outcome:
-    return Outcome(len(origins), dropped=tuple(Dropped(origin, str(bad), bad.kind) for origin in origins), title=title)
+def _dropped(origin: Origin, bad: BadRow, title: str, content: Row) -> Outcome:
+    return Outcome(1, dropped=(Dropped(origin, str(bad), bad.kind),), title=title, content=content)
 
 
 def _gap_problem(pair: PreferencePair, min_gap: float | None) -> BadRow | None:
