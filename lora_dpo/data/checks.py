@@ -326,6 +326,9 @@ def _leftover(pair: PreferencePair, texts: Texts) -> str | None:
             match = _LEFTOVER.search(text)
             if match:
                 return _excerpt(text, match.start())
+    for text in (texts.chosen, texts.rejected):
+        if ends_with_marker(text) and not ("</s>" in text and "<s>" in text):  # that is struck-out HTML
+            return "…" + text.rstrip()[-40:]
     return None
 
 

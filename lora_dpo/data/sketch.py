@@ -72,7 +72,7 @@ class NearDuplicates:
 
 def signature_of(words: list[int]) -> NDArray[np.uint32]:
     """The smallest value that each of 24 hash functions takes on the triples of words."""
-    hashes = np.array(words if len(words) > 2 else [*words, 0, 0], dtype=np.uint32)
+    hashes = np.array(words if len(words) > 2 else [*words, 0, 0, 0][:3], dtype=np.uint32)
     triples = hashes[:-2] * np.uint32(0x9E3779B1) ^ hashes[1:-1] * np.uint32(0x85EBCA77) ^ hashes[2:]
     mixed = triples * _A + _B
     smallest: NDArray[np.uint32] = (mixed ^ (mixed >> np.uint32(15))).min(axis=1)
