@@ -148,6 +148,8 @@ def tools_of(row: Row) -> Tools:
         return ()
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise BadRow("tools is not a list of function schemas")
+    if not _is_clean(value):
+        raise BadRow("tools holds half of a character (a lone surrogate)")
     return tuple(item if "function" in item else {"type": "function", "function": item} for item in value)
 
 
