@@ -31,9 +31,12 @@ def diagnosis_view(diagnosis: Diagnosis, console: Console) -> None:
     stats_view(diagnosis, console, read=False)
     warnings = sum(finding.check.severity == "warning" for finding in diagnosis.findings.values())
     kinds = len(diagnosis.findings) - warnings
-    console.print(
-        f"\n{kinds} kinds of errors in {diagnosis.errors} rows, {warnings} kinds of warnings", highlight=False
-    )
+    errors = f"{_count(kinds, 'kind')} of error in {_count(diagnosis.errors, 'row')}" if kinds else "no errors"
+    console.print(f"\n{errors}, {_count(warnings, 'kind')} of warning", highlight=False)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def _finding_view(finding: Finding, console: Console) -> None:

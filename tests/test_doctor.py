@@ -319,13 +319,13 @@ def test_the_flip_rate_is_what_disagreement_implies():
 # --- near duplicates ------------------------------------------------------------------------------
 
 
-def test_the_signature_estimates_the_share_of_common_triples():
+def test_the_signature_estimates_the_share_of_common_word_pairs():
     draw = random.Random(3)
     errors = []
     for _ in range(40):
         words = [draw.randrange(1 << 32) for _ in range(200)]
         other = [*words[:100], *(draw.randrange(1 << 32) for _ in range(100))]
-        shared, union = 98, 2 * 198 - 98
+        shared, union = 99, 2 * 199 - 99
         errors.append(float((signature_of(words) == signature_of(other)).mean()) - shared / union)
     assert abs(sum(errors) / len(errors)) < 0.05
     assert len(signature_of([])) == HASHES
@@ -466,3 +466,6 @@ def test_every_check_says_what_it_does_and_what_to_do():
         assert check.meaning.endswith(".")
         assert check.advice.endswith(".")
     assert all(check.removes for check in CHECKS.values() if check.severity == "error")
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [f"| `{check.name}` | {check.severity} | {check.title} |" for check in CHECKS.values()]
+    assert [row for row in rows if row not in page] == []

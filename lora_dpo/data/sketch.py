@@ -1,4 +1,4 @@
-"""Near duplicates in one pass: MinHash of word triples, compared by bands (Broder 1997; Leskovec et al., ch. 3).
+"""Near duplicates in one pass: MinHash of neighbouring words, compared by bands (Broder 1997; Leskovec et al., ch. 3).
 
 Memory is about 500 bytes a pair, and time grows with the number of pairs, never with its square.
 """
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from lora_dpo.data.checks import Texts
 
-HASHES, BANDS = 24, 6
-"""Two answers with 80% of their triples in common share a band with probability 1 - (1 - 0.8⁴)⁶ = 0.96."""
-ALIKE = 0.75
+HASHES, BANDS = 32, 8
+"""Answers with a share s of their word pairs in common share a band with probability 1 - (1 - s⁴)⁸: 0.985 at 0.8."""
+ALIKE = 0.7
+"""Least share of word pairs, as the sketch estimates it, for answers to be near duplicates; of words for prompts."""
 PER_BUCKET = 4
 """Earlier pairs that are looked at in a band: keeps a file of thousands of 'Yes' and 'No' quick."""
 
@@ -71,10 +72,10 @@ class NearDuplicates:
 
 
 def signature_of(words: list[int]) -> NDArray[np.uint32]:
-    """The smallest value that each of 24 hash functions takes on the triples of words."""
-    hashes = np.array(words if len(words) > 2 else [*words, 0, 0, 0][:3], dtype=np.uint32)
-    triples = hashes[:-2] * np.uint32(0x9E3779B1) ^ hashes[1:-1] * np.uint32(0x85EBCA77) ^ hashes[2:]
-    mixed = triples * _A + _B
+    """The smallest value that each hash function takes on the pairs of neighbouring words."""
+    hashes = np.array(words if len(words) > 1 else [*words, 0, 0][:2], dtype=np.uint32)
+    pairs = hashes[:-1] * np.uint32(0x9E3779B1) ^ hashes[1:]
+    mixed = pairs * _A + _B
     smallest: NDArray[np.uint32] = (mixed ^ (mixed >> np.uint32(15))).min(axis=1)
     return smallest
 
