@@ -110,6 +110,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 _DISK_ADVICE = {
     errno.ENOSPC: "Free some space or choose another disk; nothing half-written was left.",
     errno.EDQUOT: "Your disk quota is used up; nothing half-written was left.",
+    errno.ENOENT: "Choose a folder in which files can be made.",
     errno.EACCES: "Choose a folder you may write to.",
     errno.EPERM: "Choose a folder you may write to.",
     errno.EROFS: "Choose a folder on a writable disk.",

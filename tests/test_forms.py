@@ -569,6 +569,12 @@ def test_another_text_column_is_never_taken_for_no_prompt(tmp_path):
         read_pairs(write(tmp_path / "a.jsonl", row))
 
 
+def test_a_row_of_no_known_form_is_called_so(tmp_path):
+    _, report = read_pairs(write(tmp_path / "a.jsonl", CASES["trl-text"].rows[0], {"question": "Why?"}))
+    assert report.read_as == "TRL preference pairs (1), no known form (1)"
+    assert report.reasons() == [("without 'chosen' (columns: question)", 1)]
+
+
 def test_a_prompt_that_only_mentions_a_transcript_stays_text():
     row = {"prompt": "What does '\n\nHuman: Hi\n\nAssistant:' mean?", "chosen": "A", "rejected": "B"}
     assert form_of(row).name == "trl"

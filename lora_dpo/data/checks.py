@@ -80,7 +80,7 @@ _CHECKS = (
     Check(
         "tie",
         "warning",
-        "ties, or scores against the labels",
+        "ties, small gaps, or scores against the labels",
         "A pair whose scores do not prefer the chosen answer is noise; it is left out.",
         "Judge them again, or leave them out.",
         removes=True,

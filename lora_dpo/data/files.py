@@ -51,7 +51,7 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
         yield from _hub_rows(source)
         return
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
+        problem = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
         raise DataError(f"{source} {problem}. Give the path of a preference file.")
     if reader is None:
         raise DataError(f"{source}: unknown kind of file. Known are {_known()}.")

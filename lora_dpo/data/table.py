@@ -141,10 +141,13 @@ FORMS = (
         "trl",
         "TRL preference pairs",
         "`prompt`, `chosen`, `rejected`: text or messages; scores, `tools`, `origin`",
-        lambda row: True,
+        _answers,
         pair_from_row,
     ),
 )
+
+_UNKNOWN = Form("", "no known form", "", lambda row: True, pair_from_row)
+"""Reads as TRL's form does, to say what is missing."""
 
 
 def form_named(name: str) -> Form:
@@ -156,5 +159,5 @@ def form_named(name: str) -> Form:
 
 
 def form_of(row: Row) -> Form:
-    """The first form that fits the row; TRL's is the last and fits all, to say what is missing."""
-    return next(form for form in FORMS if form.fits(row))
+    """The first form that fits the row."""
+    return next((form for form in FORMS if form.fits(row)), _UNKNOWN)
