@@ -69,7 +69,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
     refuse_existing(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        except FileNotFoundError as error:  # such as /proc: a folder that takes no files
+            raise OutputError(f"Cannot write {target}: no file can be made there. Choose another folder.") from error
         os.close(number)
     temporary = Path(name)
     try:
@@ -110,7 +113,6 @@ def disk_errors(target: Path) -> Iterator[None]:
 _DISK_ADVICE = {
     errno.ENOSPC: "Free some space or choose another disk; nothing half-written was left.",
     errno.EDQUOT: "Your disk quota is used up; nothing half-written was left.",
-    errno.ENOENT: "Choose a folder in which files can be made.",
     errno.EACCES: "Choose a folder you may write to.",
     errno.EPERM: "Choose a folder you may write to.",
     errno.EROFS: "Choose a folder on a writable disk.",
