@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -47,12 +48,11 @@ def _finding_view(finding: Finding, console: Console) -> None:
         f"[{colour}]{check.severity}[/] [bold]{count}{escape(check.title)}[/] \\[{check.name}]", highlight=False
     )
     if finding.rows:
-        console.print(f"  rows {escape(rows_text(finding.rows))}", highlight=False)
+        console.print(Padding(Text(f"rows {rows_text(finding.rows)}"), (0, 0, 0, 2), expand=False))
     for origin, text in finding.examples:
         place = f"row {origin.row}: " if origin.row else ""
-        line = Text(f"  {place}{' '.join(text.split())}", style="dim", overflow="ellipsis", no_wrap=True)
-        console.print(line)
-    console.print(f"  {escape(check.meaning)} {escape(check.advice)}\n", highlight=False)
+        console.print(Padding(Text(f"{place}{' '.join(text.split())}", style="dim"), (0, 0, 0, 4), expand=False))
+    console.print(Padding(Text(f"{check.meaning} {check.advice}\n"), (0, 0, 0, 2), expand=False))
 
 
 def rows_text(rows: Sequence[Origin], shown: int = ROWS_SHOWN) -> str:

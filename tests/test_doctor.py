@@ -10,14 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
 from lora_dpo.data.checks import CHECKS, Texts, script_of, text_findings
-from lora_dpo.data.doctor import examine
+from lora_dpo.data.doctor import _OF_KIND, examine
 from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
+from lora_dpo.data.messages import Kind
 from lora_dpo.data.sketch import HASHES, NearDuplicates, signature_of
 from lora_dpo.data.write import write_fixed
 from lora_dpo.errors import ConfigError, DataError, OutputError
@@ -279,7 +280,7 @@ def test_a_leak_is_found_whatever_the_case_and_space(tmp_path):
 def test_held_out_data_that_cannot_be_read_is_no_clean_bill(tmp_path):
     source = write(tmp_path / "a.jsonl", BASE)
     with pytest.raises(DataError, match="no prompt can leak"):
-        examine([source], held_out=[write(tmp_path / "eval.jsonl", {"text": "Hi"})])
+        examine([source], held_out=[source, write(tmp_path / "eval.jsonl", {"text": "Hi"})])
 
 
 def test_length_bias_is_a_finding_only_with_enough_pairs(tmp_path):
@@ -459,6 +460,11 @@ def test_half_a_character_survives_cleaning(tmp_path):
     [row] = lines(fixed.dropped)
     assert row["content"]["chosen"] == "cut \ud83d"
     assert "half of a character" in row["reason"]
+
+
+def test_every_reason_for_a_drop_is_a_check():
+    for kind in get_args(Kind):
+        assert _OF_KIND.get(kind, kind) in CHECKS
 
 
 def test_every_check_says_what_it_does_and_what_to_do():

@@ -172,10 +172,11 @@ def prompt_key(text: str) -> int:
 def _prompts_of(sources: Sequence[str], form: str | None) -> set[int]:
     found: set[int] = set()
     for source in sources:
-        before = len(found)
+        usable = 0
         for outcome in outcomes(source, form=form, tolerant=True):
             found.update(prompt_key(Texts.of(pair).prompt) for pair in outcome.pairs)
-        if len(found) == before == 0:
+            usable += len(outcome.pairs)
+        if not usable:
             raise DataError(f"{source} holds no usable pair, so no prompt can leak from it. Is it the right file?")
     return found
 

@@ -16,6 +16,7 @@ from lora_dpo.data.messages import (
     answer_of,
     from_json,
     has_text,
+    listed,
     message,
     number,
     prompt_of,
@@ -140,7 +141,7 @@ def without_prompt(prompt: Messages, chosen: Messages, rejected: Messages) -> tu
 
 def _split_text(row: Row, chosen: str, rejected: str) -> tuple[Messages, Messages, Messages]:
     """TRL's implicit prompt of plain texts: the words that both start with."""
-    if from_json(chosen) is not None and isinstance(from_json(chosen), list):
+    if listed(chosen):
         return split_shared_prefix(answer_of(chosen, "chosen"), answer_of(rejected, "rejected"))
     if chosen == rejected:
         raise BadRow("chosen equals rejected", "equal")
