@@ -120,11 +120,14 @@ class DataSection(Section):
     ] = "drop"
     format: Annotated[
         str | None,
-        Field(description="Form of all rows, by its name in docs/data.md. Without it each row is looked at."),
+        Field(
+            description="Form of all rows, training and held-out, by its name in docs/data.md. "
+            "Without it each row is looked at."
+        ),
     ] = None
     min_gap: Annotated[
         float | None,
-        Field(gt=0, description="Drop pairs whose two scores are closer than this. Needs data with scores."),
+        Field(gt=0, description="Drop training pairs whose two scores are closer than this, or that have none."),
     ] = None
 
     _home = field_validator("train", "eval")(_at_home)

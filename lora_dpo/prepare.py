@@ -113,7 +113,8 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
 
 def _read(run: Run, which: str, sources: str | list[str]) -> list[PreferencePair]:
     data = run.recipe.data
-    pairs, report = read_pairs(sources, on_bad_row=data.on_bad_row, form=data.format, min_gap=data.min_gap)
+    min_gap = data.min_gap if which == "train" else None  # held-out pairs may have no scores
+    pairs, report = read_pairs(sources, on_bad_row=data.on_bad_row, form=data.format, min_gap=min_gap)
     run.reports[which] = report
     return pairs
 

@@ -666,3 +666,35 @@ def test_json_lines_under_the_name_json_are_read(tmp_path):
     write(path, *CASES["trl-text"].rows)
     pairs, _ = read_pairs(str(path))
     assert [pair.origin.row for pair in pairs] == [1, 2]
+
+
+# --- in a run -------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, recipe_dict):
+    from lora_dpo.config import check_recipe
+    from lora_dpo.events import Resolved
+    from lora_dpo.prepare import StopSignal, prepare
+
+    rows = [
+        {
+            "question": f"Name tree {gap}.",
+            "chosen": "Oak.",
+            "rejected": "Moss.",
+            "chosen_score": gap,
+            "rejected_score": 0,
+        }
+        for gap in (1, 2, 3)
+    ]
+    data = {"train": write(tmp_path / "a.jsonl", *rows), "min_gap": 2.0}
+    lines: dict[str, str] = {}
+
+    def hear(event: Any) -> None:
+        if isinstance(event, Resolved):
+            lines.update(event.lines)
+
+    run = prepare(check_recipe(recipe_dict(data=data)), tmp_path / "out", hear, StopSignal())
+    assert lines["train data"] == "2 pairs read, 1 dropped (1 score gap below 2), read as Intel Orca pairs"
+    assert len(run.train) == 2
+    with pytest.raises(DataError, match="holds no usable pair: without 'prompt'"):
+        prepare(check_recipe(recipe_dict(data={**data, "format": "trl"})), tmp_path / "out", hear, StopSignal())
