@@ -95,7 +95,8 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         if 0 < noise.flip_rate < 0.5:
             text += (
                 f": if rows repeat because people judged twice, about {noise.flip_rate:.1%} of the labels are flipped, "
-                f"and trainer.loss_type: [robust] with trainer.label_smoothing: {noise.flip_rate:.2g} allows for that"
+                "and trainer.loss_type: [robust, sft] with "
+                f"trainer.label_smoothing: {noise.flip_rate:.2g} allows for that"
             )
         facts.append(("label noise", text))
     scripts = ", ".join(f"{name} {count / diagnosis.pairs:.1%}" for name, count in diagnosis.scripts.most_common(4))
