@@ -189,7 +189,7 @@ def stats(
     format: Format = None,
     min_gap: MinGap = None,
 ) -> None:
-    """Describe preference data in numbers: rows, forms, lengths, scripts, repeated prompts.
+    """Describe preference data in numbers: rows, forms, lengths, languages, repeated prompts.
 
     Example:
 

@@ -65,7 +65,7 @@ def rows_text(rows: Sequence[Origin], shown: int = ROWS_SHOWN) -> str:
 
 
 def stats_view(diagnosis: Diagnosis, console: Console, *, read: bool = True) -> None:
-    """Lengths by percentile, length bias, label noise, scripts."""
+    """Lengths by percentile, length bias, label noise, languages."""
     if read:
         read_view(diagnosis.report, console)
     if not diagnosis.pairs:
@@ -99,8 +99,8 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
                 f"trainer.label_smoothing: {noise.flip_rate:.2g} allows for that"
             )
         facts.append(("label noise", text))
-    scripts = ", ".join(f"{name} {count / diagnosis.pairs:.1%}" for name, count in diagnosis.scripts.most_common(4))
-    facts.append(("scripts", f"{scripts} (of the chosen answers)"))
+    told = ", ".join(f"{name} {count / diagnosis.pairs:.1%}" for name, count in diagnosis.languages.most_common(4))
+    facts.append(("languages", f"{told} (of the chosen answers)"))
     if diagnosis.unit == "tokens":
         cut = ", ".join(f"{diagnosis.share_cut(length):.1%} at {length}" for length in diagnosis.cuts())
         facts.append(("max_length", f"pairs cut: {cut}"))

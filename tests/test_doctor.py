@@ -15,8 +15,9 @@ from typing import Any, get_args
 import pytest
 
 from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
-from lora_dpo.data.checks import CHECKS, Texts, script_of, text_findings
+from lora_dpo.data.checks import CHECKS, Texts, text_findings
 from lora_dpo.data.doctor import _OF_KIND, examine
+from lora_dpo.data.language import differ, language_of, script_of
 from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.messages import Kind
 from lora_dpo.data.sketch import HASHES, NearDuplicates, signature_of
@@ -109,7 +110,7 @@ FAULTS: dict[str, Callable[[Row], tuple[list[Any], list[int]]]] = {
     "lost-end": lambda row: ([{**row, "chosen": row["chosen"] + " " + row["chosen"][:-3]}], [0]),
     "refusal": lambda row: ([{**row, "chosen": "I'm sorry, but I can't help with that. " + row["chosen"]}], [0]),
     "mojibake": lambda row: ([{**row, "rejected": row["rejected"] + " CafÃ© del mar."}], [0]),
-    "script": lambda row: ([{**row, "chosen": "Это совсем другой язык, и его никто не просил. " * 3}], [0]),
+    "language": lambda row: ([{**row, "chosen": "Это совсем другой язык, и его никто не просил. " * 3}], [0]),
 }
 
 
@@ -223,8 +224,8 @@ SENTENCE = "The river bends twice before it reaches the town and then it widens.
         (pair("He said \ufffd."), ["mojibake"]),
         (pair("Ãngulo, São Tomé, café, Âge, “quoted” – dashes…", "Olá."), []),
         (pair("Что это?", "Это кот."), []),
-        (pair("Что это?", "A cat."), ["script"]),
-        (pair("Why?", "これは猫です。"), ["script"]),
+        (pair("Что это?", "A cat."), ["language"]),
+        (pair("Why?", "これは猫です。"), ["language"]),
         (pair("2 + 2?", "四"), []),  # no letters, no script
     ],
 )
@@ -241,6 +242,27 @@ def test_scripts_are_told_by_most_of_the_letters():
         "",
         "",
     ]
+
+
+LANGUAGES = {
+    "English": "It is not clear that the plan was good for all of the people in this town, and you have to wait.",
+    "German": "Es ist nicht klar, wie die Leute mit der Sache leben, und das ist für den Ort ein Problem.",
+    "French": "Il est dans une ville que vous ne voyez pas sur la carte, et les gens sont là pour le vin.",
+    "Spanish": "El plan es más grande que la casa, y los niños se van con una amiga por las calles del pueblo.",
+    "Portuguese": "O plano não é mais que uma ideia, e os filhos da casa vão com a mãe para o rio.",
+    "Italian": "Il piano non è una cosa che si fa per gioco, e gli amici della casa sono con il gatto.",
+    "Dutch": "Het is niet zo dat de man van het dorp een boot voor zijn zoon op het water heeft.",
+    "Swedish": "Det är inte så att jag har en båt på sjön, och den som är med av oss får vänta till kvällen.",
+    "Polish": "To nie jest tak, że się idzie do domu i w nocy śpi na ławce, ale co dla nich to znaczy.",
+}
+
+
+def test_languages_are_told_by_their_small_words():
+    assert {name: language_of(text) for name, text in LANGUAGES.items()} == {name: name for name in LANGUAGES}
+    assert language_of("Oak, elm, ash.") == "Latin"
+    assert differ(LANGUAGES["English"], LANGUAGES["German"]) == "English prompt, German answer"
+    assert differ(LANGUAGES["English"], "Oak, elm, ash.") is None  # cannot be told
+    assert differ(LANGUAGES["English"], LANGUAGES["English"]) is None
 
 
 def write(path: Path, *rows: Any) -> str:
@@ -417,7 +439,7 @@ def test_cleaning_loses_nothing_and_leaves_no_errors(tmp_path):
         assert row["file"] == str(path)
     again = examine([str(out)], held_out=[str(held_out)])
     assert again.errors == 0
-    assert set(again.findings) <= {"near-duplicate", "lost-end", "refusal", "mojibake", "script"}
+    assert set(again.findings) <= {"near-duplicate", "lost-end", "refusal", "mojibake", "language"}
 
 
 def test_votes_that_were_not_paired_are_kept_as_votes(tmp_path):

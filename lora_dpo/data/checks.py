@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_dpo.data.language import differ
 from lora_dpo.data.pairs import PreferencePair
 from lora_dpo.data.template import Message
 
@@ -163,9 +164,9 @@ _CHECKS = (
         "Read the source again with the right encoding (usually UTF-8).",
     ),
     Check(
-        "script",
+        "language",
         "warning",
-        "the chosen answer is in another script than the prompt",
+        "the chosen answer is in another language than the prompt",
         "The model may learn to change the language.",
         "Keep translations; remove the others.",
     ),
@@ -232,20 +233,6 @@ _REFUSAL = re.compile(
 _REFUSES = re.compile(
     r"\b(?:can(?:['’]t|not)|won['’]t|unable|not able|not appropriate|not comfortable|do(?:n['’]t| not) have)\b"
 )
-_SCRIPTS = {
-    "Latin": re.compile("[A-Za-zÀ-ɏ]"),
-    "Cyrillic": re.compile("[Ѐ-ӿ]"),
-    "Greek": re.compile("[Ͱ-Ͽ]"),
-    "Arabic": re.compile("[؀-ۿ]"),
-    "Hebrew": re.compile("[֐-׿]"),
-    "Devanagari": re.compile("[ऀ-ॿ]"),
-    "Han": re.compile("[一-鿿]"),
-    "Kana": re.compile("[぀-ヿ]"),
-    "Hangul": re.compile("[가-힯]"),
-    "Thai": re.compile("[฀-๿]"),
-}
-_SEEN_OF_TEXT = 400
-"""Characters from which a script is told: enough to be sure, little enough to be quick."""
 
 
 @dataclass(frozen=True)
@@ -275,17 +262,6 @@ def text_findings(pair: PreferencePair, texts: Texts) -> list[tuple[str, str]]:
 def ends_with_marker(text: str) -> bool:
     """True if an end-of-turn token is written at the end of a text."""
     return text.rstrip().endswith(_END)
-
-
-def script_of(text: str) -> str:
-    """The script of most letters at a text's start; empty for a text without letters."""
-    start = text[:_SEEN_OF_TEXT]
-    if start.isascii():
-        return "Latin" if any(map(str.isalpha, start)) else ""
-    counts = {name: len(pattern.findall(start)) for name, pattern in _SCRIPTS.items()}
-    counts["Han"] += counts.pop("Kana")  # Japanese mixes both
-    best = max(counts, key=lambda name: counts[name])
-    return best if counts[best] else ""
 
 
 def _joined(messages: Sequence[Message]) -> str:
@@ -361,11 +337,8 @@ def _mojibake(pair: PreferencePair, texts: Texts) -> str | None:
     return None
 
 
-def _script(pair: PreferencePair, texts: Texts) -> str | None:
-    if texts.prompt.isascii() and texts.chosen.isascii():
-        return None
-    asked, said = script_of(texts.prompt), script_of(texts.chosen)
-    return f"{asked} prompt, {said} answer" if asked and said and asked != said else None
+def _language(pair: PreferencePair, texts: Texts) -> str | None:
+    return differ(texts.prompt, texts.chosen)
 
 
 def _excerpt(text: str, start: int, length: int = 80) -> str:
@@ -380,5 +353,5 @@ _LOOKS: dict[str, Callable[[PreferencePair, Texts], str | None]] = {
     "lost-end": _lost_end,
     "refusal": _refusal,
     "mojibake": _mojibake,
-    "script": _script,
+    "language": _language,
 }

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, script_of, text_findings
+from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, text_findings
+from lora_dpo.data.language import language_of
 from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.reading import account, outcomes
@@ -55,7 +56,8 @@ class Diagnosis:
     )
     """Of each pair, in tokens with a tokenizer, else in characters."""
     unit: str = "characters"
-    scripts: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    """Of the chosen answers: the language if it can be told, else the script."""
     noise: Noise = field(default_factory=Noise)
     bias: LengthBias = field(default_factory=LengthBias)
     max_length: int | None = None
@@ -106,7 +108,7 @@ class Diagnosis:
             },
             "length_bias": self.bias.as_json(),
             "label_noise": self.noise.as_json(),
-            "scripts": dict(self.scripts.most_common()),
+            "languages": dict(self.languages.most_common()),
         }
 
     def cuts(self) -> list[int]:
@@ -208,7 +210,7 @@ class _Doctor:
             self.note(name, pair.origin, evidence)
         self._compare(index, texts, pair.origin)
         self.marked.append(ends_with_marker(texts.chosen))
-        self.found.scripts[script_of(texts.chosen) or "none"] += 1
+        self.found.languages[language_of(texts.chosen) or "none"] += 1
         self.found.scored += pair.gap is not None
         if self.tokenizer is None:
             self._measure(len(texts.prompt), len(texts.chosen), len(texts.rejected))
