@@ -26,7 +26,7 @@ _SMALL_WORDS = {
     "Italian": "il la gli e è una che per con non di del della sono si come",
     "Dutch": "de het een en van is dat niet met voor op zijn je ook aan er",
     "Swedish": "och att det är som en på för med inte jag av till den har om",
-    "Polish": "i w nie na że się do jest to z jak o co dla ale po",
+    "Polish": "w nie na że się jest z jak dla ale po przez od są tym ze już lub przy tak",
 }
 _LANGUAGES: dict[str, tuple[str, ...]] = {
     word: tuple(language for language, words in _SMALL_WORDS.items() if word in words.split())
