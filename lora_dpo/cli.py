@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_dpo import cli_pairs
+from lora_dpo.cli_data import app as data_app
 from lora_dpo.errors import LoraDPOError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Base models that come from a package index.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 
 out = Console()
 err = Console(stderr=True)

@@ -105,7 +105,10 @@ class DataSection(Section):
 
     train: Annotated[
         str | list[str],
-        Field(description="Preference pairs: a file (.jsonl, .json, .csv, .parquet), a hub id, or a list of these."),
+        Field(
+            description="Preference pairs: a file (.jsonl, .json, .csv, .parquet, or gzip of these), a folder of such "
+            "files, a hub id, or a list of these."
+        ),
     ]
     eval: Annotated[
         str | list[str] | None,
@@ -115,6 +118,17 @@ class DataSection(Section):
         Literal["drop", "error"],
         Field(description="drop: leave unusable rows out and count them by reason. error: stop at the first."),
     ] = "drop"
+    format: Annotated[
+        str | None,
+        Field(
+            description="Form of all rows, training and held-out, by its name in docs/data.md. "
+            "Without it each row is looked at."
+        ),
+    ] = None
+    min_gap: Annotated[
+        float | None,
+        Field(gt=0, description="Drop training pairs whose two scores are closer than this, or that have none."),
+    ] = None
 
     _home = field_validator("train", "eval")(_at_home)
 

@@ -60,6 +60,32 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary file's path beside `target`, renamed to it when the block ends well.
+
+    Raises `OutputError` when `target` exists or the disk refuses the write.
+    """
+    refuse_existing(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        except FileNotFoundError as error:  # such as /proc: a folder that takes no files
+            raise OutputError(f"Cannot write {target}: no file can be made there. Choose another folder.") from error
+        os.close(number)
+    temporary = Path(name)
+    try:
+        with disk_errors(target):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600
+            _fsync(temporary)
+            refuse_existing(target)
+            temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def refuse_existing(target: Path) -> None:
     """Raise `OutputError` if `target` is already there."""
     if target.exists():

@@ -112,7 +112,9 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
 
 
 def _read(run: Run, which: str, sources: str | list[str]) -> list[PreferencePair]:
-    pairs, report = read_pairs(sources, on_bad_row=run.recipe.data.on_bad_row)
+    data = run.recipe.data
+    min_gap = data.min_gap if which == "train" else None  # held-out pairs may have no scores
+    pairs, report = read_pairs(sources, on_bad_row=data.on_bad_row, form=data.format, min_gap=min_gap)
     run.reports[which] = report
     return pairs
 
@@ -170,7 +172,7 @@ def _model_lines(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[tuple[st
 def _run_lines(run: Run) -> Iterator[tuple[str, str]]:
     settings = run.settings
     for which, report in run.reports.items():
-        yield f"{which} data", report.summary()
+        yield f"{which} data", f"{report.summary()}, read as {report.read_as}"
     yield "tokens", _token_line(run.train)
     batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
     per_epoch = -(-len(run.train) // batch)

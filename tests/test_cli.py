@@ -18,7 +18,7 @@ from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.events import Compared, Progress, Resolved, Saved, StepLogged
 
 MINIMAL = {"model": {"name": "some-model"}, "data": {"train": "pairs.jsonl"}}
-COMMANDS = [["train"], ["chat"], ["merge"], ["recipe"], ["models"], ["models", "fetch"], ["models", "list"]]
+COMMANDS = [["train"], ["chat"], ["merge"], ["recipe"], ["models"], ["models", "fetch"], ["models", "list"], ["data"]]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_dpo.data import Origin, PreferencePair, ReadReport, read_pairs
-from lora_dpo.data.forms import ROLES, BadRow, pair_from_row
+from lora_dpo.data.forms import pair_from_row
+from lora_dpo.data.messages import ROLES, BadRow
 from lora_dpo.errors import DataError
 
 HERE = Origin("rows", 1)
@@ -428,7 +429,8 @@ def test_any_row_is_a_valid_pair_or_a_bad_row(row):
     for part in (pair.prompt, pair.chosen, pair.rejected):
         assert isinstance(part, tuple)
         assert part
-        assert all(set(message) == {"role", "content"} for message in part)
+        assert all({"role", "content"} <= set(message) <= {"role", "content", "name"} for message in part)
+        assert all(message["role"] == "tool" for message in part if "name" in message)
         assert all(message["role"] in ROLES and isinstance(message["content"], str) for message in part)
         assert part[-1]["content"].strip()
     assert pair.prompt[-1]["role"] != "assistant"

@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lora_dpo.errors import OutputError
-from lora_dpo.files import atomic_folder, disk_errors, refuse_existing, sha256_of
+from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, sha256_of
 
 DISK_REFUSALS = {
     errno.ENOSPC: "Free some space",
@@ -269,3 +269,50 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
     assert sha256_of(tmp_path / "data") == hashlib.sha256(data).hexdigest()
     shutil.copyfile(tmp_path / "data", tmp_path / "copy")
     assert sha256_of(tmp_path / "copy") == sha256_of(tmp_path / "data")
+
+
+# --- single files ---------------------------------------------------------------------------------
+
+
+def test_a_finished_file_is_whole_alone_and_ordinary(tmp_path):
+    target = tmp_path / "deep" / "pairs.jsonl"
+    with atomic_file(target) as temporary:
+        temporary.write_text("all of it")
+        assert not target.exists()
+    assert target.read_text() == "all of it"
+    assert [path.name for path in target.parent.iterdir()] == ["pairs.jsonl"]
+    current = os.umask(0)
+    os.umask(current)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~current
+
+
+@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_no_file(tmp_path, exception):
+    def write() -> None:
+        with atomic_file(tmp_path / "pairs.jsonl") as temporary:
+            temporary.write_text("half of")
+            raise exception
+
+    with pytest.raises(exception):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path):
+    target = tmp_path / "pairs.jsonl"
+
+    def write() -> None:
+        with atomic_file(target) as temporary:
+            temporary.write_text("mine")
+            target.write_text("theirs")  # appears meanwhile; and is there the second time
+
+    for _ in range(2):
+        with pytest.raises(OutputError, match="already exists"):
+            write()
+        assert target.read_text() == "theirs"
+        assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_a_place_where_no_file_can_be_made_is_an_output_error():
+    with pytest.raises(OutputError, match="no file can be made there"), atomic_file(Path("/proc/pairs.jsonl")):
+        pytest.fail("nothing can be written there")

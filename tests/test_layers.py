@@ -32,7 +32,7 @@ LAYERS = (
         "pairs",
         "improve",
     ),
-    ("cli", "cli_pairs", "console", "terminal", "signals", "__init__", "__main__"),
+    ("cli", "cli_data", "cli_pairs", "console", "console_data", "terminal", "signals", "__init__", "__main__"),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}

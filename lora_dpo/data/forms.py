@@ -1,121 +1,161 @@
-"""What a row means: from the forms people write preferences in to a `PreferencePair`.
+"""The form of TRL, which is ours too, and what every form must hold up to become a pair.
 
-One function a form; a form is recognised by the row itself. Another form is one more function here.
+Forms of other projects are in `shapes.py`; which one a row has is decided in `table.py`.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
 from lora_dpo.data.files import Row
+from lora_dpo.data.messages import (
+    BadRow,
+    Messages,
+    Tools,
+    answer_of,
+    from_json,
+    has_text,
+    listed,
+    message,
+    number,
+    prompt_of,
+    shared_length,
+    split_shared_prefix,
+    tools_of,
+)
 from lora_dpo.data.pairs import Origin, PreferencePair
-from lora_dpo.data.template import Message
 
-Messages = tuple[Message, ...]
-ROLES = ("system", "user", "assistant", "tool")
-
-
-class BadRow(Exception):
-    """A row that cannot become a pair; the text is the reason, the same for all rows of its kind."""
+SCORES = (
+    ("chosen_score", "rejected_score"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("chosen_reward", "rejected_reward"),
+)
+"""Columns that hold what a judge gave both answers, in the wild."""
 
 
 def pair_from_row(row: Row, origin: Origin) -> PreferencePair:
-    """TRL's preference form: text or messages, explicit or implicit prompt.
+    """TRL's preference form: text or messages, explicit or implicit prompt; with scores, tools and origin if given.
 
     Raises:
         BadRow: a part is missing, empty or malformed, or both answers are the same.
     """
     for side in ("chosen", "rejected"):
         if row.get(side) is None:
-            raise BadRow(f"without '{side}' (columns: {', '.join(sorted(map(str, row))) or 'none'})")
-    chosen, rejected = (_answer(row[side], side) for side in ("chosen", "rejected"))
-    if row.get("prompt") is None:
-        prompt, chosen, rejected = _split_shared_prefix(chosen, rejected)
+            raise BadRow(f"without '{side}' {_columns(row)}", "missing")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, first, second = _split_text(row, chosen, rejected)
     else:
-        prompt = _prompt(row["prompt"])
-        chosen, rejected = (_without_prompt(answer, prompt) for answer in (chosen, rejected))
-    _check_prompt(prompt)
+        first, second = (answer_of(row[side], side) for side in ("chosen", "rejected"))
+        if row.get("prompt") is None:
+            prompt, first, second = split_shared_prefix(first, second)
+        else:
+            prompt, first, second = without_prompt(prompt_of(row["prompt"]), first, second)
+    provenance = from_json(row.get("origin"))
+    return checked_pair(
+        prompt,
+        first,
+        second,
+        origin,
+        scores=scores_of(row),
+        tools=tools_of(row),
+        provenance=provenance if isinstance(provenance, dict) else None,
+    )
+
+
+def checked_pair(
+    prompt: Messages,
+    chosen: Messages,
+    rejected: Messages,
+    origin: Origin,
+    *,
+    scores: tuple[float | None, float | None] = (None, None),
+    tools: Tools = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> PreferencePair:
+    """The pair, if it says anything.
+
+    Raises:
+        BadRow: a part is empty, ends with the wrong role, or the answers or their scores are equal.
+    """
+    check_prompt(prompt)
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages or not messages[-1]["content"].strip():
-            raise BadRow(f"empty {side} answer")
-        if messages[-1]["role"] != "assistant":
-            raise BadRow(f"{side} does not end with the assistant")
-        if messages[0]["role"] not in ("assistant", "tool"):
-            raise BadRow(f"{side} starts with the {messages[0]['role']} and not with the prompt's messages")
+        check_answer(messages, side)
     if chosen == rejected:
-        raise BadRow("chosen equals rejected")
-    return PreferencePair(prompt, chosen, rejected, origin)
+        raise BadRow("chosen equals rejected", "equal")
+    pair = PreferencePair(prompt, chosen, rejected, origin, *scores, tools, provenance)
+    if pair.gap is not None and pair.gap <= 0:
+        raise BadRow(
+            "tie: both answers have the same score" if pair.gap == 0 else "the rejected answer has the higher score",
+            "tie",
+        )
+    return pair
 
 
-def _prompt(value: Any) -> Messages:
-    if isinstance(value, str):
-        listed = _json_list(value)
-        return _messages(listed, "prompt") if listed else (_message("user", value, "prompt"),)
-    return _messages(value, "prompt")
-
-
-def _check_prompt(messages: Messages) -> None:
-    if not messages or not messages[-1]["content"].strip():
-        raise BadRow("empty prompt")
+def check_prompt(messages: Messages) -> None:
+    """Raise `BadRow` unless there is something to answer."""
+    if not messages or not has_text(messages[-1]):
+        raise BadRow("empty prompt", "empty")
     if messages[-1]["role"] == "assistant":
-        raise BadRow("prompt ends with the assistant")
+        raise BadRow("prompt ends with the assistant", "prefix")
 
 
-def _answer(value: Any, side: str) -> Messages:
-    if isinstance(value, str):
-        listed = _json_list(value)
-        return _messages(listed, side) if listed else (_message("assistant", value, side),)
-    if isinstance(value, dict):
-        value = [value]
-    return _messages(value, side)
+def check_answer(messages: Messages, side: str) -> None:
+    """Raise `BadRow` unless the assistant answers."""
+    if not messages or not has_text(messages[-1]):
+        raise BadRow(f"empty {side} answer", "empty")
+    if messages[-1]["role"] != "assistant":
+        raise BadRow(f"{side} does not end with the assistant", "roles")
+    if messages[0]["role"] not in ("assistant", "tool"):
+        raise BadRow(f"{side} starts with the {messages[0]['role']} and not with the prompt's messages", "prefix")
 
 
-def _without_prompt(answer: Messages, prompt: Messages) -> Messages:
-    """Some data sets repeat the prompt at the start of both answers: it is the prompt only once."""
-    return answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
+def scores_of(row: Row) -> tuple[float | None, float | None]:
+    """Both scores of a row, from the first pair of columns that has them."""
+    for ours, theirs in SCORES:
+        if ours in row or theirs in row:
+            return number(row.get(ours)), number(row.get(theirs))
+    return None, None
 
 
-def _json_list(text: str) -> list[Any] | None:
-    """CSV can hold messages only as JSON text: a JSON list of objects with a role, else None."""
-    if not text.lstrip().startswith('[{"'):
-        return None
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return parsed if all(isinstance(item, dict) and "role" in item for item in parsed) else None
+def without_prompt(prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """Some data sets repeat the prompt at the start of both answers: it is the prompt only once.
+
+    If the answers add a system turn or earlier turns before the prompt, these belong to it.
+    """
+    shared: Messages = ()
+    if chosen and chosen[0]["role"] not in ("assistant", "tool"):
+        shared = chosen[: shared_length(chosen, rejected)]
+    for end in (len(prompt), len(shared)):
+        start = chosen[:end]
+        if len(start) >= len(prompt) and start == rejected[:end] and start[len(start) - len(prompt) :] == prompt:
+            return start, chosen[end:], rejected[end:]
+    ends = [len(prompt) if answer[: len(prompt)] == prompt else 0 for answer in (chosen, rejected)]
+    return prompt, chosen[ends[0] :], rejected[ends[1] :]
 
 
-def _messages(value: Any, part: str) -> Messages:
-    if not isinstance(value, list):
-        raise BadRow(f"{part} is neither text nor a list of messages")
-    found = []
-    for item in value:
-        if not isinstance(item, dict) or not isinstance(item.get("content"), str):
-            raise BadRow(f"{part} has a message without text content")
-        if item.get("role") not in ROLES:
-            raise BadRow(f"{part} has a message with an unknown role ({item.get('role')!r})")
-        found.append(_message(item["role"], item["content"], part))
-    return tuple(found)
-
-
-def _message(role: str, content: str, part: str) -> Message:
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:
-        # JSON's "\ud83d" is half of an emoji, from a text that was cut within it: no tokenizer can read that.
-        raise BadRow(f"{part} holds half of a character (a lone surrogate)") from None
-    return Message(role=role, content=content)
-
-
-def _split_shared_prefix(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Both sides hold the whole conversation: the messages they share are the prompt."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
+def _split_text(row: Row, chosen: str, rejected: str) -> tuple[Messages, Messages, Messages]:
+    """TRL's implicit prompt of plain texts: the words that both start with."""
+    if listed(chosen):
+        return split_shared_prefix(answer_of(chosen, "chosen"), answer_of(rejected, "rejected"))
     if chosen == rejected:
-        raise BadRow("chosen equals rejected")
-    if shared == 0:
-        raise BadRow("without 'prompt', and chosen and rejected share no first message")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+        raise BadRow("chosen equals rejected", "equal")
+    others = [key for key, value in row.items() if isinstance(value, str) and key not in ("chosen", "rejected")]
+    start = chosen[: shared_length(chosen, rejected)]
+    start = start[: start.rfind(" ") + 1]  # whole words: "The sky is b" belongs to blue and to brown
+    # Another text column may be the prompt under a name that we do not know: answers then start alike by accident.
+    if others or not start.strip():
+        raise BadRow("without 'prompt', and chosen and rejected share no first message", "prefix")
+    rest = [
+        (message("assistant", text[len(start) :], side),) for text, side in ((chosen, "chosen"), (rejected, "rejected"))
+    ]
+    return (message("user", start.rstrip(), "prompt"),), rest[0], rest[1]
+
+
+def _columns(row: Row) -> str:
+    return f"(columns: {', '.join(sorted(map(str, row))) or 'none'})"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lora_dpo.data.template import Message
 
@@ -27,27 +29,64 @@ class PreferencePair:
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     origin: Origin
+    chosen_score: float | None = None
+    """What the judge gave the chosen answer, on the data's own scale; higher is better."""
+    rejected_score: float | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of the functions that the model may call; the chat template writes them."""
+    provenance: Mapping[str, Any] | None = None
+    """The row's own `origin` object: what it says about how it was made."""
+
+    @property
+    def gap(self) -> float | None:
+        """Score of the chosen answer less that of the rejected one; None unless both have a score."""
+        if self.chosen_score is None or self.rejected_score is None:
+            return None
+        return self.chosen_score - self.rejected_score
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One answer with a thumb up or down; two opposite votes after the same prompt make a pair."""
+
+    prompt: tuple[Message, ...]
+    answer: tuple[Message, ...]
+    up: bool
+    origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that was left out, and why."""
+    """A row that was left out, and why. `kind` is one of `messages.Kind`, or `unreadable`."""
 
     origin: Origin
     reason: str
+    kind: str = "malformed"
 
 
 @dataclass
 class ReadReport:
-    """The account of one reading: `rows = kept + dropped`, always."""
+    """The account of one reading: `kept = rows - dropped + surplus`, always."""
 
     rows: int = 0
     dropped: list[Dropped] = field(default_factory=list)
+    surplus: int = 0
+    """Pairs made less rows used: above 0 if rows hold several pairs, below if two votes make one."""
+    forms: Counter[str] = field(default_factory=Counter)
+    """Rows by the form that they were read as."""
 
     @property
     def kept(self) -> int:
-        """Rows that became pairs."""
-        return self.rows - len(self.dropped)
+        """Pairs that are left."""
+        return self.rows - len(self.dropped) + self.surplus
+
+    @property
+    def read_as(self) -> str:
+        """`HH-RLHF transcripts`, or with counts if rows have several forms."""
+        if len(self.forms) == 1:
+            return next(iter(self.forms))
+        return ", ".join(f"{title} ({count})" for title, count in self.forms.most_common())
 
     def reasons(self) -> list[tuple[str, int]]:
         """Reasons with their counts, the most frequent first."""

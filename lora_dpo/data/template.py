@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from lora_dpo.errors import ModelError
 
@@ -16,6 +16,11 @@ class Message(TypedDict):
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """Of an assistant turn: `{type: function, function: {name, arguments}}` each."""
+    name: NotRequired[str]
+    """Of a tool turn: the function that answers."""
+    tool_call_id: NotRequired[str]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -24,9 +29,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The conversation as the text that the model reads, special tokens written out.
+
+    Args:
+        tools: JSON schemas of the functions that the model may call.
 
     Raises:
         ModelError: the tokenizer has no chat template, or the template refuses the messages.
@@ -40,9 +52,12 @@ def render(
 
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(message) for message in messages],
+            tools=list(tools) or None,  # some templates write an introduction to an empty list
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
-    except jinja2.exceptions.TemplateError as error:
+    except (jinja2.exceptions.TemplateError, TypeError) as error:  # TypeError: a filter on a tool call's odd value
         raise ModelError(f"The model's chat template refuses these messages: {error}") from error
     return str(text)
 

@@ -64,7 +64,7 @@ def tokenize_pairs(
 
 def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None) -> TokenPair:
     """One pair to ids. The prompt is the common start of prompt, prompt + chosen and prompt + rejected."""
-    prompt = encode(tokenizer, render(tokenizer, pair.prompt, add_generation_prompt=True))
+    prompt = encode(tokenizer, render(tokenizer, pair.prompt, add_generation_prompt=True, tools=pair.tools))
     sides = [_conversation_ids(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
     # Templates may render a prompt alone differently (some add a thinking block): what is not shared
     # belongs to the answers, as in TRL.
@@ -88,7 +88,7 @@ def _conversation_ids(
 ) -> list[int]:
     # Templates write a line break after the end-of-turn token. The model never writes it, since
     # decoding stops at the token before; so it is no part of the answer.
-    text = render(tokenizer, [*pair.prompt, *answer]).rstrip()
+    text = render(tokenizer, [*pair.prompt, *answer], tools=pair.tools).rstrip()
     ids = encode(tokenizer, text)
     if ids[-1] not in _special_ids(tokenizer) and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)  # the template leaves the turn open

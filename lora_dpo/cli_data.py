@@ -1,0 +1,261 @@
+"""`lora-dpo data …`: parse, call, draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from lora_dpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+app = typer.Typer(help="Look at preference data, clean it, convert it, divide it.", no_args_is_help=True)
+out = Console()
+err = Console(stderr=True)
+
+Source = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder of files, or a hub id.")]
+Sources = Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders of files, or hub ids.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="Form of all rows, by its name in docs/data.md. Without it: look.")
+]
+MinGap = Annotated[
+    float | None, typer.Option("--min-gap", min=0, help="Leave out pairs whose scores are closer than this.")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Also look through the tokenizer and chat template of this model.")
+]
+MaxLength = Annotated[
+    int, typer.Option("--max-length", min=1, help="Longest sequence in tokens, as trainer.max_length.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the draw.")]
+
+
+@app.command()
+def check(
+    files: Sources,
+    held_out: Annotated[
+        list[str] | None, typer.Option("--eval", help="Held-out data: their prompts must not be in FILE. Repeatable.")
+    ] = None,
+    model: Model = None,
+    max_length: MaxLength = 1024,
+    format: Format = None,
+    min_gap: MinGap = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, all row numbers included.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 if there are errors.")] = False,
+    fix: Annotated[
+        Path | None,
+        typer.Option("--fix", help="Write clean pairs here (.jsonl), removed rows to the same name + .dropped.jsonl."),
+    ] = None,
+) -> None:
+    """Find what in preference data would spoil a run: the doctor.
+
+    Each finding says what it does to DPO, what to do, and in which rows it is. Errors are rows that a run would
+    leave out, or that teach something wrong for certain; warnings are worth a look. Nothing is changed without
+    --fix.
+
+    Examples:
+
+        lora-dpo data check data/quickstart.jsonl --eval data/quickstart-eval.jsonl
+
+        lora-dpo data check pairs.csv --model smollm2-135m --fix clean.jsonl
+    """
+    from lora_dpo.console_data import diagnosis_view, fixed_view
+    from lora_dpo.data.doctor import examine
+    from lora_dpo.data.write import check_name, write_fixed
+    from lora_dpo.files import refuse_existing
+
+    if fix is not None:
+        check_name(fix)
+        refuse_existing(fix)
+    with _counting() as count:
+        diagnosis = examine(
+            files,
+            form=format,
+            min_gap=min_gap,
+            held_out=held_out or (),
+            tokenizer=_tokenizer(model),
+            max_length=max_length,
+            on_rows=count,
+        )
+    if as_json:
+        typer.echo(json.dumps(diagnosis.as_json(), indent=2, ensure_ascii=False))
+    else:
+        diagnosis_view(diagnosis, out)
+    if fix is not None:
+        with err.status(f"writing {fix}"):
+            fixed = write_fixed(files, diagnosis, fix, form=format, min_gap=min_gap)
+        fixed_view(fixed, err if as_json else out)
+    if strict and diagnosis.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    file: Source,
+    number: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Row to show; default the first pair.")] = None,
+    model: Model = None,
+    max_length: MaxLength = 1024,
+    format: Format = None,
+) -> None:
+    """Show one pair as the model will see it.
+
+    With --model: every token of prompt, chosen and rejected, which of them are trained on, and where max_length
+    cuts. Without: the messages.
+
+    Examples:
+
+        lora-dpo data show data/quickstart.jsonl 3 --model smollm2-135m
+    """
+    from lora_dpo.console_data import messages_view, tokens_view
+    from lora_dpo.data.reading import pair_at
+    from lora_dpo.data.view import view_pair
+
+    pair = pair_at(file, number, form=format)
+    tokenizer = _tokenizer(model)
+    if tokenizer is None:
+        messages_view(pair, out)
+    else:
+        tokens_view(view_pair(tokenizer, pair, max_length=max_length), out, max_length)
+
+
+@app.command()
+def convert(
+    file: Source,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .jsonl or .jsonl.gz. Must not exist.")],
+    format: Format = None,
+    min_gap: MinGap = None,
+) -> None:
+    """Write pairs of any form in the canonical one: TRL's conversational JSONL, with scores and origin.
+
+    Example:
+
+        lora-dpo data convert feedback-export.json pairs.jsonl
+    """
+    from lora_dpo.console_data import read_view
+    from lora_dpo.data.reading import read_pairs
+    from lora_dpo.data.write import check_name, write_pairs
+
+    check_name(output)
+    with err.status(f"reading {file}"):
+        pairs, report = read_pairs(file, form=format, min_gap=min_gap)
+        count = write_pairs(pairs, output)
+    read_view(report, out)
+    out.print(f"{count} pairs written to {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def split(
+    file: Source,
+    train: Annotated[Path, typer.Argument(metavar="TRAIN", help="File to write pairs for training to (.jsonl).")],
+    held_out: Annotated[Path, typer.Argument(metavar="EVAL", help="File to write held-out pairs to (.jsonl).")],
+    share: Annotated[float, typer.Option("--share", min=0.0001, max=0.9999, help="Share of prompts held out.")] = 0.1,
+    seed: Seed = 0,
+    format: Format = None,
+    min_gap: MinGap = None,
+) -> None:
+    """Divide pairs into training and held-out data, so that no prompt is in both.
+
+    Example:
+
+        lora-dpo data split pairs.jsonl train.jsonl eval.jsonl --share 0.05
+    """
+    from lora_dpo.console_data import read_view
+    from lora_dpo.data.reading import read_pairs
+    from lora_dpo.data.write import split_by_prompt, write_both
+
+    with err.status(f"reading {file}"):
+        pairs, report = read_pairs(file, form=format, min_gap=min_gap)
+        sides = split_by_prompt(pairs, share, seed=seed)
+        write_both(sides, (train, held_out))
+    read_view(report, out)
+    for side, path in zip(sides, (train, held_out), strict=True):
+        out.print(f"{len(side)} pairs written to {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def stats(
+    files: Sources,
+    model: Model = None,
+    max_length: MaxLength = 1024,
+    format: Format = None,
+    min_gap: MinGap = None,
+) -> None:
+    """Describe preference data in numbers: rows, forms, lengths, languages, repeated prompts.
+
+    Example:
+
+        lora-dpo data stats pairs.jsonl --model smollm2-135m
+    """
+    from lora_dpo.console_data import stats_view
+    from lora_dpo.data.doctor import examine
+
+    with _counting() as count:
+        diagnosis = examine(
+            files, form=format, min_gap=min_gap, tokenizer=_tokenizer(model), max_length=max_length, on_rows=count
+        )
+    stats_view(diagnosis, out)
+
+
+@app.command("mix")
+def mix_files(
+    parts: Annotated[list[str], typer.Argument(metavar="FILE:SHARE...", help="Sources with shares: a.jsonl:0.7")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.jsonl). Must not exist.")],
+    size: Annotated[int | None, typer.Option("--size", min=1, help="Pairs in all; default as many as fit.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Mix sources in given shares, without repeating a pair, shuffled.
+
+    Example:
+
+        lora-dpo data mix mine.jsonl:0.7 public.jsonl:0.3 --output mixed.jsonl
+    """
+    from lora_dpo.data.reading import read_pairs
+    from lora_dpo.data.write import check_name, mix, write_pairs
+
+    check_name(output)
+    named = [_share(part) for part in parts]
+    with err.status("reading"):
+        read = [(read_pairs(source)[0], share) for source, share in named]
+        count = write_pairs(mix(read, size=size, seed=seed), output)
+    out.print(f"{count} pairs written to {output}", highlight=False, soft_wrap=True)
+
+
+def _share(part: str) -> tuple[str, float]:
+    source, _, share = part.rpartition(":")
+    try:
+        weight = float(share)
+    except ValueError:
+        weight = 0.0
+    if not source or not 0 < weight < float("inf"):
+        raise ConfigError(f"{part!r} names no share: write FILE:SHARE with a share above 0, such as pairs.jsonl:0.7.")
+    return source, weight
+
+
+def _tokenizer(model: str | None) -> PreTrainedTokenizerBase | None:
+    if model is None:
+        return None
+    from lora_dpo.model import load_tokenizer
+
+    with err.status(f"loading the tokenizer of {model}"):
+        return load_tokenizer(model)
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[[int], None]]:
+    """A status line with the number of rows read."""
+    with err.status("reading") as status:
+
+        def count(rows: int) -> None:
+            if rows % 1000 == 0:
+                status.update(f"{rows:,} rows")
+
+        yield count

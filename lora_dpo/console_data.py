@@ -1,0 +1,177 @@
+"""What the doctor and the other data commands say, drawn in a terminal. No decisions are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lora_dpo.data.doctor import Diagnosis, Finding
+from lora_dpo.data.measures import PERCENTILES, percentiles
+from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
+from lora_dpo.data.template import Message
+from lora_dpo.data.view import PairView, Piece
+from lora_dpo.data.write import Fixed
+
+ROWS_SHOWN = 8
+STYLE = {"prompt": ("cyan", "bright_cyan"), "chosen": ("green", "bright_green"), "rejected": ("red", "bright_red")}
+
+
+def diagnosis_view(diagnosis: Diagnosis, console: Console) -> None:
+    """The whole report: what was read, findings with rows and examples, lengths."""
+    read_view(diagnosis.report, console)
+    console.print()
+    if not diagnosis.findings:
+        console.print("[green]nothing found[/]")
+    for finding in diagnosis.findings.values():
+        _finding_view(finding, console)
+    stats_view(diagnosis, console, read=False)
+    warnings = sum(finding.check.severity == "warning" for finding in diagnosis.findings.values())
+    kinds = len(diagnosis.findings) - warnings
+    errors = f"{_count(kinds, 'kind')} of error in {_count(diagnosis.errors, 'row')}" if kinds else "no errors"
+    console.print(f"\n{errors}, {_count(warnings, 'kind')} of warning", highlight=False)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def _finding_view(finding: Finding, console: Console) -> None:
+    check = finding.check
+    colour = "red" if check.severity == "error" else "yellow"
+    count = f"{finding.count} × " if finding.count else ""
+    console.print(
+        f"[{colour}]{check.severity}[/] [bold]{count}{escape(check.title)}[/] \\[{check.name}]", highlight=False
+    )
+    if finding.rows:
+        console.print(Padding(Text(f"rows {rows_text(finding.rows)}"), (0, 0, 0, 2), expand=False))
+    for origin, text in finding.examples:
+        place = f"row {origin.row}: " if origin.row else ""
+        console.print(Padding(Text(f"{place}{' '.join(text.split())}", style="dim"), (0, 0, 0, 4), expand=False))
+    console.print(Padding(Text(f"{check.meaning} {check.advice}\n"), (0, 0, 0, 2), expand=False))
+
+
+def rows_text(rows: Sequence[Origin], shown: int = ROWS_SHOWN) -> str:
+    """`3, 7 of a.jsonl; 12 of b.jsonl; … 40 more`."""
+    by_source: dict[str, list[str]] = {}
+    for origin in rows[:shown]:
+        by_source.setdefault(origin.source, []).append(str(origin.row))
+    named = "; ".join(f"{', '.join(numbers)} of {source}" for source, numbers in by_source.items())
+    return named + (f"; … {len(rows) - shown} more (--json lists all)" if len(rows) > shown else "")
+
+
+def stats_view(diagnosis: Diagnosis, console: Console, *, read: bool = True) -> None:
+    """Lengths by percentile, length bias, label noise, languages."""
+    if read:
+        read_view(diagnosis.report, console)
+    if not diagnosis.pairs:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    table.add_column(f"length in {diagnosis.unit}")
+    for rank in PERCENTILES:
+        table.add_column("longest" if rank == 100 else f"{rank}%", justify="right")
+    for part, values in diagnosis.lengths.items():
+        table.add_row(part, *(f"{value:,}" for value in percentiles(values).values()))
+    console.print(table)
+    for label, text in _facts(diagnosis):
+        console.print(f"[bold cyan]{label:<14}[/]{escape(text)}", highlight=False)
+
+
+def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    facts = [("prompts", f"{diagnosis.prompts:,} different ones in {diagnosis.pairs:,} pairs")]
+    if diagnosis.scored:
+        facts.append(("scores", f"{diagnosis.scored:,} pairs have them"))
+    bias = diagnosis.bias
+    facts.append(
+        ("length", f"chosen is longer in {bias.chosen_longer:.0%} of the pairs; {bias.sentence(diagnosis.unit)}")
+    )
+    noise = diagnosis.noise
+    if noise.flip_rate is not None:
+        text = f"{noise.disagreed} of {noise.judged_twice} repeated judgements disagree"
+        if 0 < noise.flip_rate < 0.5:
+            text += (
+                f": if rows repeat because people judged twice, about {noise.flip_rate:.1%} of the labels are flipped, "
+                "and trainer.loss_type: [robust, sft] with "
+                f"trainer.label_smoothing: {noise.flip_rate:.2g} allows for that"
+            )
+        facts.append(("label noise", text))
+    told = ", ".join(f"{name} {count / diagnosis.pairs:.1%}" for name, count in diagnosis.languages.most_common(4))
+    facts.append(("languages", f"{told} (of the chosen answers)"))
+    if diagnosis.unit == "tokens":
+        cut = ", ".join(f"{diagnosis.share_cut(length):.1%} at {length}" for length in diagnosis.cuts())
+        facts.append(("max_length", f"pairs cut: {cut}"))
+    return facts
+
+
+def read_view(report: ReadReport, console: Console) -> None:
+    """What was read, and as what."""
+    console.print(
+        f"[bold cyan]{'read':<14}[/]{report.rows:,} rows, as {escape(report.read_as or 'no form')}", highlight=False
+    )
+    console.print(f"[bold cyan]{'pairs':<14}[/]{escape(report.summary())}", highlight=False)
+
+
+def fixed_view(fixed: Fixed, console: Console) -> None:
+    """What a cleaning wrote."""
+    console.print(
+        f"{fixed.kept} pairs written to {fixed.out}, {fixed.removed} removed with their reasons to {fixed.dropped}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def messages_view(pair: PreferencePair, console: Console) -> None:
+    """The messages of a pair."""
+    _heading(pair, console)
+    for part, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        console.print(f"[bold {STYLE[part][0]}]{part}[/]")
+        for said in messages:
+            console.print(Text(f"  {said['role']}: {_spoken(said)}", style=STYLE[part][0]))
+    console.print("[dim]--model NAME shows the tokens.[/]")
+
+
+def tokens_view(view: PairView, console: Console, max_length: int) -> None:
+    """Every token of a pair: neighbours differ in shade, special tokens are bold, cut ones struck out."""
+    _heading(view.pair, console)
+    roles = {
+        "prompt": "read, not trained on",
+        "chosen": "trained on: to become likelier",
+        "rejected": "trained on: to become less likely",
+    }
+    for part, pieces in (("prompt", view.prompt), ("chosen", view.chosen), ("rejected", view.rejected)):
+        tokens = sum(piece.tokens for piece in pieces)
+        cut = sum(piece.tokens for piece in pieces if piece.cut)
+        note = f", the last {cut} cut at max_length {max_length}" if cut else ""
+        console.print(f"[bold {STYLE[part][0]}]{part}[/]  {tokens} tokens, {roles[part]}{note}", highlight=False)
+        console.print(_coloured(pieces, STYLE[part]), soft_wrap=True)
+        console.print()
+
+
+def _coloured(pieces: Sequence[Piece], shades: tuple[str, str]) -> Text:
+    text = Text()
+    cutting = False
+    for number, piece in enumerate(pieces):
+        if piece.cut and not cutting:
+            cutting = True
+            text.append(" ✂ cut here: ", style="bold yellow")
+        style = shades[number % 2] + (" bold" if piece.special else "") + (" strike dim" if piece.cut else "")
+        text.append(piece.text, style=style)
+    return text
+
+
+def _heading(pair: PreferencePair, console: Console) -> None:
+    console.print(f"[bold]{escape(str(pair.origin))}[/]", highlight=False)
+    if pair.gap is not None:
+        console.print(f"scores {pair.chosen_score:g} and {pair.rejected_score:g}", highlight=False)
+    for key, value in (pair.provenance or {}).items():
+        console.print(Text(f"  {key}: {value}", style="dim"))
+
+
+def _spoken(said: Message) -> str:
+    calls = "".join(f" [calls {call['function']['name']}]" for call in said.get("tool_calls", []))
+    return said["content"] + calls

@@ -1,0 +1,357 @@
+"""What the doctor looks for: what each finding is, what it does to DPO, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_dpo.data.language import differ
+from lora_dpo.data.pairs import PreferencePair
+from lora_dpo.data.template import Message
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that can be wrong with preference data."""
+
+    name: str
+    severity: Severity
+    title: str
+    meaning: str
+    """What it does to DPO."""
+    advice: str
+    """What to do."""
+    removes: bool = False
+    """True if `--fix` takes such rows out. Rows that are no pairs are always out."""
+
+
+_CHECKS = (
+    Check(
+        "unreadable",
+        "error",
+        "lines that are no JSON object",
+        "A run stops at the first of them.",
+        "Repair or remove these lines.",
+        removes=True,
+    ),
+    Check(
+        "malformed",
+        "error",
+        "rows with missing or malformed fields",
+        "They are left out of training; many of them mean that the form was not recognised.",
+        "Compare the columns with docs/data.md, or name the form with --format.",
+        removes=True,
+    ),
+    Check(
+        "empty",
+        "error",
+        "empty prompts or answers",
+        "They are left out; an empty answer would teach to stop at once.",
+        "Fill or remove them.",
+        removes=True,
+    ),
+    Check(
+        "equal",
+        "error",
+        "chosen equals rejected",
+        "The margin is always 0 and so is the gradient: a step that teaches nothing.",
+        "Remove them, and look for a bug where the pairs were made.",
+        removes=True,
+    ),
+    Check(
+        "prefix",
+        "error",
+        "the prompt is not a shared prefix",
+        "The two answers follow different prompts, so their log-probabilities cannot be compared.",
+        "Give both answers the same conversation, up to the first answer that differs.",
+        removes=True,
+    ),
+    Check(
+        "roles",
+        "error",
+        "roles out of order",
+        "Many chat templates refuse such a conversation; others write something the model never saw.",
+        "Order turns as system, user, assistant, user, assistant; join two turns of one role.",
+        removes=True,
+    ),
+    Check(
+        "tie",
+        "warning",
+        "ties, small gaps, or scores against the labels",
+        "A pair whose scores do not prefer the chosen answer is noise; it is left out.",
+        "Judge them again, or leave them out.",
+        removes=True,
+    ),
+    Check(
+        "vote",
+        "warning",
+        "votes without an opposite vote",
+        "DPO needs two answers to one prompt; a vote alone is left out.",
+        "Collect a second answer to these prompts, or train them with a loss for single votes such as KTO.",
+        removes=True,
+    ),
+    Check(
+        "contradiction",
+        "error",
+        "contradictions: A over B here, B over A there",
+        "The two pull in opposite directions and cancel; what is left is noise.",
+        "Decide for one of them. If people disagree, see 'label noise' below.",
+        removes=True,
+    ),
+    Check(
+        "duplicate",
+        "warning",
+        "exact duplicates of an earlier pair",
+        "The pair is seen more often than the others in each pass, and is overfitted first.",
+        "Keep one of them; --fix does.",
+        removes=True,
+    ),
+    Check(
+        "near-duplicate",
+        "warning",
+        "near duplicates of an earlier pair",
+        "Almost the same as a duplicate: such pairs weigh more than others.",
+        "Look at a few; remove those that add nothing.",
+    ),
+    Check(
+        "leak",
+        "error",
+        "prompts that are also in the held-out data",
+        "What is measured on held-out data will flatter.",
+        "Remove them from one of the two; lora-dpo data split keeps prompts apart.",
+        removes=True,
+    ),
+    Check(
+        "double-bos",
+        "error",
+        "a beginning-of-text token written in the text",
+        "The chat template writes it too: the model reads it twice, which it never saw in training.",
+        "Remove the token from the text.",
+        removes=True,
+    ),
+    Check(
+        "leftover",
+        "error",
+        "chat template leftovers inside the text",
+        "A token such as <|im_start|> inside a text ends or opens a turn, so the model learns to write other turns.",
+        "Split the text into messages, or remove the tokens.",
+        removes=True,
+    ),
+    Check(
+        "lost-end",
+        "warning",
+        "chosen answers that lost their end",
+        "An answer that stops in mid-sentence, or without the end-of-turn token that the others have, teaches to "
+        "ramble on or to break off.",
+        "Make these answers again with a larger limit of tokens, or remove them.",
+    ),
+    Check(
+        "refusal",
+        "warning",
+        "a refusal preferred over an answer",
+        "DPO amplifies it: the model refuses more, also where it should not.",
+        "Keep those that you mean; remove the others.",
+    ),
+    Check(
+        "mojibake",
+        "warning",
+        "damaged encoding (mojibake)",
+        "If only one side is damaged, the pair teaches the damage or its absence and nothing else.",
+        "Read the source again with the right encoding (usually UTF-8).",
+    ),
+    Check(
+        "language",
+        "warning",
+        "the chosen answer is in another language than the prompt",
+        "The model may learn to change the language.",
+        "Keep translations; remove the others.",
+    ),
+    Check(
+        "length-bias",
+        "warning",
+        "length alone predicts the preference",
+        "DPO takes the shortest way to the margin: it learns the length instead of the quality.",
+        "Add pairs where it is the other way round; trainer.ld_alpha below 1 discounts what one answer is longer by.",
+    ),
+    Check(
+        "same-after-cut",
+        "error",
+        "pairs that are the same after truncation",
+        "They are left out: what told the answers apart was cut off.",
+        "Raise trainer.max_length.",
+        removes=True,
+    ),
+    Check(
+        "prompt-fills",
+        "error",
+        "prompts that fill max_length alone",
+        "They are left out: there is no room for an answer.",
+        "Raise trainer.max_length.",
+        removes=True,
+    ),
+    Check(
+        "template",
+        "error",
+        "conversations that the chat template refuses",
+        "A run stops at the first of them.",
+        "Do what the template's own words say; often it wants no system turn, or user and assistant in turn.",
+        removes=True,
+    ),
+    Check(
+        "cut",
+        "warning",
+        "answers cut by max_length: their end-of-turn token is gone",
+        "The model learns answers that never end.",
+        "Raise trainer.max_length, or remove the longest pairs.",
+    ),
+)
+
+CHECKS = {check.name: check for check in _CHECKS}
+
+_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
+_END = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "</s>", "<|eom_id|>")
+_HINTS = ("<|", "[INST", "[/INST", "<<SYS", "_of_turn>", "### ", "Human:", "Assistant:")
+_LEFTOVER = re.compile(
+    r"<\|(?:im_start|im_end|eot_id|eom_id|start_header_id|end_header_id|begin_of_text|endoftext|end|user|assistant|"
+    r"system)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|^### (?:Instruction|Response|Input):|"
+    r"(?:^|\n\n)(?:Human|Assistant): ",
+    re.MULTILINE,
+)
+_MOJIBAKE_HINTS = ("Ã", "Â", "â€", "ï»¿", "Ð", "\ufffd")
+# UTF-8 read as Latin-1 or Windows-1252: two or three characters that no language puts together.
+_MOJIBAKE = re.compile(
+    "[ÃÂ][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€[\u0080-\u00bf™œ“”˜¦¢]|ï»¿|(?:Ð[\u0080-\u00bf]){2}|\ufffd"
+)
+_REFUSAL = re.compile(
+    r"i['’]?m (?:very |so |really )?sorry|sorry|i apologi[sz]e|unfortunately|as an ai\b|"
+    r"i (?:can(?:['’]t|not)|won['’]t|am (?:not able|unable))|i['’]m (?:not able|unable)"
+)
+_REFUSES = re.compile(
+    r"\b(?:can(?:['’]t|not)|won['’]t|unable|not able|not appropriate|not comfortable|do(?:n['’]t| not) have)\b"
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The words of a pair, without roles."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+    @classmethod
+    def of(cls, pair: PreferencePair) -> Texts:
+        """Turns of each part, joined by blank lines."""
+        return cls(*(_joined(part) for part in (pair.prompt, pair.chosen, pair.rejected)))
+
+
+def text_findings(pair: PreferencePair, texts: Texts) -> list[tuple[str, str]]:
+    """`(check, evidence)` for everything that one pair shows by itself."""
+    found = []
+    for name, look in _LOOKS.items():
+        evidence = look(pair, texts)
+        if evidence is not None:
+            found.append((name, evidence))
+    return found
+
+
+def ends_with_marker(text: str) -> bool:
+    """True if an end-of-turn token is written at the end of a text."""
+    return text.rstrip().endswith(_END)
+
+
+def _joined(messages: Sequence[Message]) -> str:
+    return messages[0]["content"] if len(messages) == 1 else "\n\n".join(said["content"] for said in messages)
+
+
+def _roles(pair: PreferencePair, texts: Texts) -> str | None:
+    for answer in (pair.chosen, pair.rejected):
+        turns = [*pair.prompt, *answer]
+        before = "start"
+        for said in turns:
+            role = said["role"]
+            if role not in _MAY_FOLLOW[before]:
+                return f"{role} after {before}" if before != "start" else f"starts with {role}"
+            before = role
+    return None
+
+
+_MAY_FOLLOW = {
+    "start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+
+
+def _double_bos(pair: PreferencePair, texts: Texts) -> str | None:
+    for text in (pair.prompt[0]["content"], texts.chosen, texts.rejected):
+        if text.lstrip().startswith(_BOS):
+            return _excerpt(text.lstrip(), 0)
+    return None
+
+
+def _leftover(pair: PreferencePair, texts: Texts) -> str | None:
+    for text in (texts.prompt, texts.chosen, texts.rejected):
+        if any(hint in text for hint in _HINTS):
+            match = _LEFTOVER.search(text)
+            if match:
+                return _excerpt(text, match.start())
+    for text in (texts.chosen, texts.rejected):
+        if ends_with_marker(text) and not ("</s>" in text and "<s>" in text):  # that is struck-out HTML
+            return "…" + text.rstrip()[-40:]
+    return None
+
+
+def _lost_end(pair: PreferencePair, texts: Texts) -> str | None:
+    """A long answer whose last line is a sentence without an end."""
+    text = texts.chosen.rstrip()
+    if len(text) < 200 or not (text[-1].isalpha() or text[-1] in ",;(–"):
+        return None
+    last = text[text.rfind("\n") + 1 :]
+    if len(last.split()) < 8 or last.lstrip().startswith(("|", "-", "*", "#", ">", "http")) or "```" in text:
+        return None  # a heading, a list or code ends so, too
+    return "…" + last[-80:]
+
+
+def _refusal(pair: PreferencePair, texts: Texts) -> str | None:
+    return _excerpt(texts.chosen, 0) if _is_refusal(texts.chosen) and not _is_refusal(texts.rejected) else None
+
+
+def _is_refusal(text: str) -> bool:
+    start = text[:200].lstrip().lower()
+    return bool(_REFUSAL.match(start)) and bool(_REFUSES.search(start))
+
+
+def _mojibake(pair: PreferencePair, texts: Texts) -> str | None:
+    for text in (texts.prompt, texts.chosen, texts.rejected):
+        if not text.isascii() and any(hint in text for hint in _MOJIBAKE_HINTS):
+            match = _MOJIBAKE.search(text)
+            if match:
+                return _excerpt(text, max(0, match.start() - 20))
+    return None
+
+
+def _language(pair: PreferencePair, texts: Texts) -> str | None:
+    return differ(texts.prompt, texts.chosen)
+
+
+def _excerpt(text: str, start: int, length: int = 80) -> str:
+    cut = " ".join(text[start : start + length].split())
+    return cut + ("…" if len(text) > start + length else "")
+
+
+_LOOKS: dict[str, Callable[[PreferencePair, Texts], str | None]] = {
+    "roles": _roles,
+    "double-bos": _double_bos,
+    "leftover": _leftover,
+    "lost-end": _lost_end,
+    "refusal": _refusal,
+    "mojibake": _mojibake,
+    "language": _language,
+}

@@ -1,0 +1,285 @@
+"""The doctor: one pass over preference data that finds what would spoil a DPO run, with rows and examples.
+
+Memory grows by about a kilobyte a pair, whatever its length: texts are hashed and let go.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, text_findings
+from lora_dpo.data.language import language_of
+from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
+from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
+from lora_dpo.data.reading import account, outcomes
+from lora_dpo.data.sketch import NearDuplicates
+from lora_dpo.data.tokens import tokenize_pair
+from lora_dpo.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXAMPLES = 3
+CUTS = (512, 1024, 2048, 4096)
+_OF_KIND = {"missing": "malformed"}
+"""Checks of the reasons for which a row is no pair, where the names differ."""
+BIASED, BIASED_FROM = 0.7, 30
+"""Length bias is a finding from this share on, and from this many pairs on: fewer say little."""
+
+
+@dataclass
+class Finding:
+    """One check that found something."""
+
+    check: Check
+    rows: list[Origin] = field(default_factory=list)
+    examples: list[tuple[Origin, str]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Rows found."""
+        return len(self.rows)
+
+
+@dataclass
+class Diagnosis:
+    """What the doctor says about a data set."""
+
+    report: ReadReport = field(default_factory=ReadReport)
+    findings: dict[str, Finding] = field(default_factory=dict)
+    lengths: dict[str, array[int]] = field(
+        default_factory=lambda: {part: array("L") for part in ("prompt", "chosen", "rejected")}
+    )
+    """Of each pair, in tokens with a tokenizer, else in characters."""
+    unit: str = "characters"
+    languages: Counter[str] = field(default_factory=Counter)
+    """Of the chosen answers: the language if it can be told, else the script."""
+    noise: Noise = field(default_factory=Noise)
+    bias: LengthBias = field(default_factory=LengthBias)
+    max_length: int | None = None
+    scored: int = 0
+    prompts: int = 0
+    """Different prompts."""
+
+    @property
+    def errors(self) -> int:
+        """Rows with findings that are errors, each finding counted."""
+        return sum(finding.count for finding in self.findings.values() if finding.check.severity == "error")
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that were looked at."""
+        return len(self.lengths["prompt"])
+
+    def removals(self) -> dict[Origin, str]:
+        """Rows that `--fix` takes out, with the first reason."""
+        out: dict[Origin, str] = {}
+        for finding in self.findings.values():
+            if finding.check.removes:
+                for origin in finding.rows:
+                    out.setdefault(origin, finding.check.title)
+        return out
+
+    def share_cut(self, max_length: int) -> float:
+        """Share of pairs of which a sequence is longer than `max_length` tokens."""
+        longest = zip(self.lengths["prompt"], self.lengths["chosen"], self.lengths["rejected"], strict=True)
+        return sum(prompt + max(sides) > max_length for prompt, *sides in longest) / max(1, self.pairs)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain values, all row numbers included."""
+        tokens = self.unit == "tokens"
+        return {
+            "rows": self.report.rows,
+            "pairs": self.pairs,
+            "dropped": len(self.report.dropped),
+            "dropped_reasons": dict(self.report.reasons()),
+            "read_as": dict(self.report.forms),
+            "different_prompts": self.prompts,
+            "pairs_with_scores": self.scored,
+            "findings": [_finding_as_json(finding) for finding in self.findings.values()],
+            "length": {
+                "unit": self.unit,
+                **{part: percentiles(values) for part, values in self.lengths.items()},
+                "share_cut": {str(cut): self.share_cut(cut) for cut in self.cuts()} if tokens else None,
+            },
+            "length_bias": self.bias.as_json(),
+            "label_noise": self.noise.as_json(),
+            "languages": dict(self.languages.most_common()),
+        }
+
+    def cuts(self) -> list[int]:
+        """The `max_length`s that the report compares."""
+        return sorted({*CUTS, *([self.max_length] if self.max_length else [])})
+
+
+def _finding_as_json(finding: Finding) -> dict[str, Any]:
+    check = finding.check
+    return {
+        "check": check.name,
+        "severity": check.severity,
+        "title": check.title,
+        "count": finding.count,
+        "meaning": check.meaning,
+        "advice": check.advice,
+        "rows": [str(origin) for origin in finding.rows],
+        "examples": [{"row": str(origin), "text": text} for origin, text in finding.examples],
+    }
+
+
+def examine(
+    sources: Sequence[str],
+    *,
+    form: str | None = None,
+    min_gap: float | None = None,
+    held_out: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = 1024,
+    on_rows: Callable[[int], None] | None = None,
+) -> Diagnosis:
+    """Look at preference data as a run would read it.
+
+    Args:
+        held_out: data whose prompts must not be among those of `sources`.
+        tokenizer: also look at pairs as the model will read them; lengths are in tokens then.
+        max_length: longest sequence in tokens; used with a tokenizer.
+        on_rows: called with the number of rows read so far.
+
+    Raises:
+        DataError: a source cannot be read at all.
+        ConfigError: there is no form of that name.
+    """
+    doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, form))
+    report = doctor.found.report
+    for source in sources:
+        for outcome in outcomes(source, form=form, min_gap=min_gap, tolerant=True):
+            account(report, outcome)
+            for dropped in outcome.dropped:
+                doctor.note(_OF_KIND.get(dropped.kind, dropped.kind), dropped.origin, dropped.reason)
+            for pair in outcome.pairs:
+                doctor.look_at(pair)
+            if on_rows:
+                on_rows(report.rows)
+    return doctor.conclude()
+
+
+def prompt_key(text: str) -> int:
+    """The same for prompts that differ in case and white space only."""
+    return hash(" ".join(text.casefold().split()))
+
+
+def _prompts_of(sources: Sequence[str], form: str | None) -> set[int]:
+    found: set[int] = set()
+    for source in sources:
+        usable = 0
+        for outcome in outcomes(source, form=form, tolerant=True):
+            found.update(prompt_key(Texts.of(pair).prompt) for pair in outcome.pairs)
+            usable += len(outcome.pairs)
+        if not usable:
+            raise DataError(f"{source} holds no usable pair, so no prompt can leak from it. Is it the right file?")
+    return found
+
+
+class _Doctor:
+    """Findings so far, and what must be remembered of earlier pairs to make more."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, held_out: set[int]) -> None:
+        self.found = Diagnosis(unit="characters" if tokenizer is None else "tokens", max_length=max_length)
+        self.tokenizer, self.max_length, self.held_out = tokenizer, max_length, held_out
+        self.origins: list[Origin] = []
+        self.judged: dict[int, int] = {}  # comparison -> first pair, times two, plus its direction
+        self.repeated: dict[int, list[int]] = {}  # comparison -> all pairs, likewise, where there are several
+        self.prompts: set[int] = set()
+        self.near = NearDuplicates()
+        self.marked = array("B")  # whether the chosen answer ends with an end-of-turn token
+
+    def note(self, name: str, origin: Origin, evidence: str) -> None:
+        finding = self.found.findings.setdefault(name, Finding(CHECKS[name]))
+        finding.rows.append(origin)
+        if len(finding.examples) < EXAMPLES:
+            finding.examples.append((origin, evidence[:160]))
+
+    def look_at(self, pair: PreferencePair) -> None:
+        texts = Texts.of(pair)
+        index = len(self.origins)
+        self.origins.append(pair.origin)
+        for name, evidence in text_findings(pair, texts):
+            self.note(name, pair.origin, evidence)
+        self._compare(index, texts, pair.origin)
+        self.marked.append(ends_with_marker(texts.chosen))
+        self.found.languages[language_of(texts.chosen) or "none"] += 1
+        self.found.scored += pair.gap is not None
+        if self.tokenizer is None:
+            self._measure(len(texts.prompt), len(texts.chosen), len(texts.rejected))
+        else:
+            self._tokenize(pair, self.tokenizer)
+
+    def _measure(self, prompt: int, chosen: int, rejected: int) -> None:
+        for part, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+            self.found.lengths[part].append(length)
+
+    def _compare(self, index: int, texts: Texts, origin: Origin) -> None:
+        """With earlier pairs and with held-out prompts."""
+        key = prompt_key(texts.prompt)
+        self.prompts.add(key)
+        if key in self.held_out:
+            self.note("leak", origin, texts.prompt)
+        sides = hash(texts.chosen), hash(texts.rejected)
+        direction = int(sides[0] < sides[1])
+        comparison = hash((texts.prompt, min(sides), max(sides)))
+        first = self.judged.setdefault(comparison, 2 * index + direction)
+        near = self.near.add(texts)
+        if first >> 1 != index:
+            self.repeated.setdefault(comparison, [first]).append(2 * index + direction)
+        elif near is not None:
+            self.note("near-duplicate", origin, f"like {self.origins[near]}: {texts.prompt}")
+
+    def _tokenize(self, pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> None:
+        try:
+            tokens = tokenize_pair(tokenizer, pair, max_length=None)
+        except ModelError as error:
+            if not tokenizer.chat_template:
+                raise
+            self.note("template", pair.origin, str(error))
+            self._measure(0, 0, 0)
+            return
+        self._measure(len(tokens.prompt), len(tokens.chosen), len(tokens.rejected))
+        bos = tokenizer.bos_token_id
+        if bos is not None and tokens.prompt[:2] == [bos, bos]:
+            self.note("double-bos", pair.origin, tokenizer.decode(tokens.prompt[:8]))
+        if self.max_length is None:
+            return
+        room = self.max_length - len(tokens.prompt)
+        if room <= 0:
+            self.note("prompt-fills", pair.origin, f"{len(tokens.prompt)} tokens")
+        elif tokens.chosen[:room] == tokens.rejected[:room]:
+            self.note("same-after-cut", pair.origin, f"the same for {room} tokens after the prompt")
+        elif max(len(tokens.chosen), len(tokens.rejected)) > room:
+            self.note("cut", pair.origin, f"{len(tokens.chosen)} and {len(tokens.rejected)} tokens, room for {room}")
+
+    def conclude(self) -> Diagnosis:
+        """What can be said only when all pairs have been seen."""
+        found = self.found
+        for judgements in self.repeated.values():
+            directions = {judgement & 1 for judgement in judgements}
+            found.noise.add(sum(judgement & 1 for judgement in judgements), len(judgements))
+            first = self.origins[judgements[0] >> 1]
+            for judgement in judgements if len(directions) == 2 else judgements[1:]:
+                origin = self.origins[judgement >> 1]
+                other = first if origin != first else self.origins[judgements[-1] >> 1]
+                self.note("contradiction" if len(directions) == 2 else "duplicate", origin, f"compare {other}")
+        if self.marked and 0.5 <= sum(self.marked) / len(self.marked) < 1:
+            for origin, marked in zip(self.origins, self.marked, strict=True):
+                if not marked:
+                    self.note("lost-end", origin, "no end-of-turn token, which most of the others have")
+        found.prompts = len(self.prompts)
+        found.bias = length_bias(found.lengths["chosen"], found.lengths["rejected"])
+        if found.bias.predicts >= BIASED and found.pairs >= BIASED_FROM:
+            finding = found.findings.setdefault("length-bias", Finding(CHECKS["length-bias"]))
+            finding.examples.append((Origin("all pairs", 0), found.bias.sentence(found.unit)))
+        order = list(CHECKS)
+        found.findings = dict(sorted(found.findings.items(), key=lambda item: order.index(item[0])))
+        return found

@@ -1,0 +1,163 @@
+"""Sources to pairs, with an account of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_dpo.data.files import Row, files_of, read_rows
+from lora_dpo.data.messages import BadRow
+from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
+from lora_dpo.data.table import Form, form_named, form_of
+from lora_dpo.data.votes import Ballot
+from lora_dpo.errors import DataError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one row became, or the votes that were counted together: pairs, or a reason for each row."""
+
+    rows: int
+    pairs: tuple[PreferencePair, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    title: str | None = None
+    """Title of the form; None for a line that is no row."""
+    content: Any = None
+    """The row as it was read, the line if it is no row, or the votes."""
+
+
+def read_pairs(
+    sources: str | Sequence[str],
+    *,
+    on_bad_row: str = "drop",
+    form: str | None = None,
+    min_gap: float | None = None,
+) -> tuple[list[PreferencePair], ReadReport]:
+    """Read preference pairs from files, folders or hub data sets, in order.
+
+    Args:
+        sources: one path or hub id, or several.
+        on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" raises at the first.
+        form: name of the form of all rows; None looks at each row.
+        min_gap: drop pairs whose scores are closer than this, or that have none.
+
+    Raises:
+        DataError: a source cannot be read, or no row of it is usable.
+        ConfigError: there is no form of that name.
+    """
+    if not sources:
+        raise DataError("The list of preference files is empty. Name at least one file or hub data set.")
+    pairs: list[PreferencePair] = []
+    report = ReadReport()
+    for source in [sources] if isinstance(sources, str) else sources:
+        before, dropped_before = len(pairs), len(report.dropped)
+        for outcome in outcomes(source, form=form, min_gap=min_gap):
+            if outcome.dropped and on_bad_row == "error":
+                bad = outcome.dropped[0]
+                raise DataError(f"{bad.origin.source}, row {bad.origin.row}: {bad.reason}.")
+            account(report, outcome)
+            pairs.extend(outcome.pairs)
+        if len(pairs) == before:
+            why = report.dropped[dropped_before].reason if len(report.dropped) > dropped_before else "no rows"
+            raise DataError(f"{source} holds no usable pair: {why}. See docs/data.md for the forms that are read.")
+    return pairs, report
+
+
+def pair_at(source: str, row: int | None, *, form: str | None = None) -> PreferencePair:
+    """The first pair of a row (a line in JSONL); with None the first pair of all.
+
+    Raises:
+        DataError: there is no such row, or it is no pair; the message says why.
+    """
+    rows = 0
+    for outcome in outcomes(source, form=form, tolerant=True):
+        rows += outcome.rows
+        for pair in outcome.pairs:
+            if row is None or row in (pair.origin.row, (pair.provenance or {}).get("rejected_row")):
+                return pair
+        for bad in outcome.dropped:
+            if bad.origin.row == row:
+                raise DataError(f"{bad.origin.source}, row {row} is no pair: {bad.reason}.")
+    raise DataError(f"{source} has no {'pair' if row is None else f'row {row}'}: {rows} rows were read.")
+
+
+def account(report: ReadReport, outcome: Outcome) -> None:
+    """Enter an outcome into the report."""
+    report.rows += outcome.rows
+    report.dropped.extend(outcome.dropped)
+    report.surplus += len(outcome.pairs) - (outcome.rows - len(outcome.dropped))
+    if outcome.title:
+        report.forms[outcome.title] += outcome.rows
+
+
+def outcomes(
+    source: str, *, form: str | None = None, min_gap: float | None = None, tolerant: bool = False
+) -> Iterator[Outcome]:
+    """What each row of a source became; votes come at the end, when all are known.
+
+    Args:
+        tolerant: lines of JSONL files that are no rows are dropped, in place of an error.
+
+    Raises:
+        DataError: a file cannot be read.
+        ConfigError: there is no form of that name.
+    """
+    forced = form_named(form) if form is not None else None
+    ballot, vote_titles = Ballot(), dict[Origin, str]()
+    for file in files_of(source):
+        broken: list[Outcome] = []
+
+        def on_broken(line: int, reason: str, text: str, file: str = file, broken: list[Outcome] = broken) -> None:
+            dropped = Dropped(Origin(file, line), f"unreadable: {reason}", "unreadable")
+            broken.append(Outcome(1, dropped=(dropped,), content=text))
+
+        for number, row in read_rows(file, on_broken=on_broken if tolerant else None):
+            yield from broken
+            broken.clear()
+            fits = forced or form_of(row)
+            origin = Origin(file, number)
+            try:
+                made = fits.read(row, origin)
+            except BadRow as bad:
+                yield _dropped(origin, bad, fits.title, row)
+                continue
+            if isinstance(made, Vote):
+                ballot.add(made)
+                vote_titles[origin] = fits.title
+            else:
+                yield _pairs(made if isinstance(made, list) else [made], origin, fits, min_gap, row)
+        yield from broken
+    for votes, result in ballot.count():
+        title = vote_titles[votes[0].origin]
+        problem = result if isinstance(result, BadRow) else _gap_problem(result, min_gap)
+        if problem is not None:
+            for vote in votes:
+                yield _dropped(vote.origin, problem, title, vote_row(vote))
+        elif isinstance(result, PreferencePair):
+            yield Outcome(len(votes), (result,), title=title, content=[vote_row(vote) for vote in votes])
+
+
+def vote_row(vote: Vote) -> Row:
+    """A vote in TRL's form."""
+    return {"prompt": list(vote.prompt), "completion": list(vote.answer), "label": vote.up}
+
+
+def _pairs(made: list[PreferencePair], origin: Origin, form: Form, min_gap: float | None, row: Row) -> Outcome:
+    problems = [_gap_problem(pair, min_gap) for pair in made]
+    kept = tuple(pair for pair, problem in zip(made, problems, strict=True) if problem is None)
+    if not kept and problems[0] is not None:
+        return _dropped(origin, problems[0], form.title, row)
+    return Outcome(1, kept, title=form.title, content=row)
+
+
+def _dropped(origin: Origin, bad: BadRow, title: str, content: Row) -> Outcome:
+    return Outcome(1, dropped=(Dropped(origin, str(bad), bad.kind),), title=title, content=content)
+
+
+def _gap_problem(pair: PreferencePair, min_gap: float | None) -> BadRow | None:
+    if min_gap is None:
+        return None
+    if pair.gap is None:
+        return BadRow("without scores, and a least gap is asked for", "tie")
+    return BadRow(f"score gap below {min_gap:g}", "tie") if pair.gap < min_gap else None

@@ -1,0 +1,157 @@
+"""The forms in which other projects publish preferences: one small function each, from a row to pairs.
+
+Written after each project's public description of its columns. All raise `BadRow` for a row that is none of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_dpo.data.files import Row
+from lora_dpo.data.forms import checked_pair, scores_of
+from lora_dpo.data.messages import (
+    BadRow,
+    Messages,
+    answer_of,
+    conversation,
+    from_json,
+    is_transcript,
+    message,
+    number,
+    prompt_of,
+    split_shared_prefix,
+    text_of,
+    tools_of,
+    transcript,
+    with_system,
+)
+from lora_dpo.data.pairs import Origin, PreferencePair
+
+
+def alpaca(row: Row, origin: Origin) -> PreferencePair:
+    """`instruction`, `input` (may be empty), `chosen`, `rejected`; LLaMA-Factory adds `system` and `history`."""
+    return _answered(row, origin, with_system(row, (*_history(row), alpaca_turn(row)), "system", "system_prompt"))
+
+
+def alpaca_turn(row: Row) -> Any:
+    """Instruction and input as one user turn, a line break between."""
+    extra = row.get("input")
+    text = text_of(row, "instruction")
+    return message("user", f"{text}\n{extra}" if isinstance(extra, str) and extra else text, "instruction")
+
+
+def _history(row: Row) -> Messages:
+    turns: list[Any] = []
+    for exchange in from_json(row.get("history")) or []:
+        if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
+            raise BadRow("history is not a list of [question, answer]")
+        turns += [message("user", exchange[0], "history"), message("assistant", exchange[1], "history")]
+    return tuple(turns)
+
+
+def sharegpt(row: Row, origin: Origin) -> PreferencePair:
+    """LLaMA-Factory's ShareGPT ranking: `conversations` so far, `chosen` and `rejected` as `{from, value}`."""
+    so_far = conversation(row.get("conversations"), "conversations")
+    return _answered(row, origin, with_system(row, so_far, "system"))
+
+
+def llamafactory_v1(row: Row, origin: Origin) -> PreferencePair:
+    """LLaMA-Factory's v1: `chosen_messages`, `rejected_messages`, whole conversations with typed content lists."""
+    sides = [conversation(row.get(side), side) for side in ("chosen_messages", "rejected_messages")]
+    return checked_pair(*split_shared_prefix(*sides), origin, tools=tools_of(row))
+
+
+def hh_rlhf(row: Row, origin: Origin) -> PreferencePair:
+    """HH-RLHF: two transcripts, or a transcript as `prompt` that ends with `Assistant:` and what follows."""
+    start = row["prompt"] if is_transcript(row.get("prompt")) and not is_transcript(row.get("chosen")) else ""
+    texts = [start + text_of(row, side) for side in ("chosen", "rejected")]
+    prompt, chosen, rejected = split_shared_prefix(transcript(texts[0], "chosen"), transcript(texts[1], "rejected"))
+    if prompt[-1]["role"] == "assistant":
+        raise BadRow("the transcripts part at a Human turn: no answer was preferred", "prefix")
+    return checked_pair(prompt, chosen, rejected, origin, scores=scores_of(row))
+
+
+def argilla(row: Row, origin: Origin) -> PreferencePair:
+    """Argilla and distilabel: `system`, `input` or `instruction`; `chosen`/`rejected` or `chosen_response`/…."""
+    column = next((name for name in ("input", "instruction", "prompt") if row.get(name) is not None), "input")
+    prompt = with_system(row, prompt_of(row.get(column), column), "system", "system_prompt")
+    named = {
+        side: row[f"{side}_response"] for side in ("chosen", "rejected") if row.get(f"{side}_response") is not None
+    }
+    return _answered({**row, **named}, origin, prompt)
+
+
+def ratings(row: Row, origin: Origin) -> PreferencePair:
+    """distilabel before formatting: `generations` with one rating each; the best against the worst."""
+    answers = from_json(row.get("generations"))
+    rated = from_json(row.get("ratings") if row.get("ratings") is not None else row.get("rating"))
+    if not isinstance(answers, list) or not isinstance(rated, list) or len(answers) != len(rated):
+        raise BadRow("generations and ratings are not two lists of the same length")
+    column = next(
+        (name for name in ("instruction", "input", "prompt", "messages") if row.get(name) is not None), "instruction"
+    )
+    prompt = with_system(row, prompt_of(row.get(column), column), "system", "system_prompt")
+    scored = [(number(score), answer) for answer, score in zip(answers, rated, strict=True)]
+    return _best_and_worst(prompt, scored, origin)
+
+
+def nectar(row: Row, origin: Origin) -> PreferencePair:
+    """Nectar: a transcript as `prompt`, and `answers` with a `rank` (1 is best); the best against the last."""
+    answers = from_json(row.get("answers"))
+    if not isinstance(answers, list) or not all(isinstance(item, dict) for item in answers):
+        raise BadRow("answers is not a list of {answer, rank}")
+    prompt = row.get("prompt")
+    if is_transcript(prompt):
+        turns = transcript(str(prompt), "prompt")
+        messages = turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"] else turns
+    else:
+        messages = prompt_of(prompt)
+    ranks = [number(item.get("rank")) for item in answers]
+    scored = [(None if rank is None else -rank, item.get("answer")) for item, rank in zip(answers, ranks, strict=True)]
+    return _best_and_worst(messages, scored, origin)
+
+
+def orca(row: Row, origin: Origin) -> PreferencePair:
+    """Intel's Orca pairs: `system`, `question`, `chosen`, `rejected`."""
+    prompt = prompt_of(row.get("question"), "question")
+    return _answered(row, origin, with_system(row, prompt, "system", "system_prompt"))
+
+
+def stackexchange(row: Row, origin: Origin) -> PreferencePair:
+    """StackExchange paired: `question`, the better `response_j`, the worse `response_k`."""
+    sides = [(message("assistant", text_of(row, f"response_{side}"), f"response_{side}"),) for side in "jk"]
+    return checked_pair(prompt_of(text_of(row, "question")), sides[0], sides[1], origin)
+
+
+def shp(row: Row, origin: Origin) -> PreferencePair:
+    """SHP: `history`, two replies `human_ref_A` and `human_ref_B`, `labels` 1 if A is better, and their scores."""
+    label = number(row.get("labels"))
+    if label not in (0.0, 1.0):
+        raise BadRow("labels is neither 1 (A is better) nor 0")
+    better, worse = "AB" if label else "BA"
+    sides = [
+        (message("assistant", text_of(row, f"human_ref_{side}"), f"human_ref_{side}"),) for side in (better, worse)
+    ]
+    scores = number(row.get(f"score_{better}")), number(row.get(f"score_{worse}"))
+    return checked_pair(prompt_of(text_of(row, "history")), sides[0], sides[1], origin, scores=scores)
+
+
+def _answered(row: Row, origin: Origin, prompt: Messages) -> PreferencePair:
+    sides = []
+    for side in ("chosen", "rejected"):
+        if row.get(side) is None:
+            raise BadRow(f"without '{side}' (columns: {', '.join(sorted(map(str, row)))})", "missing")
+        sides.append(answer_of(row[side], side))
+    return checked_pair(prompt, sides[0], sides[1], origin, scores=scores_of(row), tools=tools_of(row))
+
+
+def _best_and_worst(prompt: Messages, scored: Sequence[tuple[float | None, Any]], origin: Origin) -> PreferencePair:
+    known = [(score, answer) for score, answer in scored if score is not None and answer is not None]
+    if len(known) < 2:
+        raise BadRow("fewer than two answers with a rating", "missing")
+    best, worst = (choose(known, key=lambda item: item[0]) for choose in (max, min))
+    if best[0] == worst[0]:
+        raise BadRow("tie: both answers have the same score", "tie")
+    chosen, rejected = answer_of(best[1], "generation"), answer_of(worst[1], "generation")
+    return checked_pair(prompt, chosen, rejected, origin, scores=(best[0], worst[0]))

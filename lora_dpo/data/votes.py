@@ -1,0 +1,146 @@
+"""Thumbs up and down on single answers: two opposite votes after one prompt make a pair, the rest is counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_dpo.data.files import Row
+from lora_dpo.data.forms import check_answer, check_prompt, checked_pair
+from lora_dpo.data.messages import (
+    BadRow,
+    Messages,
+    answer_of,
+    conversation,
+    message,
+    number,
+    prompt_of,
+    tools_of,
+    with_system,
+)
+from lora_dpo.data.pairs import Origin, PreferencePair, Vote
+from lora_dpo.data.shapes import alpaca_turn
+
+LABELS = ("label", "kto_tag")
+
+
+def kto(row: Row, origin: Origin) -> Vote:
+    """TRL's and LLaMA-Factory's unpaired form: `prompt` and `completion`, or one conversation, and a yes or no."""
+    label = next((row[name] for name in LABELS if row.get(name) is not None), None)
+    whole = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if whole is not None:
+        turns = conversation(whole, "messages")
+        prompt, answer = turns[:-1], turns[-1:]
+    else:
+        prompt = (alpaca_turn(row),) if row.get("prompt") is None else prompt_of(row["prompt"])
+        said = next((row[name] for name in ("completion", "output", "response") if row.get(name) is not None), None)
+        if said is None:
+            raise BadRow("a vote without an answer", "missing")
+        answer = answer_of(said, "completion")
+    return _checked_vote(with_system(row, prompt, "system"), answer, _is_up(label), origin, row)
+
+
+def open_webui(row: Row, origin: Origin) -> list[PreferencePair] | Vote:
+    """Open WebUI's exported feedback: a rating of one message, and a snapshot of the chat it stands in.
+
+    Rated among siblings (regenerated, or side by side) it is a comparison with each that has no rating of its own;
+    alone it is a vote.
+    """
+    data, meta = (_dict(row.get(name)) for name in ("data", "meta"))
+    chat = _dict(_dict(_dict(row.get("snapshot")).get("chat")).get("chat"))
+    up = _is_up(data.get("rating"))
+    known = _messages_of(chat)
+    rated = known.get(str(meta.get("message_id")))
+    if rated is None:
+        raise BadRow("the rated message is not in the chat's snapshot", "missing")
+    prompt = _path_to(known, rated)
+    system = _dict(chat.get("params")).get("system")
+    if isinstance(system, str) and system.strip():
+        prompt = (message("system", system, "prompt"), *prompt)
+    answer = _said(rated)
+    vote = _checked_vote(prompt, (answer,), up, origin, {})
+    if not data.get("sibling_model_ids"):
+        return vote
+    pairs = []
+    for other in known.values():
+        if other is rated or other.get("parentId") != rated.get("parentId") or other.get("role") != "assistant":
+            continue
+        content = other.get("content")
+        if _dict(other.get("annotation")).get("rating") or not isinstance(content, str) or not content.strip():
+            continue
+        if content == rated["content"]:
+            continue
+        sides = ((answer,), (_said(other),)) if up else ((_said(other),), (answer,))
+        pairs.append(checked_pair(prompt, *sides, origin))
+    return pairs or vote
+
+
+@dataclass
+class Ballot:
+    """Votes of one source, by prompt, each used once: the first up with the first down, and so on."""
+
+    votes: dict[str, tuple[list[Vote], list[Vote]]] = field(default_factory=dict)
+
+    def add(self, vote: Vote) -> None:
+        """Keep a vote until all are in."""
+        key = json.dumps([vote.prompt, vote.tools], sort_keys=True)
+        self.votes.setdefault(key, ([], []))[0 if vote.up else 1].append(vote)
+
+    def count(self) -> Iterator[tuple[tuple[Vote, ...], PreferencePair | BadRow]]:
+        """Yield the votes that were used and what they became: a pair, or a reason why not."""
+        for ups, downs in self.votes.values():
+            for up, down in zip(ups, downs, strict=False):
+                made = {"file": up.origin.source, "row": up.origin.row, "rejected_row": down.origin.row}
+                try:
+                    pair = checked_pair(up.prompt, up.answer, down.answer, up.origin, tools=up.tools, provenance=made)
+                except BadRow as bad:
+                    yield (up, down), bad
+                else:
+                    yield (up, down), pair
+            used = min(len(ups), len(downs))
+            for vote in [*ups[used:], *downs[used:]]:
+                yield (vote,), BadRow("a vote without an opposite vote after the same prompt", "vote")
+
+
+def _checked_vote(prompt: Messages, answer: Messages, up: bool, origin: Origin, row: Row) -> Vote:
+    check_prompt(prompt)
+    check_answer(answer, "voted")
+    return Vote(prompt, answer, up, origin, tools_of(row))
+
+
+def _is_up(value: Any) -> bool:
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    found = 1.0 if value is True else 0.0 if value is False else number(value)
+    if found not in (1.0, 0.0, -1.0):
+        raise BadRow("a vote that is neither up nor down")
+    return found == 1.0
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _messages_of(chat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    tree = _dict(chat.get("history")).get("messages")
+    items = list(tree.values()) if isinstance(tree, dict) else chat.get("messages")
+    found = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    return {str(item["id"]): item for item in found if item.get("id") is not None}
+
+
+def _path_to(known: dict[str, dict[str, Any]], rated: dict[str, Any]) -> Messages:
+    """The turns above a message, from the first one on."""
+    path: list[dict[str, Any]] = []
+    parent = rated.get("parentId")
+    while parent is not None and str(parent) in known and len(path) <= len(known):
+        path.append(known[str(parent)])
+        parent = path[-1].get("parentId")
+    if len(path) > len(known):
+        raise BadRow("the chat's snapshot goes in a circle")
+    return tuple(_said(item) for item in reversed(path))
+
+
+def _said(item: dict[str, Any]) -> Any:
+    return conversation([item], "snapshot")[0]

@@ -1,0 +1,208 @@
+"""Pairs to files: the canonical form, a cleaned copy with an account of what was removed, splits and mixtures."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import IO, Any
+
+from lora_dpo.data.checks import Texts
+from lora_dpo.data.doctor import Diagnosis
+from lora_dpo.data.files import Row
+from lora_dpo.data.pairs import PreferencePair
+from lora_dpo.data.reading import outcomes
+from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.files import atomic_file, refuse_existing
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What a cleaning wrote."""
+
+    kept: int
+    removed: int
+    out: Path
+    dropped: Path
+
+
+def canonical_row(pair: PreferencePair) -> Row:
+    """TRL's conversational form, with scores and tools if there are any, and where the pair came from."""
+    row: Row = {"prompt": list(pair.prompt), "chosen": list(pair.chosen), "rejected": list(pair.rejected)}
+    if pair.chosen_score is not None:
+        row["chosen_score"] = pair.chosen_score
+    if pair.rejected_score is not None:
+        row["rejected_score"] = pair.rejected_score
+    if pair.tools:
+        row["tools"] = list(pair.tools)
+    row["origin"] = dict(pair.provenance) if pair.provenance else {"file": pair.origin.source, "row": pair.origin.row}
+    return row
+
+
+def write_pairs(pairs: Iterable[PreferencePair], out: Path) -> int:
+    """Write pairs as JSONL, whole or not at all; returns how many.
+
+    Raises:
+        OutputError: the file exists or cannot be written.
+        ConfigError: its name does not end in .jsonl or .jsonl.gz.
+        DataError: there is no pair.
+    """
+    count = 0
+    with _writer(out) as file:
+        for count, pair in enumerate(pairs, start=1):  # noqa: B007 - counted
+            _line(file, canonical_row(pair))
+        if not count:
+            raise DataError(f"No pair is left to write to {out}.")
+    return count
+
+
+def write_both(sides: Sequence[Sequence[PreferencePair]], outs: Sequence[Path]) -> None:
+    """Write several files of pairs; all of them appear, or none. Raises as `write_pairs`."""
+    if len({path.absolute() for path in outs}) < len(outs):
+        raise ConfigError(f"{outs[0]} is named twice: each part needs a file of its own.")
+    with ExitStack() as stack:
+        files = [stack.enter_context(_writer(path)) for path in outs]
+        for pairs, file in zip(sides, files, strict=True):
+            for pair in pairs:
+                _line(file, canonical_row(pair))
+
+
+def write_fixed(
+    sources: Sequence[str], diagnosis: Diagnosis, out: Path, *, form: str | None = None, min_gap: float | None = None
+) -> Fixed:
+    """Write what the doctor would keep to `out`, and every removed row with its reason to `out.dropped.jsonl`.
+
+    The sources are read once more, so that no text had to be kept. Both files appear, or none.
+
+    Raises:
+        OutputError, ConfigError, DataError: as `write_pairs`.
+    """
+    removals = diagnosis.removals()
+    dropped = out.with_name(f"{out.name}.dropped.jsonl")
+    kept = removed = 0
+    with ExitStack() as stack:
+        refuse_existing(dropped)
+        clean, rest = stack.enter_context(_writer(out)), stack.enter_context(_writer(dropped))
+        for source in sources:
+            for outcome in outcomes(source, form=form, min_gap=min_gap, tolerant=True):
+                for bad in outcome.dropped:
+                    _line(rest, _removed_row(bad.origin, bad.reason, outcome.content))
+                for pair in outcome.pairs:
+                    reason = removals.get(pair.origin)
+                    if reason is None:
+                        _line(clean, canonical_row(pair))
+                    else:
+                        _line(rest, _removed_row(pair.origin, reason, outcome.content))
+                    kept, removed = kept + (reason is None), removed + (reason is not None)
+                removed += len(outcome.dropped)
+        if not kept:
+            raise DataError(f"No pair is left after cleaning, so {out} was not written. Read what was found above.")
+    return Fixed(kept, removed, out, dropped)
+
+
+def split_by_prompt(
+    pairs: Sequence[PreferencePair], share: float, *, seed: int = 0
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Train and held-out pairs, in order; all pairs of one prompt are on one side.
+
+    Prompts are drawn by a hash of their text and the seed: rows that are added later move no others far.
+
+    Raises:
+        DataError: fewer than two different prompts.
+    """
+    keys = [_prompt_hash(pair, seed) for pair in pairs]
+    prompts = sorted(set(keys))
+    if len(prompts) < 2:
+        raise DataError(f"There is {len(prompts)} different prompt: a split needs two or more.")
+    held = set(prompts[: min(len(prompts) - 1, ceil(share * len(prompts)))])
+    sides: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
+    for pair, key in zip(pairs, keys, strict=True):
+        sides[key in held].append(pair)
+    return sides
+
+
+def mix(
+    parts: Sequence[tuple[Sequence[PreferencePair], float]], *, size: int | None = None, seed: int = 0
+) -> list[PreferencePair]:
+    """Draw pairs without repetition so that parts have the given shares, and shuffle them.
+
+    Args:
+        parts: pairs with a weight above 0; weights are divided by their sum.
+        size: pairs in all; None takes as many as the scarcest part allows.
+
+    Raises:
+        ConfigError: a part has too few pairs for this size.
+    """
+    total = sum(weight for _, weight in parts)
+    shares = [weight / total for _, weight in parts]
+    largest = min(len(pairs) / share for (pairs, _), share in zip(parts, shares, strict=True))
+    wanted = int(largest + 1e-9) if size is None else size
+    counts = _rounded(shares, wanted)
+    draw = random.Random(seed)  # noqa: S311 - not for secrets
+    drawn: list[PreferencePair] = []
+    for number, ((pairs, _), count) in enumerate(zip(parts, counts, strict=True), start=1):
+        if count > len(pairs):
+            raise ConfigError(
+                f"Part {number} has {len(pairs)} pairs, but {wanted} in these shares need {count} of it. "
+                f"At most {int(largest + 1e-9)} are possible."
+            )
+        drawn += draw.sample(list(pairs), count)
+    draw.shuffle(drawn)
+    return drawn
+
+
+def check_name(out: Path) -> None:
+    """Raise `ConfigError` unless JSONL can be written under that name."""
+    if not out.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigError(f"{out} should end in .jsonl or .jsonl.gz: the canonical form is written as JSON lines.")
+
+
+def _rounded(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers with that sum, each within one of its share (largest remainders)."""
+    exact = [share * total for share in shares]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def _prompt_hash(pair: PreferencePair, seed: int) -> bytes:
+    text = " ".join(Texts.of(pair).prompt.casefold().split())
+    return hashlib.blake2b(f"{seed}\n{text}".encode(), digest_size=12).digest()
+
+
+def _removed_row(origin: Any, reason: str, content: Any) -> Row:
+    return {"file": origin.source, "row": origin.row, "reason": reason, "content": content}
+
+
+def _line(file: IO[str], row: Row) -> None:
+    # Rows of Parquet files hold dates and bytes; half a character (a lone surrogate) can only be written escaped.
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    if not _is_utf8(text):
+        text = json.dumps(row, default=str)
+    file.write(text + "\n")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _writer(out: Path) -> Iterator[IO[str]]:
+    check_name(out)
+    with atomic_file(out) as temporary, temporary.open("wb") as raw:
+        packed = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) if out.suffix.lower() == ".gz" else raw
+        with io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as text:
+            yield text

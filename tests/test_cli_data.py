@@ -1,0 +1,297 @@
+"""`lora-dpo data …` as a user types it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_dpo.cli import main
+from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
+from lora_dpo.data.view import pieces_of, view_pair
+from lora_dpo.data.write import canonical_row, mix, split_by_prompt
+from lora_dpo.errors import ConfigError, DataError
+
+ORCA = [
+    {"system": "Be brief.", "question": f"Name tree {number}.", "chosen": f"Oak {number}.", "rejected": "Moss."}
+    for number in range(1, 9)
+]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command; returns its status, what it printed and what it complained about."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = main(["data", *arguments])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.out + said.err
+        return status, said.out, said.err
+
+    return call
+
+
+def write(name: str, *rows: Any) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+
+
+def pair(prompt: str, number: int) -> PreferencePair:
+    sides = ((Message(role="assistant", content=f"{side} {number}"),) for side in ("good", "bad"))
+    return PreferencePair((Message(role="user", content=prompt),), *sides, Origin("a.jsonl", number))
+
+
+# --- check ----------------------------------------------------------------------------------------
+
+
+def test_check_names_the_form_the_rows_and_what_to_do(run):
+    status, said, _ = run("check", write("a.jsonl", *ORCA, {**ORCA[0], "chosen": ""}, ORCA[1]))
+    assert status == 0
+    assert "10 rows, as Intel Orca pairs" in said
+    assert "9 pairs read, 1 dropped (1 empty chosen answer)" in said
+    assert "error 1 × empty prompts or answers [empty]" in said
+    assert "rows 9 of a.jsonl" in said
+    assert "warning 1 × exact duplicates of an earlier pair [duplicate]" in said
+    assert "compare a.jsonl:2" in said
+    assert "Keep one of them; --fix does." in said
+    assert "1 kind of error in 1 row, 1 kind of warning" in said
+
+
+def test_check_says_so_if_nothing_is_wrong(run):
+    status, said, _ = run("check", write("a.jsonl", ORCA[0]), "--strict")
+    assert status == 0
+    assert "nothing found" in said
+
+
+@pytest.mark.parametrize(("bad", "status"), [({**ORCA[0], "chosen": ""}, 1), (ORCA[0], 0)], ids=["error", "warning"])
+def test_strict_fails_on_errors_alone(run, bad, status):
+    source = write("a.jsonl", *ORCA, bad)
+    assert run("check", source)[0] == 0
+    assert run("check", source, "--strict")[0] == status
+
+
+def test_json_is_all_that_is_printed(run):
+    status, said, complaints = run("check", write("a.jsonl", *ORCA, *ORCA), "--json")
+    found = json.loads(said)
+    assert status == 0
+    assert complaints == ""
+    [duplicates] = [each for each in found["findings"] if each["check"] == "duplicate"]
+    assert duplicates["rows"] == [f"a.jsonl:{row}" for row in range(9, 17)]
+    assert (found["rows"], found["pairs"], found["different_prompts"]) == (16, 16, 8)
+    assert found["read_as"] == {"Intel Orca pairs": 16}
+
+
+def test_broken_lines_and_several_files_are_one_report(run):
+    Path("b.jsonl").write_text(json.dumps(ORCA[0]) + "\n{broken\n[1]\n")
+    _, said, _ = run("check", write("a.jsonl", *ORCA), "b.jsonl", "--json")
+    found = json.loads(said)
+    assert found["rows"] == 11
+    by_check = {each["check"]: each for each in found["findings"]}
+    assert by_check["unreadable"]["rows"] == ["b.jsonl:2", "b.jsonl:3"]
+    assert "broken JSON" in by_check["unreadable"]["examples"][0]["text"]
+    assert by_check["duplicate"]["rows"] == ["b.jsonl:1"]
+
+
+def test_check_against_held_out_data(run):
+    source, held_out = write("a.jsonl", *ORCA), write("eval.jsonl", ORCA[3])
+    _, said, _ = run("check", source, "--eval", held_out)
+    assert "1 × prompts that are also in the held-out data" in said
+    assert "rows 4 of a.jsonl" in said
+
+
+def test_fix_writes_both_files_and_says_how_many(run):
+    source = write("a.jsonl", *ORCA, {**ORCA[0], "rejected": None}, ORCA[0])
+    status, said, _ = run("check", source, "--fix", "clean.jsonl")
+    assert status == 0
+    assert "8 pairs written to clean.jsonl, 2 removed with their reasons to clean.jsonl.dropped.jsonl" in said
+    assert len(load("clean.jsonl")) == 8
+    assert [(row["row"], row["reason"]) for row in load("clean.jsonl.dropped.jsonl")] == [
+        (9, "without 'rejected' (columns: chosen, question, rejected, system)"),
+        (10, "exact duplicates of an earlier pair"),
+    ]
+    status, _, complaint = run("check", source, "--fix", "clean.jsonl")
+    assert status == 1
+    assert "already exists" in complaint
+
+
+def test_check_through_a_model_needs_that_model(run):
+    status, _, complaint = run("check", write("a.jsonl", *ORCA), "--model", "smollm2-135m")
+    assert status == 1
+    assert "lora-dpo models fetch smollm2-135m" in complaint
+
+
+def test_check_through_a_model_counts_tokens(run, tiny_model_folder):
+    source = write("a.jsonl", *ORCA)
+    status, said, _ = run("check", source, "--model", str(tiny_model_folder), "--max-length", "80")
+    assert status == 0
+    assert "length in tokens" in said
+    assert "0.0% at 80" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["check", "none.jsonl"], "none.jsonl does not exist"),
+        (["check", "a.jsonl", "--format", "trl-chat"], "'trl-chat' is not a form of preference data"),
+        (["check", "a.jsonl", "--fix", "out.csv"], "out.csv should end in .jsonl"),
+        (["show", "a.jsonl", "99"], "a.jsonl has no row 99: 8 rows were read"),
+        (["convert", "a.jsonl", "a.jsonl"], "a.jsonl already exists"),
+        (["convert", "a.jsonl", "out.parquet"], "out.parquet should end in .jsonl"),
+        (["convert", "a.jsonl", "out.jsonl", "--min-gap", "1"], "without scores, and a least gap is asked for"),
+        (["split", "a.jsonl", "out.jsonl", "out.jsonl"], "out.jsonl is named twice"),
+        (["mix", "a.jsonl", "-o", "out.jsonl"], "'a.jsonl' names no share"),
+        (["mix", "a.jsonl:0", "-o", "out.jsonl"], "'a.jsonl:0' names no share"),
+        (["mix", "a.jsonl:1", "-o", "out.jsonl", "--size", "9"], "At most 8 are possible"),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, complaint):
+    write("a.jsonl", *ORCA)
+    status, _, said = run(*arguments)
+    assert status == 1
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert complaint in said
+    assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
+
+
+# --- show -----------------------------------------------------------------------------------------
+
+
+def test_show_prints_messages_without_a_model(run):
+    status, said, _ = run("show", write("a.jsonl", *ORCA), "3")
+    assert status == 0
+    for line in ("a.jsonl:3", "system: Be brief.", "user: Name tree 3.", "assistant: Oak 3."):
+        assert line in said
+
+
+def test_show_says_why_a_row_is_no_pair(run):
+    status, _, complaint = run("show", write("a.jsonl", ORCA[0], {"question": "Why?"}), "2")
+    assert status == 1
+    assert "a.jsonl, row 2 is no pair: without 'chosen' (columns: question)" in complaint
+
+
+def test_show_with_a_model_shows_every_token_and_the_cut(run, tiny_model_folder):
+    source = write("a.jsonl", {"prompt": "Hi", "chosen": "Yes [b]!", "rejected": "No"})
+    status, said, _ = run("show", source, "--model", str(tiny_model_folder), "--max-length", "24")
+    assert status == 0
+    assert "prompt  21 tokens, read, not trained on" in said
+    assert "chosen  9 tokens, trained on: to become likelier, the last 6 cut at max_length 24" in said
+    assert "Yes ✂ cut here:  [b]!<|im_end|>" in said
+    assert "rejected  3 tokens, trained on: to become less likely" in said
+
+
+def test_pieces_join_to_the_text_and_keep_characters_whole(tokenizer):
+    view = view_pair(tokenizer, pair("Grüße 🙂", 1), max_length=30)
+    ids = tokenizer("Grüße 🙂", add_special_tokens=False)["input_ids"]
+    pieces = pieces_of(tokenizer, ids, 4)
+    assert [piece.text for piece in pieces] == ["G", "r", "ü", "ß", "e", " ", "🙂"]
+    assert [piece.tokens for piece in pieces] == [1, 1, 2, 2, 1, 1, 4]
+    assert [piece.cut for piece in pieces] == [False, False, False, True, True, True, True]
+    assert [piece.text for piece in view.chosen if piece.special] == ["<|im_end|>"]
+    assert "".join(piece.text for piece in view.prompt).endswith("Grüße 🙂<|im_end|>\n<|im_start|>assistant\n")
+    assert [piece.text for piece in pieces_of(tokenizer, [0xF0, 0x9F], None)] == ["\ufffd"]
+
+
+# --- convert, split, mix, stats -------------------------------------------------------------------
+
+
+def test_convert_writes_the_canonical_form_that_reads_the_same(run):
+    scored = {**ORCA[0], "chosen_score": 4, "rejected_score": 1.5}
+    status, said, _ = run("convert", write("a.jsonl", scored, *ORCA[1:]), "out.jsonl.gz")
+    assert status == 0
+    assert "read          8 rows, as Intel Orca pairs" in said
+    assert "8 pairs written to out.jsonl.gz" in said
+    rows = [json.loads(line) for line in gzip.decompress(Path("out.jsonl.gz").read_bytes()).splitlines()]
+    assert rows[0] == {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name tree 1."}],
+        "chosen": [{"role": "assistant", "content": "Oak 1."}],
+        "rejected": [{"role": "assistant", "content": "Moss."}],
+        "chosen_score": 4.0,
+        "rejected_score": 1.5,
+        "origin": {"file": "a.jsonl", "row": 1},
+    }
+    before, after = (read_pairs(name)[0] for name in ("a.jsonl", "out.jsonl.gz"))
+    for old, new in zip(before, after, strict=True):
+        assert (old.prompt, old.chosen, old.rejected, old.gap) == (new.prompt, new.chosen, new.rejected, new.gap)
+        assert canonical_row(new)["origin"] == {"file": "a.jsonl", "row": old.origin.row}  # of the first file
+
+
+def test_convert_reads_hub_rows_and_folders_alike(run):
+    Path("folder").mkdir()
+    write("folder/one.jsonl", ORCA[0])
+    write("folder/two.jsonl", {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1})
+    status, _, _ = run("convert", "folder", "out.jsonl")
+    assert status == 0
+    assert [row["origin"] for row in load("out.jsonl")] == [
+        {"file": "folder/one.jsonl", "row": 1},
+        {"file": "folder/two.jsonl", "row": 1},
+    ]
+
+
+def test_split_keeps_prompts_apart_and_loses_nothing(run):
+    pairs = [pair(f"Prompt {number % 40}", number) for number in range(100)]
+    train, held_out = split_by_prompt(pairs, 0.1, seed=1)
+    prompts = [{each.prompt[0]["content"] for each in side} for side in (train, held_out)]
+    assert not prompts[0] & prompts[1]
+    assert len(prompts[1]) == 4
+    assert sorted(each.origin.row for each in (*train, *held_out)) == list(range(100))
+    assert split_by_prompt(pairs, 0.1, seed=1) == (train, held_out)
+    assert split_by_prompt(pairs, 0.1, seed=2)[1] != held_out
+    status, said, _ = run("split", write("a.jsonl", *ORCA), "train.jsonl", "eval.jsonl", "--share", "0.25")
+    assert status == 0
+    assert "6 pairs written to train.jsonl" in said
+    assert len(load("eval.jsonl")) == 2
+
+
+def test_a_split_has_pairs_on_both_sides_or_says_why_not():
+    pairs = [pair("a", 1), pair("b", 2)]
+    assert [len(side) for side in split_by_prompt(pairs, 0.999)] == [1, 1]
+    assert [len(side) for side in split_by_prompt(pairs, 0.001)] == [1, 1]
+    with pytest.raises(DataError, match="1 different prompt"):
+        split_by_prompt([pair("a", 1), pair(" A", 2)], 0.5)
+
+
+def test_a_mixture_has_the_shares_and_repeats_nothing(run):
+    many, few = [pair("a", number) for number in range(100)], [pair("b", number) for number in range(12)]
+    mixed = mix([(many, 0.7), (few, 0.3)])
+    assert len(mixed) == 40
+    assert sum(each.prompt[0]["content"] == "b" for each in mixed) == 12
+    assert len({(each.prompt[0]["content"], each.origin.row) for each in mixed}) == 40
+    assert mix([(many, 7), (few, 3)]) == mixed  # weights, not only shares
+    assert mix([(many, 0.7), (few, 0.3)], seed=1) != mixed
+    assert len(mix([(many, 1), (few, 1)], size=5)) == 5
+    with pytest.raises(ConfigError, match="Part 2 has 12 pairs, but 50 in these shares need 15"):
+        mix([(many, 0.7), (few, 0.3)], size=50)
+    write("a.jsonl", *ORCA)
+    status, said, _ = run("mix", "a.jsonl:3", write("b.jsonl", ORCA[0]) + ":1", "-o", "out.jsonl")
+    assert (status, "4 pairs written to out.jsonl" in said) == (0, True)
+
+
+def test_stats_describe_and_judge_nothing(run):
+    status, said, _ = run("stats", write("a.jsonl", *ORCA, ORCA[0]))
+    assert status == 0
+    assert "8 different ones in 9 pairs" in said
+    assert "chosen is longer in 100% of the pairs; 'the longer answer is the better one'" in said
+    assert "duplicate" not in said
+
+
+def test_the_report_suggests_a_smoothing_where_judgements_disagree(run):
+    flipped = {**ORCA[0], "chosen": ORCA[0]["rejected"], "rejected": ORCA[0]["chosen"]}
+    same = [{**row, "question": row["question"] + " Again."} for row in ORCA]
+    said = " ".join(run("stats", write("a.jsonl", *ORCA, *ORCA, *same, *same, flipped))[1].split())
+    assert "2 of 18 repeated judgements disagree" in said
+    assert "about 5.9% of the labels are flipped" in said
+    assert "trainer.label_smoothing: 0.059" in said
