@@ -17,6 +17,7 @@ from lora_dpo.fetch import fetch_model
 from lora_dpo.generate import Sampling, generate, stream
 from lora_dpo.merge import merge
 from lora_dpo.model import Base, attach_lora, load_base, reference
+from lora_dpo.plan import Plan, plan
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.train import TrainResult, train
 
@@ -30,6 +31,7 @@ __all__ = [
     "EngineSection",
     "LoraDPOError",
     "LoraSection",
+    "Plan",
     "Recipe",
     "Sampling",
     "StopSignal",
@@ -42,6 +44,7 @@ __all__ = [
     "load_base",
     "merge",
     "open_chat",
+    "plan",
     "read_pairs",
     "read_recipe",
     "reference",

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lora_dpo.cli_plan import plan
 from lora_dpo.errors import LoraDPOError
 
 app = typer.Typer(
@@ -92,6 +93,9 @@ def train(
             out.print("Stopped at once. Continue from the last checkpoint with:")
             out.print(f"  {resume_command(stop.output)}", soft_wrap=True, highlight=False)
         raise
+
+
+app.command("plan")(plan)
 
 
 @app.command()

@@ -92,6 +92,8 @@ class Footprint:
     """Layers below the lowest adapted one: they keep nothing and have no backward pass."""
     hidden: int
     vocabulary: int
+    widest: int
+    """I: outputs of the widest matrix of a layer."""
     heads: int
     query_width: int
     key_width: int
@@ -206,6 +208,7 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> Footprint:
         depth=lowest_adapted_layer(base),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
+        widest=config.intermediate_size,
         heads=config.num_attention_heads,
         query_width=config.num_attention_heads * width,
         key_width=keys * width,
@@ -228,7 +231,7 @@ def weight_bytes(model: Any, *, itemsize: int, packed: bool) -> int:
     }
     linear.discard(id(model.get_output_embeddings().weight))
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return round(sum(p.numel() * (NF4_BYTES if packed and id(p) in linear else itemsize) for p in frozen))
+    return int(sum(p.numel() * (NF4_BYTES if packed and id(p) in linear else itemsize) for p in frozen))
 
 
 def _layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -> int:
@@ -254,9 +257,8 @@ def _layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) 
         if hasattr(part, "lora_A") and "default" in part.lora_A:
             kept += part.lora_A["default"].out_features * itemsize
             read = part.lora_A["default"].in_features * itemsize
-            if copies or part.lora_dropout["default"].__class__.__name__ == "Dropout":
-                kept += read
-            elif name == "o_proj" or (name == "down_proj" and hasattr(layer.mlp, "gate_up_proj")):
+            own = copies or name == "o_proj" or type(part.lora_dropout["default"]).__name__ == "Dropout"
+            if own or (name == "down_proj" and hasattr(layer.mlp, "gate_up_proj")):
                 kept += read
             elif name != "down_proj" and not hasattr(layer, "input_layernorm"):
                 parent = path.rpartition(".")[0]  # the layer's own input, one tensor for all that read it

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 LAYERS = (
     ("errors", "config", "files", "events", "quiet"),
     ("data", "shared_prefix", "fetch"),
-    ("model", "adapters", "generate", "runs", "settings", "card", "memory", "reference_cache"),
-    ("trainer", "engine", "steps", "evaluate", "prepare", "measure", "train", "merge", "chat"),
-    ("cli", "console", "terminal", "__init__", "__main__"),
+    ("model", "adapters", "generate", "runs", "settings", "card", "memory", "reference_cache", "footprint"),
+    ("trainer", "engine", "steps", "evaluate", "prepare", "measure", "train", "merge", "chat", "fitting", "plan", "trial"),
+    ("cli", "cli_plan", "console", "terminal", "__init__", "__main__"),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
