@@ -29,17 +29,20 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class PairShape:
-    """Lengths of a pair as the model reads it: two whole sequences, and where they part.
-
-    `shared` is the length of their common prefix, which leaves each at least one token of its own.
-    """
+    """Lengths of a pair as the model reads it: two whole sequences, and where they part."""
 
     prompt: int
     first: int
     """Tokens of prompt and chosen answer."""
     second: int
     """Tokens of prompt and rejected answer."""
-    shared: int
+    common: int
+    """Tokens that both begin with."""
+
+    @property
+    def shared(self) -> int:
+        """Tokens that are computed once: the common ones, but each sequence keeps at least one of its own."""
+        return min(self.common, self.first - 1, self.second - 1)
 
     @property
     def spans(self) -> tuple[int, int, int]:
@@ -60,9 +63,9 @@ class PairShape:
     def cut(self, length: int) -> PairShape | None:
         """The pair under a shorter `max_length`; None where its prompt fills that, or nothing tells it apart."""
         first, second = min(self.first, length), min(self.second, length)
-        if self.prompt >= length or (self.shared >= length and first == second):
+        if self.prompt >= length or (self.common >= length and first == second):
             return None
-        return PairShape(self.prompt, first, second, min(self.shared, first - 1, second - 1))
+        return PairShape(self.prompt, first, second, min(self.common, length))
 
     def branches(self) -> tuple[PairShape, PairShape]:
         """Its two sequences run one after the other, each beside a sequence of one token."""
@@ -167,10 +170,10 @@ class Footprint:
 
 def pair_shape(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> PairShape:
     """The lengths of a pair of token ids."""
-    from lora_dpo.shared_prefix.layout import common_prefix
+    from lora_dpo.data.tokens import common_prefix_length
 
-    first, second = [*prompt, *chosen], [*prompt, *rejected]
-    return PairShape(len(prompt), len(first), len(second), common_prefix(first, second))
+    common = len(prompt) + common_prefix_length(chosen, rejected)
+    return PairShape(len(prompt), len(prompt) + len(chosen), len(prompt) + len(rejected), common)
 
 
 def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> Footprint:
