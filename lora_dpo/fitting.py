@@ -140,16 +140,16 @@ def memory_of(
     held = machine.libraries + cost.weight_bytes + adapter
     longest = max(shapes, key=lambda shape: shape.stream)
     free = max(1, machine.memory - held) * SHARE
+    may = layers if choice.checkpointing else 0
     tokens, checkpointed = fit(
         token_bytes=cost.kept_bytes(longest) / longest.stream,
         checkpoint_bytes=cost.hidden * cost.itemsize,
         layers=layers,
-        may_checkpoint=layers if choice.checkpointing else 0,
+        may_checkpoint=may,
         free=free,
         longest=longest.stream,
         cap=costs.cap,
     )
-    parts = [part for pairs in (*batches, [longest]) for part in parts_of(pairs, tokens, choice)]
     if costs.unsupported:
         total = held + _head_bytes(cost, longest.labels)
         return Memory(
@@ -166,26 +166,36 @@ def memory_of(
             0,
             layers,
         )
-    kept = max(sum(cost.kept_bytes(pair, checkpointed=checkpointed) for pair in part) for part in parts)
-    largest = max(sum(pair.stream for pair in part) for part in parts)
-    labels = max(sum(pair.labels for pair in part) for part in parts)
-    kept += labels * cost.hidden * 4  # the head's gradient, made in its forward pass
-    working = max(_head_bytes(cost, labels), 5 * largest * cost.widest * cost.itemsize)
+    parts = [part for pairs in (*batches, [longest]) for part in parts_of(pairs, tokens, choice)]
+    needed = [_part_bytes(cost, part, checkpointed) for part in parts]
+    kept, working = (max(values) for values in zip(*needed, strict=True))
+    # The longest pair cannot be parted: it alone decides. Larger parts are made only where there is room.
+    alone = [_part_bytes(cost, part, checkpointed) for part in parts_of([longest], tokens, choice)]
+    room = checkpointed < may or max(kept for kept, _ in alone) <= free
     total = round(held + kept + working)
     return Memory(
         libraries=machine.libraries,
         weights=cost.weight_bytes,
         adapter=adapter,
         activations=round(kept),
-        working=working,
+        working=round(working),
         total=total,
         available=machine.memory,
-        fits=machine.memory > held and kept <= free and total <= machine.memory,
+        fits=room and held + max(map(sum, alone)) <= machine.memory,
         budget=tokens,
-        part_tokens=largest,
+        part_tokens=max(sum(pair.stream for pair in part) for part in parts),
         checkpointed=checkpointed,
         layers=layers,
     )
+
+
+def _part_bytes(cost: Footprint, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
+    """What a part keeps for its backward pass, and the space that it works in at the peak."""
+    kept = sum(cost.kept_bytes(pair, checkpointed=checkpointed) for pair in part)
+    labels = sum(pair.labels for pair in part)
+    temporaries = 5 * sum(pair.stream for pair in part) * cost.widest * cost.itemsize
+    # the head's gradient, [L, E] in float32, is made in its forward pass
+    return kept + labels * cost.hidden * 4, max(_head_bytes(cost, labels), temporaries)
 
 
 def _head_bytes(cost: Footprint, labels: int) -> int:

@@ -15,7 +15,10 @@ LAYERS = (
     ("errors", "config", "files", "events", "quiet"),
     ("data", "shared_prefix", "fetch"),
     ("model", "adapters", "generate", "runs", "settings", "card", "memory", "reference_cache", "footprint"),
-    ("trainer", "engine", "steps", "evaluate", "prepare", "measure", "train", "merge", "chat", "fitting", "plan", "trial"),
+    (
+        *("trainer", "engine", "steps", "evaluate", "prepare", "measure", "train", "merge", "chat"),
+        *("fitting", "plan", "trial"),
+    ),
     ("cli", "cli_plan", "console", "terminal", "__init__", "__main__"),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

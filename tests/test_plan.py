@@ -240,7 +240,7 @@ def test_the_budget_parts_a_step(recipe_dict):
 
 
 def test_what_does_not_fit_gets_settings_that_fit(recipe_dict):
-    changes = dict(lora={"rank": 64}, trainer={"gradient_checkpointing": False})
+    changes = dict(lora={"rank": 64}, trainer={"gradient_checkpointing": False, "per_device_train_batch_size": 6})
     recipe = check_recipe(recipe_dict(**changes))
     whole = plan(recipe, card="40GB").memory
     held = whole.libraries + whole.weights + whole.adapter
@@ -249,9 +249,13 @@ def test_what_does_not_fit_gets_settings_that_fit(recipe_dict):
         planned = plan(recipe, card=f"{(held + share * (whole.total - held)) / (1 << 20)}MB")
         if planned.memory.fits or planned.fix is None:
             continue
+        assert planned.fix.overrides
         seen.add(planned.fix.overrides)
         overrides = dict(text.split("=") for text in planned.fix.overrides)
-        trainer = {"gradient_checkpointing": "trainer.gradient_checkpointing" in overrides}
+        trainer = {
+            "gradient_checkpointing": "trainer.gradient_checkpointing" in overrides,
+            "per_device_train_batch_size": 6,
+        }
         if "trainer.max_length" in overrides:
             trainer["max_length"] = int(overrides["trainer.max_length"])
         engine = {"split_pairs": "engine.split_pairs" in overrides}
