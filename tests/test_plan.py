@@ -110,7 +110,9 @@ def test_predicted_bytes_are_those_that_a_pass_keeps(kind, dtype):
         ids = token_ids(*lengths)
         with forward.count_kept() as kept, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             output = bare(model)(**batch_of(*ids))
-        assert costs.kept_bytes(pair_shape(*ids)) == pytest.approx(sum(kept.values()), rel=0.1), lengths
+        # in bfloat16 the count itself is loose: it takes in sources that nothing keeps
+        close = 0.05 if dtype == torch.float32 else 0.1
+        assert costs.kept_bytes(pair_shape(*ids)) == pytest.approx(sum(kept.values()), rel=close), lengths
         del output
 
 
