@@ -21,6 +21,7 @@ from lora_dpo.judges import open_judge
 from lora_dpo.merge import merge
 from lora_dpo.model import Base, attach_lora, load_base, reference
 from lora_dpo.pairs import make_pairs
+from lora_dpo.plan import Plan, plan
 from lora_dpo.policy import load_policy
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.prompts import read_prompts
@@ -36,6 +37,7 @@ __all__ = [
     "EngineSection",
     "LoraDPOError",
     "LoraSection",
+    "Plan",
     "Recipe",
     "Sampling",
     "StopSignal",
@@ -52,6 +54,7 @@ __all__ = [
     "merge",
     "open_chat",
     "open_judge",
+    "plan",
     "read_improve_recipe",
     "read_pairs",
     "read_prompts",

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lora_dpo import cli_pairs
 from lora_dpo.cli_data import app as data_app
+from lora_dpo.cli_plan import plan
 from lora_dpo.errors import LoraDPOError
 
 app = typer.Typer(
@@ -93,6 +94,9 @@ def train(
             out.print("Stopped at once. Continue from the last checkpoint with:")
             out.print(f"  {resume_command(stop.output)}", soft_wrap=True, highlight=False)
         raise
+
+
+app.command("plan")(plan)
 
 
 @app.command()

@@ -68,6 +68,18 @@ class Run:
         """DPO's β, TRL's default if the recipe names none."""
         return float(self.settings.get("beta", 0.1))
 
+    @property
+    def batch(self) -> int:
+        """Pairs of an optimiser step."""
+        return int(self.settings["per_device_train_batch_size"] * self.settings.get("gradient_accumulation_steps", 1))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run."""
+        steps = self.settings.get("max_steps", -1)
+        per_epoch = -(-len(self.train) // self.batch)
+        return int(steps if steps > 0 else ceil(per_epoch * self.settings["num_train_epochs"]))
+
     def progress(self, stage: str, total: int) -> Callable[[int], None]:
         """A callback for long stages that shows progress and notices a request to stop."""
 
@@ -82,6 +94,21 @@ class Run:
 
 def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Run:
     """Read and tokenise the data, resolve every setting, and say so; no weights are loaded."""
+    run = read_run(recipe, output, emit, stop)
+    section = recipe.model
+    dropped = [row for report in run.reports.values() for row in report.dropped]
+    emit(RowsDropped(tuple((str(row.origin), row.reason) for row in dropped)))
+    skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    lines = list(_model_lines(recipe, skeleton))
+    trainable = _count_trainable(recipe, skeleton)
+    check_space(output, needed=trainable * 4 * 8)  # adapter, two checkpoints with Adam's two moments, one to spare
+    lines.append(("adapter", f"{trainable:,} trainable parameters in float32{_lora_line(recipe)}"))
+    emit(Resolved((*lines, *_run_lines(run))))
+    return run
+
+
+def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Run:
+    """Check the settings, read and tokenise the data; nothing is written, and only progress and leaks are told."""
     settings = trainer_settings(recipe)
     section = recipe.model
     dtype = pick_dtype(section.dtype, pick_device())
@@ -100,14 +127,6 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
         run.prompts = [tuple(json.loads(unique[index])) for index in spread]
     if recipe.evaluation.questions:
         run.questions = read_questions(recipe.evaluation.questions)
-    dropped = [row for report in run.reports.values() for row in report.dropped]
-    emit(RowsDropped(tuple((str(row.origin), row.reason) for row in dropped)))
-    skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    lines = list(_model_lines(recipe, skeleton))
-    trainable = _count_trainable(recipe, skeleton)
-    check_space(output, needed=trainable * 4 * 8)  # adapter, two checkpoints with Adam's two moments, one to spare
-    lines.append(("adapter", f"{trainable:,} trainable parameters in float32{_lora_line(recipe)}"))
-    emit(Resolved((*lines, *_run_lines(run))))
     return run
 
 
@@ -174,10 +193,7 @@ def _run_lines(run: Run) -> Iterator[tuple[str, str]]:
     for which, report in run.reports.items():
         yield f"{which} data", f"{report.summary()}, read as {report.read_as}"
     yield "tokens", _token_line(run.train)
-    batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
-    per_epoch = -(-len(run.train) // batch)
-    steps = settings.get("max_steps", -1)
-    steps = steps if steps > 0 else ceil(per_epoch * settings["num_train_epochs"])
+    batch, steps = run.batch, run.steps
     mean = fmean(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in run.train)
     yield (
         "steps",

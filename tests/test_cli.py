@@ -18,7 +18,8 @@ from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.events import Compared, Progress, Resolved, Saved, StepLogged
 
 MINIMAL = {"model": {"name": "some-model"}, "data": {"train": "pairs.jsonl"}}
-COMMANDS = [["train"], ["chat"], ["merge"], ["recipe"], ["models"], ["models", "fetch"], ["models", "list"], ["data"]]
+COMMANDS = [["train"], ["plan"], ["chat"], ["merge"], ["recipe"], ["models"], ["models", "fetch"], ["models", "list"]]
+COMMANDS += [["data"]]
 
 
 @pytest.fixture(autouse=True)
@@ -257,7 +258,7 @@ def test_every_command_explains_itself(capsys, command):
     assert len(said.split()) > 15
 
 
-@pytest.mark.parametrize("command", [["train"], ["chat"], ["merge"], ["models", "fetch"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["chat"], ["merge"], ["models", "fetch"]], ids=" ".join)
 def test_the_help_shows_an_example(capsys, command):
     main([*command, "--help"])
     said = capsys.readouterr().out.partition("Usage:")[2].partition("\n")[2]

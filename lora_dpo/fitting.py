@@ -1,0 +1,274 @@
+"""Does a run fit into memory, and if not, which settings make it fit. All of it from the architecture and lengths.
+
+How much runs at once is decided as training decides it (`memory.fit`), with predicted bytes in place of measured ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from lora_dpo.footprint import Footprint, PairShape, footprint
+from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
+from lora_dpo.prepare import Run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+CUDA_CONTEXT = 1 << 29
+"""Allowance for what CUDA and its libraries take of a card's memory; not measured."""
+
+GB = 1 << 30
+"""As cards and memory are sold: a 12 GB card has 12 · 2^30 bytes."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the run is planned for."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    memory: int
+    """Bytes that the run may take."""
+    libraries: int
+    """Bytes that are taken before any weight is loaded."""
+    dtype: str
+    """What is computed in."""
+    here: bool
+    """Whether it is this machine: another one's speed is not known."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings that memory depends on."""
+
+    max_length: int | None
+    quantize: str
+    packed: bool
+    checkpointing: bool
+    split_pairs: bool
+    overrides: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What does not change between choices: structure, machine, data, and the rest of the recipe."""
+
+    model: PeftModel
+    machine: Machine
+    shapes: Sequence[PairShape]
+    run: Run
+    unsupported: str | None
+
+    def footprint(self, choice: Choice) -> Footprint:
+        """The model's costs as `choice` holds it."""
+        import torch
+
+        itemsize = getattr(torch, self.machine.dtype).itemsize
+        return footprint(self.model, itemsize=itemsize, packed=choice.packed)
+
+    @property
+    def cap(self) -> int:
+        """Most stream tokens at once, unless a pair is longer."""
+        tokens = self.run.recipe.engine.tokens
+        usual = CUDA_TOKENS if self.machine.kind == "cuda" else CPU_TOKENS
+        return usual if tokens == "auto" else tokens
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes at the peak of training. `activations` is None where TRL's own passes run."""
+
+    libraries: int
+    weights: int
+    adapter: int
+    """Adapter, its gradient, and the optimiser's state."""
+    activations: int | None
+    """Kept for the backward pass by the largest part of a step."""
+    working: int
+    """The larger of: a tile of logits, one layer's temporaries in its backward pass."""
+    total: int
+    available: int
+    fits: bool | None
+    """Whether the longest pair can be run, as training decides it; None where that is not known."""
+    budget: int
+    """Most stream tokens that may run at once."""
+    part_tokens: int
+    """Most stream tokens that do run at once."""
+    checkpointed: int
+    """Layers whose activations are computed again."""
+    layers: int
+
+
+@dataclass(frozen=True)
+class Fix:
+    """The first settings that fit, as overrides to type, and what they need."""
+
+    overrides: tuple[str, ...]
+    total: int
+    pairs_lost: int
+    """Pairs that a shorter `max_length` would drop."""
+    pairs_cut: int
+    """Pairs whose answers it would cut further."""
+
+
+def run_apart(pairs: Sequence[PairShape], choice: Choice) -> Sequence[PairShape]:
+    """The pairs as they are run: whole, or each branch on its own."""
+    return [branch for pair in pairs for branch in pair.branches()] if choice.split_pairs else pairs
+
+
+def parts_of(pairs: Sequence[PairShape], tokens: int, choice: Choice) -> list[list[PairShape]]:
+    """The parts that a step's pairs are run in."""
+    from lora_dpo.shared_prefix.layout import pack
+
+    if choice.split_pairs:
+        return [[branch] for branch in run_apart(pairs, choice)]
+    return [[pairs[index] for index in part] for part in pack([pair.stream for pair in pairs], tokens)]
+
+
+def memory_of(
+    costs: Costs,
+    cost: Footprint,
+    choice: Choice,
+    shapes: Sequence[PairShape],
+    batches: Sequence[Sequence[PairShape]] = (),
+) -> Memory:
+    """The peak of a run over `batches`; without them, of its longest pair alone."""
+    machine, layers = costs.machine, len(cost.layers)
+    adapter = cost.trainable * _bytes_per_trainable(costs.run)
+    held = machine.libraries + cost.weight_bytes + adapter
+    longest = max(shapes, key=lambda shape: shape.stream)
+    free = max(1, machine.memory - held) * SHARE
+    may = layers if choice.checkpointing else 0
+    tokens, checkpointed = fit(
+        token_bytes=cost.kept_bytes(longest) / longest.stream,
+        checkpoint_bytes=cost.hidden * cost.itemsize,
+        layers=layers,
+        may_checkpoint=may,
+        free=free,
+        longest=longest.stream,
+        cap=costs.cap,
+    )
+    if costs.unsupported:
+        total = held + _head_bytes(cost, longest.labels)
+        return Memory(
+            machine.libraries,
+            cost.weight_bytes,
+            adapter,
+            None,
+            total - held,
+            total,
+            machine.memory,
+            None,
+            0,
+            0,
+            0,
+            layers,
+        )
+    parts = [part for pairs in (*batches, [longest]) for part in parts_of(pairs, tokens, choice)]
+    needed = [_part_bytes(cost, part, checkpointed) for part in parts]
+    kept, working = (max(values) for values in zip(*needed, strict=True))
+    # The longest pair cannot be parted: it alone decides. Larger parts are made only where there is room.
+    alone = [_part_bytes(cost, part, checkpointed) for part in parts_of([longest], tokens, choice)]
+    room = checkpointed < may or max(kept for kept, _ in alone) <= free
+    total = round(held + kept + working)
+    return Memory(
+        libraries=machine.libraries,
+        weights=cost.weight_bytes,
+        adapter=adapter,
+        activations=round(kept),
+        working=round(working),
+        total=total,
+        available=machine.memory,
+        fits=room and held + max(map(sum, alone)) <= machine.memory,
+        budget=tokens,
+        part_tokens=max(sum(pair.stream for pair in part) for part in parts),
+        checkpointed=checkpointed,
+        layers=layers,
+    )
+
+
+def _part_bytes(cost: Footprint, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
+    """What a part keeps for its backward pass, and the space that it works in at the peak."""
+    kept = sum(cost.kept_bytes(pair, checkpointed=checkpointed) for pair in part)
+    labels = sum(pair.labels for pair in part)
+    temporaries = 5 * sum(pair.stream for pair in part) * cost.widest * cost.itemsize
+    # the head's gradient, [L, E] in float32, is made in its forward pass
+    return kept + labels * cost.hidden * 4, max(_head_bytes(cost, labels), temporaries)
+
+
+def _head_bytes(cost: Footprint, labels: int) -> int:
+    """A tile of logits as `shared_prefix.logprobs` works on it, on a step that is logged."""
+    from lora_dpo.shared_prefix.logprobs import TILE
+
+    tile = min(TILE, labels * cost.vocabulary)
+    rounded = cost.itemsize if cost.itemsize < 4 else 0
+    return tile * (4 + 4 + rounded)  # logits, their exponentials beside them, the softmax in the compute dtype
+
+
+def _bytes_per_trainable(run: Run) -> int:
+    """float32 weight and gradient, Adam's two moments (in 8 bits, if asked for), and a frozen copy to hold to."""
+    moments = 2 if "8bit" in str(run.settings.get("optim", "")) else 8
+    return 4 + 4 + moments + (4 if run.recipe.reference_adapter else 0)
+
+
+def find_fix(costs: Costs, choice: Choice) -> Fix | None:
+    """The first settings that fit.
+
+    In this order: what changes no number (smaller parts are no setting: training makes them by itself), shorter
+    answers, a 4-bit base.
+    """
+    bases = [choice]
+    if choice.quantize == "nf4" and not choice.packed:  # the same function in a quarter of the memory or less
+        bases.append(replace(choice, packed=True, overrides=("model.packed=true",)))
+    if (found := _first_fit(costs, bases)) is not None:
+        return found
+    if (found := _shorten(costs, list(_savers(bases[-1]))[-1])) is not None or choice.quantize == "nf4":
+        return found
+    held = ("model.quantize=nf4",) if costs.machine.kind == "cuda" else ("model.quantize=nf4", "model.packed=true")
+    small = replace(choice, quantize="nf4", packed=True, overrides=held)
+    return _first_fit(costs, [small]) or _shorten(costs, list(_savers(small))[-1])
+
+
+def _first_fit(costs: Costs, bases: Sequence[Choice]) -> Fix | None:
+    for base in bases:
+        cost = costs.footprint(base)
+        for tried in _savers(base):
+            found = memory_of(costs, cost, tried, costs.shapes)
+            if found.fits:
+                return Fix(tried.overrides, found.total, pairs_lost=0, pairs_cut=0)
+    return None
+
+
+def _savers(choice: Choice) -> Iterator[Choice]:
+    """The choice, then with one more memory saver after the other; none of them changes the gradient."""
+    yield choice
+    if not choice.checkpointing:
+        choice = replace(
+            choice, checkpointing=True, overrides=(*choice.overrides, "trainer.gradient_checkpointing=true")
+        )
+        yield choice
+    if not choice.split_pairs:
+        yield replace(choice, split_pairs=True, overrides=(*choice.overrides, "engine.split_pairs=true"))
+
+
+def _shorten(costs: Costs, choice: Choice) -> Fix | None:
+    """The longest `max_length`, in steps of 64, that fits beside `choice` and keeps half of the pairs."""
+    cost = costs.footprint(choice)
+    longest = max(max(shape.first, shape.second) for shape in costs.shapes)
+    low, high, found = 1, (longest - 1) // 64, None
+    while low <= high:
+        middle = (low + high) // 2
+        kept = [short for shape in costs.shapes if (short := shape.cut(middle * 64)) is not None]
+        memory = memory_of(costs, cost, choice, kept) if 2 * len(kept) >= len(costs.shapes) else None
+        if memory is None:
+            low = middle + 1
+        elif memory.fits:
+            cut = sum(max(shape.first, shape.second) > middle * 64 for shape in costs.shapes)
+            lost = len(costs.shapes) - len(kept)
+            found = Fix((*choice.overrides, f"trainer.max_length={middle * 64}"), memory.total, lost, cut - lost)
+            low = middle + 1
+        else:
+            high = middle - 1
+    return found

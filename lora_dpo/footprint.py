@@ -1,0 +1,279 @@
+"""What a step costs in bytes and FLOPs, from the architecture alone: no weights, no forward pass.
+
+Shape suffixes in the formulas: S stream tokens of a pair, L its labelled tokens, E hidden width, I width of the
+MLP, V vocabulary, r rank, w bytes of a number in the compute dtype; query width H·D, key width K·D.
+
+A layer keeps for its backward pass, per token (`shared_prefix`, with its rematerialised norms and MLPs):
+
+    each norm        its input: E·w, once more in float32 where w < 4, and 1/rms: 4
+    attention        query H·D·w, key and value 2·K·D·w, output H·D·w twice, log-sum-exp 4·H
+    MLP              gate and up: 2·I·w (what follows from them is made again)
+    each adapter     A's output r·w; its input too where it is not a norm's output or the MLP's product
+
+and per pair the keys and values that the rejected branch reads, copied: 2·K·D·w·(prefix + rejected), and that
+branch's mask: w·rejected·(prefix + rejected).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of an NF4 weight: 4 bits, and of each block of 64 an 8-bit scale, of each 256 scales a float32."""
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """Lengths of a pair as the model reads it: two whole sequences, and where they part."""
+
+    prompt: int
+    first: int
+    """Tokens of prompt and chosen answer."""
+    second: int
+    """Tokens of prompt and rejected answer."""
+    common: int
+    """Tokens that both begin with."""
+
+    @property
+    def shared(self) -> int:
+        """Tokens that are computed once: the common ones, but each sequence keeps at least one of its own."""
+        return min(self.common, self.first - 1, self.second - 1)
+
+    @property
+    def spans(self) -> tuple[int, int, int]:
+        """Stream tokens of prefix, chosen branch and rejected branch (`shared_prefix.layout`)."""
+        prefix = max(0, self.shared - 1)
+        return prefix, self.first - 1 - prefix, self.second - 1 - prefix
+
+    @property
+    def stream(self) -> int:
+        """S: tokens that are computed with the prefix shared and nothing padded."""
+        return sum(self.spans)
+
+    @property
+    def labels(self) -> int:
+        """L: answer tokens; those that both answers begin with count once."""
+        return self.first + self.second - 2 * self.prompt - max(0, self.shared - self.prompt)
+
+    def cut(self, length: int) -> PairShape | None:
+        """The pair under a shorter `max_length`; None where its prompt fills that, or nothing tells it apart."""
+        first, second = min(self.first, length), min(self.second, length)
+        if self.prompt >= length or (self.common >= length and first == second):
+            return None
+        return PairShape(self.prompt, first, second, min(self.common, length))
+
+    def branches(self) -> tuple[PairShape, PairShape]:
+        """Its two sequences run one after the other, each beside a sequence of one token."""
+        return PairShape(self.prompt, self.first, 1, 0), PairShape(self.prompt, self.second, 1, 0)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer."""
+
+    token_bytes: int
+    """Bytes that a token keeps in it, without what depends on the pair."""
+    weights: int
+    """Elements of its frozen matrices."""
+    adapter: int
+    """Its trainable parameters."""
+    window: int | None
+    """How many tokens back it sees; None: all."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Everything of a base model with an adapter that its costs depend on."""
+
+    layers: tuple[LayerShape, ...]
+    depth: int
+    """Layers below the lowest adapted one: they keep nothing and have no backward pass."""
+    hidden: int
+    vocabulary: int
+    widest: int
+    """I: outputs of the widest matrix of a layer."""
+    heads: int
+    query_width: int
+    key_width: int
+    softcap: bool
+    """Attention scores are bounded, which fused kernels cannot do: they are kept."""
+    itemsize: int
+    outside_bytes: int
+    """Bytes that a token keeps outside the layers: position tables, the last norm."""
+    weight_bytes: int
+    trainable: int
+
+    def layer_bytes(self, layer: LayerShape, pair: PairShape) -> float:
+        """Bytes that one pair keeps in one layer."""
+        prefix, chosen, rejected = pair.spans
+        kept = float(pair.stream * layer.token_bytes)
+        if rejected:
+            kept += 2 * self.key_width * self.itemsize * (prefix + rejected)
+        for queries, keys in ((prefix + chosen, prefix + chosen), (rejected, prefix + rejected)):
+            if self.softcap:  # tanh, softmax in float32 and in the compute dtype, and who sees whom
+                each = self.itemsize + 4 + (self.itemsize if self.itemsize < 4 else 0)
+                kept += queries * keys * (self.heads * each + 1)
+            elif keys > queries or (layer.window is not None and keys > layer.window):
+                kept += queries * keys * self.itemsize
+        return kept
+
+    def kept_bytes(self, pair: PairShape, *, checkpointed: int = 0) -> float:
+        """Bytes that one pair keeps for its backward pass.
+
+        Args:
+            checkpointed: so many of the lowest layers keep their input alone; one of them at a time is run again.
+        """
+        active = self.layers[self.depth :]
+        again = min(len(active), max(0, checkpointed - self.depth))
+        kept = float(self.outside_bytes * pair.stream + again * self.hidden * self.itemsize * pair.stream)
+        each = [self.layer_bytes(layer, pair) for layer in active]
+        return kept + sum(each[again:]) + (max(each[:again]) if again else 0.0)
+
+    def policy_flops(self, pair: PairShape, *, checkpointed: int = 0, below: bool = True) -> float:
+        """FLOPs of a forward and backward pass: 4·N·S + 4·E·V·L, adapters and attention.
+
+        Weight gradients of frozen matrices are never computed; the head's gradient is made in its forward pass.
+
+        Args:
+            below: whether the layers below the lowest adapted one are run.
+        """
+        flops = 4.0 * self.hidden * self.vocabulary * pair.labels
+        for number, layer in enumerate(self.layers):
+            forward = 2 * layer.weights * pair.stream + self._attention_flops(layer, pair)
+            if number < self.depth:
+                flops += forward * below
+                continue
+            flops += 2 * forward + 6 * layer.adapter * pair.stream + 0.5 * self._attention_flops(layer, pair)
+            flops += forward * (number < checkpointed)
+        return flops
+
+    def forward_flops(self, pair: PairShape, *, below: bool = True) -> float:
+        """FLOPs of a pass of the reference, or of any other without gradients: 2·N·S + 2·E·V·L, and attention."""
+        flops = 2.0 * self.hidden * self.vocabulary * pair.labels
+        for layer in self.layers[0 if below else self.depth :]:
+            flops += 2 * layer.weights * pair.stream + self._attention_flops(layer, pair)
+        return flops
+
+    def _attention_flops(self, layer: LayerShape, pair: PairShape) -> float:
+        prefix, chosen, rejected = pair.spans
+        before = prefix + chosen
+        seen = before * (before + 1) / 2 + rejected * prefix + rejected * (rejected + 1) / 2
+        if layer.window is not None:
+            seen = min(seen, float(pair.stream * layer.window))
+        return 4 * self.query_width * seen
+
+
+def pair_shape(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> PairShape:
+    """The lengths of a pair of token ids."""
+    from lora_dpo.data.tokens import common_prefix_length
+
+    common = len(prompt) + common_prefix_length(chosen, rejected)
+    return PairShape(len(prompt), len(prompt) + len(chosen), len(prompt) + len(rejected), common)
+
+
+def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> Footprint:
+    """Read the costs off a model's structure; its tensors may be on the meta device.
+
+    Args:
+        model: a base with an adapter on it.
+        itemsize: bytes of a number in the compute dtype.
+        packed: whether linear layers are held in 4 bits, else in the compute dtype.
+    """
+    from lora_dpo.model import bare
+    from lora_dpo.shared_prefix.trunk import decoder_layers, lowest_adapted_layer
+
+    base: Any = bare(model)
+    config = base.config
+    layers = decoder_layers(base)
+    width = _head_width(config)
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+    window = getattr(config, "sliding_window", None)
+    whole = [kind is not None and kind != "sliding_attention" for kind in kinds]
+    # Under autocast peft casts what an unpacked layer's adapter reads to float32 and back: a copy for each adapter.
+    copies = itemsize < 4 and not packed
+    tables = 2 if len({kind for kind in kinds if kind}) > 1 and hasattr(config, "rope_local_base_freq") else 1
+    return Footprint(
+        layers=tuple(
+            LayerShape(
+                token_bytes=_layer_token_bytes(layer, config, itemsize, copies=copies),
+                weights=sum(p.numel() for p in layer.parameters() if not p.requires_grad and p.dim() > 1),
+                adapter=sum(p.numel() for p in layer.parameters() if p.requires_grad),
+                window=None if whole[number] else window,
+            )
+            for number, layer in enumerate(layers)
+        ),
+        depth=lowest_adapted_layer(base),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        widest=config.intermediate_size,
+        heads=config.num_attention_heads,
+        query_width=config.num_attention_heads * width,
+        key_width=keys * width,
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        itemsize=itemsize,
+        outside_bytes=2 * tables * width * itemsize + _norm_bytes(config.hidden_size, 1, itemsize),
+        weight_bytes=weight_bytes(base, itemsize=itemsize, packed=packed),
+        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    )
+
+
+def weight_bytes(model: Any, *, itemsize: int, packed: bool) -> int:
+    """Bytes of the frozen weights as they are held: linear layers packed in NF4 or not, the rest never."""
+    import torch
+
+    linear = {
+        id(part.weight)
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear) and ".lora_" not in name
+    }
+    linear.discard(id(model.get_output_embeddings().weight))
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return int(sum(p.numel() * (NF4_BYTES if packed and id(p) in linear else itemsize) for p in frozen))
+
+
+def _layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -> int:
+    """Bytes that a token keeps in a layer, from the modules that are in it."""
+    heads = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    width = _head_width(config)
+    query, key = heads * width, keys * width
+    kept = (2 * query + 2 * key) * itemsize + 4 * heads
+    bare_input: set[str] = set()
+    for path, part in layer.named_modules():
+        name = path.rpartition(".")[2]
+        if type(part).__name__.endswith("RMSNorm"):
+            per_head = part.weight.numel() == width and name in ("q_norm", "k_norm")
+            rows = {"q_norm": heads, "k_norm": keys}[name] if per_head else 1
+            kept += _norm_bytes(part.weight.numel(), rows, itemsize)
+        elif name == "qkv_proj":  # the values are a view of queries, keys and values together
+            kept += (query + key) * itemsize
+        elif name == "gate_up_proj":  # nothing of this MLP is made again
+            kept += 3 * config.intermediate_size * itemsize
+        elif name == "gate_proj":
+            kept += 2 * config.intermediate_size * itemsize
+        if hasattr(part, "lora_A") and "default" in part.lora_A:
+            kept += part.lora_A["default"].out_features * itemsize
+            read = part.lora_A["default"].in_features * itemsize
+            own = copies or name == "o_proj" or type(part.lora_dropout["default"]).__name__ == "Dropout"
+            if own or (name == "down_proj" and hasattr(layer.mlp, "gate_up_proj")):
+                kept += read
+            elif name != "down_proj" and not hasattr(layer, "input_layernorm"):
+                parent = path.rpartition(".")[0]  # the layer's own input, one tensor for all that read it
+                kept += 0 if parent in bare_input else read
+                bare_input.add(parent)
+    return int(kept)
+
+
+def _norm_bytes(width: int, rows: int, itemsize: int) -> int:
+    """What a norm over `width` numbers keeps for each of `rows`; it computes in float32."""
+    return rows * (width * (itemsize + (4 if itemsize < 4 else 0)) + 4)
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -1,0 +1,418 @@
+"""Before any training: what a recipe will read, compute, need and take. No weights are loaded, nothing is written.
+
+Bytes and FLOPs are computed from the architecture (`footprint.py`), tokens from the tokenised pairs. How much runs
+at once is decided as training decides it (`memory.fit`), with the predicted bytes in place of measured ones.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.config import Recipe
+from lora_dpo.errors import ConfigError
+from lora_dpo.events import Note, OnEvent
+from lora_dpo.fitting import (
+    CUDA_CONTEXT,
+    GB,
+    Choice,
+    Costs,
+    Fix,
+    Machine,
+    Memory,
+    find_fix,
+    memory_of,
+    parts_of,
+    run_apart,
+)
+from lora_dpo.footprint import Footprint, PairShape, pair_shape
+from lora_dpo.memory import free_bytes
+from lora_dpo.model import attach_lora, decide_packed, load_skeleton, pick_device, pick_dtype
+from lora_dpo.prepare import Run, StopSignal, read_run
+from lora_dpo.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+    from lora_dpo.trial import Trial
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The account of a file: rows read, pairs kept, and rows dropped by reason."""
+
+    rows: int
+    pairs: int
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token counts of the training pairs, and of the whole run in a seeded random order.
+
+    `padded` is what TRL computes (batches of the recipe's size, each padded to its longest row), `unpadded` the same
+    rows without padding, `stream` what is computed here: a pair's common prefix once, nothing padded.
+    """
+
+    medians: dict[str, float]
+    longest: dict[str, int]
+    cut: int
+    """Pairs whose answers `max_length` cuts."""
+    edges: tuple[int, ...]
+    histogram: dict[str, tuple[int, ...]]
+    """Counts of pairs with `edges[i] <= tokens < edges[i + 1]`, for prompt, chosen, rejected and pair (stream)."""
+    padded: int
+    unpadded: int
+    stream: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimiser steps, and how they are run."""
+
+    steps: int
+    pairs: int
+    """Pairs of a step."""
+    passes: float
+    """Passes over the training pairs."""
+    tokens: float
+    """Mean stream tokens of a step."""
+    parts: float
+    """Mean number of parts that a step is run in."""
+    most_parts: int
+
+
+@dataclass(frozen=True)
+class Time:
+    """FLOPs of the training steps, and how long they take; evaluation before and after comes on top."""
+
+    flops: float
+    flops_per_step: float
+    flops_per_second: float | None
+    """Of a matrix product of the model's size, measured here; None for another machine."""
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `lora-dpo plan` knows."""
+
+    model: str
+    machine: Machine
+    data: dict[str, Rows]
+    tokens: Tokens
+    steps: Steps
+    memory: Memory
+    time: Time
+    fix: Fix | None = None
+    """Set where the recipe does not fit; None there means that nothing was found."""
+    trial: Trial | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the names of the fields; bytes, seconds, FLOPs and tokens."""
+        return asdict(self)
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    card: str | None = None,
+    memory: str | None = None,
+    measure: bool = False,
+    on_event: OnEvent | None = None,
+) -> Plan:
+    """What training with a recipe will read, compute, need and take.
+
+    Args:
+        card: plan for an NVIDIA card with so much memory, such as "12GB", in place of this machine.
+        memory: plan for this machine with so much memory.
+        measure: load the model, run two optimiser steps on the longest pairs, and report the real peak and time.
+        on_event: receives progress and warnings (`lora_dpo.events`).
+
+    Raises:
+        LoraDPOError: as `train` would, for anything in recipe, data or model; or an option makes no sense.
+    """
+    if card and (memory or measure):
+        raise ConfigError(f"--card {card} is another machine: it goes without --memory and --measure.")
+    notes: list[str] = []
+
+    def emit(event: Any) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+        elif on_event:
+            on_event(event)
+
+    # Sizes are read before the data, which may take minutes.
+    sizes = {name: _bytes(f"--{name}", text) for name, text in (("card", card), ("memory", memory)) if text}
+    with quiet_libraries():
+        run = read_run(recipe, Path(recipe.output or "adapters/plan"), emit, StopSignal())
+        costs = _costs(run, sizes)
+        choice = _choice(costs)
+        planned = _plan(costs, choice, notes)
+        if measure:
+            planned = _measured(planned, costs, choice, emit)
+    return planned
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of "12GB", "12 GiB", "12", "512MB" (units of 1,024, as memory is sold), or None."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([gm])(?:i?b)?)?\s*", text.lower())
+    if not found or float(found[1]) <= 0:
+        return None
+    return int(float(found[1]) * (1 << 20 if found[2] == "m" else GB))
+
+
+def _bytes(option: str, text: str) -> int:
+    size = parse_size(text)
+    if size is None:
+        raise ConfigError(f"{option} is {text!r}: write a size such as 12GB or 512MB.")
+    return size
+
+
+def _costs(run: Run, sizes: dict[str, int]) -> Costs:
+    from lora_dpo.model import bare
+    from lora_dpo.shared_prefix import unsupported_reason
+
+    section = run.recipe.model
+    skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    model = _with_adapter(run.recipe, skeleton)
+    shapes = [pair_shape(pair.prompt, pair.chosen, pair.rejected) for pair in run.train]
+    return Costs(model, _machine(run.recipe, sizes), shapes, run, unsupported_reason(bare(model)))
+
+
+def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:
+    if recipe.reference_adapter is None:
+        return attach_lora(skeleton, recipe.lora, seed=0)
+    from peft import PeftConfig, get_peft_model
+
+    from lora_dpo.adapters import check_folder
+
+    check_folder(recipe.reference_adapter)
+    return get_peft_model(skeleton, PeftConfig.from_pretrained(str(recipe.reference_adapter)))
+
+
+def _machine(recipe: Recipe, sizes: dict[str, int]) -> Machine:
+    import psutil
+    import torch
+
+    if "card" in sizes:
+        dtype: str = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
+        name = f"an NVIDIA card with {sizes['card'] / GB:g} GB, Ampere or newer"
+        return Machine("cuda", name, sizes["card"], CUDA_CONTEXT, dtype, here=False)
+    device = pick_device()
+    dtype = pick_dtype(recipe.model.dtype, device)
+    if device.type == "cuda":
+        free = free_bytes(device) + torch.cuda.memory_allocated(device)
+        name = torch.cuda.get_device_name(device)
+        return Machine(
+            "cuda", name, sizes.get("memory", free), 0 if "memory" not in sizes else CUDA_CONTEXT, dtype, True
+        )
+    own = psutil.Process().memory_info().rss
+    name = f"CPU, {torch.get_num_threads()} threads"
+    return Machine("cpu", name, sizes.get("memory", free_bytes(device) + own), own, dtype, here=True)
+
+
+def _choice(costs: Costs) -> Choice:
+    """The recipe's own settings, with what training would fill in."""
+    import torch
+
+    recipe, settings, machine = costs.run.recipe, costs.run.settings, costs.machine
+    packed = recipe.model.packed
+    if recipe.model.quantize == "none":
+        packed = False
+    elif packed == "auto":
+        device = torch.device(machine.kind)
+        packed = decide_packed(costs.model.get_base_model(), device, getattr(torch, machine.dtype))
+    return Choice(
+        max_length=settings.get("max_length", 1024),
+        quantize=recipe.model.quantize,
+        packed=packed,
+        checkpointing=settings.get("gradient_checkpointing", machine.kind == "cuda"),
+        split_pairs=recipe.engine.split_pairs,
+    )
+
+
+def _plan(costs: Costs, choice: Choice, notes: list[str]) -> Plan:
+    cost, run = costs.footprint(choice), costs.run
+    batches = list(_batches(costs.shapes, run.batch, run.steps, seed=run.settings["seed"]))
+    memory = memory_of(costs, cost, choice, costs.shapes, batches)
+    tokens = _tokens(run, costs.shapes, batches)
+    notes += _notes(costs)
+    return Plan(
+        model=run.recipe.model.name,
+        machine=costs.machine,
+        data={which: Rows(report.rows, report.kept, dict(report.reasons())) for which, report in run.reports.items()},
+        tokens=tokens,
+        steps=_steps(costs, batches, memory, choice),
+        memory=memory,
+        time=_time(costs, cost, choice, batches, memory, tokens),
+        fix=find_fix(costs, choice) if memory.fits is False else None,
+        notes=tuple(notes),
+    )
+
+
+def _measured(planned: Plan, costs: Costs, choice: Choice, emit: OnEvent) -> Plan:
+    """The plan with two real steps beside it; their speed, in FLOP/s, is taken for the whole run."""
+    from lora_dpo.trial import try_steps
+
+    trial = try_steps(costs.run, costs.shapes, on_event=emit)
+    longest = sorted(costs.shapes, key=lambda shape: -shape.stream)[: trial.pairs]
+    if trial.tokens is not None:
+        cost = costs.footprint(choice)
+        flops = sum(step_flops(cost, shape, choice, checkpointed=trial.checkpointed or 0) for shape in longest)
+        trial = replace(trial, run_seconds=planned.time.flops / flops * trial.seconds)
+    return replace(planned, trial=trial)
+
+
+def _notes(costs: Costs) -> Iterator[str]:
+    recipe = costs.run.recipe
+    if costs.unsupported:
+        yield f"TRL's own passes will run ({costs.unsupported}): what they keep is not predicted. Use --measure."
+    if recipe.lora.dora:
+        yield "DoRA keeps more for its backward pass than is predicted here. Use --measure."
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def _batches(shapes: Sequence[PairShape], batch: int, steps: int, *, seed: int) -> Iterator[list[PairShape]]:
+    """The pairs of each optimiser step, every pass over the data in another random order."""
+    order = random.Random(seed)  # noqa: S311 - a shuffle
+    left: list[PairShape] = []
+    for _ in range(steps):
+        if not left:
+            left = order.sample(shapes, len(shapes))
+        yield left[:batch]
+        left = left[batch:]
+
+
+def _tokens(run: Run, shapes: Sequence[PairShape], batches: Sequence[Sequence[PairShape]]) -> Tokens:
+    lengths = {
+        "prompt": [shape.prompt for shape in shapes],
+        "chosen": [shape.first - shape.prompt for shape in shapes],
+        "rejected": [shape.second - shape.prompt for shape in shapes],
+        "pair": [shape.stream for shape in shapes],
+    }
+    edges = bins(max(map(max, lengths.values())))
+    small = run.settings["per_device_train_batch_size"]
+    padded = 0
+    for pairs in batches:
+        for start in range(0, len(pairs), small):
+            rows = pairs[start : start + small]
+            padded += 2 * len(rows) * max(max(shape.first, shape.second) for shape in rows)
+    seen = [shape for pairs in batches for shape in pairs]
+    return Tokens(
+        medians={name: median(values) for name, values in lengths.items()},
+        longest={name: max(values) for name, values in lengths.items()},
+        cut=sum(pair.truncated for pair in run.train),
+        edges=edges,
+        histogram={name: count(values, edges) for name, values in lengths.items()},
+        padded=padded,
+        unpadded=sum(shape.first + shape.second for shape in seen),
+        stream=sum(shape.stream for shape in seen),
+    )
+
+
+def bins(longest: int, most: int = 10) -> tuple[int, ...]:
+    """Edges from 0 to above `longest`, at most `most` bins of one round width."""
+    width = next(step * 10**power for power in range(9) for step in (1, 2, 5) if step * 10**power * most > longest)
+    return tuple(range(0, (longest // width + 2) * width, width))
+
+
+def count(values: Sequence[int], edges: Sequence[int]) -> tuple[int, ...]:
+    """How many values lie in each bin of equal width."""
+    counts = [0] * (len(edges) - 1)
+    for value in values:
+        counts[value // edges[1]] += 1
+    return tuple(counts)
+
+
+def _steps(costs: Costs, batches: Sequence[Sequence[PairShape]], memory: Memory, choice: Choice) -> Steps:
+    run = costs.run
+    if costs.unsupported:
+        parts = [-(-len(pairs) // run.settings["per_device_train_batch_size"]) for pairs in batches]
+        tokens = fmean(sum(shape.first + shape.second for shape in pairs) for pairs in batches)
+    else:
+        parts = [len(parts_of(pairs, memory.budget, choice)) for pairs in batches]
+        tokens = fmean(sum(shape.stream for shape in run_apart(pairs, choice)) for pairs in batches)
+    return Steps(
+        steps=run.steps,
+        pairs=run.batch,
+        passes=sum(map(len, batches)) / len(run.train),
+        tokens=tokens,
+        parts=fmean(parts),
+        most_parts=max(parts),
+    )
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def _time(
+    costs: Costs,
+    cost: Footprint,
+    choice: Choice,
+    batches: Sequence[Sequence[PairShape]],
+    memory: Memory,
+    tokens: Tokens,
+) -> Time:
+    seen = [shape for pairs in batches for shape in pairs]
+    known: dict[PairShape, float] = {}
+    first = min(len(seen), len(costs.shapes))
+    if costs.unsupported:  # whole rows, padded, and the reference in every step
+        seen_apart = [branch for shape in seen for branch in shape.branches()]
+        once = sum(cost.policy_flops(row) + cost.forward_flops(row) for row in seen_apart)
+        flops = once * tokens.padded / tokens.unpadded
+    else:
+        flops = 0.0
+        for number, shape in enumerate(seen):
+            if shape not in known:
+                known[shape] = step_flops(cost, shape, choice, checkpointed=memory.checkpointed)
+            flops += known[shape]
+            if number < first:  # the reference, once a pair
+                flops += cost.forward_flops(shape, below=cost.depth == 0)
+    rate = matmul_flops(costs.machine, cost) if costs.machine.here else None
+    return Time(flops, flops / len(batches), rate, flops / rate if rate else None)
+
+
+def step_flops(cost: Footprint, shape: PairShape, choice: Choice, *, checkpointed: int = 0) -> float:
+    """FLOPs of the policy's passes over one pair in one optimiser step, without the reference's."""
+    flops = 0.0
+    for part in shape.branches() if choice.split_pairs else (shape,):
+        flops += cost.policy_flops(part, checkpointed=checkpointed)
+        if choice.split_pairs:  # the table of log-probabilities first, without gradients
+            flops += cost.forward_flops(part)
+    return flops
+
+
+def matmul_flops(machine: Machine, cost: Footprint, *, seconds: float = 0.5) -> float:
+    """FLOP/s of the model's widest product, `[256, E] · [E, I]`, in the compute dtype: the best of half a second."""
+    import torch
+
+    device = torch.device(machine.kind)
+    dtype = getattr(torch, machine.dtype)
+    rows = 4096 if machine.kind == "cuda" else 256
+    left = torch.randn(rows, cost.hidden, device=device, dtype=dtype)
+    right = torch.randn(cost.hidden, cost.widest, device=device, dtype=dtype)
+    best, until = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < until:
+        start = _now(device)
+        torch.mm(left, right)
+        best = max(best, 2.0 * rows * cost.hidden * cost.widest / (_now(device) - start))
+    return best
+
+
+def _now(device: torch.device) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
