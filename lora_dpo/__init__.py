@@ -12,13 +12,18 @@ from lora_dpo.adapters import attach_adapter
 from lora_dpo.chat import Chat, open_chat
 from lora_dpo.config import EngineSection, LoraSection, Recipe, read_recipe
 from lora_dpo.data import read_pairs
-from lora_dpo.errors import LoraDPOError
+from lora_dpo.errors import BaseDiffers, LoraDPOError
+from lora_dpo.export import export
 from lora_dpo.fetch import fetch_model
+from lora_dpo.fidelity import fidelity
 from lora_dpo.generate import Sampling, generate, stream
+from lora_dpo.hub import pull, push
 from lora_dpo.improve import improve
 from lora_dpo.improve_recipe import read_improve_recipe
 from lora_dpo.judges import open_judge
+from lora_dpo.library import install, list_adapters, pack
 from lora_dpo.merge import merge
+from lora_dpo.mix import mix
 from lora_dpo.model import Base, attach_lora, load_base, reference
 from lora_dpo.pairs import make_pairs
 from lora_dpo.plan import Plan, plan
@@ -26,12 +31,14 @@ from lora_dpo.policy import load_policy
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.prompts import read_prompts
 from lora_dpo.train import TrainResult, train
+from lora_dpo.verify import verify
 
 if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer
 
 __all__ = [
     "Base",
+    "BaseDiffers",
     "Chat",
     "DPOTrainer",
     "EngineSection",
@@ -45,16 +52,24 @@ __all__ = [
     "TrainResult",
     "attach_adapter",
     "attach_lora",
+    "export",
     "fetch_model",
+    "fidelity",
     "generate",
     "improve",
+    "install",
+    "list_adapters",
     "load_base",
     "load_policy",
     "make_pairs",
     "merge",
+    "mix",
     "open_chat",
     "open_judge",
+    "pack",
     "plan",
+    "pull",
+    "push",
     "read_improve_recipe",
     "read_pairs",
     "read_prompts",
@@ -62,6 +77,7 @@ __all__ = [
     "reference",
     "stream",
     "train",
+    "verify",
 ]
 
 __version__ = "0.1.0"

@@ -1,24 +1,34 @@
 """The adapter folder: what training hands to everything after it.
 
 adapter_config.json, adapter_model.safetensors   standard PEFT, loadable by plain `peft`
-passport.json    base, fingerprint, quantisation, hashes, data, reference, metrics, versions
+passport.json    base, fingerprint, quantisation, hashes, data, recipe, reference, metrics, versions
+verify.json      a few held-out pairs with their scores, to check that the adapter still works
 recipe.yaml      every setting of the run, resolved
 metrics.jsonl    one row per logged step and evaluation
 curves.png       loss, margin, accuracy, log-ratios
 README.md        the model card
+
+`attach_adapter` is the one way onto a base: it checks the passport first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.errors import AdapterError
-from lora_dpo.model import POLICY, Base
+from lora_dpo.errors import AdapterError, BaseDiffers
+from lora_dpo.fetch import PACKAGED_MODELS
+from lora_dpo.files import sha256_of
+from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config, read_json
+from lora_dpo.model import POLICY, Base, resolve_model
 from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PASSPORT = "passport.json"
+MAX_PASSPORT = 4 << 20
 PACKAGES = ("lora-dpo", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -46,11 +57,21 @@ class Passport:
     metrics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
-    format: int = 1
+    base_licence: str | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    adapter_sha256: str | None = None
+    """Of `adapter_model.safetensors`: a passport belongs to one file of weights."""
+    format: int = 2
 
 
 def make_passport(
-    base: Base, *, reference: str, data: dict[str, Any], metrics: dict[str, Any], created: str
+    base: Base,
+    *,
+    reference: str,
+    data: dict[str, Any],
+    metrics: dict[str, Any],
+    created: str,
+    recipe: dict[str, Any] | None = None,
 ) -> Passport:
     """Describe an adapter that was trained on `base` as it is in memory."""
     return Passport(
@@ -61,17 +82,20 @@ def make_passport(
         packed=base.packed,
         dtype=base.dtype,
         tokenizer_sha256=tokenizer_hash(base.tokenizer),
-        chat_template_sha256=_sha256(str(base.tokenizer.chat_template)),
+        chat_template_sha256=template_hash(base.tokenizer),
         reference=reference,
         data=data,
         metrics=metrics,
         versions={name: version(name) for name in PACKAGES},
         created=created,
+        base_licence=licence_of(base.name),
+        recipe=recipe or {},
     )
 
 
 def write_passport(folder: Path, passport: Passport) -> None:
-    """Write `passport.json` into an adapter folder."""
+    """Write `passport.json` into an adapter folder that has its weights already."""
+    passport = replace(passport, adapter_sha256=sha256_of(folder / WEIGHTS))
     text = json.dumps(asdict(passport), indent=2, ensure_ascii=False)
     (folder / PASSPORT).write_text(text + "\n", encoding="utf-8")
 
@@ -84,21 +108,30 @@ def read_passport(folder: Path) -> Passport | None:
     """
     check_folder(folder)
     path = folder / PASSPORT
-    if not path.is_file():
-        return None
+    return parse_passport(path) if path.is_file() else None
+
+
+def parse_passport(path: Path) -> Passport:
+    """Read one `passport.json`, every field of its type. Raises `AdapterError`."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return Passport(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}). Take the adapter from its source again.") from error
+        return TypeAdapter(Passport).validate_python(read_json(path, MAX_PASSPORT), strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{plain('.'.join(map(str, first['loc'])))}: {plain(first['msg'])}"
+        raise AdapterError(f"{path} cannot be read ({reason}). Take the adapter from its source again.") from error
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `AdapterError` unless `folder` holds an adapter in safetensors."""
+    """Raise `AdapterError` unless `folder` holds a finished adapter in safetensors."""
     if not folder.is_dir():
         raise AdapterError(f"There is no adapter folder at {folder}.{_known_adapters()}")
-    if not (folder / "adapter_config.json").is_file():
+    if folder.name.startswith(".") and folder.name.strip("."):
+        raise AdapterError(f"{folder} is what a cut-off write left behind, not an adapter. Remove it.")
+    if not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder} is no adapter: there is no adapter_config.json in it.")
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / WEIGHTS).is_file():
         hint = " (only a pickle file, which is never loaded)" if (folder / "adapter_model.bin").exists() else ""
         raise AdapterError(f"{folder} has no adapter_model.safetensors{hint}. Take the adapter from its source again.")
 
@@ -108,40 +141,64 @@ def base_name(folder: Path) -> tuple[str, str | None]:
     passport = read_passport(folder)
     if passport:
         return passport.base, passport.base_revision
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path")
-    if not name:
+    config = read_config(folder)
+    if not config.base:
         raise AdapterError(f"{folder} does not say what base it was made for. Name it with --model.")
-    return str(name), config.get("revision")
+    return config.base, config.revision
 
 
-def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on a loaded base, under the name `default`.
+def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False, name: str = POLICY) -> PeftModel:
+    """Put a saved adapter on a loaded base, after its passport, names, shapes and values were checked.
+
+    Args:
+        name: the adapter's name on the model; training and chat know it as `default`.
 
     Raises:
         AdapterError: the folder is no adapter, or the adapter was made for another base.
+
+    Warns:
+        BaseDiffers: another revision, quantisation, tokenizer or chat template than the passport's, or no passport.
     """
-    import torch
-
-    with quiet_libraries():  # peft brings bitsandbytes in, which has advice to give
-        from peft import PeftModel
-
     folder = Path(folder)
-    passport = read_passport(folder)
-    if passport:
-        check_base(passport, base, folder)
-    try:
-        with quiet_libraries():
-            model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=POLICY, is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        # size mismatch, unknown target modules, broken safetensors or config
-        reason = str(error).strip().splitlines()
-        detail = next((line.strip() for line in reason if "size mismatch" in line), reason[0] if reason else "")
-        raise AdapterError(f"The adapter {folder} does not fit {base.name}: {detail}") from error
-    if any(not torch.isfinite(value).all() for name, value in model.named_parameters() if "lora_" in name):
-        raise AdapterError(f"The adapter {folder} holds NaN or infinite weights. Take an earlier checkpoint.")
+    check_adapter(base, folder)
+    with quiet_libraries():  # peft brings bitsandbytes in, which has advice to give
+        from peft import PeftModel, get_peft_model_state_dict
+
+        try:
+            model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, is_trainable=trainable)
+        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+            # target modules that are not there, a config that peft refuses
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise AdapterError(f"The adapter {folder} does not fit {base.name}: {plain(reason, 300)}") from error
+        live = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    stored = set(read_adapter_names(folder))
+    if odd := sorted(live ^ stored):
+        where = "is in the file and not on the model" if odd[0] in stored else "is missing in the file"
+        raise AdapterError(
+            f"The adapter {folder} does not fit {base.name}: {plain(odd[0])} {where}. Take it from its source again."
+        )
     model.eval()
     return model
+
+
+def check_adapter(base: Base, folder: Path) -> None:
+    """All that is checked before an adapter goes onto a base in memory; see `attach_adapter`."""
+    passport = read_passport(folder)
+    config, tensors = read_adapter(folder)
+    check_weights_are_the_passports(passport, folder)
+    if passport is not None:
+        check_base(passport, base, folder)
+    check_fit(folder, config, tensors, base.model, base.name)
+    check_finite(folder)
+    if passport is None:
+        warn_unverified(folder, base.name)
+
+
+def read_adapter_names(folder: Path) -> list[str]:
+    """Names of the tensors in the folder's weights, without copies of the base's own embeddings."""
+    from lora_dpo.lora_files import read_header
+
+    return [name for name in read_header(folder / WEIGHTS) if ".base_layer." not in name]
 
 
 def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
@@ -149,17 +206,94 @@ def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"), adapter_name=POLICY)
+    set_peft_model_state_dict(model, load_file(checkpoint / WEIGHTS), adapter_name=POLICY)
+
+
+def check_weights_are_the_passports(passport: Passport | None, folder: Path) -> None:
+    """Raise `AdapterError` if the weights were exchanged after the passport was written."""
+    if passport and passport.adapter_sha256 and passport.adapter_sha256 != sha256_of(folder / WEIGHTS):
+        raise AdapterError(
+            f"The weights in {folder} are not those of its passport (another SHA-256). Take the adapter from its "
+            f"source again, or remove {PASSPORT} to use it unverified."
+        )
 
 
 def check_base(passport: Passport, base: Base, folder: Path) -> None:
-    """Raise `AdapterError` if the adapter's base has other weights than the one in memory."""
-    known = passport.base_fingerprint and base.fingerprint
-    if known and passport.base_fingerprint != base.fingerprint:
-        raise AdapterError(
-            f"The adapter {folder} was made for {passport.base} (fingerprint {passport.base_fingerprint}), but the "
-            f"loaded base is {base.name} (fingerprint {base.fingerprint}). Load it on its own base."
-        )
+    """Hold the base in memory against the passport.
+
+    Raises:
+        AdapterError: it has other weights.
+
+    Warns:
+        BaseDiffers: the same base in another revision or quantisation, or with another tokenizer or template.
+    """
+    check_weights_of_base(passport, folder, name=base.name, revision=base.revision, fingerprint=base.fingerprint)
+    found = []
+    if passport.quantize != base.quantize:
+        found.append(f"it was trained on weights quantised as {passport.quantize}, here they are {base.quantize}")
+    if passport.tokenizer_sha256 != tokenizer_hash(base.tokenizer):
+        found.append("the tokenizer has another vocabulary")
+    if passport.chat_template_sha256 != template_hash(base.tokenizer):
+        found.append("the chat template is another one")
+    if found:
+        warn_of_base(folder, base.name, found)
+
+
+def check_weights_of_base(
+    passport: Passport, folder: Path, *, name: str, revision: str | None, fingerprint: str | None
+) -> None:
+    """The part of `check_base` that needs no model in memory."""
+    if not (passport.base_fingerprint and fingerprint):
+        warn_of_base(folder, name, ["its weights cannot be compared, since they are not in safetensors files"])
+    elif passport.base_fingerprint != fingerprint:
+        moved = passport.base == name and is_public_name(name) and not (revision and revision == passport.base_revision)
+        if not moved:
+            raise AdapterError(
+                f"The adapter {folder} was made for {passport.base} (fingerprint {passport.base_fingerprint}), but the "
+                f"loaded base is {name} (fingerprint {fingerprint}). Load it on its own base."
+            )
+        was, now = passport.base_revision or "unknown", revision or "unknown"
+        warn_of_base(folder, name, [f"its weights are another revision's (trained on {was}, here {now})"])
+
+
+def warn_unverified(folder: Path, name: str) -> None:
+    """Issue `BaseDiffers` for an adapter without passport whose names and shapes fit."""
+    text = f"The adapter {folder} has no passport, so it is unverified: its names and shapes fit {name}, but nothing "
+    warnings.warn(BaseDiffers(text + "says that it was made for it."), stacklevel=4)
+
+
+def warn_of_base(folder: Path, name: str, found: list[str]) -> None:
+    """Issue one `BaseDiffers` for all that differs."""
+    text = f"The base {name} is not quite the one of the adapter {folder}: {'; '.join(found)}. It may answer otherwise."
+    warnings.warn(BaseDiffers(text), stacklevel=4)
+
+
+@contextmanager
+def strictness(strict: bool) -> Iterator[None]:
+    """With `strict`, what would be a `BaseDiffers` warning is an error inside the block."""
+    with warnings.catch_warnings():
+        if strict:
+            warnings.simplefilter("error", BaseDiffers)
+        yield
+
+
+def is_public_name(name: str) -> bool:
+    """True for a hub id or a packaged model: names that mean the same model everywhere, unlike a folder."""
+    return name in PACKAGED_MODELS or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists())
+
+
+def licence_of(name: str) -> str | None:
+    """The licence that a local model folder states: in its model card, else the first line of its LICENSE."""
+    folder = Path(resolve_model(name))
+    card, licence = folder / "README.md", folder / "LICENSE"
+    if card.is_file():
+        found = re.search(r"\A---\n.*?^license:\s*(\S+)", card.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL)
+        if found:
+            return found[1]
+    if licence.is_file():
+        lines = [line.strip() for line in licence.read_text("utf-8", "replace").splitlines() if line.strip()]
+        return " ".join(lines[:2]) if lines else None
+    return None
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -168,11 +302,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256(json.dumps(vocabulary))
 
 
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the chat template."""
+    return _sha256(str(tokenizer.chat_template))
+
+
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _known_adapters() -> str:
     folder = Path("adapters")
-    names = sorted(str(found.parent) for found in folder.glob("*/adapter_config.json")) if folder.is_dir() else []
+    found = sorted(folder.glob("*/adapter_config.json")) if folder.is_dir() else []
+    names = [str(path.parent) for path in found if not path.parent.name.startswith(".")]
     return f" There is {', '.join(names)}." if names else " Train one with: lora-dpo train configs/quickstart.yaml"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lora_dpo import cli_pairs
+from lora_dpo.cli_adapters import app as adapters_app
 from lora_dpo.cli_data import app as data_app
+from lora_dpo.cli_export import export
 from lora_dpo.cli_plan import plan
-from lora_dpo.errors import LoraDPOError
+from lora_dpo.errors import BaseDiffers, LoraDPOError
 
 app = typer.Typer(
     name="lora-dpo",
@@ -25,9 +28,13 @@ app = typer.Typer(
 models_app = typer.Typer(help="Base models that come from a package index.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
+app.add_typer(adapters_app, name="adapters")
+app.command()(export)
 
 out = Console()
 err = Console(stderr=True)
+
+STRICT = "Refuse a base that differs from the adapter's passport in any way; otherwise that is a warning."
 
 
 @app.callback()
@@ -57,6 +64,7 @@ def train(
     show_dropped: Annotated[
         bool, typer.Option("--show-dropped", help="List every data row that was left out, with its reason.")
     ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help=f"With reference: adapter:PATH. {STRICT}")] = False,
 ) -> None:
     """Train an adapter as a recipe says.
 
@@ -69,6 +77,7 @@ def train(
 
         lora-dpo train configs/quickstart.yaml trainer.beta=0.2 lora.rank=8 output=adapters/beta02
     """
+    from lora_dpo.adapters import strictness
     from lora_dpo.config import read_recipe
     from lora_dpo.console import RunView
     from lora_dpo.prepare import Stopped, StopSignal
@@ -80,7 +89,7 @@ def train(
     view, stop = RunView(out, show_dropped=show_dropped), StopSignal()
     name = recipe.stem if recipe.name != "recipe.yaml" else recipe.absolute().parent.name.removesuffix(".partial")
     try:
-        with stop_on_signals(stop, err.print), view.live():
+        with strictness(strict), stop_on_signals(stop, err.print), view.live():
             run_training(settings, name=name, resume=resume, on_event=view, stop=stop)
     except Stopped as stopped:
         if stopped.resumable:
@@ -113,6 +122,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; 0.7 is lively.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help=STRICT)] = False,
 ) -> None:
     """Chat with an adapter; switch to its base and back on the one loaded model.
 
@@ -124,12 +134,13 @@ def chat(
 
         lora-dpo chat adapters/quickstart --prompt "Why is the sky blue?" --compare
     """
+    from lora_dpo.adapters import strictness
     from lora_dpo.chat import open_chat
     from lora_dpo.generate import Sampling
     from lora_dpo.terminal import compare_once, converse
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed)
-    with err.status("loading the model"):
+    with strictness(strict), err.status("loading the model"):
         opened = open_chat(adapter, model=model, sampling=sampling, system=system)
     if prompt is None:
         converse(opened, out, compare=compare)
@@ -147,24 +158,60 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The model folder to write. Must not exist.")],
     into: Annotated[
-        str, typer.Option(help="base16: the weights as stored. trained-base: the NF4 values it was trained on.")
+        str, typer.Option(help="base16: the weights as stored. trained-base: the NF4 values it was trained on. both.")
     ] = "base16",
     dtype: Annotated[str, typer.Option(help="What is stored: bfloat16, float16 or float32.")] = "bfloat16",
     model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Compare the result with the live adapter afterwards.")
+    ] = True,
+    pairs: Annotated[
+        str | None, typer.Option(help="Preference pairs to compare on; by default those that the adapter carries.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help=STRICT)] = False,
 ) -> None:
     """Merge an adapter into its base: an ordinary model folder for plain transformers.
 
-    Example:
+    Weights are merged one by one, so that memory is bounded by the largest of them. The report says how far the
+    result is from the live adapter: change of log-probabilities, KL, top-1 agreement, reward accuracy.
+
+    Examples:
 
         lora-dpo merge adapters/quickstart --output merged/quickstart
-    """
-    from lora_dpo.merge import merge as run_merge
 
-    _one_of("--into", into, ("base16", "trained-base"))
-    _one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
-    with err.status("merging"):
-        folder = run_merge(adapter, output, into=into, dtype=dtype, model=model)  # type: ignore[arg-type]
+        lora-dpo merge adapters/quickstart --output merged/compared --into both
+    """
+    from lora_dpo.adapters import strictness
+    from lora_dpo.config import one_of
+    from lora_dpo.console import fidelity_table, stages
+    from lora_dpo.fidelity import fidelity, recommend
+    from lora_dpo.merge import merge as run_merge
+    from lora_dpo.probe import read_probe
+
+    one_of("--into", into, ("base16", "trained-base", "both"))
+    one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    with strictness(strict), stages(err) as stage:
+        folder = run_merge(
+            adapter,
+            output,
+            into=into,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+            model=model,
+            on_tensor=lambda done, total: stage("merging", done, total),
+        )
     out.print(f"[green]merged[/] {adapter} into {into}: [bold]{folder}[/] ({dtype})")
+    if not report:
+        return
+    if pairs is None and read_probe(adapter) is None:
+        out.print("No report: the adapter carries no pairs to compare on. Give some with --pairs FILE.")
+        return
+    both = ("base16", "trained-base")
+    merged = {one: folder / one for one in both} if into == "both" else {into: folder}
+    with warnings.catch_warnings(), stages(err) as stage:
+        warnings.simplefilter("ignore", BaseDiffers)  # said already, by the merge
+        found = fidelity(adapter, merged, model=model, pairs=pairs, on_stage=stage)
+    out.print(fidelity_table(found))
+    out.print(recommend(found), soft_wrap=True, highlight=False)
 
 
 app.command()(cli_pairs.pairs)
@@ -222,7 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        status = app(args=arguments, standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", BaseDiffers)
+            warnings.showwarning = _show_warning
+            status = app(args=arguments, standalone_mode=False)
         return int(status or 0)
     except LoraDPOError as error:
         if debug:
@@ -236,6 +286,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _usage_error(error)
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    if issubclass(category, BaseDiffers):
+        err.print(f"[yellow]warning:[/] {_plain(message)}", soft_wrap=True, highlight=False)
+    elif not issubclass(category, DeprecationWarning | FutureWarning):
+        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
+
+
 def _usage_error(error: Exception) -> int:
     """Show a mistyped command line as typer does; anything else is a bug and keeps its traceback."""
     import click
@@ -246,18 +303,10 @@ def _usage_error(error: Exception) -> int:
     raise error
 
 
-def _plain(error: LoraDPOError) -> str:
+def _plain(error: object) -> str:
     from rich.markup import escape
 
     return escape(str(error))
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    from lora_dpo.config import nearest
-    from lora_dpo.errors import ConfigError
-
-    if value not in allowed:
-        raise ConfigError(f"{option} is {value!r}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
 
 
 if __name__ == "__main__":

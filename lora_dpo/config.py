@@ -339,6 +339,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless a command-line option has one of its allowed values."""
+    if value not in allowed:
+        raise ConfigError(f"{option} is {value!r}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
+
+
 def describe_fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield `(dotted key, default, description)` for every setting, in the recipe's order."""
     for name, info in section.model_fields.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from lora_dpo.events import Answered, Compared, Event, Note, Resolved, RoundsMeasured, RowsDropped, Saved, StepLogged
 from lora_dpo.events import Progress as ProgressEvent
+from lora_dpo.fidelity import Fidelity
 
 
 class RunView:
@@ -141,4 +142,38 @@ def dropped_table(rows: tuple[tuple[str, str], ...]) -> Table:
     table.add_column("reason")
     for row in rows:
         table.add_row(*map(escape, row))
+    return table
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars for named stages: call the result with a stage, how much is done, and of how much."""
+    columns = (TextColumn("{task.description:<22}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def fidelity_table(found: Sequence[Fidelity]) -> Table:
+    """Merged models held against the live adapter."""
+    table = Table(title="against the live adapter", title_justify="left")
+    table.add_column("")
+    for one in found:
+        table.add_column(f"{one.into}, {one.dtype}", justify="right")
+    rows: list[tuple[str, Callable[[Fidelity], str]]] = [
+        ("mean |Δ log-prob| a token (nats)", lambda one: f"{one.mean_delta:.2g}"),
+        ("max |Δ log-prob|", lambda one: f"{one.max_delta:.2g}"),
+        ("KL of next tokens (nats)", lambda one: f"{one.kl:.2g}"),
+        ("top-1 agreement", lambda one: f"{one.top1:.1%} of {one.tokens}"),
+        ("reward accuracy (live)", lambda one: f"{one.accuracy:.1%} ({one.live_accuracy:.1%}) of {one.pairs}"),
+        ("same greedy answers", lambda one: f"{one.same_answers} of {one.answers}"),
+    ]
+    for name, cell in rows:
+        table.add_row(name, *(cell(one) for one in found))
     return table

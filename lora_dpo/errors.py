@@ -6,6 +6,8 @@
     │   └── NoPairs        answers were sampled and judged, and none is better than another
     ├── ModelError         loading, fetching or describing a base model
     ├── AdapterError       an adapter folder: missing, broken, made for another base
+    │   ├── PackageError   a package that is refused: pickle, symlink, bomb, a name that hides something
+    │   └── BaseDiffers    the base is not quite the one that the passport names: a warning, with strict an error
     ├── ReferenceMismatch  step 0: the policy is not the reference
     ├── JudgeError         a judge cannot be reached, or gives no usable scores
     └── OutputError        a result cannot be written where it was asked for
@@ -49,3 +51,14 @@ class JudgeError(LoraDPOError):
 
 class OutputError(LoraDPOError):
     """A result cannot be written: the place is taken, full or not writable."""
+
+
+class PackageError(AdapterError):
+    """A package of an adapter is refused before anything of it is used."""
+
+
+class BaseDiffers(AdapterError, UserWarning):
+    """The base is another revision or quantisation than the adapter's own, or nothing says what it was made for.
+
+    Issued with `warnings.warn`; `warnings.simplefilter("error", BaseDiffers)` makes it an error, as `--strict` does.
+    """

@@ -62,7 +62,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary file's path beside `target`, renamed to it when the block ends well.
+    """Yield a temporary path beside `target`, renamed to it when the block ends well. Never overwrites.
 
     Raises `OutputError` when `target` exists or the disk refuses the write.
     """

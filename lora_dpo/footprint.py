@@ -115,12 +115,21 @@ class Footprint:
         if rejected:
             kept += 2 * self.key_width * self.itemsize * (prefix + rejected)
         for queries, keys in ((prefix + chosen, prefix + chosen), (rejected, prefix + rejected)):
-            if self.softcap:  # tanh, softmax in float32 and in the compute dtype, and who sees whom
+            if self.softcap:  # tanh, softmax in float32 and in the compute dtype
                 each = self.itemsize + 4 + (self.itemsize if self.itemsize < 4 else 0)
-                kept += queries * keys * (self.heads * each + 1)
-            elif keys > queries or (layer.window is not None and keys > layer.window):
-                kept += queries * keys * self.itemsize
+                kept += queries * keys * self.heads * each
         return kept
+
+    def mask_bytes(self, pair: PairShape) -> float:
+        """Masks of one pair's two attention calls, which layers with the same window share."""
+        prefix, chosen, rejected = pair.spans
+        sizes = set()
+        for queries, keys in ((prefix + chosen, prefix + chosen), (rejected, prefix + rejected)):
+            for layer in self.layers[self.depth :]:
+                limit = layer.window if layer.window is not None and keys > layer.window else None
+                if keys > queries or limit is not None:
+                    sizes.add((queries, keys, limit))
+        return float(sum(queries * keys * self.itemsize for queries, keys, _ in sizes))
 
     def kept_bytes(self, pair: PairShape, *, checkpointed: int = 0) -> float:
         """Bytes that one pair keeps for its backward pass.
@@ -131,6 +140,7 @@ class Footprint:
         active = self.layers[self.depth :]
         again = min(len(active), max(0, checkpointed - self.depth))
         kept = float(self.outside_bytes * pair.stream + again * self.hidden * self.itemsize * pair.stream)
+        kept += 0.0 if self.softcap else self.mask_bytes(pair)
         each = [self.layer_bytes(layer, pair) for layer in active]
         return kept + sum(each[again:]) + (max(each[:again]) if again else 0.0)
 
@@ -253,15 +263,13 @@ def _layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) 
             kept += _norm_bytes(part.weight.numel(), rows, itemsize)
         elif name == "qkv_proj":  # the values are a view of queries, keys and values together
             kept += (query + key) * itemsize
-        elif name == "gate_up_proj":  # nothing of this MLP is made again
-            kept += 3 * config.intermediate_size * itemsize
-        elif name == "gate_proj":
+        elif name in ("gate_proj", "gate_up_proj"):  # gate and up; what follows from them is made again
             kept += 2 * config.intermediate_size * itemsize
         if hasattr(part, "lora_A") and "default" in part.lora_A:
             kept += part.lora_A["default"].out_features * itemsize
             read = part.lora_A["default"].in_features * itemsize
             own = copies or name == "o_proj" or type(part.lora_dropout["default"]).__name__ == "Dropout"
-            if own or (name == "down_proj" and hasattr(layer.mlp, "gate_up_proj")):
+            if own:
                 kept += read
             elif name != "down_proj" and not hasattr(layer, "input_layernorm"):
                 parent = path.rpartition(".")[0]  # the layer's own input, one tensor for all that read it

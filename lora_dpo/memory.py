@@ -56,7 +56,7 @@ def fit(
     layer_bytes = token_bytes / layers
     tokens = 0
     for count in range(may_checkpoint + 1):
-        again = layer_bytes if count else 0.0
+        again = 2 * layer_bytes if count else 0.0  # run again, it keeps its cheap results too
         each = (layers - count) * layer_bytes + count * checkpoint_bytes + again
         tokens = int(free / each)
         if tokens >= longest:

@@ -1,25 +1,35 @@
 """An adapter and its base become one ordinary model folder.
 
-Two bases can take the update W + (alpha / rank)·B·A (Hu et al. 2021, section 4.1), and the results
-differ:
+Two bases can take the update, and the results differ:
 
-    base16        the weights as stored; better numbers, but not quite those that the adapter saw
+    base16        the weights as stored; no 4-bit rounding, but not quite what the adapter was trained on
     trained-base  the NF4 values that the adapter was trained on; the live adapter's own function
+
+The folder is written shard by shard, each tensor computed when its turn comes (`merging.py`).
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from lora_dpo.adapters import attach_adapter, base_name, read_passport
-from lora_dpo.errors import AdapterError
 from lora_dpo.files import atomic_folder, refuse_existing
-from lora_dpo.model import load_base
+from lora_dpo.lora_files import plain
+from lora_dpo.merging import Merged, plan_merge
 from lora_dpo.quiet import quiet_libraries
 
-Into = Literal["base16", "trained-base"]
+if TYPE_CHECKING:
+    import torch
+
+Into = Literal["base16", "trained-base", "both"]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
+SHARD = 1 << 30
+"""Bytes of one file of weights, and so the part of a merge that is held in memory."""
+
+OnTensor = Callable[[int, int], None]
 
 
 def merge(
@@ -29,46 +39,109 @@ def merge(
     into: Into = "base16",
     dtype: StoredDtype = "bfloat16",
     model: str | None = None,
+    shard: int = SHARD,
+    on_tensor: OnTensor | None = None,
 ) -> Path:
     """Merge an adapter into its base and write a model folder that plain transformers loads.
 
-    Sums are made in float32; `dtype` is what is stored.
+    Sums are made in float32; `dtype` is what is stored. Memory is bounded by the largest matrix and `shard`.
 
     Args:
-        into: "base16" or "trained-base", see above.
+        into: "base16", "trained-base", or "both" for one folder of each name under `output`.
         model: another place of the same base; by default the one that the passport names.
+        shard: largest size of one file of weights, in bytes.
+        on_tensor: called with the number of parameters written and their total.
 
     Raises:
-        AdapterError: no adapter there, or made for another base.
+        AdapterError: no adapter there, made for another base, or it cannot be merged.
+        ModelError: the base is not there, or is stored in packed 4-bit weights.
         OutputError: `output` exists or cannot be written.
     """
-    import torch
-
     adapter, output = Path(adapter), Path(output)
     refuse_existing(output)
-    passport = read_passport(adapter)
-    if into == "trained-base" and passport is not None and passport.quantize == "none":
-        raise AdapterError(f"{adapter} was trained on unquantised weights: use --into base16, it is the same base.")
-    name, revision = base_name(adapter)
-    revision = None if model else revision  # another place has its own revisions
-    base = load_base(
-        model or name,
-        revision=revision,
-        quantize="nf4" if into == "trained-base" else "none",
-        packed=False,
-        # Training quantised the weights as they are in its compute dtype.
-        dtype=passport.dtype if passport and into == "trained-base" else "float32",  # type: ignore[arg-type]
-        device="cpu",  # float32 weights of a model that trains in 4 bits seldom fit the card
-    )
-    base.model.float()
-    peft_model = attach_adapter(base, adapter)
-    try:
-        merged = peft_model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise AdapterError(f"{adapter} cannot be merged: {error}") from error
-    stored = merged.to(getattr(torch, dtype))
-    stored.config.dtype = getattr(torch, dtype)
-    with atomic_folder(output) as folder, quiet_libraries():
-        stored.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+    with quiet_libraries():
+        which: tuple[Literal["base16", "trained-base"], ...] = ("base16", "trained-base") if into == "both" else (into,)
+        plans = [plan_merge(adapter, into=one, model=model) for one in which]
+        total = sum(len(plan.shapes) for plan in plans)
+        with atomic_folder(output) as folder:
+            done = 0
+            for one, plan in zip(which, plans, strict=True):
+                place = folder / one if into == "both" else folder
+                place.mkdir(exist_ok=True)
+                _write(plan, place, dtype, shard, _counter(on_tensor, done, total))
+                done += len(plan.shapes)
     return output
+
+
+def _counter(on_tensor: OnTensor | None, start: int, total: int) -> Callable[[int], None]:
+    def count(written: int) -> None:
+        if on_tensor:
+            on_tensor(start + written, total)
+
+    return count
+
+
+def _write(plan: Merged, folder: Path, dtype: StoredDtype, shard: int, tick: Callable[[int], None]) -> None:
+    """Write weights, tokenizer and config; the config last, since a folder without it is no model."""
+    import torch
+    from transformers import AutoTokenizer
+
+    stored = getattr(torch, dtype)
+    _write_weights(plan, folder, stored, shard, tick)
+    AutoTokenizer.from_pretrained(plan.path).save_pretrained(folder)
+    for name in ("generation_config.json", "LICENSE"):
+        if (plan.path / name).is_file():
+            shutil.copyfile(plan.path / name, folder / name)
+    plan.config.dtype = stored
+    plan.config.save_pretrained(folder)
+
+
+def _write_weights(plan: Merged, folder: Path, stored: torch.dtype, shard: int, tick: Callable[[int], None]) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    sizes = {name: torch.Size(shape).numel() * stored.itemsize for name, shape in plan.shapes.items()}
+    files = shard_files(sizes, shard)
+    place = {name: file for file, names in files.items() for name in names}
+    part: dict[str, torch.Tensor] = {}
+    for number, (name, tensor) in enumerate(plan.tensors(), start=1):
+        part[name] = _cast(name, tensor, stored)
+        del tensor  # the caller's name would keep a second copy of the largest matrix alive
+        if len(part) == len(files[place[name]]):
+            save_file(part, folder / place[name], metadata={"format": "pt"})
+            part = {}
+        tick(number)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": place}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def shard_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """Spread tensors over files of at most `limit` bytes (one larger tensor gets its own), in the order given."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, start=1)}
+
+
+def _cast(name: str, tensor: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    import torch
+
+    from lora_dpo.errors import AdapterError
+
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(stored).contiguous()
+    if not torch.isfinite(cast).all():
+        raise AdapterError(
+            f"{plain(name)} does not fit into {str(stored).removeprefix('torch.')} (a value overflows). "
+            "Use --dtype bfloat16 or float32."
+        )
+    return cast

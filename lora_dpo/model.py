@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -96,6 +97,7 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     fingerprint = weight_fingerprint(path, revision=revision)
+    revision = getattr(model.config, "_commit_hash", None) or revision  # "main" moves, a commit does not
     packed = packed and quantize == "nf4"
     return Base(model, tokenizer, name, revision, quantize, packed, str(compute).removeprefix("torch."), fingerprint)
 
@@ -303,31 +305,54 @@ def keep_packed_weights_differentiable(model: PreTrainedModel) -> None:
 def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:
     """A hash that tells base models apart without reading all their weights.
 
-    Covers each stored tensor's name, shape and up to 64 elements of its middle row, rounded to bf16 so that
-    a float32 copy of bf16 weights has the same fingerprint. None without safetensors files.
+    Covers each stored tensor's name, shape and up to 64 elements of its middle row, as multiples of 2^-12 after
+    rounding to bf16: bf16 weights have the same fingerprint in bf16, fp16 and float32 files, whatever the shards.
+    (float32 weights keep theirs in bf16, not in fp16, which rounds them elsewhere.) A head that is tied to the
+    embeddings is left out, since some files store it and some do not. None without safetensors files.
     """
     import torch
     from safetensors import safe_open
 
     digest = hashlib.sha256()
-    for file in _safetensors_files(path, revision):
+    found: dict[str, Path] = {}
+    for file in weight_files(path, revision=revision):
         with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                part = tensors.get_slice(name)
-                shape = part.get_shape()
-                digest.update(f"{name}{shape}".encode())
-                row = part[shape[0] // 2] if shape and shape[0] else torch.zeros(0)
-                values = torch.as_tensor(row).reshape(-1)
-                values = values[:: max(1, values.numel() // 64)][:64]
-                digest.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:32] if digest.digest() != hashlib.sha256().digest() else None
+            found |= dict.fromkeys(tensors.keys(), file)
+    if found and _is_tied(path, revision):
+        found.pop("lm_head.weight", None)
+    by_file: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in set(found.values())}
+    for name in sorted(found):
+        part = by_file[found[name]].get_slice(name)
+        shape = part.get_shape()
+        digest.update(f"{name}{shape}".encode())
+        row = part[shape[0] // 2] if shape and shape[0] else torch.zeros(0)
+        values = torch.as_tensor(row).reshape(-1)
+        values = values[:: max(1, values.numel() // 64)][:64]
+        # fp16 has no exponent for bf16's smallest weights: on this grid they are 0 in both
+        steps = (values.to(torch.bfloat16).float() * 4096).round().clamp(-(2**31), 2**31 - 128)
+        digest.update(steps.to(torch.int32).numpy().tobytes())
+    return digest.hexdigest()[:32] if found else None
 
 
-def _safetensors_files(path: str, revision: str | None) -> list[Path]:
+def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
+    """The safetensors files that hold a model's weights; those of its index, if it has one."""
     from transformers.utils import cached_file
 
-    config = cached_file(path, "config.json", revision=revision)
-    return sorted(Path(config).parent.glob("*.safetensors"))
+    folder = Path(cached_file(path, "config.json", revision=revision)).parent
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / name for name in names)
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _is_tied(path: str, revision: str | None) -> bool:
+    from transformers.utils import cached_file
+
+    config = json.loads(Path(cached_file(path, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
+    return bool(tied)
 
 
 def _nf4_config(compute: torch.dtype) -> Any:

@@ -65,7 +65,7 @@ class WholeStep:
         with the same random numbers.
         """
         trainer = self.trainer
-        longest = max(pair_lengths(inputs))
+        longest = max(map(len, _rows(inputs))) - 1 if self.split_pairs else max(pair_lengths(inputs))
         self.budget.measure(lambda: self.engine.kept_bytes(inputs), longest)
         random = _random_state()
         metrics = {mode: {name: list(v) for name, v in values.items()} for mode, values in trainer._metrics.items()}
@@ -147,9 +147,13 @@ def couples_pairs(loss_types: Sequence[str]) -> bool:
 
 def pair_lengths(inputs: Inputs) -> list[int]:
     """Stream tokens of each pair of a padded batch."""
-    rows = rows_of(inputs["input_ids"], inputs["attention_mask"])
+    rows = _rows(inputs)
     half = len(rows) // 2
     return [stream_length(rows[index], rows[half + index]) for index in range(half)]
+
+
+def _rows(inputs: Inputs) -> list[list[int]]:
+    return rows_of(inputs["input_ids"], inputs["attention_mask"])
 
 
 def model_inputs(inputs: Inputs) -> Inputs:

@@ -29,6 +29,7 @@ from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.runs import RunLog, checkpoints, choose_output, open_run, release
 from lora_dpo.settings import trainer_config
+from lora_dpo.verify import write_probe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -226,12 +227,16 @@ def _save(run: Run, base: Base, model: PeftModel, log: RunLog, before: Measured,
     }
     data = {which: _data_record(sources, run.reports[which]) for which, sources in _sources(run.recipe)}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    passport = make_passport(base, reference=run.recipe.reference, data=data, metrics=metrics, created=created)
+    settings = run.recipe.model_dump(mode="json")
+    passport = make_passport(
+        base, reference=run.recipe.reference, data=data, metrics=metrics, created=created, recipe=settings
+    )
     shown = evenly(len(run.prompts), max(run.recipe.evaluation.show, 8))
     samples = [(run.prompts[i][-1]["content"], before.texts[i].text, after.texts[i].text) for i in shown]
     with atomic_folder(run.output) as folder:
         model.save_pretrained(str(folder), selected_adapters=[POLICY])
         write_passport(folder, passport)
+        write_probe(folder, model, run.held_out or run.train, tokenizer=run.tokenizer)
         (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
         shutil.copyfile(log.path, folder / "metrics.jsonl")
         write_curves(folder / "curves.png", log.rows, beta=run.beta)

@@ -138,3 +138,47 @@ def recipe_dict(
         return settings
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny_model_folder: Path) -> Callable[..., Path]:
+    """Write an adapter of the tiny model without training: random A and B, a passport, stored pairs.
+
+    `make_adapter(folder, rank=2, quantize="nf4", dora=True, …)`; other keywords are settings of the `lora` section.
+    """
+    import torch
+
+    from lora_dpo.adapters import make_passport, write_passport
+    from lora_dpo.config import LoraSection
+    from lora_dpo.data import TokenPair
+    from lora_dpo.data.pairs import Origin
+    from lora_dpo.model import attach_lora, load_base
+    from lora_dpo.verify import write_probe
+
+    def make(folder: Path, *, seed: int = 0, quantize: str = "none", model: Path | None = None, **lora: Any) -> Path:
+        base = load_base(str(model or tiny_model_folder), quantize=quantize)
+        policy = attach_lora(base.model, LoraSection(**{"rank": 4, "alpha": 8, **lora}), seed=seed)
+        draws = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.05)
+        folder.mkdir(parents=True)
+        policy.save_pretrained(str(folder), selected_adapters=["default"])
+        data = {"train": {"sha256": {"pairs.jsonl": "0" * 64}, "rows": 4, "pairs": 4, "dropped": {}}}
+        metrics = {"after": {"pairs": {"pairs": 4, "accuracy": 0.75}}}
+        created = "2026-01-02T03:04:05+00:00"
+        passport = make_passport(base, reference="base", data=data, metrics=metrics, created=created)
+        write_passport(folder, passport)
+        asked, better, worse = list(b"Say it."), [*b"Yes.", 257], [*b"Well, maybe.", 257]
+        pairs = [TokenPair([256, *asked, i], better, [*worse[:i], 257], Origin("t", i), False) for i in range(2, 10)]
+        write_probe(folder, policy.eval(), pairs, tokenizer=base.tokenizer)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One adapter of the tiny model; tests copy it before they change it."""
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "tiny")

@@ -16,7 +16,7 @@ from lora_dpo import DPOTrainer
 from lora_dpo.evaluate import _padded_logps, _stream_logps, score_pairs
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
-from lora_dpo.shared_prefix.attention import pair_attention
+from lora_dpo.shared_prefix.attention import Plan, pair_attention
 from lora_dpo.shared_prefix.model import ARCHITECTURES
 
 
@@ -94,7 +94,7 @@ def test_pair_attention_equals_one_dense_mask_over_the_stream():
     dense = torch.nn.functional.scaled_dot_product_attention(
         query[None], key.repeat_interleave(2, 0)[None], value.repeat_interleave(2, 0)[None], attn_mask=sees, scale=0.3
     )[0]
-    assert torch.allclose(pair_attention(query, key, value, layout.spans, 0.3).transpose(0, 1), dense, atol=1e-6)
+    assert torch.allclose(pair_attention(query, key, value, Plan(layout.spans), 0.3).transpose(0, 1), dense, atol=1e-6)
 
 
 def test_every_supported_architecture_is_tested_here():

@@ -16,15 +16,34 @@ from transformers import AttentionInterface
 from lora_dpo.shared_prefix.layout import Span
 
 NAME = "lora_dpo_shared_prefix"
-SPANS = "lora_dpo_spans"
-"""Name of the keyword that carries the spans through the backbone to the attention layers."""
+PLAN = "lora_dpo_plan"
+"""Name of the keyword that carries the plan through the backbone to the attention layers."""
+
+
+class Plan:
+    """Where the pairs of a stream lie, and the masks of their branches, which all layers share."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        self._masks: dict[tuple[int, int, int | None, torch.dtype], torch.Tensor] = {}
+
+    def mask(self, queries: int, before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """`[Q, before + Q]`: 0 where a query sees, -inf where not, in the dtype and on the device of `like`."""
+        key = (queries, before, window, like.dtype)
+        if key not in self._masks:
+            sees_QT = torch.ones(queries, before + queries, dtype=torch.bool, device=like.device).tril(before)
+            if window is not None:
+                sees_QT = sees_QT.triu(before - window + 1)
+            blank_QT = torch.zeros(sees_QT.shape, dtype=like.dtype, device=like.device)
+            self._masks[key] = blank_QT.masked_fill(~sees_QT, float("-inf"))
+        return self._masks[key]
 
 
 def pair_attention(
     query_HSD: torch.Tensor,
     key_KSD: torch.Tensor,
     value_KSD: torch.Tensor,
-    spans: Sequence[Span],
+    plan: Plan,
     scale: float | None,
     *,
     window: int | None = None,
@@ -45,11 +64,11 @@ def pair_attention(
     query_KGSD = query_HSD.view(-1, groups, *query_HSD.shape[1:])
     key_KGSD, value_KGSD = (part.unsqueeze(1).expand(-1, groups, -1, -1) for part in (key_KSD, value_KSD))
     done = []
-    for span in spans:
+    for span in plan.spans:
         first = slice(span.start, span.chosen)  # prefix and chosen branch lie in order: plain causal attention
         if span.chosen > span.start:
             query, key, value = (part[:, :, first] for part in (query_KGSD, key_KGSD, value_KGSD))
-            done.append(_attend(query, key, value, 0, scale, window, softcap))
+            done.append(_attend(query, key, value, 0, plan, scale, window, softcap))
         own = slice(span.chosen, span.end)
         if span.end > span.chosen:
             prefix = span.prefix - span.start
@@ -59,7 +78,7 @@ def pair_attention(
                 .expand(-1, groups, -1, -1)
                 for part in (key_KSD, value_KSD)
             )
-            done.append(_attend(query_KGSD[:, :, own], keys, values, prefix, scale, window, softcap))
+            done.append(_attend(query_KGSD[:, :, own], keys, values, prefix, plan, scale, window, softcap))
     return torch.cat([part.permute(2, 0, 1, 3).flatten(1, 2) for part in done])
 
 
@@ -68,22 +87,22 @@ def _attend(
     key_KGTD: torch.Tensor,
     value_KGTD: torch.Tensor,
     before: int,
+    plan: Plan,
     scale: float | None,
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
     """Causal attention of Q queries that follow the first `before` of T = before + Q keys; `[K, G, Q, D]`."""
     queries, keys = query_KGQD.shape[2], key_KGTD.shape[2]
-    limited = window is not None and keys > window
-    if softcap is None and not limited and before == 0:
+    if window is not None and keys <= window:
+        window = None
+    if softcap is None and window is None and before == 0:
         return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, is_causal=True, scale=scale)
-    sees_QT = torch.ones(queries, keys, dtype=torch.bool, device=query_KGQD.device).tril(before)
-    if limited:
-        sees_QT = sees_QT.triu(before - window + 1)  # type: ignore[operator]
+    mask_QT = plan.mask(queries, before, window, query_KGQD)
     if softcap is None:
-        return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, attn_mask=sees_QT, scale=scale)
+        return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, attn_mask=mask_QT, scale=scale)
     scores = query_KGQD @ key_KGTD.transpose(2, 3) * (query_KGQD.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~sees_QT, float("-inf"))
+    scores = softcap * torch.tanh(scores / softcap) + mask_QT
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value_KGTD.dtype) @ value_KGTD
 
 
@@ -98,11 +117,11 @@ def _interface(
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in each layer, with `[1, heads, S, D]` tensors; returns `[1, S, H, D]`."""
-    spans = kwargs.get(SPANS)
-    if spans is None or attention_mask is not None or query.shape[0] != 1:
-        raise RuntimeError("shared-prefix attention was called without its spans")
+    plan = kwargs.get(PLAN)
+    if not isinstance(plan, Plan) or attention_mask is not None or query.shape[0] != 1:
+        raise RuntimeError("shared-prefix attention was called without its plan")
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    out = pair_attention(query[0], key[0], value[0], spans, scaling, window=window, softcap=softcap)  # type: ignore[arg-type]
+    out = pair_attention(query[0], key[0], value[0], plan, scaling, window=window, softcap=softcap)  # type: ignore[arg-type]
     return out[None], None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_dpo.shared_prefix.attention import NAME, SPANS
+from lora_dpo.shared_prefix.attention import NAME, PLAN, Plan
 from lora_dpo.shared_prefix.layout import Layout, lay_out
 from lora_dpo.shared_prefix.logprobs import HeadValues, head_values, to_rows
 from lora_dpo.shared_prefix.rematerialise import Rematerialiser
@@ -76,7 +76,7 @@ def stream_hidden(model: Any, layout: Layout, **kwargs: Any) -> torch.Tensor:
         input_ids=layout.ids_S[None],
         position_ids=layout.position_S[None],
         use_cache=False,
-        **{SPANS: layout.spans},
+        **{PLAN: Plan(layout.spans)},
         **kwargs,
     )
     hidden: torch.Tensor = output.last_hidden_state[0]

@@ -1,0 +1,64 @@
+"""`lora-dpo export`: parse, call, draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+out = Console()
+err = Console(stderr=True)
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="An adapter folder; for gguf and ollama also a base model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write. Must not exist.")],
+    to: Annotated[str, typer.Option(help="gguf-adapter, gguf, ollama or peft.")] = "gguf",
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default f16; f32 for gguf-adapter."),
+    ] = None,
+    into: Annotated[str, typer.Option(help="What is merged into, as in merge: base16 or trained-base.")] = "base16",
+    model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a base that differs from the adapter's passport in any way.")
+    ] = False,
+) -> None:
+    """Write an adapter for llama.cpp, Ollama, or a server that reads PEFT folders.
+
+    gguf-adapter is a LoRA file for llama.cpp --lora, on top of the base in GGUF; gguf is the merged model in one file;
+    ollama is a folder with that file and a Modelfile; peft is the adapter without this tool's own files.
+
+    Examples:
+
+        lora-dpo export adapters/quickstart --to gguf --type q8_0 --output quickstart-q8_0.gguf
+
+        lora-dpo export adapters/quickstart --to gguf-adapter --output quickstart-lora.gguf
+
+        lora-dpo export smollm2-135m --to gguf --output smollm2-135m.gguf
+
+        lora-dpo export adapters/quickstart --to ollama --output ollama/quickstart
+    """
+    from lora_dpo.adapters import strictness
+    from lora_dpo.config import one_of
+    from lora_dpo.console import stages
+    from lora_dpo.export import export as run_export
+
+    one_of("--to", to, ("gguf-adapter", "gguf", "ollama", "peft"))
+    one_of("--into", into, ("base16", "trained-base"))
+    with strictness(strict), stages(err) as stage:
+        path = run_export(
+            source,
+            output,
+            to=to,  # type: ignore[arg-type]
+            kind=kind,
+            into=into,  # type: ignore[arg-type]
+            model=model,
+            on_tensor=lambda done, total: stage("exporting", done, total),
+        )
+    out.print(f"[green]exported[/] {escape(source)} as {to}: [bold]{escape(str(path))}[/]", soft_wrap=True)
+    if to == "ollama":
+        out.print(f"  ollama create {escape(path.name)} -f {escape(str(path / 'Modelfile'))}", soft_wrap=True)

@@ -1,0 +1,252 @@
+"""How far a merged model is from the live adapter, token by token, on pairs that it was not trained on.
+
+Shape suffixes: A answer tokens, V vocabulary. One model is in memory at a time: the live one's distributions wait
+on disk.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.adapters import attach_adapter, base_name, read_passport
+from lora_dpo.data import TokenPair, read_pairs, tokenize_pairs
+from lora_dpo.errors import AdapterError
+from lora_dpo.files import disk_errors
+from lora_dpo.generate import Sampling, decode, stop_token_ids
+from lora_dpo.model import load_base
+from lora_dpo.probe import PROBE, Sides, read_probe
+from lora_dpo.quiet import quiet_libraries
+from lora_dpo.verify import accuracy
+
+if TYPE_CHECKING:
+    import torch
+
+REPORT = "fidelity.json"
+PROMPTS, ANSWER = 3, 48
+"""Prompts that both models answer greedily, and the tokens of an answer."""
+
+OnStage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A merged model held against the live adapter. Log-probabilities in nats."""
+
+    into: str
+    dtype: str
+    pairs: int
+    tokens: int
+    mean_delta: float
+    """Mean |Δ log-probability| of the answers' tokens."""
+    max_delta: float
+    kl: float
+    """Mean KL(live ‖ merged) of the next-token distributions."""
+    top1: float
+    """Share of tokens at which both would choose the same next one."""
+    live_accuracy: float
+    """Reward accuracy of the live adapter over the pairs, against the base it was trained on."""
+    accuracy: float
+    """The merged model's, against the base that it was merged into."""
+    same_answers: int
+    answers: int
+
+
+def fidelity(
+    adapter: str | Path,
+    merged: Mapping[str, Path],
+    *,
+    model: str | None = None,
+    pairs: str | Path | None = None,
+    on_stage: OnStage | None = None,
+) -> list[Fidelity]:
+    """Compare merged folders with the live adapter, and write `fidelity.json` into each.
+
+    Args:
+        merged: folders by what was merged into (`base16`, `trained-base`).
+        model: another place of the base.
+        pairs: preference pairs to compare on; by default those that the adapter carries.
+
+    Raises:
+        AdapterError: the adapter carries no pairs and none are given.
+    """
+    from transformers import AutoModelForCausalLM
+
+    adapter = Path(adapter)
+    tick = on_stage or (lambda stage, done, total: None)
+    with quiet_libraries(), tempfile.TemporaryDirectory(prefix="lora-dpo-fidelity-") as scratch:
+        name, revision = base_name(adapter)
+        passport = read_passport(adapter)
+        quantize: Any = "none" if passport is not None and passport.quantize == "none" else "nf4"
+        base = load_base(model or name, revision=None if model else revision, quantize=quantize)
+        held = _pairs(adapter, pairs, base.tokenizer)
+        prompts = [held[index].prompt for index in range(min(PROMPTS, len(held)))]
+        live = attach_adapter(base, adapter)
+        policy = _store(live, held, Path(scratch), lambda n: tick("live adapter", n, len(held)))
+        with live.disable_adapter():
+            ref = _sums(live, held)
+        stops = stop_token_ids(base.model, base.tokenizer)
+        answers = _answers(live, prompts, stops)
+        dtype: Any = base.dtype
+        device = base.device
+        del live, base
+        gc.collect()
+        refs = {"trained-base": ref, "base16": ref}
+        if "base16" in merged and quantize != "none":
+            plain = load_base(model or name, revision=None if model else revision, quantize="none", dtype=dtype)
+            refs["base16"] = _sums(plain.model, held)
+            del plain
+            gc.collect()
+        found = []
+        for into, folder in merged.items():
+            one = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}).eval()
+            ticking = _ticker(tick, into, len(held))
+            found.append(_compare(one, into, folder, held, Path(scratch), policy, ref, refs[into], ticking))
+            same = sum(a == b for a, b in zip(answers, _answers(one, prompts, stops), strict=True))
+            found[-1] = Fidelity(**{**asdict(found[-1]), "same_answers": same, "answers": len(answers)})
+            del one
+            gc.collect()
+    for one_found, folder in zip(found, merged.values(), strict=True):
+        _write(folder, [one_found])
+    return found
+
+
+def recommend(found: Sequence[Fidelity]) -> str:
+    """One sentence: which merge to use, and why."""
+    by = {one.into: one for one in found}
+    exact, stored = by.get("trained-base"), by.get("base16")
+    if exact and stored:
+        distance = f"{stored.mean_delta:.2g} nats a token from the live adapter, trained-base {exact.mean_delta:.2g}"
+        if stored.accuracy >= stored.live_accuracy:
+            return (
+                f"Use base16: it has no 4-bit rounding and gets as many of the {stored.pairs} pairs right as the live "
+                f"adapter ({stored.accuracy:.0%}), though it is {distance}."
+            )
+        return (
+            f"Use trained-base: base16 gets fewer of the {stored.pairs} pairs right than the live adapter "
+            f"({stored.accuracy:.0%}, live {stored.live_accuracy:.0%}), and is {distance}."
+        )
+    [one] = found
+    close = "computes what the live adapter computes" if one.mean_delta <= 0.01 else "is not quite the live adapter"
+    return f"This merge {close}: {one.mean_delta:.2g} nats a token apart; --into both compares the two bases."
+
+
+def _pairs(adapter: Path, pairs: str | Path | None, tokenizer: Any) -> list[TokenPair]:
+    if pairs is not None:
+        read, _ = read_pairs(str(pairs))
+        return tokenize_pairs(tokenizer, read, max_length=1024)[0]
+    probe = read_probe(adapter)
+    if probe is None:
+        raise AdapterError(
+            f"{adapter} carries no pairs ({PROBE}) to compare on: give some with --pairs, or --no-report."
+        )
+    return probe.pairs
+
+
+def _sides(pair: TokenPair) -> tuple[list[int], list[int]]:
+    return pair.chosen, pair.rejected
+
+
+def _distribution(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Log-probabilities `[A, V]` of each next token of an answer, float32 on the CPU."""
+    import torch
+
+    ids = torch.tensor([[*prompt, *answer]], device=model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, logits_to_keep=len(answer) + 1, use_cache=False).logits[0, :-1]
+    return torch.log_softmax(logits.float(), dim=-1).cpu()
+
+
+def _store(model: Any, pairs: Sequence[TokenPair], scratch: Path, tick: Callable[[int], None]) -> Sides:
+    """Keep the live distributions on disk; return the answers' log-probabilities."""
+    import numpy as np
+
+    sums: Sides = ([], [])
+    for number, pair in enumerate(pairs):
+        for side, answer in enumerate(_sides(pair)):
+            logps_AV = _distribution(model, pair.prompt, answer)
+            np.save(scratch / f"{number}-{side}.npy", logps_AV.numpy())
+            sums[side].append(_sum(logps_AV, answer))
+        tick(number + 1)
+    return sums
+
+
+def _sums(model: Any, pairs: Sequence[TokenPair]) -> Sides:
+    sums: Sides = ([], [])
+    for pair in pairs:
+        for side, answer in enumerate(_sides(pair)):
+            sums[side].append(_sum(_distribution(model, pair.prompt, answer), answer))
+    return sums
+
+
+def _sum(logps_AV: torch.Tensor, answer: list[int]) -> float:
+    import torch
+
+    return float(logps_AV.gather(1, torch.tensor(answer)[:, None]).sum())
+
+
+def _compare(
+    model: Any,
+    into: str,
+    folder: Path,
+    pairs: Sequence[TokenPair],
+    scratch: Path,
+    policy: Sides,
+    ref: Sides,
+    own_ref: Sides,
+    tick: Callable[[int], None],
+) -> Fidelity:
+    import numpy as np
+    import torch
+
+    deltas, kls, same = [], [], []
+    sums: Sides = ([], [])
+    for number, pair in enumerate(pairs):
+        for side, answer in enumerate(_sides(pair)):
+            live_AV = torch.from_numpy(np.load(scratch / f"{number}-{side}.npy"))
+            here_AV = _distribution(model, pair.prompt, answer)
+            ids_A1 = torch.tensor(answer)[:, None]
+            deltas.append((here_AV.gather(1, ids_A1) - live_AV.gather(1, ids_A1)).abs().squeeze(1))
+            kls.append((live_AV.exp() * (live_AV - here_AV)).sum(dim=1))
+            same.append(live_AV.argmax(dim=1) == here_AV.argmax(dim=1))
+            sums[side].append(_sum(here_AV, answer))
+        tick(number + 1)
+    delta = torch.cat(deltas)
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Fidelity(
+        into=into,
+        dtype=str(stored.get("dtype", stored.get("torch_dtype"))),
+        pairs=len(pairs),
+        tokens=delta.numel(),
+        mean_delta=float(delta.mean()),
+        max_delta=float(delta.max()),
+        kl=max(0.0, float(torch.cat(kls).mean())),
+        top1=float(torch.cat(same).float().mean()),
+        live_accuracy=accuracy(policy, ref),
+        accuracy=accuracy(sums, own_ref),
+        same_answers=0,
+        answers=0,
+    )
+
+
+def _ticker(tick: OnStage, into: str, total: int) -> Callable[[int], None]:
+    return lambda done: tick(into, done, total)
+
+
+def _answers(model: Any, prompts: Sequence[list[int]], stops: frozenset[int]) -> list[list[int]]:
+    """Greedy answers as ids, one prompt at a time."""
+    sampling = Sampling(max_new_tokens=ANSWER, temperature=0.0)
+    return [[token for _, token in decode(model, [prompt], stops, sampling)] for prompt in prompts]
+
+
+def _write(folder: Path, found: list[Fidelity]) -> None:
+    text = json.dumps([asdict(one) for one in found], indent=2) + "\n"
+    temporary = folder / f".{REPORT}.new"
+    with disk_errors(folder):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / REPORT)

@@ -1,0 +1,347 @@
+"""What an adapter's two PEFT files hold, read and checked without loading any model.
+
+    adapter_config.json         rank, alpha, targets, variants
+    adapter_model.safetensors   base_model.model.MODULE.lora_A.weight and its like
+
+Names of modules here are those of the base model (`model.layers.0.self_attn.q_proj`). A file may come
+from anywhere: nothing in it is trusted, and text of it is shown with `plain`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+MAX_JSON = 1 << 20
+MAX_RANK = 4096
+MAX_DIMENSION = 1 << 24
+FLOATS = ("F32", "F16", "BF16")
+
+# Ways to adapt that PEFT knows and that are not W + scale·B·A: a merge or an export would lose them.
+_FOREIGN = (
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "megatron_config",
+    "arrow_config",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+)
+_INITS = (True, False, None, "gaussian", "orthogonal", "true", "false")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of `adapter_config.json` that decide what the adapter computes."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    dora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    fan_in_fan_out: bool
+    targets: Any
+    base: str | None
+    revision: str | None
+    raw: dict[str, Any] = field(repr=False)
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives to a module."""
+        return int(self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.rank))
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """The factor of B·A: alpha / r (Hu et al. 2021, section 4.1), alpha / √r with rsLoRA (Kalajdzievski 2023)."""
+        alpha = float(self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha))
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file, as its header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The tensors that belong to one adapted module of the base. A is `[r, in]`, B is `[out, r]`."""
+
+    a: Stored
+    b: Stored
+    magnitude: Stored | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank as stored."""
+        return self.a.shape[0]
+
+
+@dataclass
+class AdapterTensors:
+    """An adapter's tensors by what they are for."""
+
+    lora: dict[str, LoraModule]
+    saved: dict[str, Stored]
+    """Whole parameters that replace the base's (`modules_to_save`), by the base's parameter name."""
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read `adapter_config.json`. Raises `AdapterError` for anything that is no plain LoRA."""
+    raw = read_json(folder / CONFIG)
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{folder / CONFIG} describes {plain(kind)}, not LORA. Only LoRA adapters are supported.")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    patterns = [raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}]
+    ranks = [rank, *(patterns[0].values() if isinstance(patterns[0], dict) else [None])]
+    if any(not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_RANK for value in ranks):
+        raise AdapterError(f"{folder / CONFIG} has rank {plain(rank)}: allowed is 1 to {MAX_RANK}.")
+    alphas = [alpha, *(patterns[1].values() if isinstance(patterns[1], dict) else [None])]
+    if any(not _is_number(value) for value in alphas):
+        raise AdapterError(f"{folder / CONFIG} has lora_alpha {plain(alpha)}, which is not a finite number.")
+    for pattern in (*patterns[0], *patterns[1], raw.get("target_modules"), raw.get("exclude_modules")):
+        _check_pattern(folder, pattern)
+    _check_library(folder, raw.get("auto_mapping"))
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, list | dict) or init not in _INITS:
+        raise AdapterError(
+            f"{folder / CONFIG} says init_lora_weights {plain(init)}: such an adapter belongs to a changed base. "
+            "Ask its maker for one converted to plain LoRA."
+        )
+    base = raw.get("base_model_name_or_path")
+    return AdapterConfig(
+        rank=int(ranks[0]),
+        alpha=float(alphas[0]),
+        rslora=bool(raw.get("use_rslora")),
+        dora=bool(raw.get("use_dora")),
+        rank_pattern=patterns[0],
+        alpha_pattern=patterns[1],
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        targets=raw.get("target_modules"),
+        base=base if isinstance(base, str) and base else None,
+        revision=raw.get("revision") if isinstance(raw.get("revision"), str) else None,
+        raw=raw,
+    )
+
+
+def foreign_features(config: AdapterConfig) -> list[str]:
+    """What the adapter does besides W + scale·B·A, DoRA and whole saved modules: it cannot be merged or exported."""
+    found = [name for name in _FOREIGN if config.raw.get(name)]
+    bias = config.raw.get("bias", "none")
+    return found if bias in ("none", None) else [*found, f"bias: {plain(bias)}"]
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors that a safetensors file lists; its header has been checked against its size.
+
+    Raises:
+        AdapterError: truncated, or a header that lies.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            found = {name: Stored(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise AdapterError(
+            f"{path} is no whole safetensors file ({plain(error)}). Take the adapter from its source again."
+        ) from error
+    if not found:
+        raise AdapterError(f"{path} holds no tensors. Take the adapter from its source again.")
+    return found
+
+
+def sort_tensors(path: Path, header: Mapping[str, Stored], config: AdapterConfig) -> AdapterTensors:
+    """Say what each tensor is for, and check ranks and dtypes. Raises `AdapterError` naming the tensor."""
+    found = AdapterTensors({}, {})
+    parts: dict[str, dict[str, Stored]] = {}
+    for name, stored in header.items():
+        if stored.dtype not in FLOATS:
+            raise AdapterError(f"{path}: the tensor {plain(name)} is {stored.dtype}; adapters hold float weights.")
+        if not stored.shape or max(stored.shape) > MAX_DIMENSION or min(stored.shape) < 1:
+            raise AdapterError(f"{path}: the tensor {plain(name)} has the impossible shape {list(stored.shape)}.")
+        if not name.startswith(PREFIX):
+            raise AdapterError(f"{path}: {plain(name)} is no tensor of a LoRA adapter.")
+        bare = name.removeprefix(PREFIX)
+        suffix = next((suffix for suffix in _PARTS if bare.endswith(suffix)), None)
+        if suffix:
+            parts.setdefault(bare.removesuffix(suffix), {})[_PARTS[suffix]] = stored
+        else:
+            found.saved[bare.replace(".base_layer.", ".")] = stored
+    found.lora = {module: _lora_module(path, module, part, config) for module, part in parts.items()}
+    if not found.lora and not found.saved:
+        raise AdapterError(f"{path} holds no LoRA weights. Take the adapter from its source again.")
+    return found
+
+
+def read_adapter(folder: Path) -> tuple[AdapterConfig, AdapterTensors]:
+    """Config and sorted tensors of an adapter folder. Raises `AdapterError`."""
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    return config, sort_tensors(path, read_header(path), config)
+
+
+def check_fit(folder: Path, config: AdapterConfig, tensors: AdapterTensors, model: torch.nn.Module, base: str) -> None:
+    """Check names and shapes against a base model (or its skeleton). Raises `AdapterError` naming the tensor."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    misfit = f"The adapter {folder} does not fit {base}:"
+    for name, lora in tensors.lora.items():
+        if name not in modules:
+            raise AdapterError(f"{misfit} there is no {plain(name)} in it.")
+        shape = _weight_shape(modules[name])
+        if shape is None:
+            raise AdapterError(f"{misfit} {plain(name)} is a {type(modules[name]).__name__}, not a linear layer.")
+        out, into = shape
+        a, b = (lora.a.shape[1], lora.b.shape[0])
+        wanted = (out, into) if lora.embedding else (into, out)
+        if (a, b) != wanted or (lora.magnitude and lora.magnitude.shape[0] not in (out, into)):
+            raise AdapterError(
+                f"{misfit} size mismatch in {plain(name)}, {a} to {b} here, {wanted[0]} to {wanted[1]} there."
+            )
+    for name, stored in tensors.saved.items():
+        if name not in parameters or tuple(parameters[name].shape) != stored.shape:
+            there = list(parameters[name].shape) if name in parameters else "nothing"
+            raise AdapterError(f"{misfit} {plain(name)} is {list(stored.shape)} here and {there} there.")
+
+
+def check_finite(folder: Path) -> None:
+    """Read every weight once. Raises `AdapterError` naming a tensor with NaN or infinite values."""
+    import torch
+
+    for name, tensor in weights(folder):
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"The adapter {folder} holds NaN or infinite weights (in {plain(name)}). Take an earlier checkpoint."
+            )
+
+
+def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the adapter's tensors one by one."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            yield name, file.get_tensor(name)
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """Read a JSON object from a file of at most `limit` bytes. Raises `AdapterError`."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise AdapterError(f"{path} has {size:,} bytes; at most {limit:,} are read.")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise AdapterError(
+            f"{path} cannot be read ({plain(error)}). Take the adapter from its source again."
+        ) from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{path} cannot be read (no JSON object). Take the adapter from its source again.")
+    return found
+
+
+def plain(value: object, limit: int = 90) -> str:
+    """Text from outside, in ASCII, on one line and short: it can neither hide nor paint anything."""
+    text = ascii(str(value).strip())[1:-1]
+    return text if len(text) <= limit else text[: limit - 1] + "~"
+
+
+_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "embedding_A",
+    ".lora_embedding_B": "embedding_B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+
+
+def _lora_module(path: Path, module: str, part: dict[str, Stored], config: AdapterConfig) -> LoraModule:
+    embedding = "embedding_A" in part or "embedding_B" in part
+    a, b = part.get("embedding_A" if embedding else "A"), part.get("embedding_B" if embedding else "B")
+    if a is None or b is None:
+        missing = "lora_A" if a is None else "lora_B"
+        raise AdapterError(f"{path}: {plain(module)} has no {missing}. Take the adapter from its source again.")
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise AdapterError(f"{path}: the tensors of {plain(module)} are no matrices.")
+    wanted = config.rank_of(module)
+    for rank, stored in ((a.shape[0], a), (b.shape[1], b)):
+        if rank != wanted:
+            raise AdapterError(f"{path}: {plain(stored.name)} has rank {rank}, but its config says {wanted}.")
+    magnitude = part.get("magnitude")
+    if (magnitude is not None) != config.dora:
+        raise AdapterError(f"{path}: {plain(module)} and the config disagree on DoRA (use_dora: {config.dora}).")
+    return LoraModule(a, b, magnitude, embedding)
+
+
+def _weight_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+    """`(out, in)` of a linear layer or `(rows, width)` of an embedding, also where 4-bit weights are packed."""
+    layer: Any = getattr(module, "base_layer", module)  # an adapter is on it already
+    if hasattr(layer, "out_features"):
+        return layer.out_features, layer.in_features
+    if hasattr(layer, "num_embeddings"):
+        return layer.num_embeddings, layer.embedding_dim
+    if type(layer).__name__ == "Conv1D":  # GPT-2's layout, [in, out]
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return None
+
+
+def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
+    # PEFT's rule: the first pattern that matches the end of the name, in the order given
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+
+
+def _check_pattern(folder: Path, pattern: object) -> None:
+    """Patterns become regular expressions in PEFT: no form that could run for hours."""
+    for text in pattern if isinstance(pattern, list) else [pattern]:
+        if text is not None and not (isinstance(text, str) and _is_tame(text)):
+            raise AdapterError(f"{folder / CONFIG} names modules by {plain(text)}: no pattern that is accepted.")
+
+
+def _is_tame(text: str) -> bool:
+    if len(text) > 2000 or text.count("*") + text.count("+") > 8:
+        return False
+    if re.search(r"[)\]][*+{?]|[*+?}][*+{]", text):  # repeats of repeats
+        return False
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _check_library(folder: Path, mapping: object) -> None:
+    """`auto_mapping` names a Python module that PEFT may import."""
+    if mapping is None:
+        return
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    if not (isinstance(library, str) and re.fullmatch(r"(transformers|peft)(\.\w+)*", library)):
+        raise AdapterError(
+            f"{folder / CONFIG} would import {plain(library)}: only transformers' own models are allowed."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e6

@@ -1,0 +1,295 @@
+"""Base and adapter as one stream of merged weights, one tensor in memory at a time.
+
+    W' = W + s·B·A                        s = alpha / r; alpha / √r with rsLoRA (Hu et al. 2021, section 4.1)
+    W' = m · (W + s·B·A) / ‖W + s·B·A‖    DoRA: norm of each output row (Liu et al. 2024, eq. 5)
+
+Sums are made in float32. The tensors come from the base's own files; no model is built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_dpo.adapters import (
+    base_name,
+    check_weights_are_the_passports,
+    check_weights_of_base,
+    read_passport,
+    warn_unverified,
+)
+from lora_dpo.errors import AdapterError, ModelError
+from lora_dpo.lora_files import (
+    WEIGHTS,
+    AdapterConfig,
+    LoraModule,
+    check_finite,
+    check_fit,
+    foreign_features,
+    plain,
+    read_adapter,
+)
+from lora_dpo.model import load_skeleton, resolve_model, weight_files, weight_fingerprint
+
+if TYPE_CHECKING:
+    import torch
+
+Into = Literal["base16", "trained-base"]
+
+
+@dataclass
+class Merged:
+    """What a merge would write: names and shapes now, values one by one on demand."""
+
+    base: str
+    path: Path
+    """The base's folder."""
+    config: Any
+    """The base's config, `tie_word_embeddings` already as in the result."""
+    shapes: dict[str, tuple[int, ...]]
+    _files: dict[str, tuple[Path, str]]
+    """Where each result's base tensor is: file and stored name."""
+    _lora: dict[str, LoraModule] = field(default_factory=dict)
+    _saved: dict[str, str] = field(default_factory=dict)
+    _adapter: AdapterConfig | None = None
+    _folder: Path | None = None
+    _nf4: frozenset[str] = frozenset()
+    _dtype: str = "float32"
+
+    def adapted(self, name: str) -> bool:
+        """True if the adapter changes this parameter."""
+        return name.removesuffix(".weight") in self._lora or name in self._saved
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every parameter of the result: float32 where something was computed, else as it is stored."""
+        with _Files() as files:
+            for name in self.shapes:
+                yield name, self._tensor(name, files)
+
+    def _tensor(self, name: str, files: _Files) -> torch.Tensor:
+        import torch
+
+        module = name.removesuffix(".weight")
+        if name in self._saved and self._folder:
+            return files.get(self._folder / WEIGHTS, self._saved[name])
+        weight = files.get(*self._files[name])
+        if module in self._nf4:
+            weight = nf4_value(weight.to(getattr(torch, self._dtype)))
+        lora = self._lora.get(module)
+        if lora is None or self._adapter is None or self._folder is None:
+            return weight
+        a, b, magnitude = (
+            files.get(self._folder / WEIGHTS, part.name).float() if part else None
+            for part in (lora.a, lora.b, lora.magnitude)
+        )
+        scale = self._adapter.scale_of(module, lora.rank)
+        transposed = self._adapter.fan_in_fan_out and not lora.embedding
+        if a is None or b is None:
+            raise AdapterError(f"{self._folder} has no pair of matrices for {plain(module)}.")
+        weight = weight.to(torch.float32, copy=True)  # a float32 file's own pages would be written to otherwise
+        return merge_weight(
+            weight, a, b, scale=scale, magnitude=magnitude, transposed=transposed, embedding=lora.embedding
+        )
+
+
+def merge_weight(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    scale: float,
+    magnitude: torch.Tensor | None = None,
+    transposed: bool = False,
+    embedding: bool = False,
+) -> torch.Tensor:
+    """The merged weight of one layer, in float32; `weight` is overwritten.
+
+    Args:
+        weight: `[out, in]`; `[in, out]` if `transposed`; `[rows, width]` of an embedding.
+        a: `[r, in]` (of an embedding `[r, rows]`).
+        b: `[out, r]` (of an embedding `[width, r]`).
+        magnitude: DoRA's m, `[out]`.
+    """
+    rows = weight.T if transposed or embedding else weight
+    rows.addmm_(b, a, alpha=scale)
+    if magnitude is not None:
+        rows.mul_((magnitude.reshape(-1) / rows.norm(dim=1))[:, None])
+    return weight
+
+
+def nf4_value(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as 4-bit NF4 with double quantisation holds it: what a QLoRA run computes with."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    value: torch.Tensor = dequantize_4bit(codes, state).to(weight.dtype).reshape(weight.shape)
+    return value
+
+
+def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None) -> Merged:
+    """Check that an adapter fits its base, and say what the merge would hold; no weight is read yet.
+
+    Args:
+        into: "base16", or "trained-base" for the NF4 values that the adapter was trained on.
+        model: another place of the same base; by default the one that the passport names.
+
+    Raises:
+        AdapterError: no adapter there, made for another base, or it does something that a weight cannot hold.
+        ModelError: the base is not there, or holds packed 4-bit weights.
+
+    Warns:
+        BaseDiffers: another revision of the base, or no passport.
+    """
+    passport = read_passport(adapter)
+    config, tensors = read_adapter(adapter)
+    if found := foreign_features(config):
+        raise AdapterError(f"{adapter} cannot be merged: it uses {', '.join(found)}, which no weight can hold.")
+    check_weights_are_the_passports(passport, adapter)
+    check_finite(adapter)
+    if into == "trained-base" and passport is not None and passport.quantize == "none":
+        raise AdapterError(f"{adapter} was trained on unquantised weights: use --into base16, it is the same base.")
+    name, revision = base_name(adapter)
+    name, revision = (model, None) if model else (name, revision)  # another place has its own revisions
+    merged, skeleton = _open_base(name, revision)
+    if passport:
+        fingerprint = weight_fingerprint(str(merged.path))
+        check_weights_of_base(passport, adapter, name=name, revision=revision, fingerprint=fingerprint)
+    check_fit(adapter, config, tensors, skeleton, name)
+    if passport is None:
+        warn_unverified(adapter, name)
+    if config.dora and any(lora.embedding for lora in tensors.lora.values()):
+        raise AdapterError(f"{adapter} cannot be merged: it uses DoRA on embeddings. Use it live.")
+    merged._folder, merged._adapter, merged._lora = adapter, config, tensors.lora
+    merged._saved = {name: stored.name for name, stored in tensors.saved.items()}
+    if into == "trained-base":
+        merged._nf4 = _linear_modules(skeleton)
+        merged._dtype = passport.dtype if passport else "float32"
+    _untie(merged, skeleton)
+    return merged
+
+
+def plan_base(model: str, revision: str | None = None) -> Merged:
+    """A base as it is, in the same form. Raises `ModelError`."""
+    merged, skeleton = _open_base(model, revision)
+    _untie(merged, skeleton)
+    return merged
+
+
+def predict_bytes(
+    shapes: Mapping[str, tuple[int, ...]], computed: Collection[str], *, itemsize: int, shard: int
+) -> int:
+    """Main memory that a merge takes at most, in bytes, beside Python and its libraries (about 0.5 GB).
+
+    Four float32 copies of the largest matrix that is computed with (the weight, its NF4 value, scratch, the cast) or
+    the largest other one as it is stored and cast, and the shard that is being filled.
+    """
+    single = max(_numel(shape) * (16 if name in computed else 4 + itemsize) for name, shape in shapes.items())
+    return single + shard
+
+
+def _open_base(name: str, revision: str | None) -> tuple[Merged, torch.nn.Module]:
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    path = resolve_model(name)
+    skeleton = load_skeleton(name, revision=revision)
+    folder = Path(cached_file(path, "config.json", revision=revision)).parent
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if raw.get("quantization_config"):
+        how = plain(raw["quantization_config"].get("quant_method", "quantised"))
+        raise ModelError(
+            f"{name} is stored quantised ({how}); a merge would round it once more. Name the 16-bit base with --model."
+        )
+    files = weight_files(path, revision=revision)
+    if not files:
+        raise ModelError(f"{name} has no safetensors files. Name a copy that has them with --model.")
+    stored = {key: (file, key) for file in files for key in _keys(file)}
+    places = _match(name, stored, skeleton)
+    state = skeleton.state_dict()
+    config = AutoConfig.from_pretrained(folder)
+    shapes = {key: tuple(state[key].shape) for key in places}
+    return Merged(name, folder, config, shapes, places), skeleton
+
+
+def _match(name: str, stored: dict[str, tuple[Path, str]], skeleton: Any) -> dict[str, tuple[Path, str]]:
+    """The model's parameter names with the place of each in the files."""
+    prefix = f"{skeleton.base_model_prefix}."
+    state = skeleton.state_dict()
+    places = {}
+    for key in state:
+        short = key.removeprefix(prefix)
+        found = stored.get(key) or stored.get(short)
+        if found:
+            places[key] = found
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
+    missing = [key for key in state if key not in places and key not in tied]
+    if missing:
+        raise ModelError(
+            f"{name} stores its weights under other names than the model has ({plain(missing[0])} is not there), so "
+            "they cannot be merged one by one. Save it once with transformers' save_pretrained and name that folder."
+        )
+    return places
+
+
+def _untie(merged: Merged, skeleton: Any) -> None:
+    """Tied embeddings stay one tensor, unless the adapter changes the embeddings or the head: then both are written."""
+    text = merged.config.get_text_config()
+    if not (getattr(merged.config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)):
+        return
+    names = {module: name for name, module in skeleton.named_modules()}
+    into = names[skeleton.get_input_embeddings()] + ".weight"
+    head = names[skeleton.get_output_embeddings()] + ".weight"
+    if not (merged.adapted(into) or merged.adapted(head)):
+        return
+    # A head that is stored beside tied embeddings stays what it is: transformers reads it if the two differ.
+    merged._files.setdefault(head, merged._files[into])
+    merged.shapes.setdefault(head, merged.shapes[into])
+    merged.config.tie_word_embeddings = False
+    text.tie_word_embeddings = False
+
+
+def _linear_modules(skeleton: Any) -> frozenset[str]:
+    """The layers that 4-bit loading quantises: every linear one but the head."""
+    import torch
+
+    head = skeleton.get_output_embeddings()
+    modules = skeleton.named_modules()
+    return frozenset(name for name, part in modules if isinstance(part, torch.nn.Linear) and part is not head)
+
+
+class _Files:
+    """Open safetensors files, each once."""
+
+    def __init__(self) -> None:
+        self.open: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.open.clear()
+
+    def get(self, file: Path, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        if file not in self.open:
+            self.open[file] = safe_open(file, framework="pt")
+        tensor: torch.Tensor = self.open[file].get_tensor(name)
+        return tensor
+
+
+def _keys(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size

@@ -1,0 +1,397 @@
+"""Several adapters of one base become one, through peft, and are scored on the held-out pairs of each parent.
+
+    cat           B·A of the result is the weighted sum of the parents' s·B·A, exactly; ranks add up
+    svd           the same sum, cut to a rank by its largest singular values
+    linear        weighted sums of the A and of the B: products of one parent's B with another's A come along
+    ties          keeps large entries whose signs agree (Yadav et al. 2023)
+    dare_linear   drops entries at random and rescales the rest (Yu et al. 2023); dare_ties with signs
+    *_svd         the same on whole updates B·A, cut to a rank
+
+One adapter with `svd` and a rank is extracted: the nearest adapter of that rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.adapters import Passport, base_name, check_adapter, make_passport, read_passport, write_passport
+from lora_dpo.data import TokenPair
+from lora_dpo.errors import AdapterError, ConfigError
+from lora_dpo.evaluate import score_pairs
+from lora_dpo.files import atomic_folder, refuse_existing, sha256_of
+from lora_dpo.lora_files import CONFIG, WEIGHTS, plain, read_adapter, read_config
+from lora_dpo.model import Base, load_base
+from lora_dpo.probe import Probe, Sides, read_probe, save_probe
+from lora_dpo.quiet import quiet_libraries
+from lora_dpo.verify import accuracy, pad_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+METHODS = (
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_ties",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+)
+SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+MIX = "mix"
+SWEEP_PLOT = "sweep.png"
+
+OnStage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over one parent's stored pairs: reward accuracy, and the mean of h(chosen) - h(rejected) in nats."""
+
+    accuracy: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What a mix gave."""
+
+    folder: Path
+    rank: int
+    scores: dict[str, dict[str, Score]]
+    """By the name of a parent's pairs, then by the adapter that was scored (`mix` for the result)."""
+    sweep: dict[float, dict[str, Score]]
+    """By the first parent's weight (the second has the rest), then by the name of a parent's pairs."""
+
+
+def mix(
+    parts: Sequence[tuple[str | Path, float]],
+    output: str | Path,
+    *,
+    method: str = "cat",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    sweep: int = 0,
+    model: str | None = None,
+    on_stage: OnStage | None = None,
+) -> Mixed:
+    """Mix adapters of one base and write the result as an adapter folder, with passport and stored pairs.
+
+    Args:
+        parts: adapter folders with their weights.
+        method: one of `METHODS`, see above.
+        rank: the result's rank, for the methods with `svd`; by default the largest of the parents'.
+        density: share of entries that ties, dare and magnitude_prune keep.
+        seed: of what dare drops.
+        sweep: also score this many weights of the first of two adapters, from 0 to 1.
+        model: another place of the same base.
+
+    Raises:
+        ConfigError: a method, rank or density that does not go together.
+        AdapterError: adapters of different bases, or of a kind that cannot be mixed.
+        OutputError: `output` exists or cannot be written.
+    """
+    folders = [Path(folder) for folder, _ in parts]
+    output = Path(output)
+    refuse_existing(output)
+    _check_options(parts, method=method, rank=rank, density=density, sweep=sweep)
+    _check_kinds(folders, method)
+    tick = on_stage or (lambda stage, done, total: None)
+    with quiet_libraries():
+        passport = read_passport(folders[0])
+        name, revision = base_name(folders[0])
+        quantize: Any = "none" if passport is not None and passport.quantize == "none" else "nf4"
+        base = load_base(model or name, revision=None if model else revision, quantize=quantize)
+        for folder in folders:
+            check_adapter(base, folder)
+        policy, names = _load(base, folders)
+        weights = [weight for _, weight in parts]
+        options: dict[str, Any] = {"method": method, "rank": rank, "density": density, "seed": seed}
+        _combine(policy, names, weights, **options)
+        pairs = _pairs(folders)
+        scores, probe = _score(policy, base, pairs, names, folders, tick)
+        swept = _sweep(policy, base, pairs, names, sweep, tick, options) if sweep else {}
+        made = _passport(base, parts, options, folders, scores)
+        with atomic_folder(output) as folder:
+            policy.set_adapter(MIX)
+            _save(policy, folder)
+            write_passport(folder, made)
+            if probe:
+                save_probe(folder, probe)
+            if swept:
+                plot_sweep(folder / SWEEP_PLOT, swept, method, folders[0].name)
+            _write_card(folder / "README.md", output.name, made, parts, method, scores)
+    return Mixed(output, read_config(output).rank, scores, swept)
+
+
+def parse_part(text: str) -> tuple[str, float]:
+    """`NAME:WEIGHT` as typed; the weight is 1 if left out. Raises `ConfigError`."""
+    name, colon, weight = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise ConfigError(f"{text!r} is no NAME:WEIGHT: {weight!r} is not a number.") from None
+
+
+def _check_options(
+    parts: Sequence[tuple[str | Path, float]], *, method: str, rank: int | None, density: float | None, sweep: int
+) -> None:
+    from lora_dpo.config import one_of
+
+    one_of("--method", method, METHODS)
+    if rank is not None and "svd" not in method:
+        raise ConfigError(f"--rank has no effect with --method {method}: use svd, or a method that ends in _svd.")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank is {rank}: allowed is 1 and more.")
+    prunes = any(word in method for word in ("ties", "dare", "prune"))
+    if prunes and density is None:
+        raise ConfigError(f"--method {method} needs a --density between 0 and 1, such as 0.5.")
+    if not prunes and density is not None:
+        raise ConfigError(f"--density has no effect with --method {method}.")
+    if density is not None and not 0 < density <= 1:
+        raise ConfigError(f"--density is {density}: allowed is above 0 up to 1.")
+    if sweep and (len(parts) != 2 or sweep < 2):
+        raise ConfigError("--sweep needs two adapters and at least 2 weights.")
+
+
+def _check_kinds(folders: Sequence[Path], method: str) -> None:
+    read = {folder: read_adapter(folder) for folder in folders}
+    for folder, (config, tensors) in read.items():
+        if config.dora or tensors.saved:
+            what = "DoRA" if config.dora else "whole saved modules"
+            raise AdapterError(f"{folder} uses {what}, which cannot be mixed. Merge it into the base instead.")
+    targets = {folder: set(tensors.lora) for folder, (_, tensors) in read.items()}
+    for folder in folders[1:]:
+        if odd := targets[folder] ^ targets[folders[0]]:
+            where = f"(such as {plain(min(odd))})"
+            raise AdapterError(f"{folder} and {folders[0]} adapt different layers {where}: they cannot be mixed.")
+    ranks = {config.rank for config, _ in read.values()}
+    if method in SAME_RANK and len(ranks) > 1:
+        raise ConfigError(
+            f"--method {method} needs adapters of one rank, here are {', '.join(map(str, sorted(ranks)))}. "
+            "Use cat or svd, or bring one to the other's rank first: adapters mix NAME:1 --method svd --rank N."
+        )
+
+
+def _load(base: Base, folders: Sequence[Path]) -> tuple[PeftModel, list[str]]:
+    from peft import PeftModel
+
+    names = [f"part{number}" for number in range(len(folders))]
+    policy = PeftModel.from_pretrained(base.model, str(folders[0]), adapter_name=names[0])
+    for folder, name in zip(folders[1:], names[1:], strict=True):
+        policy.load_adapter(str(folder), adapter_name=name)
+    for name in names:
+        # peft copies this flag to the result, whose scale is to be 1; the parents' scales are computed already
+        policy.peft_config[name].use_rslora = False
+    return policy.eval(), names
+
+
+def _combine(
+    policy: Any,
+    names: list[str],
+    weights: list[float],
+    *,
+    method: str,
+    rank: int | None,
+    density: float | None,
+    seed: int,
+) -> None:
+    import torch
+
+    if MIX in policy.peft_config:
+        policy.delete_adapter(MIX)
+    if len(names) == 1:  # peft would ignore the method: the same adapter twice, half each, is the same sum
+        names, weights = names * 2, [weights[0] / 2] * 2
+    torch.manual_seed(seed)
+    more = {"density": density} if density is not None else {}
+    policy.add_weighted_adapter(
+        names, weights, MIX, combination_type=method, svd_rank=rank, svd_full_matrices=False, **more
+    )
+    policy.set_adapter(MIX)
+
+
+def _pairs(folders: Sequence[Path]) -> dict[str, list[TokenPair]]:
+    """Each parent's stored pairs by its name; parents of one name count up."""
+    found: dict[str, list[TokenPair]] = {}
+    for folder in folders:
+        probe = read_probe(folder)
+        if probe:
+            found[_free(folder.name, found)] = probe.pairs
+    return found
+
+
+def _free(name: str, taken: dict[str, Any]) -> str:
+    return name if name not in taken else f"{name} ({sum(key.startswith(name) for key in taken) + 1})"
+
+
+def _score(
+    policy: Any,
+    base: Base,
+    pairs: dict[str, list[TokenPair]],
+    names: list[str],
+    folders: Sequence[Path],
+    tick: OnStage,
+) -> tuple[dict[str, dict[str, Score]], Probe | None]:
+    """Every parent and the mix on every parent's pairs; the mix's scores become its own stored pairs."""
+    scores: dict[str, dict[str, Score]] = {}
+    labels: dict[str, Any] = {}
+    for name, folder in zip(names, folders, strict=True):
+        labels[_free(folder.name, labels)] = name
+    labels[MIX] = MIX
+    kept: list[tuple[TokenPair, list[float], list[float]]] = []
+    steps, done = len(pairs) * (len(labels) + 1), 0
+    for of, some in pairs.items():
+        with policy.disable_adapter():
+            ref = _sides(policy, base, some)
+        scores[of] = {}
+        for label, name in labels.items():
+            policy.set_adapter(name)
+            sides = _sides(policy, base, some)
+            scores[of][label] = _of(sides, ref)
+            done += 1
+            tick("scoring", done + len(scores), steps)
+        kept += [(p, [sides[0][i], sides[1][i]], [ref[0][i], ref[1][i]]) for i, p in enumerate(some)]
+    if not kept:
+        return scores, None
+    policy_sides = [row[1] for row in kept], [row[2] for row in kept]
+    own, reference = (([row[0] for row in part], [row[1] for row in part]) for part in policy_sides)
+    return scores, Probe([row[0] for row in kept], own, reference)
+
+
+def _sweep(
+    policy: Any,
+    base: Base,
+    pairs: dict[str, list[TokenPair]],
+    names: list[str],
+    count: int,
+    tick: OnStage,
+    options: dict[str, Any],
+) -> dict[float, dict[str, Score]]:
+    found: dict[float, dict[str, Score]] = {}
+    refs = {}
+    with policy.disable_adapter():
+        refs = {of: _sides(policy, base, some) for of, some in pairs.items()}
+    final = {name: parameter.detach().clone() for name, parameter in policy.named_parameters() if f".{MIX}." in name}
+    for number in range(count):
+        weight = number / (count - 1)
+        _combine(policy, names, [weight, 1 - weight], **options)
+        found[weight] = {of: _of(_sides(policy, base, some), refs[of]) for of, some in pairs.items()}
+        tick("sweep", number + 1, count)
+    for name, parameter in policy.named_parameters():
+        if name in final:
+            parameter.data = final[name]
+    return found
+
+
+def _sides(policy: Any, base: Base, pairs: Sequence[TokenPair]) -> Sides:
+    return score_pairs(policy, pairs, pad_id=pad_of(base.tokenizer))
+
+
+def _of(policy: Sides, ref: Sides) -> Score:
+    margins = [pc - rc - (pr - rr) for pc, pr, rc, rr in zip(*policy, *ref, strict=True)]
+    return Score(accuracy(policy, ref), fmean(margins))
+
+
+def _save(policy: Any, folder: Path) -> None:
+    policy.save_pretrained(str(folder), selected_adapters=[MIX])
+    inner = folder / MIX  # peft puts adapters that are not called "default" into a folder of their own
+    for path in (inner / WEIGHTS, inner / CONFIG):
+        path.rename(folder / path.name)
+    shutil.rmtree(inner)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _passport(
+    base: Base,
+    parts: Sequence[tuple[str | Path, float]],
+    options: dict[str, Any],
+    folders: Sequence[Path],
+    scores: dict[str, dict[str, Score]],
+) -> Passport:
+    data: dict[str, Any] = {}
+    for folder in folders:
+        passport = read_passport(folder)
+        for which, record in (passport.data if passport else {}).items():
+            data[f"{which} of {folder.name}"] = record
+    mixed = [
+        {"adapter": folder.name, "weight": weight, "sha256": sha256_of(folder / WEIGHTS)}
+        for folder, (_, weight) in zip(folders, parts, strict=True)
+    ]
+    metrics = {"after": {f"pairs of {of}": dataclasses.asdict(found[MIX]) for of, found in scores.items()}}
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    recipe = {"mix": {"parts": mixed, **options}}
+    return make_passport(base, reference="base", data=data, metrics=metrics, created=created, recipe=recipe)
+
+
+def _write_card(
+    path: Path,
+    name: str,
+    passport: Passport,
+    parts: Sequence[tuple[str | Path, float]],
+    method: str,
+    scores: dict[str, dict[str, Score]],
+) -> None:
+    labels = list(next(iter(scores.values()), {}))
+    lines = [
+        "---",
+        f"base_model: {passport.base}",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags: [lora, dpo, lora-dpo]",
+        "---",
+        f"# {name}",
+        "",
+        f"A LoRA adapter for `{passport.base}`, mixed by lora-dpo (`{method}`) from "
+        + ", ".join(f"{Path(folder).name} × {weight:g}" for folder, weight in parts)
+        + ".",
+        "",
+    ]
+    if labels:
+        lines += [
+            "Reward accuracy, and mean margin in nats, on the held-out pairs that each parent carries:",
+            "",
+            f"| pairs of | {' | '.join(labels)} |",
+            "|---" * (len(labels) + 1) + "|",
+        ]
+        for of, found in scores.items():
+            cells = " | ".join(f"{found[label].accuracy:.2f}, {found[label].margin:+.2f}" for label in labels)
+            lines.append(f"| {of} | {cells} |")
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def plot_sweep(path: Path, sweep: dict[float, dict[str, Score]], method: str, first: str) -> None:
+    """Plot margin and accuracy on each parent's pairs over the first parent's weight."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    margin, share = figure.subplots(1, 2)
+    weights = list(sweep)
+    colours = ("#335c81", "#b3432b")
+    for colour, of in zip(colours, next(iter(sweep.values())), strict=False):
+        margin.plot(weights, [sweep[w][of].margin for w in weights], marker="o", color=colour, label=f"pairs of {of}")
+        share.plot(weights, [sweep[w][of].accuracy for w in weights], marker="o", color=colour)
+    margin.set_title(f"margin (nats), {method}", fontsize=10, loc="left")
+    share.set_title("reward accuracy", fontsize=10, loc="left")
+    share.set_ylim(-0.03, 1.03)
+    margin.legend(frameon=False, fontsize=9)
+    for axes in (margin, share):
+        axes.set_xlabel(f"weight of {first}", fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)

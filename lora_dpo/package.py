@@ -1,0 +1,211 @@
+"""A packed adapter: one zip of known files. What comes in is checked in a place of its own before it is used.
+
+Only the files of `KNOWN` are ever read; they are safetensors and small text. Everything else in an archive is
+refused by name, and so is what would be dangerous to read: pickles, symlinks, paths, bombs.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import stat
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_dpo.errors import PackageError
+from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
+
+SUFFIX = ".lora.zip"
+KNOWN = {
+    WEIGHTS: 16 << 30,
+    CONFIG: 1 << 20,
+    "passport.json": 4 << 20,
+    "verify.json": 4 << 20,
+    "recipe.yaml": 1 << 20,
+    "metrics.jsonl": 32 << 20,
+    "README.md": 4 << 20,
+}
+"""Every file that a package may hold, with its largest size in bytes."""
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_RATIO = 50  # float weights shrink by a tenth, text by ten; a bomb by a thousand
+_EOCD = 22  # bytes of the smallest zip file
+
+
+def check_name(name: str) -> str:
+    """Return an adapter's name, or raise `PackageError`: letters, digits, `.`, `_` and `-`, nothing else."""
+    if not NAME.fullmatch(name) or name.endswith((".partial", ".")):
+        raise PackageError(
+            f"{plain(name)} is no name for an adapter: use letters, digits, '.', '_' and '-', and begin with a letter "
+            "or digit. Choose one with --name."
+        )
+    return name
+
+
+def pack_files(source: Path, target: Path, *, name: str) -> None:
+    """Write an adapter's known files into a zip under the folder `name`. The same files give the same bytes."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in KNOWN:
+            if not (source / file).is_file():
+                continue
+            entry = zipfile.ZipInfo(f"{name}/{file}", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            # weights hardly shrink, and stored ones unpack at the disk's speed
+            entry.compress_type = zipfile.ZIP_STORED if file == WEIGHTS else zipfile.ZIP_DEFLATED
+            with (source / file).open("rb") as reader, archive.open(entry, "w", force_zip64=True) as writer:
+                shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def package_name(path: Path) -> str:
+    """The name that a package gives its adapter: its one folder, else its file's name."""
+    with _opened(path) as archive:
+        folders = {entry.filename.partition("/")[0] for entry in archive.infolist() if "/" in entry.filename}
+    return folders.pop() if len(folders) == 1 else path.name.removesuffix(".zip").removesuffix(".lora")
+
+
+def unpack(path: Path, target: Path) -> None:
+    """Unpack a zip's known files into the empty folder `target`, after all its entries were checked.
+
+    Raises:
+        PackageError: the archive holds anything but known files, or is not what it says.
+    """
+    with _opened(path) as archive:
+        entries = list(_checked_entries(path, archive))
+        free = shutil.disk_usage(target).free
+        total = sum(entry.file_size for _, entry in entries)
+        if total > free:
+            raise PackageError(f"{path.name} unpacks to {total / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free.")
+        for name, entry in entries:
+            _extract(path, archive, entry, target / name)
+    _require(path, {name for name, _ in entries})
+
+
+def copy_folder(source: Path, target: Path) -> list[str]:
+    """Copy a folder's known files into `target`; returns the names of other files that were left out.
+
+    Raises:
+        PackageError: a pickle, a symlink, or a file that is too large.
+    """
+    left_out = []
+    found = set()
+    for path in sorted(source.iterdir()):
+        name = path.name
+        known = name in KNOWN
+        if path.is_symlink() and known:
+            raise PackageError(f"{source} holds {plain(name)}, a symlink. Nothing was installed; copy the file itself.")
+        _refuse_pickle(source, name)
+        if not known or not path.is_file():
+            left_out.append(plain(name))
+            continue
+        _check_size(source, name, path.stat().st_size)
+        found.add(name)
+        shutil.copyfile(path, target / name)
+    _require(source, found)
+    return left_out
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise PackageError(f"{path} is no whole zip file ({plain(error)}). Download it again.") from error
+
+
+def _checked_entries(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, zipfile.ZipInfo]]:
+    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    if len(entries) > len(KNOWN):
+        raise PackageError(f"{path.name} holds {len(entries)} files; an adapter has at most {len(KNOWN)}.")
+    packed = sum(entry.compress_size for entry in entries)
+    if packed + _EOCD > path.stat().st_size:
+        raise PackageError(f"{path.name} claims more packed bytes than it has: its files overlap.")
+    seen: set[str] = set()
+    roots: set[str] = set()
+    for entry in archive.infolist():
+        name, root = _file_name(path, entry)
+        roots.add(root)
+        if entry.is_dir():
+            continue
+        if name in seen:
+            raise PackageError(f"{path.name} holds {plain(name)} twice.")
+        seen.add(name)
+        _check_entry(path, entry, name)
+        yield name, entry
+    if len(roots - {""}) > 1 or len(roots) > 1:
+        raise PackageError(f"{path.name} holds more than one folder ({', '.join(map(plain, sorted(roots)))}).")
+
+
+def _file_name(path: Path, entry: zipfile.ZipInfo) -> tuple[str, str]:
+    """The known file's name and the folder it is in; anything else is refused."""
+    raw = entry.orig_filename
+    parts = raw.rstrip("/").split("/") if entry.is_dir() else raw.split("/")
+    inside = ".." not in parts and "" not in parts and "." not in parts
+    if not inside or "\\" in raw or "\x00" in raw or raw.startswith("/") or re.match(r"[A-Za-z]:", raw):
+        raise PackageError(f"{path.name} holds {plain(raw)}, a path that leaves its folder. Nothing was unpacked.")
+    if not raw.isascii() or not raw.isprintable():
+        looks = plain(unicodedata.normalize("NFKC", raw))
+        raise PackageError(f"{path.name} holds {plain(raw)}, a name with hidden or lookalike letters ({looks}).")
+    root = parts[0] if len(parts) > 1 or entry.is_dir() else ""
+    if root:
+        check_name(root)
+    if len(parts) > 2:
+        raise PackageError(f"{path.name} holds {plain(raw)}: an adapter has no inner folders.")
+    return ("" if entry.is_dir() else parts[-1]), root
+
+
+def _check_entry(path: Path, entry: zipfile.ZipInfo, name: str) -> None:
+    mode = entry.external_attr >> 16
+    if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
+        kind = "a symlink" if stat.S_ISLNK(mode) else "no ordinary file"
+        raise PackageError(f"{path.name} holds {plain(name)}, {kind}. Nothing was unpacked.")
+    if entry.flag_bits & 0x1:
+        raise PackageError(f"{path.name} is encrypted ({plain(name)}): adapters are shared in the open.")
+    _refuse_pickle(path, name)
+    if name not in KNOWN:
+        raise PackageError(f"{path.name} holds {plain(name)}, which is no file of an adapter. Nothing was unpacked.")
+    _check_size(path, name, entry.file_size)
+    if entry.file_size > _RATIO * max(entry.compress_size, 1 << 16):
+        ratio = entry.file_size / max(entry.compress_size, 1)
+        raise PackageError(
+            f"{path.name}: {name} would unpack to {ratio:,.0f} times its packed size. Nothing was unpacked."
+        )
+
+
+def _extract(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    written = 0
+    try:
+        with archive.open(entry) as reader, target.open("xb") as writer:
+            while block := reader.read(1 << 20):
+                written += len(block)
+                if written > entry.file_size:
+                    raise PackageError(
+                        f"{path.name}: {target.name} unpacks to more than it claims. Nothing was installed."
+                    )
+                writer.write(block)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        raise PackageError(
+            f"{path.name}: {target.name} cannot be unpacked ({plain(error)}): it is cut off, or not what it claims."
+        ) from error
+    if written != entry.file_size:
+        raise PackageError(f"{path.name}: {target.name} has {written:,} bytes, but claims {entry.file_size:,}.")
+
+
+def _refuse_pickle(where: Path, name: str) -> None:
+    if name.lower().endswith(PICKLES):
+        raise PackageError(
+            f"{where} holds {plain(name)}, a pickle: loading one can run any code. Remove it, or ask for safetensors."
+        )
+
+
+def _check_size(where: Path, name: str, size: int) -> None:
+    if size > KNOWN[name]:
+        raise PackageError(f"{where}: {name} has {size:,} bytes; at most {KNOWN[name]:,} are read.")
+
+
+def _require(where: Path, found: set[str]) -> None:
+    for name in (CONFIG, WEIGHTS):
+        if name not in found:
+            raise PackageError(f"{where} is no adapter: there is no {name} in it.")

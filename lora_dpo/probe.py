@@ -1,0 +1,82 @@
+"""A few held-out pairs with their scores travel with an adapter, so that anyone can check that it still works.
+
+`verify.json` holds token ids, not text, and the log-probabilities that policy and reference gave each answer when
+the adapter was made.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_dpo.data import TokenPair
+from lora_dpo.data.pairs import Origin
+from lora_dpo.errors import AdapterError
+from lora_dpo.lora_files import plain, read_json
+
+PROBE = "verify.json"
+MAX_PROBE = 4 << 20
+
+Sides = tuple[list[float], list[float]]
+"""Log-probabilities in nats of N chosen and N rejected answers."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The stored pairs, with the log-probabilities that they had."""
+
+    pairs: list[TokenPair]
+    policy: Sides
+    reference: Sides
+
+
+def save_probe(folder: Path, probe: Probe) -> None:
+    """Write `verify.json`."""
+    rows = [
+        {
+            "prompt": pair.prompt,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "policy": [probe.policy[0][i], probe.policy[1][i]],
+            "reference": [probe.reference[0][i], probe.reference[1][i]],
+        }
+        for i, pair in enumerate(probe.pairs)
+    ]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    (folder / PROBE).write_text(f'{{"format": 1, "pairs": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def read_probe(folder: Path) -> Probe | None:
+    """The stored pairs of an adapter; None if it has none. Raises `AdapterError` if they cannot be read."""
+    path = folder / PROBE
+    return parse_probe(path) if path.is_file() else None
+
+
+def parse_probe(path: Path) -> Probe:
+    """Read one `verify.json`, every number checked. Raises `AdapterError`."""
+    from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
+
+    class Row(BaseModel):
+        model_config = ConfigDict(strict=True)
+        prompt: list[NonNegativeInt] = Field(min_length=1)
+        chosen: list[NonNegativeInt] = Field(min_length=1)
+        rejected: list[NonNegativeInt] = Field(min_length=1)
+        policy: list[FiniteFloat] = Field(min_length=2, max_length=2)
+        reference: list[FiniteFloat] = Field(min_length=2, max_length=2)
+
+    class Rows(BaseModel):
+        pairs: list[Row] = Field(min_length=1, max_length=64)
+
+    try:
+        rows = Rows.model_validate(read_json(path, MAX_PROBE)).pairs
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{plain('.'.join(map(str, first['loc'])))}: {plain(first['msg'])}"
+        raise AdapterError(f"{path} cannot be read ({reason}). Take the adapter from its source again.") from error
+    origin = Origin(str(path), 0)
+    return Probe(
+        [TokenPair(row.prompt, row.chosen, row.rejected, origin, False) for row in rows],
+        ([row.policy[0] for row in rows], [row.policy[1] for row in rows]),
+        ([row.reference[0] for row in rows], [row.reference[1] for row in rows]),
+    )

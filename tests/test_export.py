@@ -1,0 +1,337 @@
+"""Exports against a real llama.cpp, and against transformers' own reader of GGUF files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from llama_cpp import llama_cpp
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lora_dpo.errors import AdapterError, ConfigError, ModelError, OutputError
+from lora_dpo.export import export
+from lora_dpo.export.gguf_arch import llama3_factors, permute
+from lora_dpo.export.ollama import read_turns
+
+IDS = [257, *b"Say it to the moon, red kite."]
+COMMON = dict(
+    vocab_size=260,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    bos_token_id=257,
+    eos_token_id=258,
+    pad_token_id=258,
+)
+
+
+def configs():
+    from transformers import (
+        Gemma2Config,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        Phi3Config,
+        Qwen2Config,
+        Qwen3Config,
+    )
+
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    narrow = {**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1}
+    gemma = {**narrow, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+    return {
+        "llama": LlamaConfig(**COMMON),
+        "llama-tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
+        "llama-biased": LlamaConfig(**COMMON, attention_bias=True),
+        "llama3": LlamaConfig(**COMMON, rope_parameters=llama3),
+        "mistral": MistralConfig(**COMMON, sliding_window=None),
+        "qwen2": Qwen2Config(**COMMON),
+        "qwen3": Qwen3Config(**narrow, head_dim=32),
+        "gemma2": Gemma2Config(**gemma),
+        "gemma3": Gemma3TextConfig(**gemma),
+        "phi3": Phi3Config(**COMMON, original_max_position_embeddings=512),
+    }
+
+
+CONFIGS = configs()
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer(tokenizer):
+    """The byte tokenizer with one merge and GPT-2's split of text, which llama.cpp knows by name."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["pre_tokenizer"]["use_regex"] = True
+    state["model"]["vocab"]["th"] = 256  # llama.cpp wants at least one merge
+    for token in state["added_tokens"]:
+        token["id"] += 1
+    state["model"]["merges"] = [["t", "h"]]
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def plain_name(name):
+    """llama.cpp takes "phi3" in a model's name for a promise about its tokens, transformers reads "mistral" so."""
+    return name.replace("phi3", "phi-three").replace("mistral", "wind")
+
+
+@pytest.fixture(scope="module")
+def models(text_tokenizer, tmp_path_factory):
+    """Make the tiny random model of an architecture once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("bases") / plain_name(name)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(CONFIGS[name])
+                for key, parameter in model.named_parameters():
+                    if key.endswith(("norm.weight", "bias")):
+                        parameter.data += torch.randn(parameter.shape) * 0.2  # not all alike: a mix-up must show
+            model.save_pretrained(made[name])
+            text_tokenizer.save_pretrained(made[name])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapters(models, make_adapter, tmp_path_factory):
+    made = {}
+
+    def make(name, **lora):
+        key = (name, *lora)
+        if key not in made:
+            made[key] = make_adapter(tmp_path_factory.mktemp("tuned") / plain_name(name), model=models(name), **lora)
+        return made[key]
+
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([IDS])).logits[0].float()
+
+
+def live(base, adapter):
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)))
+
+
+def run(model, lora=None):
+    [found] = llama_cpp(model, [{"tokens": IDS, "logits": True}], lora=lora)
+    return torch.tensor(found)
+
+
+def assert_close(found, wanted):
+    """llama.cpp keeps keys and values in f16: log-probabilities agree to about 1e-2."""
+    difference = (found.log_softmax(-1) - wanted.log_softmax(-1)).abs()
+    assert difference.mean() < 0.01, difference.mean()
+    assert (found.argmax(-1) == wanted.argmax(-1)).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_cpp_computes_what_transformers_does(name, models, adapters, tmp_path):
+    base, adapter = models(name), adapters(name)
+    wanted = live(base, adapter)
+    without = logits(AutoModelForCausalLM.from_pretrained(base))
+    assert (wanted.log_softmax(-1) - without.log_softmax(-1)).abs().mean() > 0.05
+    merged = export(adapter, tmp_path / "merged.gguf", to="gguf", kind="f32")
+    assert_close(run(merged), wanted)
+    plain = export(base, tmp_path / "base.gguf", to="gguf", kind="f32")
+    lora = export(adapter, tmp_path / "lora.gguf", to="gguf-adapter")
+    assert_close(run(plain, lora), wanted)
+    assert_close(run(plain), without)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("llama3", "llama-biased")])
+def test_transformers_reads_the_merged_gguf_with_the_live_logits(name, models, adapters, tmp_path):
+    export(adapters(name), tmp_path / "merged.gguf", to="gguf", kind="f32")
+    # its reader of configs leaves out widths of heads and scales of queries: the tensors are what is compared here
+    more = {"config": CONFIGS[name]} if name.startswith(("qwen3", "gemma")) else {}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="merged.gguf", dtype=torch.float32, **more)
+    assert torch.allclose(logits(read), live(models(name), adapters(name)), atol=1e-3)
+
+
+def test_scales_other_than_alpha_over_rank_reach_llama_cpp(models, adapters, tmp_path):
+    adapter = adapters("llama", rslora=True)
+    plain = export(models("llama"), tmp_path / "base.gguf", to="gguf", kind="f32")
+    lora = export(adapter, tmp_path / "lora.gguf", to="gguf-adapter")
+    assert_close(run(plain, lora), live(models("llama"), adapter))
+
+
+def test_dora_is_merged_and_refused_as_an_adapter(models, adapters, tmp_path):
+    adapter = adapters("llama", dora=True)
+    with pytest.raises(AdapterError, match="DoRA"):
+        export(adapter, tmp_path / "lora.gguf", to="gguf-adapter")
+    assert not list(tmp_path.iterdir())
+    assert_close(run(export(adapter, tmp_path / "m.gguf", to="gguf", kind="f32")), live(models("llama"), adapter))
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_every_kind_of_weights_is_read_by_llama_cpp(kind, models, adapters, tmp_path):
+    wanted = live(models("llama"), adapters("llama"))
+    found = run(export(adapters("llama"), tmp_path / "m.gguf", to="gguf", kind=kind))
+    error = (found.log_softmax(-1) - wanted.log_softmax(-1)).abs().mean()
+    assert error < {"f16": 0.01, "bf16": 0.05, "q8_0": 0.1, "q5_1": 0.6, "q5_0": 0.6}.get(kind, 1.0)
+
+
+def test_llama_cpp_reads_text_as_the_tokenizer_does(models, text_tokenizer, tmp_path):
+    plain = export(models("llama"), tmp_path / "base.gguf", to="gguf", kind="f32")
+    texts = ["<|im_start|>user\nSay it, Zürich 123!<|im_end|>\n", "  two  spaces", "don't", "the other"]
+    found = llama_cpp(plain, [{"tokenize": text} for text in texts])
+    assert found == [text_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_a_name_that_llama_cpp_reads_something_into_does_no_harm(name, models, tmp_path):
+    shutil.copytree(models(name), tmp_path / "my-Phi-3-mini")
+    run(export(tmp_path / "my-Phi-3-mini", tmp_path / "m.gguf", to="gguf", kind="f16"))
+
+
+def test_permuting_by_hand():
+    rows = torch.arange(8)[:, None]  # two heads of four rows
+    assert permute(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_llama3_factors_are_transformers_frequencies():
+    from transformers import LlamaForCausalLM
+
+    config = CONFIGS["llama3"]
+    here = LlamaForCausalLM(config).model.rotary_emb.inv_freq
+    dimension = config.hidden_size // config.num_attention_heads
+    plain = 1 / 10000 ** (torch.arange(0, dimension, 2) / dimension)
+    assert torch.allclose(plain / torch.tensor(llama3_factors(config.rope_parameters, dimension)), here, rtol=1e-5)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_refused(models, tmp_path):
+    base = models("qwen2")
+    config = json.loads((base / "config.json").read_text())
+    for change, reason in (
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+        ({"model_type": "gpt_neox"}, "is of type gpt_neox"),
+    ):
+        copy = tmp_path / reason.replace(" ", "-")
+        copy.mkdir()
+        for path in base.iterdir():
+            (copy / path.name).write_bytes(path.read_bytes())
+        (copy / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelError, match=reason if "neox" not in reason else "neox|other names"):
+            export(copy, tmp_path / "m.gguf", to="gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_name_is_refused(tiny_adapter, tmp_path):
+    with pytest.raises(ModelError, match="no known name"):
+        export(tiny_adapter, tmp_path / "m.gguf", to="gguf")
+
+
+def test_options_and_places_are_checked(adapters, tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean q8_0"):
+        export(adapters("llama"), tmp_path / "m.gguf", to="gguf", kind="q8")
+    (tmp_path / "there").write_text("mine")
+    for to in ("gguf", "gguf-adapter", "ollama", "peft"):
+        with pytest.raises(OutputError, match="already exists"):
+            export(adapters("llama"), tmp_path / "there", to=to)
+    assert (tmp_path / "there").read_text() == "mine"
+    with pytest.raises(AdapterError, match="is no adapter"):
+        export(tmp_path, tmp_path / "x", to="peft")
+
+
+# --- PEFT and Ollama ------------------------------------------------------------------------------
+
+
+def test_the_peft_folder_has_the_two_files_and_loads(models, adapters, tmp_path):
+    folder = export(adapters("llama"), tmp_path / "out", to="peft")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert torch.equal(live(models("llama"), folder), live(models("llama"), adapters("llama")))
+
+
+def test_the_ollama_folder_has_the_models_own_template_and_stops(adapters, models, text_tokenizer, tmp_path):
+    folder = export(adapters("llama"), tmp_path / "out", to="ollama", kind="q8_0")
+    text = (folder / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
+    for messages in (
+        [{"role": "user", "content": "Hi {you}"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+    ):
+        wanted = text_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert go(template, messages) == wanted
+
+
+def go(template, messages):
+    """What Go's text/template makes of the few actions that our templates use."""
+    first = re.match(r'\{\{ if ne \(index \.Messages 0\)\.Role "system" \}\}(.*?)\{\{ end \}\}', template, re.DOTALL)
+    before = first[1] if first and messages[0]["role"] != "system" else ""
+    rest = template[first.end() :] if first else template
+    loop = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", rest, re.DOTALL)
+    cases = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', loop[1])[1:]
+    bodies = dict(zip(cases[::2], cases[1::2], strict=True))
+    turns = [bodies[m["role"]].replace("{{ .Content }}", m["content"]) for m in messages]
+    return before + "".join(turns) + loop[2]
+
+
+TEMPLATES = {
+    "default system": "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<s>system\nBe kind.</s>\n"
+    "{% endif %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}",
+    "no system": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<start>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>model\n{% endif %}",
+    "bare": "{% for m in messages %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else m['content'] + '</s>' }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_are_read_from_templates_of_many_kinds(name, text_tokenizer):
+    import copy
+
+    other = copy.deepcopy(text_tokenizer)
+    other.chat_template = TEMPLATES[name]
+    turns = read_turns(other)  # held against the template inside
+    assert ("system" in turns.around) == (name != "no system")
+    messages = [{"role": "user", "content": "Hi"}]
+    assert go(turns.go_template(), messages) == other.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_a_template_that_counts_is_refused(text_tokenizer):
+    import copy
+
+    other = copy.deepcopy(text_tokenizer)
+    other.chat_template = "{% for m in messages %}{{ loop.index }}:{{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(ModelError, match="does more than write turns"):
+        read_turns(other)

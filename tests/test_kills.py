@@ -1,0 +1,107 @@
+"""Killed at random moments, merge, install, pack and export leave a whole result or nothing that anything accepts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from lora_dpo.adapters import check_folder
+from lora_dpo.errors import AdapterError
+from lora_dpo.export import export
+from lora_dpo.library import install, list_adapters, pack
+from lora_dpo.merge import merge
+
+KILLS = 20
+
+
+def content(path):
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def in_a_child(work, delay=None):
+    """Run `work` in a forked process; kill it after `delay` seconds. Returns how long it ran and whether it ended."""
+    began = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    if delay is None:
+        os.waitpid(child, 0)
+        return time.perf_counter() - began
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return delay
+
+
+@pytest.mark.parametrize("what", ["merge", "install", "pack", "export"])
+def test_a_kill_leaves_the_whole_or_nothing(what, tiny_adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_adapter, "adapters/mine")
+    package = pack(Path("adapters/mine"), tmp_path / "packed.lora.zip")
+    target = {
+        "merge": Path("merged"),
+        "install": Path("adapters/new"),
+        "pack": Path("mine.lora.zip"),
+        "export": Path("lora.gguf"),
+    }[what]
+    work = {
+        "merge": lambda: merge("adapters/mine", target, dtype="float32", shard=100_000),
+        "install": lambda: install(package, name="new"),
+        "pack": lambda: pack(Path("adapters/mine"), target),
+        "export": lambda: export("adapters/mine", target, to="gguf-adapter"),
+    }[what]
+    work()  # here, so that children find every library loaded
+    whole = content(target)
+    remove(target)
+    took = max(in_a_child(work) for _ in range(2) if not remove(target))
+    remove(target)
+    draws = random.Random(what)
+    outcomes = []
+    for _ in range(KILLS):
+        in_a_child(work, draws.uniform(0, 1.1 * took))
+        if target.exists():
+            assert content(target) == whole
+        outcomes.append("whole" if target.exists() else "nothing")
+        names = [row.name for row in list_adapters(Path("adapters"))]
+        assert names == (["mine", "new"] if what == "install" and target.exists() else ["mine"])
+        for left in [*Path().glob(".*"), *Path("adapters").glob(".*")]:
+            assert not accepted(left), left
+            remove(left)
+        remove(target)
+    assert "nothing" in outcomes, "no kill came before the end: the test proves nothing"
+
+
+def accepted(left):
+    """Would a loader take what a kill left behind?"""
+    try:
+        check_folder(left)
+    except AdapterError:
+        pass
+    else:
+        return True
+    if (left / "config.json").is_file():  # a model's config is written last: with it, all weights are there
+        try:
+            AutoConfig.from_pretrained(left)
+        except (OSError, ValueError):
+            return False  # cut off inside it
+        return not list(left.glob("*.safetensors"))
+    return False
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
