@@ -13,8 +13,9 @@ MODEL := models/smollm2-135m
 train: $(BIN)/lora-dpo $(MODEL)/config.json
 	$(BIN)/lora-dpo train configs/quickstart.yaml
 
+# Two processes of one thread each: most tests are many small steps, which more threads do not speed up.
 test: $(BIN)/.dev $(MODEL)/config.json
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: lint types test
 
