@@ -44,6 +44,7 @@ from lora_dpo import DPOTrainer, EngineSection, load_base
 from lora_dpo.model import load_tokenizer, pick_device
 from lora_dpo.shared_prefix import layout as layout_module
 from lora_dpo.shared_prefix import model as forward_module
+from lora_dpo.steps import pair_lengths
 
 GB = 1e9
 
@@ -153,32 +154,29 @@ def peak_memory() -> Iterator[list[float]]:
         watcher.join()
 
 
-def count(variant: Variant) -> None:
-    """FLOPs and tokens of the variant's batches, and the most bytes that one of them keeps for its backward pass."""
-    with FlopCounterMode(display=False) as counter, counted_tokens(variant):
+def count(variant: Variant, unchecked: Any) -> None:
+    """Tokens of a variant's batches, FLOPs (of ours alone: stock TRL would need a whole round more), and the most
+    bytes that a batch keeps for its backward pass where no layer is checkpointed.
+
+    Args:
+        unchecked: stock TRL's trainer without checkpointing, for what stock TRL keeps.
+    """
+    widest = max(variant.batches, key=lambda batch: sum(map(total, batch)))
+    if getattr(variant.trainer, "engine", None) is None:
+        variant.tokens = sum(2 * len(batch) * max(map(total, batch)) for batch in variant.batches)
+        variant.kept = kept_bytes(unchecked, unknown(widest))
+        return
+    variant.tokens = sum(sum(pair_lengths(variant.trainer.data_collator(batch))) for batch in variant.batches)
+    run(variant)  # warms up: references are scored, the memory is measured, the trunk is kept
+    with FlopCounterMode(display=False) as counter:
         run(variant)
     variant.flops = float(counter.get_total_flops())
-    widest = max(variant.batches, key=lambda batch: sum(map(total, batch)))
     variant.kept = kept_bytes(variant.trainer, widest)
 
 
-@contextlib.contextmanager
-def counted_tokens(variant: Variant) -> Iterator[None]:
-    """Tokens that run through the backbone for the policy's forward pass."""
-    engine = getattr(variant.trainer, "engine", None)
-    if engine is None:
-        padded = [2 * len(batch) * max(map(total, batch)) for batch in variant.batches]
-        variant.tokens = sum(padded)
-        yield
-        return
-    yield
-    variant.tokens = sum(sum(engine_lengths(variant.trainer, batch)) for batch in variant.batches)
-
-
-def engine_lengths(trainer: Any, batch: list[Row]) -> list[int]:
-    from lora_dpo.steps import pair_lengths
-
-    return pair_lengths(trainer.data_collator(batch))
+def unknown(batch: list[Row]) -> list[Row]:
+    """The batch with made-up references, for a trainer that reads them from its rows."""
+    return [{**row, "ref_chosen_logps": -100.0, "ref_rejected_logps": -100.0} for row in batch]
 
 
 def kept_bytes(trainer: Any, batch: list[Row]) -> float:
@@ -234,7 +232,7 @@ def variants(options: argparse.Namespace, rows: list[Row]) -> list[Variant]:
     stock = build(Stock, theirs, rows, None, size)
     tuned_trainer = build(Stock, theirs, rows, None, size, gradient_checkpointing=False)
     tuned_trainer.precompute_ref_logps = True
-    known = [[{**row, "ref_chosen_logps": -100.0, "ref_rejected_logps": -100.0} for row in batch] for batch in grouped]
+    known = [unknown(batch) for batch in grouped]
     ours = build(DPOTrainer, ours_base, rows, None, size, engine=off)
     found = [
         Variant("TRL as a user gets it", stock, mixed),
@@ -311,8 +309,9 @@ def measure(found: list[Variant], rounds: int, console: Console) -> None:
     """Counts once, which also warms up; then `rounds` rounds of every variant in turn."""
     for variant in found:
         with SWITCHES.get(variant.name, contextlib.nullcontext)():
-            console.print(f"  counting {variant.name}", style="dim")
-            count(variant)
+            start = time.perf_counter()
+            count(variant, found[1].trainer)
+            console.print(f"  counted {variant.name}, {time.perf_counter() - start:.0f} s", style="dim")
     for number in range(rounds):
         for variant in found:
             with SWITCHES.get(variant.name, contextlib.nullcontext)():
@@ -331,7 +330,8 @@ def table(title: str, found: list[Variant], against: list[Variant]) -> Table:
         ratios = [
             f"{median(b / v for b, v in zip(base.seconds, variant.seconds, strict=True)):.2f}" for base in against
         ]
-        numbers = [f"{variant.tokens:,}", f"{variant.flops / 1e12:.2f}", f"{variant.kept / GB:.2f}"]
+        flops = f"{variant.flops / 1e12:.2f}" if variant.flops else "-"
+        numbers = [f"{variant.tokens:,}", flops, f"{variant.kept / GB:.2f}"]
         drawn.add_row(variant.name, *ratios, *numbers, f"{variant.peak / GB:.2f}")
     return drawn
 

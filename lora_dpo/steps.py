@@ -96,17 +96,22 @@ class WholeStep:
         if self.split_pairs:
             return self._two_passes(model, inputs, [branch(inputs, row) for row in range(len(inputs["input_ids"]))])
         parts = [select(inputs, pairs) for pairs in chosen]
-        if len(parts) == 1:
+        alone = trainer.args.world_size == 1
+        if len(parts) == 1 and alone:
             with trainer.compute_loss_context_manager():
                 loss = trainer.loss_of(model(**model_inputs(inputs)), inputs)
             trainer.accelerator.backward(loss)
             return loss.detach()
-        if couples_pairs(trainer.loss_types):
+        if couples_pairs(trainer.loss_types) and len(parts) > 1:
             return self._two_passes(model, inputs, parts)
         return self._one_pass(model, inputs, parts)
 
     def _one_pass(self, model: Any, inputs: Inputs, parts: Sequence[Part]) -> torch.Tensor:
-        """Each part's own loss, weighted: for losses that are means over pairs."""
+        """Each part's own loss, weighted: for losses that are means over pairs.
+
+        The metrics come last: between processes their exchange must follow that of the gradients in each of them,
+        however many parts it has.
+        """
         trainer, outputs = self.trainer, []
         shares = sft_shares(inputs, parts)
         for number, part in enumerate(parts):
@@ -129,15 +134,16 @@ class WholeStep:
                 outputs.append(model(**model_inputs(part.inputs)))
         whole = assemble(outputs, parts)
         whole.log_probs.requires_grad_()
-        loss = trainer.loss_of(whole, inputs)
-        (slope_RT,) = torch.autograd.grad(loss, whole.log_probs)
+        with trainer.unlogged():
+            (slope_RT,) = torch.autograd.grad(trainer.loss_of(whole, inputs), whole.log_probs)
         with self.engine.forward.log(False):
             for number, part in enumerate(parts):
                 _set_random_state(states[number])
                 with _synced(model, number == len(parts) - 1), trainer.compute_loss_context_manager():
                     log_probs = model(**model_inputs(part.inputs)).log_probs[: len(part.rows)]
                     trainer.accelerator.backward((log_probs * slope_RT[part.rows]).sum())
-        return loss.detach()
+        with torch.no_grad():
+            return trainer.loss_of(whole, inputs)
 
 
 def couples_pairs(loss_types: Sequence[str]) -> bool:

@@ -234,7 +234,7 @@ def test_the_report_finds_no_difference_where_there_is_none(adapter, tmp_path):
     stored, exact = found
     assert exact.mean_delta < 1e-5 < 1e-3 < stored.mean_delta
     assert exact.max_delta >= exact.mean_delta
-    assert exact.kl < 1e-8 < stored.kl
+    assert exact.kl < 1e-7 < stored.kl  # float32 rounding: 1e-8, by the number of threads
     assert exact.top1 == 1.0 >= stored.top1
     assert exact.same_answers == exact.answers > 0
     assert exact.accuracy == exact.live_accuracy
