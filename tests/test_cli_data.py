@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lora_dpo.cli import main
 from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
@@ -24,7 +25,8 @@ ORCA = [
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    # not by $COLUMNS: the console may have been made, with another width, in an earlier test
+    monkeypatch.setattr("lora_dpo.cli_data.out", Console(width=200))
 
 
 @pytest.fixture
