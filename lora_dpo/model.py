@@ -254,6 +254,13 @@ def detach(model: PeftModel) -> PreTrainedModel:
     if not hasattr(base, "_hf_hook"):  # an offloading hook of accelerate sits on the forward, too, and stays
         vars(base).pop("forward", None)  # TRL leaves its own there, one around the other with each training
     base.gradient_checkpointing_disable()
+    hooks = base.get_input_embeddings()._forward_hooks
+    for number, hook in list(hooks.items()):
+        # For checkpointing, TRL and peft each add one, and transformers remembers only the last to remove it.
+        if hook.__name__.startswith("make_inputs_require_grad"):
+            del hooks[number]
+    for handle in ("_require_grads_hook", "_require_grads_hooks"):
+        vars(base).pop(handle, None)
     base.config.use_cache = True  # TRL switches it off for training
     base.requires_grad_(False)
     base.eval()

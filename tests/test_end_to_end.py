@@ -82,7 +82,8 @@ def test_merge_into_the_trained_base_reloads_in_plain_transformers_with_the_live
     for ours, theirs in zip(
         score_pairs(merged, held_out, pad_id=2), score_pairs(live, held_out, pad_id=2), strict=True
     ):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        # An answer of one likely token has a log-probability near 0, where float32 rounds absolutely: up to 4e-5 seen.
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
 
 
 def test_packed_4bit_weights_give_the_same_scores_as_the_held_ones(adapter, workplace, monkeypatch):
