@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +39,7 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, Row, draw, read, total
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_dpo import DPOTrainer, EngineSection, load_base
@@ -58,6 +60,8 @@ class Variant:
     batches: list[list[Row]]
     before: Callable[[], None] = lambda: None
     seconds: list[float] = field(default_factory=list)
+    steps: list[list[Row]] = field(default_factory=list)
+    """The optimiser steps that `batches` make up, where a step does not fit at once."""
     tokens: int = 0
     flops: float = 0.0
     kept: float = 0.0
@@ -116,8 +120,15 @@ def run(variant: Variant) -> None:
         trainer._metrics["train"].clear()
 
 
-def seconds_of(variant: Variant) -> float:
+def give_back_memory() -> None:
+    """Hand freed memory back to the system: what one variant left would count for the next, until none is left."""
     gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def seconds_of(variant: Variant) -> float:
+    give_back_memory()
     with peak_memory() as peak:
         start = time.perf_counter()
         run(variant)
@@ -155,23 +166,23 @@ def peak_memory() -> Iterator[list[float]]:
 
 
 def count(variant: Variant, unchecked: Any) -> None:
-    """Tokens of a variant's batches, FLOPs (of ours alone: stock TRL would need a whole round more), and the most
-    bytes that a batch keeps for its backward pass where no layer is checkpointed.
+    """Tokens of a variant's batches, FLOPs (of ours alone: stock TRL would need a whole round more), and the bytes
+    that a step keeps for its backward pass where no layer is checkpointed, as the mean over the steps.
 
     Args:
         unchecked: stock TRL's trainer without checkpointing, for what stock TRL keeps.
     """
-    widest = max(variant.batches, key=lambda batch: sum(map(total, batch)))
+    steps = variant.steps or variant.batches
     if getattr(variant.trainer, "engine", None) is None:
         variant.tokens = sum(2 * len(batch) * max(map(total, batch)) for batch in variant.batches)
-        variant.kept = kept_bytes(unchecked, unknown(widest))
+        variant.kept = fmean(kept_bytes(unchecked, unknown(step)) for step in steps)
         return
     variant.tokens = sum(sum(pair_lengths(variant.trainer.data_collator(batch))) for batch in variant.batches)
     run(variant)  # warms up: references are scored, the memory is measured, the trunk is kept
     with FlopCounterMode(display=False) as counter:
         run(variant)
     variant.flops = float(counter.get_total_flops())
-    variant.kept = kept_bytes(variant.trainer, widest)
+    variant.kept = fmean(kept_bytes(variant.trainer, step) for step in steps)
 
 
 def unknown(batch: list[Row]) -> list[Row]:
@@ -191,14 +202,18 @@ def kept_bytes(trainer: Any, batch: list[Row]) -> float:
         with engine.forward.count_kept() as kept:
             loss = trainer.compute_loss(trainer.model, inputs)
     else:
+        seen: dict[int, StorageWeakRef] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def note(tensor: torch.Tensor) -> None:
+            # Counted, not kept: a batch that would not fit is counted too. So an address may be used again.
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            address = storage.data_ptr()
+            if address in weights or (address in seen and not seen[address].expired()):
+                return
+            seen[address] = StorageWeakRef(storage)
+            kept[len(kept)] = storage.nbytes()
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
             loss = trainer.compute_loss(trainer.model, inputs)
     trainer._metrics["train"].clear()
     del loss
@@ -225,18 +240,20 @@ def variants(options: argparse.Namespace, rows: list[Row]) -> list[Variant]:
     size = options.batch
     mixed = [shuffled[start : start + size] for start in range(0, len(rows), size)]
     ordered = sorted(rows, key=total)
-    grouped = [ordered[start : start + size] for start in range(0, len(rows), size)]
+    part = options.tuned_batch or size
+    grouped = [ordered[start : start + part] for start in range(0, len(rows), part)]
+    steps = [unknown(ordered[start : start + size]) for start in range(0, len(rows), size)]
 
     theirs, ours_base = bases(options)
     off = EngineSection(reference_cache="off")
     stock = build(Stock, theirs, rows, None, size)
-    tuned_trainer = build(Stock, theirs, rows, None, size, gradient_checkpointing=False)
+    tuned_trainer = build(Stock, theirs, rows, None, part, gradient_checkpointing=False)
     tuned_trainer.precompute_ref_logps = True
     known = [unknown(batch) for batch in grouped]
     ours = build(DPOTrainer, ours_base, rows, None, size, engine=off)
     found = [
-        Variant("TRL as a user gets it", stock, mixed),
-        Variant("TRL tuned: no checkpointing, references known, by length", tuned_trainer, known),
+        Variant("TRL as it comes", stock, mixed),
+        Variant("TRL tuned: no checkpointing, references known, by length", tuned_trainer, known, steps=steps),
         Variant("ours, first epoch", ours, mixed, forget_references(ours)),
         Variant("ours, references known", ours, mixed),
     ]
@@ -311,7 +328,9 @@ def measure(found: list[Variant], rounds: int, console: Console) -> None:
         with SWITCHES.get(variant.name, contextlib.nullcontext)():
             start = time.perf_counter()
             count(variant, found[1].trainer)
-            console.print(f"  counted {variant.name}, {time.perf_counter() - start:.0f} s", style="dim")
+            give_back_memory()
+            spent, held = time.perf_counter() - start, psutil.Process().memory_info().rss / GB
+            console.print(f"  counted {variant.name}, {spent:.0f} s; {held:.1f} GB held", style="dim")
     for number in range(rounds):
         for variant in found:
             with SWITCHES.get(variant.name, contextlib.nullcontext)():
@@ -319,13 +338,19 @@ def measure(found: list[Variant], rounds: int, console: Console) -> None:
             console.print(f"  round {number + 1}: {variant.name} {variant.seconds[-1]:.1f} s", style="dim")
 
 
+CAPTION = (
+    "speed: pairs/s as a ratio. kept: by the forward pass of a step for its backward pass, without checkpointing, "
+    "mean. peak: most memory beyond what was held before the step."
+)
+
+
 def table(title: str, found: list[Variant], against: list[Variant]) -> Table:
     """One row a variant; speed as ratios to each of `against`."""
-    drawn = Table(title=title, title_justify="left")
-    for name in ("", *(f"pairs/s over {base.name.partition(':')[0]}" for base in against)):
-        drawn.add_column(name, justify="right" if name else "left")
-    for name in ("tokens", "TFLOPs", "kept for backward, GB", "peak beyond the weights, GB"):
+    drawn = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
+    drawn.add_column("", min_width=24)
+    for name in (*(f"speed over {base.name.partition(':')[0]}" for base in against), "tokens", "TFLOPs", "kept, GB"):
         drawn.add_column(name, justify="right")
+    drawn.add_column("peak, GB", justify="right")
     for variant in found:
         ratios = [
             f"{median(b / v for b, v in zip(base.seconds, variant.seconds, strict=True)):.2f}" for base in against
@@ -338,7 +363,7 @@ def table(title: str, found: list[Variant], against: list[Variant]) -> Table:
 
 def record(options: argparse.Namespace, shape: str, rows: list[Row], found: list[Variant]) -> dict[str, Any]:
     """What one table says, with the machine and the versions."""
-    skip = ("trainer", "batches", "before")
+    skip = ("trainer", "batches", "steps", "before")
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -348,6 +373,7 @@ def record(options: argparse.Namespace, shape: str, rows: list[Row], found: list
         "shape": shape,
         "pairs": len(rows),
         "batch": options.batch,
+        "tuned_batch": options.tuned_batch or options.batch,
         "model": options.model,
         "quantize": options.quantize,
         "dtype": options.dtype,
@@ -410,6 +436,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="compute dtype, such as float32")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--top", type=int, default=0, help="also measure an adapter on the top N layers")
+    parser.add_argument(
+        "--tuned-batch", type=int, default=0, help="pairs that tuned TRL computes at once, where a step does not fit"
+    )
     parser.add_argument("--ablate", action="store_true", help="what each part of the engine gives alone")
     parser.add_argument("--touch", type=int, default=0, help="GB of memory to touch first")
     parser.add_argument("--output", type=Path, help="a JSON file to add the results to")

@@ -26,7 +26,7 @@ class Shape:
 
 
 SHAPES = {
-    "hh": Shape("several turns, short answers (as HH-RLHF)", prompt=100, answer=40, longest=768),
+    "hh": Shape("several turns, short answers (as HH-RLHF)", prompt=100, answer=40, longest=512),
     "long-prompt": Shape("long prompt, middling answers", prompt=400, answer=120, prompt_spread=0.5),
     "long-answer": Shape("short prompt, long answers", prompt=40, answer=250, answer_spread=0.5),
 }

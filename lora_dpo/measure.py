@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from lora_dpo.data import Message
 from lora_dpo.evaluate import AnswerMetrics, PairMetrics, answer_metrics, pair_metrics, score_pairs, write_json
 from lora_dpo.generate import Answer, Sampling, generate
+from lora_dpo.model import reference
 from lora_dpo.prepare import Run, Stopped
 
 if TYPE_CHECKING:
@@ -37,10 +39,12 @@ def measure_before(run: Run, model: PeftModel, pad: int, cache: Path) -> tuple[S
         scores, texts = stored["scores"], [Answer(**answer) for answer in stored["answers"]]
     else:
         scores = None
-        if run.held_out:
-            tick = run.progress("held-out pairs, reference", len(run.held_out))
-            scores = score_pairs(model, run.held_out, pad_id=pad, on_pair=tick)
-        texts = _answer(run, model, "answers before training")
+        # A fresh adapter changes nothing yet, and without it the same numbers are cheaper.
+        with reference(model) if run.recipe.reference_adapter is None else contextlib.nullcontext():
+            if run.held_out:
+                tick = run.progress("held-out pairs, reference", len(run.held_out))
+                scores = score_pairs(model, run.held_out, pad_id=pad, on_pair=tick)
+            texts = _answer(run, model, "answers before training")
         write_json(cache, {"scores": scores, "answers": [asdict(answer) for answer in texts]})
     pairs = pair_metrics(scores, scores, beta=run.beta) if scores else None
     return scores, Measured(pairs, _answer_metrics(run, texts), tuple(texts))

@@ -107,7 +107,7 @@ class Rematerialiser:
         original = noted[0]() if noted else None
         if noted is None or original is None or original.numel() != tensor.numel() or not tensor.is_contiguous():
             self._count(tensor)
-            return tensor
+            return tensor.detach()  # the tensor itself would keep the graph alive that keeps the tensor
         return noted[1], tensor.shape
 
     def _unpack(self, packed: Any) -> torch.Tensor:
