@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -129,12 +130,15 @@ def give_back_memory() -> None:
 
 def seconds_of(variant: Variant) -> float:
     give_back_memory()
+    # One thread's own time does not count what else ran on the machine.
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     with peak_memory() as peak:
-        start = time.perf_counter()
+        start = clock()
         run(variant)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        spent = time.perf_counter() - start
+        spent = clock() - start
     variant.peak = max(variant.peak, peak[0])
     return spent
 
@@ -165,19 +169,24 @@ def peak_memory() -> Iterator[list[float]]:
         watcher.join()
 
 
-def count(variant: Variant, unchecked: Any) -> None:
+def count(variant: Variant, unchecked: Any, *, quick: bool = False) -> None:
     """Tokens of a variant's batches, FLOPs (of ours alone: stock TRL would need a whole round more), and the bytes
     that a step keeps for its backward pass where no layer is checkpointed, as the mean over the steps.
 
     Args:
         unchecked: stock TRL's trainer without checkpointing, for what stock TRL keeps.
+        quick: the tokens alone, and for ours one step to warm up.
     """
     steps = variant.steps or variant.batches
     if getattr(variant.trainer, "engine", None) is None:
         variant.tokens = sum(2 * len(batch) * max(map(total, batch)) for batch in variant.batches)
-        variant.kept = fmean(kept_bytes(unchecked, unknown(step)) for step in steps)
+        if not quick:
+            variant.kept = fmean(kept_bytes(unchecked, unknown(step)) for step in steps)
         return
     variant.tokens = sum(sum(pair_lengths(variant.trainer.data_collator(batch))) for batch in variant.batches)
+    if quick:
+        run(dataclasses.replace(variant, batches=variant.batches[:1]))
+        return
     run(variant)  # warms up: references are scored, the memory is measured, the trunk is kept
     with FlopCounterMode(display=False) as counter:
         run(variant)
@@ -322,12 +331,12 @@ def trl_head(hidden: Any, weight: Any, bias: Any, label: Any, *, scale: float, s
     return forward_module.HeadValues(*values)
 
 
-def measure(found: list[Variant], rounds: int, console: Console) -> None:
+def measure(found: list[Variant], rounds: int, console: Console, *, quick: bool = False) -> None:
     """Counts once, which also warms up; then `rounds` rounds of every variant in turn."""
     for variant in found:
         with SWITCHES.get(variant.name, contextlib.nullcontext)():
             start = time.perf_counter()
-            count(variant, found[1].trainer)
+            count(variant, found[1].trainer, quick=quick)
             give_back_memory()
             spent, held = time.perf_counter() - start, psutil.Process().memory_info().rss / GB
             console.print(f"  counted {variant.name}, {spent:.0f} s; {held:.1f} GB held", style="dim")
@@ -416,7 +425,7 @@ def compare(options: argparse.Namespace, shape: str, title: str, rows: list[Row]
     if options.ablate:
         found = ablations(options, found[3])
         against = found[:1]
-    measure(found, options.rounds, console)
+    measure(found, options.rounds, console, quick=options.quick)
     console.print(table(title, found, against))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -440,6 +449,7 @@ def main() -> None:
         "--tuned-batch", type=int, default=0, help="pairs that tuned TRL computes at once, where a step does not fit"
     )
     parser.add_argument("--ablate", action="store_true", help="what each part of the engine gives alone")
+    parser.add_argument("--quick", action="store_true", help="times and tokens alone: no FLOPs, no kept bytes")
     parser.add_argument("--touch", type=int, default=0, help="GB of memory to touch first")
     parser.add_argument("--output", type=Path, help="a JSON file to add the results to")
     options = parser.parse_args()

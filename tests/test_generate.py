@@ -1,8 +1,10 @@
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_dpo.generate import Sampling, generate, pick, stream
+from lora_dpo.generate import Sampling, generate, pick, rows_that_fit, stream
 
 CHATS = [[{"role": "user", "content": text}] for text in ("hi", "tell me about the sea, please", "why?", "é ü")]
 
@@ -69,3 +71,33 @@ def test_sampling_follows_the_temperature():
     logits = torch.tensor([2.0, 0.0]).repeat(4000, 1)
     hot = pick(logits, Sampling(temperature=2.0), torch.Generator().manual_seed(0)).float().mean().item()
     assert hot == pytest.approx(torch.sigmoid(torch.tensor(-1.0)).item(), abs=0.03)
+
+
+def test_every_ended_answer_counts_as_done_at_once(model, tokenizer):
+    done = []
+    answers = generate(
+        model,
+        tokenizer,
+        CHATS,
+        sampling=Sampling(max_new_tokens=24, temperature=2.0),
+        batch_size=2,
+        on_answer=done.append,
+    )
+    assert done == sorted(done)
+    assert done[-1] == len(CHATS)
+    assert len(done) >= sum(answer.finished for answer in answers)
+
+
+def test_rows_that_fit_take_a_quarter_of_the_free_memory(model, monkeypatch):
+    generate_module = sys.modules["lora_dpo.generate"]  # the package's attribute of this name is the function
+    config = model.config
+    # keys and values of 100 tokens, float32: 2 tensors a layer
+    size = config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * size * 4 * 100
+    monkeypatch.setattr(generate_module, "free_bytes", lambda device: 4 * row * 7 + 3)
+    assert rows_that_fit(model, 100) == 7
+    assert rows_that_fit(model, 1000) == 1
+    monkeypatch.setattr(generate_module, "free_bytes", lambda device: 0)
+    assert rows_that_fit(model, 100) == 1
+    monkeypatch.setattr(generate_module, "free_bytes", lambda device: 10**12)
+    assert rows_that_fit(model, 100) == 128

@@ -16,7 +16,7 @@ from lora_dpo import DPOTrainer
 from lora_dpo.evaluate import _padded_logps, _stream_logps, score_pairs
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
-from lora_dpo.shared_prefix.attention import Plan, pair_attention
+from lora_dpo.shared_prefix.attention import StreamPlan, pair_attention
 from lora_dpo.shared_prefix.model import ARCHITECTURES
 
 
@@ -94,7 +94,9 @@ def test_pair_attention_equals_one_dense_mask_over_the_stream():
     dense = torch.nn.functional.scaled_dot_product_attention(
         query[None], key.repeat_interleave(2, 0)[None], value.repeat_interleave(2, 0)[None], attn_mask=sees, scale=0.3
     )[0]
-    assert torch.allclose(pair_attention(query, key, value, Plan(layout.spans), 0.3).transpose(0, 1), dense, atol=1e-6)
+    assert torch.allclose(
+        pair_attention(query, key, value, StreamPlan(layout.spans), 0.3).transpose(0, 1), dense, atol=1e-6
+    )
 
 
 def test_every_supported_architecture_is_tested_here():
@@ -243,6 +245,22 @@ def test_closing_gives_the_model_its_own_forward_back():
     forward.close()
     assert model.forward == own
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_training_call_that_cannot_be_a_stream_is_passed_on_and_said_once(caplog):
+    model = trl_patched(tiny("llama"))
+    call = padded_call()
+    plain = model(**call, position_ids=torch.arange(call["input_ids"].shape[1])[None])
+    forward = PairForward(model, ("log_probs",))
+    with caplog.at_level(logging.WARNING, logger="lora_dpo"):
+        for _ in range(2):
+            passed = model(**call, position_ids=torch.arange(call["input_ids"].shape[1])[None])
+            model(input_ids=call["input_ids"])  # not a training call: nothing to say
+    assert torch.equal(passed.log_probs, plain.log_probs)
+    assert forward.streams == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "This pass is TRL's own (slower, the same result): the model is called with position_ids."
+    ]
 
 
 def test_an_architecture_that_cannot_is_said_once_and_trains_with_trls_forward(tiny_model_folder, tmp_path, caplog):

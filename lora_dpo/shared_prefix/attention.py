@@ -20,7 +20,7 @@ PLAN = "lora_dpo_plan"
 """Name of the keyword that carries the plan through the backbone to the attention layers."""
 
 
-class Plan:
+class StreamPlan:
     """Where the pairs of a stream lie, and the masks of their branches, which all layers share."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
@@ -43,7 +43,7 @@ def pair_attention(
     query_HSD: torch.Tensor,
     key_KSD: torch.Tensor,
     value_KSD: torch.Tensor,
-    plan: Plan,
+    plan: StreamPlan,
     scale: float | None,
     *,
     window: int | None = None,
@@ -87,7 +87,7 @@ def _attend(
     key_KGTD: torch.Tensor,
     value_KGTD: torch.Tensor,
     before: int,
-    plan: Plan,
+    plan: StreamPlan,
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -118,7 +118,7 @@ def _interface(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in each layer, with `[1, heads, S, D]` tensors; returns `[1, S, H, D]`."""
     plan = kwargs.get(PLAN)
-    if not isinstance(plan, Plan) or attention_mask is not None or query.shape[0] != 1:
+    if not isinstance(plan, StreamPlan) or attention_mask is not None or query.shape[0] != 1:
         raise RuntimeError("shared-prefix attention was called without its plan")
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     out = pair_attention(query[0], key[0], value[0], plan, scaling, window=window, softcap=softcap)  # type: ignore[arg-type]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from lora_dpo.shared_prefix.attention import NAME, PLAN, Plan
+from lora_dpo.shared_prefix.attention import NAME, PLAN, StreamPlan
 from lora_dpo.shared_prefix.layout import Layout, lay_out
 from lora_dpo.shared_prefix.logprobs import HeadValues, head_values, to_rows
 from lora_dpo.shared_prefix.rematerialise import Rematerialiser
 from lora_dpo.shared_prefix.trunk import TrunkCache, from_trunk, lowest_adapted_layer, trunk_hidden
+
+logger = logging.getLogger(__name__)
 
 LOGGED = ("entropy", "mean_logits", "is_top1")
 """Per-token values that TRL only logs."""
@@ -76,7 +79,7 @@ def stream_hidden(model: Any, layout: Layout, **kwargs: Any) -> torch.Tensor:
         input_ids=layout.ids_S[None],
         position_ids=layout.position_S[None],
         use_cache=False,
-        **{PLAN: Plan(layout.spans)},
+        **{PLAN: StreamPlan(layout.spans)},
         **kwargs,
     )
     hidden: torch.Tensor = output.last_hidden_state[0]
@@ -115,6 +118,14 @@ def to_device(layout: Layout, device: torch.device) -> Layout:
     )
 
 
+NEEDED = frozenset({"input_ids", "attention_mask", "labels", "fused_lm_head"})
+UNUSED = frozenset({"use_cache", "return_dict"})
+
+
+def _given(kwargs: dict[str, Any]) -> set[str]:
+    return {name for name, value in kwargs.items() if value is not None}  # peft fills in None for the rest
+
+
 class PairForward:
     """Gives one model instance TRL's `forward(..., labels, fused_lm_head=True)` over a shared-prefix stream.
 
@@ -148,6 +159,8 @@ class PairForward:
         """Forward passes that ran as a stream."""
         self.tokens = 0
         """Stream tokens that ran through the top layers."""
+        self.told = False
+        """Whether it was said that a training call could not run as a stream."""
         self.rematerialiser = Rematerialiser(model) if rematerialise else None
         inner = self
 
@@ -172,6 +185,8 @@ class PairForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's call with padded rows `[2n, T]`; any other call is passed on."""
         if args or not self._is_pairs(**kwargs):
+            if kwargs.get("fused_lm_head"):
+                self._tell_passed_on(kwargs)
             self.rest()
             return self.before(*args, **kwargs)
         ids_RT, mask_RT, labels_RT = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
@@ -207,11 +222,20 @@ class PairForward:
             self.rematerialiser.kept = None
 
     def _is_pairs(self, **kwargs: Any) -> bool:
-        given = {name for name, value in kwargs.items() if value is not None}  # peft fills in None for the rest
-        needed = {"input_ids", "attention_mask", "labels", "fused_lm_head"}
-        if not needed <= given or not kwargs["fused_lm_head"] or given - needed - {"use_cache", "return_dict"}:
+        given = _given(kwargs)
+        if not given >= NEEDED or not kwargs["fused_lm_head"] or given - NEEDED - UNUSED:
             return False
         return len(kwargs["input_ids"]) % 2 == 0
+
+    def _tell_passed_on(self, kwargs: dict[str, Any]) -> None:
+        if self.told:
+            return
+        self.told = True
+        given = _given(kwargs)
+        odd = [f"with {name}" for name in sorted(given - NEEDED - UNUSED)]
+        odd += [f"without {name}" for name in sorted(NEEDED - given)]
+        because = "the model is called " + ", ".join(odd) if odd else "its rows are not pairs"
+        logger.warning("This pass is TRL's own (slower, the same result): %s.", because)
 
     def _hidden(self, layout: Layout, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         keep = self.rematerialiser is not None and torch.is_grad_enabled()
