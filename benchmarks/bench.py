@@ -397,7 +397,9 @@ def floor_flops(trainer: Any, rows: list[Row]) -> float:
     """4N(P+C+R) + 4HV(C+R) a pair: a frozen base of N body weights, its head, forward and backward, no attention."""
     config = trainer.model.get_base_model().config
     layers = trainer.model.get_base_model().base_model.layers
-    body = sum(p.numel() for n, p in layers.named_parameters() if "lora_" not in n and p.dim() == 2)
+    # by features, since a packed weight is no matrix; peft's wrappers have the features of what they wrap
+    linear = [part for name, part in layers.named_modules() if "base_layer" in name and hasattr(part, "in_features")]
+    body = sum(part.in_features * part.out_features for part in linear)
     answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     prompts = sum(len(row["prompt_ids"]) for row in rows)
     return 4.0 * body * (prompts + answers) + 4.0 * config.hidden_size * config.vocab_size * answers
