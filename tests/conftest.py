@@ -182,3 +182,25 @@ def make_adapter(tiny_model_folder: Path) -> Callable[..., Path]:
 def tiny_adapter(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One adapter of the tiny model; tests copy it before they change it."""
     return make_adapter(tmp_path_factory.mktemp("adapters") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer(tokenizer):
+    """The byte tokenizer with one merge and GPT-2's split of text, which llama.cpp knows by name."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["pre_tokenizer"]["use_regex"] = True
+    state["model"]["vocab"]["th"] = 256  # llama.cpp wants at least one merge
+    for token in state["added_tokens"]:
+        token["id"] += 1
+    state["model"]["merges"] = [["t", "h"]]
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+    )

@@ -71,28 +71,6 @@ def configs():
 CONFIGS = configs()
 
 
-@pytest.fixture(scope="module")
-def text_tokenizer(tokenizer):
-    """The byte tokenizer with one merge and GPT-2's split of text, which llama.cpp knows by name."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["pre_tokenizer"]["use_regex"] = True
-    state["model"]["vocab"]["th"] = 256  # llama.cpp wants at least one merge
-    for token in state["added_tokens"]:
-        token["id"] += 1
-    state["model"]["merges"] = [["t", "h"]]
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template=tokenizer.chat_template,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def plain_name(name):
     """llama.cpp takes "phi3" in a model's name for a promise about its tokens, transformers reads "mistral" so."""
     return name.replace("phi3", "phi-three").replace("mistral", "wind")

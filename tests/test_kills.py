@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_dpo.adapters import check_folder
 from lora_dpo.errors import AdapterError
@@ -20,6 +20,17 @@ from lora_dpo.library import install, list_adapters, pack
 from lora_dpo.merge import merge
 
 KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def gguf_adapter(text_tokenizer, make_adapter, tmp_path_factory):
+    """An adapter whose base has a tokenizer that a GGUF file can hold."""
+    folder = tmp_path_factory.mktemp("gguf")
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=260, **sizes, bos_token_id=257, eos_token_id=258, pad_token_id=258)
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    text_tokenizer.save_pretrained(folder / "base")
+    return make_adapter(folder / "mine", model=folder / "base")
 
 
 def content(path):
@@ -45,22 +56,24 @@ def in_a_child(work, delay=None):
     return delay
 
 
-@pytest.mark.parametrize("what", ["merge", "install", "pack", "export"])
-def test_a_kill_leaves_the_whole_or_nothing(what, tiny_adapter, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["merge", "install", "pack", "export", "merged export"])
+def test_a_kill_leaves_the_whole_or_nothing(what, tiny_adapter, gguf_adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_adapter, "adapters/mine")
+    shutil.copytree(gguf_adapter if what == "merged export" else tiny_adapter, "adapters/mine")
     package = pack(Path("adapters/mine"), tmp_path / "packed.lora.zip")
     target = {
         "merge": Path("merged"),
         "install": Path("adapters/new"),
         "pack": Path("mine.lora.zip"),
         "export": Path("lora.gguf"),
+        "merged export": Path("merged.gguf"),
     }[what]
     work = {
         "merge": lambda: merge("adapters/mine", target, dtype="float32", shard=100_000),
         "install": lambda: install(package, name="new"),
         "pack": lambda: pack(Path("adapters/mine"), target),
         "export": lambda: export("adapters/mine", target, to="gguf-adapter"),
+        "merged export": lambda: export("adapters/mine", target, to="gguf", kind="f32"),
     }[what]
     work()  # here, so that children find every library loaded
     whole = content(target)
