@@ -129,6 +129,13 @@ class DataSection(Section):
         float | None,
         Field(gt=0, description="Drop training pairs whose two scores are closer than this, or that have none."),
     ] = None
+    pair_weight: Annotated[
+        Literal["equal", "gap"],
+        Field(
+            description="gap: a pair's gradient counts by the difference of its two scores, over the mean difference "
+            "and at most 4 times. Every training pair needs both scores. equal: all pairs count alike."
+        ),
+    ] = "equal"
 
     _home = field_validator("train", "eval")(_at_home)
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MAX_WEIGHT = 4.0
+"""Most that a pair counts: scores such as votes are heavy-tailed, and a few pairs would be the whole gradient."""
+
 
 class Stopped(Exception):
     """The run was asked to stop. `resumable` if a checkpoint was saved."""
@@ -53,6 +56,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     settings: dict[str, Any]
     train: list[TokenPair] = field(default_factory=list)
+    weights: list[float] | None = None
+    """What each training pair's gradient counts; None if all count alike."""
     held_out: list[TokenPair] = field(default_factory=list)
     prompts: list[tuple[Message, ...]] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
@@ -118,6 +123,8 @@ def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> R
     stop.output = output
     pairs = _read(run, "train", recipe.data.train)
     run.train = _tokenize(run, "train", pairs)
+    if recipe.data.pair_weight == "gap":
+        run.weights = gap_weights(run.train)
     if recipe.data.eval is not None:
         held_out = _read(run, "eval", recipe.data.eval)
         _warn_of_leaks(run, pairs, held_out)
@@ -148,6 +155,24 @@ def _tokenize(run: Run, which: str, pairs: Sequence[PreferencePair]) -> list[Tok
     if not tokens:
         raise DataError(f"No {which} pair is left: {run.reports[which].summary()}. Raise trainer.max_length?")
     return tokens
+
+
+def gap_weights(pairs: Sequence[TokenPair]) -> list[float]:
+    """What each pair's gradient counts: its gap of scores over the mean gap, at most `MAX_WEIGHT`.
+
+    Raises:
+        DataError: a pair has no scores, or its chosen answer has not the higher one.
+    """
+    gaps = [pair.gap for pair in pairs if pair.gap is not None and pair.gap > 0]
+    if len(gaps) < len(pairs):
+        first = next(pair.origin for pair in pairs if pair.gap is None or pair.gap <= 0)
+        raise DataError(
+            f"data.pair_weight is gap, but {len(pairs) - len(gaps)} of {len(pairs)} training pairs have no two scores "
+            f"with the chosen one higher, the first in {first.source}, row {first.row}. Drop them with data.min_gap, "
+            "or set data.pair_weight: equal."
+        )
+    mean = fmean(gaps)
+    return [min(gap / mean, MAX_WEIGHT) for gap in gaps]
 
 
 def _warn_of_leaks(run: Run, pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> None:

@@ -262,6 +262,12 @@ def _refuse_inert(given: dict[str, Any], settings: dict[str, Any]) -> None:
 
 
 def _refuse_inert_sections(recipe: Recipe, settings: dict[str, Any]) -> None:
+    sorting = sorted({"aot", "aot_unpaired"} & set(settings["loss_type"]))
+    if recipe.data.pair_weight != "equal" and sorting:
+        raise ConfigError(
+            f"data.pair_weight weights pairs, but the loss {sorting[0]} compares answers across pairs. "
+            "Remove one of them."
+        )
     if recipe.model.quantize == "none" and recipe.model.packed != "auto":
         raise ConfigError("model.packed changes nothing with quantize: none. Remove it.")
     if recipe.data.eval is None:

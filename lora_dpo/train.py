@@ -110,7 +110,7 @@ def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: P
     trainer = DPOTrainer(
         model,
         args=trainer_config(run.settings, output_dir=run.partial / "checkpoints", dtype=base.dtype),
-        train_dataset=Dataset.from_list([_columns(pair) for pair in run.train]),
+        train_dataset=_training_set(run),
         eval_dataset=Dataset.from_list([_columns(pair) for pair in run.held_out]) if run.held_out else None,
         processing_class=run.tokenizer,
         callbacks=[_make_callback(run, log)],
@@ -158,6 +158,13 @@ def _attach(base: Base, recipe: Recipe, *, seed: int) -> PeftModel:
     if recipe.reference_adapter is None:
         return attach_lora(base.model, recipe.lora, seed=seed)
     return attach_adapter(base, recipe.reference_adapter, trainable=True)
+
+
+def _training_set(run: Run) -> Any:
+    from datasets import Dataset
+
+    rows = Dataset.from_list([_columns(pair) for pair in run.train])
+    return rows if run.weights is None else rows.add_column("pair_weight", run.weights)
 
 
 def _columns(pair: TokenPair) -> dict[str, list[int]]:

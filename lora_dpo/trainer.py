@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,12 @@ class DPOTrainer(trl.DPOTrainer):
             logger.warning("Training with TRL's own forward pass (slower, the same result): %s.", reason)
         for dataset in self._precompute:
             self.score_references(dataset)
+        if "pair_weight" in (getattr(self.train_dataset, "column_names", None) or ()):
+            if self.engine is None:
+                raise ConfigError(
+                    f"Pairs cannot be weighted here: {reason}. Remove the pair_weight (data.pair_weight)."
+                )
+            self.data_collator = WithWeights(self.data_collator)
 
     def _no_engine_because(self) -> str | None:
         if self._is_vision_dataset:
@@ -118,6 +124,11 @@ class DPOTrainer(trl.DPOTrainer):
             if not isinstance(adapter, LoraConfig) or getattr(adapter, "alora_invocation_tokens", None):
                 return f"the adapter is of another kind than LoRA ({type(adapter).__name__})"
         return unsupported_reason(bare(self.model))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "pair_weight" not in self._signature_columns:
+            self._signature_columns.append("pair_weight")
 
     def close(self) -> None:
         """Give the model back the forward pass that it had before this trainer's shared-prefix one."""
@@ -191,8 +202,12 @@ class DPOTrainer(trl.DPOTrainer):
 
         Args:
             output: TRL's `FusedCausalLMOutput`, tables `[R, T-1]`.
-            inputs: the batch that the tables belong to, with the reference's log-probabilities.
+            inputs: the batch that the tables belong to, with the reference's log-probabilities. A `pair_weight`
+                `[B]` in it scales each pair's gradient; the loss's value stays TRL's.
         """
+        if "pair_weight" in inputs:
+            weight_R1 = inputs["pair_weight"].repeat(2)[:, None]
+            output = type(output)(**{**output, "log_probs": ScaledGradient.apply(output.log_probs, weight_R1)})
         loss: torch.Tensor = self._compute_loss(lambda **_: output, inputs, False)
         if self.engine is not None and not self.engine.forward.logged:
             for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
@@ -295,6 +310,35 @@ class DPOTrainer(trl.DPOTrainer):
             "The adapter is already trained, but the reference is the bare base: to continue from it, name it as "
             "the reference (reference: adapter:PATH), or start from a fresh adapter."
         )
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The same values; the gradient is multiplied by `factor`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """Pass `values` on."""
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Scale the gradient."""
+        return slope * ctx.factor, None
+
+
+class WithWeights:
+    """A collator that also hands on the rows' `pair_weight`, `[B]`, where they have one."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch of the rows, and their weights."""
+        batch: dict[str, Any] = self.collator(rows)
+        if "pair_weight" in rows[0]:
+            batch["pair_weight"] = torch.tensor([row["pair_weight"] for row in rows], dtype=torch.float32)
+        return batch
 
 
 _OF_THE_WHOLE_BATCH = ("_metrics", "_total_train_tokens", "accelerator", "loss_weights")

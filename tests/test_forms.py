@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lora_dpo.data import Message, Origin, read_pairs
 from lora_dpo.data.table import FORMS, form_of
@@ -698,3 +699,48 @@ def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, re
     assert len(run.train) == 2
     with pytest.raises(DataError, match="holds no usable pair: without 'prompt'"):
         prepare(check_recipe(recipe_dict(data={**data, "format": "trl"})), tmp_path / "out", hear, StopSignal())
+
+
+def weights_of(tmp_path, recipe_dict, scores, **trainer):
+    from lora_dpo.config import check_recipe
+    from lora_dpo.prepare import StopSignal, prepare
+
+    rows = [
+        {"question": f"Name tree {row}.", "chosen": "Oak.", "rejected": "Moss.", "chosen_score": c, "rejected_score": r}
+        for row, (c, r) in enumerate(scores)
+    ]
+    data = {"train": write(tmp_path / "a.jsonl", *rows), "pair_weight": "gap"}
+    recipe = check_recipe(recipe_dict(data=data, **({"trainer": trainer} if trainer else {})))
+    return prepare(recipe, tmp_path / "out", lambda event: None, StopSignal()).weights
+
+
+def test_a_pair_counts_by_its_gap_over_the_mean_gap_and_at_most_four_times(tmp_path, recipe_dict):
+    assert weights_of(tmp_path, recipe_dict, [(1, 0), (2, 0), (5, 2)]) == [0.5, 1.0, 1.5]
+    heavy = weights_of(tmp_path, recipe_dict, [(1, 0)] * 9 + [(91, 0)])  # a mean gap of 10
+    assert heavy == [0.1] * 9 + [4.0]
+
+
+def test_weights_need_scores_and_a_loss_that_is_a_mean_over_pairs(tmp_path, recipe_dict):
+    with pytest.raises(DataError, match=r"1 of 2 training pairs have no two scores .* row 2\. Drop them"):
+        weights_of(tmp_path, recipe_dict, [(1, 0), (1, None)])
+    with pytest.raises(ConfigError, match=r"data\.pair_weight weights pairs, but the loss aot compares"):
+        weights_of(tmp_path, recipe_dict, [(1, 0)], loss_type=["aot"])
+
+
+def test_a_run_trains_with_the_weights_of_its_rows(tmp_path, recipe_dict, monkeypatch):
+    from safetensors.torch import load_file
+
+    from lora_dpo.config import check_recipe
+    from lora_dpo.train import train
+
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"question": f"Name {row}.", "chosen": "Oak.", "rejected": "Moss.", "chosen_score": row, "rejected_score": 0}
+        for row in (1, 2, 9)
+    ]
+    adapters = {}
+    for weight in ("gap", "equal"):
+        data = {"train": write(tmp_path / "a.jsonl", *rows), "pair_weight": weight}
+        found = train(check_recipe(recipe_dict(data=data, output=str(tmp_path / weight))))
+        adapters[weight] = load_file(found.folder / "adapter_model.safetensors")
+    assert any(not torch.equal(adapters["gap"][name], tensor) for name, tensor in adapters["equal"].items())

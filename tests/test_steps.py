@@ -67,6 +67,36 @@ def test_any_split_has_the_gradient_the_loss_and_the_metrics_of_the_whole(option
     assert_close(parts[0], whole[0])
 
 
+WEIGHTS = [0.25, 2.0, 0.0, 1.75]
+
+
+def weighted_step(folder, tmp_path, weights, engine=None, **options):
+    trainer = build(DPOTrainer, tiny("llama"), folder, tmp_path, engine=engine, weights=weights, **options)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.state.max_steps, trainer.state.logging_steps = 1, 1
+    [batch] = trainer.get_train_dataloader()
+    loss = float(trainer.training_step(trainer.model, batch))
+    return gradients_of(trainer), loss
+
+
+@pytest.mark.parametrize("split", [{}, {"tokens": 1}, {"split_pairs": True}], ids=["whole", "parts", "branches"])
+@pytest.mark.parametrize("options", [{}, {"loss_type": ["ipo"]}, {"ld_alpha": 0.4}], ids=name_of)
+def test_a_weighted_step_is_the_weighted_mean_of_its_pairs_gradients(options, split, tiny_model_folder, tmp_path):
+    found, loss = weighted_step(tiny_model_folder, tmp_path, WEIGHTS, EngineSection(**split), **options)
+    alone = [engine_step(tiny_model_folder, tmp_path, pairs=[one], **options) for one in PAIRS]
+    expected = {
+        name: sum(weight * one[0][name] for weight, one in zip(WEIGHTS, alone, strict=True)) / 4 for name in found
+    }
+    assert_close(found, expected)
+    assert loss == pytest.approx(sum(one[1] for one in alone) / 4, rel=1e-5)  # the loss itself is TRL's mean
+
+
+def test_weights_of_one_change_nothing(tiny_model_folder, tmp_path):
+    found, _ = weighted_step(tiny_model_folder, tmp_path, [1.0] * 4)
+    plain, *_ = engine_step(tiny_model_folder, tmp_path)
+    assert_close(found, plain, rtol=2e-6)  # the loader shuffles
+
+
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "discopop"])
 def test_every_loss_in_parts_has_stock_trls_gradient(loss, tiny_model_folder, tmp_path):
     # discopop's temperature of 0.05 makes stock's own float32 error larger than this bound (test_shared_prefix.py)

@@ -68,7 +68,7 @@ def columns(pairs):
     return [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
 
 
-def build(trainer_class, model, folder, tmp_path, pairs=PAIRS, lora=LORA, engine=None, **options):
+def build(trainer_class, model, folder, tmp_path, pairs=PAIRS, lora=LORA, engine=None, weights=None, **options):
     """A trainer on tiny data. Its adapter is not the zero one: B is drawn, the same for each trainer."""
     args = DPOConfig(
         str(tmp_path),
@@ -78,10 +78,11 @@ def build(trainer_class, model, folder, tmp_path, pairs=PAIRS, lora=LORA, engine
             **options,
         },
     )
+    rows = Dataset.from_list(columns(pairs))
     trainer = trainer_class(
         model,
         args=args,
-        train_dataset=Dataset.from_list(columns(pairs)),
+        train_dataset=rows if weights is None else rows.add_column("pair_weight", weights),
         eval_dataset=Dataset.from_list(columns(pairs)),
         peft_config=lora,
         processing_class=AutoTokenizer.from_pretrained(folder),

@@ -25,6 +25,8 @@ class TokenPair:
     origin: Origin
     truncated: bool
     """True if `max_length` cut an answer, so its end-of-turn token is gone."""
+    gap: float | None = None
+    """Score of the chosen answer less that of the rejected one, where the row has both."""
 
 
 def tokenize_pairs(
@@ -72,7 +74,7 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, m
     room = None if max_length is None else max(0, max_length - shared)
     chosen, rejected = (side[shared:][:room] for side in sides)
     truncated = len(chosen) + shared < len(sides[0]) or len(rejected) + shared < len(sides[1])
-    return TokenPair(prompt[:shared], chosen, rejected, pair.origin, truncated)
+    return TokenPair(prompt[:shared], chosen, rejected, pair.origin, truncated, pair.gap)
 
 
 def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
