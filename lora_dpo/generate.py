@@ -97,7 +97,7 @@ def rows_that_fit(model: PreTrainedModel, tokens: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weight = model.get_input_embeddings().weight
     row_bytes = 2 * config.num_hidden_layers * heads * size * weight.element_size() * tokens
-    return max(1, min(128, free_bytes(weight.device) // 4 // row_bytes))
+    return int(max(1, min(128, free_bytes(weight.device) // 4 // row_bytes)))
 
 
 def stream(

@@ -107,7 +107,7 @@ class DPOTrainer(trl.DPOTrainer):
                 raise ConfigError(
                     f"Pairs cannot be weighted here: {reason}. Remove the pair_weight (data.pair_weight)."
                 )
-            self.data_collator = WithWeights(self.data_collator)
+            self.data_collator: Any = WithWeights(self.data_collator)
 
     def _no_engine_because(self) -> str | None:
         if self._is_vision_dataset:
@@ -207,7 +207,8 @@ class DPOTrainer(trl.DPOTrainer):
         """
         if "pair_weight" in inputs:
             weight_R1 = inputs["pair_weight"].repeat(2)[:, None]
-            output = type(output)(**{**output, "log_probs": ScaledGradient.apply(output.log_probs, weight_R1)})
+            scaled = ScaledGradient.apply(output.log_probs, weight_R1)  # type: ignore[no-untyped-call]
+            output = type(output)(**{**output, "log_probs": scaled})
         loss: torch.Tensor = self._compute_loss(lambda **_: output, inputs, False)
         if self.engine is not None and not self.engine.forward.logged:
             for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
