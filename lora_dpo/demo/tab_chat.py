@@ -1,0 +1,151 @@
+"""The Chat tab: one model, or two side by side on the same words and the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from lora_dpo.demo.draw import said_line
+from lora_dpo.demo.kit import client_of, markdown, refusal, sampling_of, told
+from lora_dpo.desk import Desk
+from lora_dpo.errors import LoraDPOError
+from lora_dpo.talk import Said, Talk, ask
+
+NOBODY = "(one model alone)"
+HEIGHT = 430
+
+State = tuple[Any, ...]
+
+
+def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
+    """Lay the tab out; returns its pickers, and for each whether "nobody" can be picked."""
+    names = desk.names()
+    first = names[1] if len(names) > 1 else names[0]
+    with gr.Row():
+        left = gr.Dropdown(names, value=first, label="Model", elem_id="chat-left", filterable=len(names) > 8)
+        right = gr.Dropdown([NOBODY, *names], value=NOBODY, label="Beside it", elem_id="chat-right", filterable=False)
+    chats, lines = [], []
+    with gr.Row():
+        for side, shown in enumerate((True, False)):
+            with gr.Column(min_width=300, visible=shown) as column:
+                chats.append(_chatbot(side))
+                lines.append(gr.HTML(said_line(None), elem_classes="status-line", elem_id=f"chat-line-{side}"))
+            if side:
+                right_column = column
+    box = gr.Textbox(
+        placeholder="Ask something…",
+        show_label=False,
+        lines=1,
+        max_lines=8,
+        submit_btn="Send",
+        autofocus=True,
+        max_length=32_000,
+        elem_id="chat-box",
+    )
+    with gr.Accordion("Settings", open=False):
+        system = gr.Textbox(label="System prompt", lines=2, max_length=8_000, elem_id="chat-system")
+        with gr.Row():
+            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest word)")
+            top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
+        with gr.Row():
+            longest = gr.Slider(8, 1024, 256, step=8, label="Longest answer (tokens)")
+            seed = gr.Number(0, precision=0, label="Seed")
+    clear = gr.Button("New chat", size="sm", elem_id="chat-new")
+    talk = gr.State(Talk())
+    settings = [talk, left, right, system, temperature, top_p, longest, seed]
+    outputs = [box, *chats, *lines, talk]
+
+    def answer(text: str, again: bool, chosen: tuple[Any, ...], request: gr.Request) -> Iterator[State]:
+        said, who, beside, system_text, *numbers = chosen
+        players = [who] if beside == NOBODY else [who, beside]
+        client = client_of(request)
+        sampling = sampling_of(*numbers)
+        stop = desk.stops.of(client)
+        busy = gr.update(value="", submit_btn=False, stop_btn="Stop")
+        try:
+            for exchange in ask(
+                desk.host, said, text, players, sampling, system=system_text, client=client, stop=stop, again=again
+            ):
+                yield (busy, *_views(said), *_lines(exchange.answers, players), said)
+                busy = gr.skip()
+        except LoraDPOError as error:
+            yield (gr.update(value=text, submit_btn="Send", stop_btn=False), *_views(said), "", "", said)
+            raise refusal(error) from None
+        last = said.exchanges[-1].answers if said.exchanges else [None, None]
+        yield (gr.update(submit_btn="Send", stop_btn=False), *_views(said), *map(said_line, last), said)
+
+    # Gradio fills in events and requests by a handler's annotations, so the settings are named one by one.
+    def send(
+        text: str, a: Talk, b: str, c: str, d: str, e: float, f: float, g: float, h: float, request: gr.Request
+    ) -> Iterator[State]:
+        yield from answer(text, False, (a, b, c, d, e, f, g, h), request)
+
+    @told
+    def retry(
+        data: gr.RetryData, a: Talk, b: str, c: str, d: str, e: float, f: float, g: float, h: float, request: gr.Request
+    ) -> Iterator[State]:
+        yield from answer(a.forget_from(_exchange(data.index)), True, (a, b, c, d, e, f, g, h), request)
+
+    @told
+    def edit(
+        data: gr.EditData, a: Talk, b: str, c: str, d: str, e: float, f: float, g: float, h: float, request: gr.Request
+    ) -> Iterator[State]:
+        a.forget_from(_exchange(data.index))
+        yield from answer(str(data.value), False, (a, b, c, d, e, f, g, h), request)
+
+    def stop(request: gr.Request) -> None:
+        desk.stops.of(client_of(request)).set()
+
+    def new(request: gr.Request) -> State:
+        desk.stops.of(client_of(request)).set()
+        return (gr.skip(), [], [], "", "", Talk())
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    box.submit(send, [box, *settings], outputs, **quiet)
+    box.stop(stop, None, None, queue=False, api_visibility="private")
+    for chat in chats:
+        chat.retry(retry, settings, outputs, **quiet)
+        chat.edit(edit, settings, outputs, **quiet)
+        chat.clear(new, None, outputs, queue=False, api_visibility="private")
+    clear.click(new, None, outputs, queue=False, api_visibility="private")
+    right.change(
+        lambda beside: gr.update(visible=beside != NOBODY), right, right_column, queue=False, api_visibility="private"
+    )
+    return [(left, False), (right, True)]
+
+
+def _chatbot(side: int) -> gr.Chatbot:
+    return gr.Chatbot(
+        show_label=False,
+        height=HEIGHT,
+        editable="user",
+        buttons=["copy"],
+        latex_delimiters=[],
+        sanitize_html=True,
+        feedback_options=None,
+        layout="bubble",
+        placeholder="Say something below. Each model answers with the same seed.",
+        elem_id=f"chat-{side}",
+    )
+
+
+def _exchange(index: Any) -> int:
+    """The exchange that a message of the shown list belongs to: each is two messages."""
+    return int(index[0] if isinstance(index, list | tuple) else index) // 2
+
+
+def _views(talk: Talk) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
+    for exchange in talk.exchanges:
+        for side, said in zip(sides, exchange.answers, strict=True):
+            side.append({"role": "user", "content": markdown(exchange.user)})
+            side.append({"role": "assistant", "content": markdown(said.text) if said and said.text else "…"})
+    return sides
+
+
+def _lines(answers: list[Said | None], players: list[str]) -> tuple[str, str]:
+    last = max((side for side, said in enumerate(answers) if said is not None), default=-1)
+    shown = [said_line(said, writing=side == last) for side, said in enumerate(answers)]
+    return shown[0], shown[1] if len(players) > 1 else ""
