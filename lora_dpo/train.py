@@ -62,7 +62,7 @@ def train(
         base: a base model that is loaded already; it must be the one that the recipe names.
         resume: continue an interrupted run from its last checkpoint, with the same losses.
         on_event: receives what happens (`lora_dpo.events`).
-        stop: set its `requested` to save a checkpoint and end at the next step.
+        stop: set its `requested` to save a checkpoint and end at the next step; its `keep`, to save the adapter then.
 
     Raises:
         LoraDPOError: anything that a user can mend; nothing half-written is left.
@@ -172,10 +172,12 @@ def _make_callback(run: Run, log: RunLog) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             run.emit(Progress("training", state.global_step, state.max_steps))
-            if run.stop.requested or state.global_step == state.max_steps:
+            if run.stop.requested or run.stop.keep or state.global_step == state.max_steps:
                 control.should_save = True  # a finished run too: its evaluation may be interrupted
-            if run.stop.requested:
+            if run.stop.requested or run.stop.keep:
                 control.should_training_stop = True
+            if run.stop.keep and state.global_step < state.max_steps:
+                run.stop.kept_at = state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
@@ -221,10 +223,12 @@ def _report(run: Run, before: Measured, after: Measured) -> None:
 
 
 def _save(run: Run, base: Base, model: PeftModel, log: RunLog, before: Measured, after: Measured) -> None:
-    metrics = {
+    metrics: dict[str, Any] = {
         "before": {"pairs": to_json(before.pairs), "answers": to_json(before.answers)},
         "after": {"pairs": to_json(after.pairs), "answers": to_json(after.answers)},
     }
+    if run.stop.kept_at is not None:
+        metrics["stopped"] = {"step": run.stop.kept_at, "of": run.steps}
     data = {which: _data_record(sources, run.reports[which]) for which, sources in _sources(run.recipe)}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     settings = run.recipe.model_dump(mode="json")

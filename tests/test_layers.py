@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
     "errors config files events quiet journal improve_recipe",
-    "data shared_prefix fetch lora_files package",
-    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint",
+    "data shared_prefix fetch lora_files package turns",
+    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint "
+    "request shelf",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
-    "prompts samples judges policy pairs improve",
+    "prompts samples judges policy pairs improve job host",
     "cli cli_adapters cli_data cli_export cli_pairs cli_plan console console_data terminal signals __init__ __main__",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
