@@ -17,7 +17,7 @@ from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host
 from lora_dpo.job import Job
 from lora_dpo.package import check_name
-from lora_dpo.shelf import Shelf
+from lora_dpo.collection import Collection
 from lora_dpo.talk import Stops
 from lora_dpo.watch import Sample, Watch
 
@@ -45,8 +45,8 @@ class Desk:
 
     def __init__(self, host: Host, folder: Path, *, scratch: Path | None = None) -> None:
         self.host, self.adapters_dir = host, host.adapters_dir
-        self.shelf = Shelf(folder)
-        self.arena = Arena(host, self.shelf.book, adapters_dir=host.adapters_dir)
+        self.pairs = Collection(folder)
+        self.arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
         self.stops = Stops()
         self.scratch = scratch or Path(tempfile.mkdtemp(prefix="lora-dpo-demo-"))
         """For files on their way to a browser; emptied at the end."""

@@ -8,22 +8,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_dpo.config import Recipe, check_recipe
+from lora_dpo.config import ModelSection, Recipe, check_recipe, dump_settings, nearest, parse_settings
 from lora_dpo.data import PreferencePair, read_pairs
 from lora_dpo.data.checks import Texts
 from lora_dpo.data.write import split_by_prompt, write_pairs
 from lora_dpo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lora_dpo.model import Base
 
 BATCH = 4
 HOLD_OUT_FROM = 12
 """Different prompts from which on some are held out; of fewer, each is needed for training."""
 HELD_OUT = 0.15
 MOST_HELD_OUT = 64
+CHANGEABLE: dict[str, tuple[str, ...]] = {
+    "lora": (),
+    "evaluation": ("answers", "show", "max_new_tokens"),
+    "trainer": (
+        "beta",
+        "f_divergence_type",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "label_smoothing",
+        "ld_alpha",
+        "learning_rate",
+        "loss_type",
+        "loss_weights",
+        "lr_scheduler_type",
+        "max_grad_norm",
+        "max_length",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "seed",
+        "warmup_steps",
+        "weight_decay",
+    ),
+}
+"""Sections that the page may change, and which of their settings; an empty list is all of them."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +78,19 @@ class Draft:
 
 
 def draft(
-    base: Base, sources: Sequence[Path], preset: str, *, output: Path, folder: Path, prompts: int = 3, seed: int = 42
+    model: ModelSection,
+    sources: Sequence[Path],
+    preset: str,
+    *,
+    output: Path,
+    folder: Path,
+    prompts: int = 3,
+    seed: int = 42,
 ) -> Draft:
     """Read the pairs, hold some prompts out if there are enough, and write the recipe of a preset.
 
     Args:
-        base: the base in memory; the recipe names it.
+        model: the base in memory, as a recipe names it.
         output: the adapter folder that the run will make.
         folder: where the split is written; the same pairs give the same files.
         prompts: how many held-out answers are shown before and after.
@@ -88,7 +117,7 @@ def draft(
         data["eval"] = str(files["eval"])
         evaluation |= {"answers": min(16, len(held_out)), "show": prompts}
     settings = {
-        "model": {"name": base.name, "revision": base.revision, "quantize": base.quantize},
+        "model": model.model_dump(mode="json"),
         "lora": {"rank": 4, "alpha": 32},
         "data": data,
         "evaluation": evaluation,
@@ -117,3 +146,35 @@ def hold_out(pairs: Sequence[PreferencePair], *, seed: int) -> tuple[list[Prefer
     if prompts < HOLD_OUT_FROM:
         return list(pairs), []
     return split_by_prompt(pairs, min(HELD_OUT, MOST_HELD_OUT / prompts), seed=seed)
+
+
+def settings_text(recipe: Recipe) -> str:
+    """The sections of a recipe that may be changed on the page, as YAML."""
+    return dump_settings(recipe, hidden={"model", "data", "output", "reference", "engine"})
+
+
+def with_settings(recipe: Recipe, text: str) -> Recipe:
+    """A recipe with sections changed as a text of YAML says.
+
+    Only what a run computes can be changed: model, data, output and everything else that names a file stay.
+
+    Raises:
+        ConfigError: broken YAML, an unknown setting, or one that is for recipe files alone.
+    """
+    where = "the settings"
+    given = parse_settings(text, where=where)
+    settings = recipe.model_dump(mode="json")
+    for section, values in given.items():
+        if section not in CHANGEABLE:
+            raise ConfigError(f"{section} cannot be changed here, only {', '.join(CHANGEABLE)}. Use a recipe file.")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{section} is {values!r}: it has settings inside.")
+        known = CHANGEABLE[section]
+        for key, value in values.items():
+            if known and key not in known and value != settings[section].get(key):
+                raise ConfigError(
+                    f"{section}.{key} cannot be changed here, only {', '.join(known)}. Use a recipe file for the rest."
+                    f"{nearest(str(key), known)}"
+                )
+        settings[section] = {**settings[section], **values}
+    return check_recipe(settings, where=where)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from lora_dpo.data import Message
 from lora_dpo.errors import ConfigError, LoraDPOError
 from lora_dpo.generate import Sampling
-from lora_dpo.host import Host, Outcome, Reply
+from lora_dpo.host import Host
+from lora_dpo.request import Outcome, Reply
 
 SHOW_EVERY = 0.05
 """Seconds between two states of an answer that is being written: faster than anyone reads."""
@@ -158,7 +159,7 @@ def write(
     said = Said(who, "")
     yield said
     ticket = host.submit(who, conversation, sampling, client=client, deliver=outcomes.put)
-    said = replace(said, prompt_tokens=len(ticket.prompt))
+    said = replace(said, prompt_tokens=len(ticket.asked.prompt))
     began = first = shown = time.monotonic()
     try:
         while not (stop is not None and stop.is_set()):

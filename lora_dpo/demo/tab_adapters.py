@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from lora_dpo.demo.draw import curves, facts, note, progress_bar, table, without_pictures
-from lora_dpo.demo.kit import told
+from lora_dpo.demo.kit import markdown, told
 from lora_dpo.desk import Desk
 from lora_dpo.errors import AdapterError, OutputError
 from lora_dpo.library import describe, find_adapter, install, list_adapters, pack
@@ -86,8 +86,10 @@ def build(desk: Desk) -> tuple[gr.Dropdown, gr.HTML]:
         target = _target(desk, folder.name, FORMS.get(kind, ""))
         for done, total in _in_thread(_writer(desk, folder, target, FORMS[kind])):
             yield progress_bar(done, total, f"writing {target.name}: {done} of {total}"), gr.update(visible=False)
-        said = note(f"Written: {target}", kind="good")
-        yield said, gr.update(value=str(target) if target.is_file() else None, visible=target.is_file())
+        if target.is_file():
+            yield note(""), gr.update(value=str(target), visible=True)
+        else:
+            yield note(f"Written: {target}", kind="good"), gr.update(visible=False)
 
     private: dict[str, Any] = {"api_visibility": "private"}
     shown = [passport, drawn, card]
@@ -119,11 +121,12 @@ def adapters_table(desk: Desk) -> str:
 
 
 def _target(desk: Desk, name: str, what: str) -> Path:
-    """A free place for an export in `exports/` of the demo's folder."""
+    """A free place for an export: a folder stays in `exports/` of the demo's folder, a file is on its way to a browser."""
     ends = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
     if what not in ends:
         raise OutputError(f"There is no form {plain(what)} to write an adapter in.")
-    folder = desk.shelf.folder / "exports"
+    is_file = ends[what].endswith(".gguf")
+    folder = Path(tempfile.mkdtemp(dir=desk.scratch)) if is_file else desk.pairs.folder / "exports"
     tries = (folder / f"{name}{'' if number == 1 else f'-{number}'}{ends[what]}" for number in range(1, 1000))
     return next(path for path in tries if not path.exists())
 
@@ -183,4 +186,4 @@ def _card_of(folder: Path) -> str:
         text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:MAX_CARD]
     except OSError:
         return "It brings no model card."
-    return without_pictures(text)
+    return markdown(without_pictures(text))

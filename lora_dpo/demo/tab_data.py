@@ -12,7 +12,7 @@ from lora_dpo.demo.draw import findings, note, text_block
 from lora_dpo.demo.kit import told
 from lora_dpo.desk import Desk
 from lora_dpo.errors import DataError
-from lora_dpo.shelf import KINDS, Entry
+from lora_dpo.collection import KINDS, Entry
 
 SHOWN = 200
 """Pairs in the list; the search finds the others."""
@@ -25,7 +25,7 @@ State = tuple[Any, ...]
 
 def build(desk: Desk) -> gr.Dropdown:
     """Lay the tab out; returns the picker of files."""
-    names = desk.shelf.names()
+    names = desk.pairs.names()
     with gr.Row(equal_height=True):
         name = gr.Dropdown(
             names, value=names[0] if names else None, label="Pairs", elem_id="data-name", scale=3, filterable=False
@@ -69,18 +69,18 @@ def build(desk: Desk) -> gr.Dropdown:
     editing = [editor, picked]
 
     def rows(which: str | None, words: str) -> State:
-        if not which or which not in desk.shelf.names():
+        if not which or which not in desk.pairs.names():
             return [], note("There are no pairs yet.")
-        entries = desk.shelf.entries(which, words or "")
+        entries = desk.pairs.entries(which, words or "")
         shown = [[entry.line, *map(_short, entry.texts)] for entry in entries[:SHOWN]]
         more = f"; the first {SHOWN} are shown, search to see others" if len(entries) > SHOWN else ""
         return shown, note(f"{len(entries)} pairs{more}. Click on one to mend or remove it.")
 
     @told
     def show(which: str | None, words: str) -> State:
-        if not which or which not in desk.shelf.names():
+        if not which or which not in desk.pairs.names():
             return note("There are no pairs yet: vote, or upload some."), *rows(None, ""), *_closed()
-        diagnosis = desk.shelf.diagnose(which, desk.host.base.tokenizer)
+        diagnosis = desk.pairs.diagnose(which, desk.host.base.tokenizer)
         return findings(diagnosis), *rows(which, words), *_closed()
 
     @told
@@ -91,8 +91,8 @@ def build(desk: Desk) -> gr.Dropdown:
     def bring(path: str | None) -> State:
         if path is None:
             raise DataError("No file came. Choose one.")
-        taken = desk.shelf.take_in(Path(path), Path(path).name, desk.host.base.tokenizer)
-        choices = gr.update(choices=desk.shelf.names(), value=taken.name)
+        taken = desk.pairs.take_in(Path(path), Path(path).name, desk.host.base.tokenizer)
+        choices = gr.update(choices=desk.pairs.names(), value=taken.name)
         return choices, findings(taken.diagnosis, taken.report), *rows(taken.name, ""), *_closed()
 
     @told
@@ -100,11 +100,11 @@ def build(desk: Desk) -> gr.Dropdown:
         if not which:
             raise DataError("There are no pairs yet: vote, or upload some.")
         folder = Path(tempfile.mkdtemp(dir=desk.scratch))
-        return gr.update(value=str(desk.shelf.export([which], folder / f"{which}.jsonl")), visible=True)
+        return gr.update(value=str(desk.pairs.export([which], folder / f"{which}.jsonl")), visible=True)
 
     @told
     def pick(data: gr.SelectData, which: str, words: str) -> State:
-        entries = desk.shelf.entries(which, words or "")
+        entries = desk.pairs.entries(which, words or "")
         index = int(data.index[0])
         if index >= len(entries):
             raise DataError("The list has changed meanwhile. Choose the pair again.")
@@ -116,14 +116,14 @@ def build(desk: Desk) -> gr.Dropdown:
     def mend(which: str, words: str, entry: Entry | None, *texts: str) -> State:
         if entry is None:
             raise DataError("No pair is chosen. Click on one in the list.")
-        desk.shelf.change(which, entry, prompt=texts[0], chosen=texts[1], rejected=texts[2])
+        desk.pairs.change(which, entry, prompt=texts[0], chosen=texts[1], rejected=texts[2])
         return show(which, words)
 
     @told
     def drop(which: str, words: str, entry: Entry | None) -> State:
         if entry is None:
             raise DataError("No pair is chosen. Click on one in the list.")
-        desk.shelf.delete(which, [entry])
+        desk.pairs.delete(which, [entry])
         return show(which, words)
 
     private: dict[str, Any] = {"api_visibility": "private"}

@@ -17,7 +17,7 @@ from lora_dpo.demo.page import KEYS
 from lora_dpo.desk import Desk
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.prompts import Prompt, read_prompts
-from lora_dpo.shelf import PROMPT_KINDS, check_upload
+from lora_dpo.collection import PROMPT_KINDS, check_upload
 
 LABELS = {
     "a": ("A is better", "vote-a"),
@@ -73,7 +73,7 @@ def build(desk: Desk) -> gr.Dropdown:
         temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
         longest = gr.Slider(8, 1024, 160, step=8, label="Longest answer (tokens)")
     gr.Markdown("#### Who wins")
-    wins = gr.HTML(win_table(desk.shelf.book.records()), elem_id="vote-wins")
+    wins = gr.HTML(win_table(desk.pairs.book.records()), elem_id="vote-wins")
 
     match_id = gr.State("")
     queue = gr.State([])
@@ -125,7 +125,7 @@ def build(desk: Desk) -> gr.Dropdown:
             done = desk.arena.vote(match, verdict)
             said = note(_told_after(desk, done, verdict), kind="good")
             names = _cards(*(answer.text for answer in done.answers if answer), names=done.players)
-            table = win_table(desk.shelf.book.records())
+            table = win_table(desk.pairs.book.records())
             rest = left[1:] if left and tuple(left[0].messages) == done.prompt else left
             off = [gr.update(interactive=False)] * len(LABELS)
             yield (gr.skip(), gr.skip(), names, said, table, "", rest, *off)
@@ -173,7 +173,7 @@ def _cards(a: str, b: str, *, writing: bool = False, names: Sequence[str | None]
 
 def _told_after(desk: Desk, match: Match, verdict: str) -> str:
     a, b = match.players
-    pairs, others = desk.shelf.book.count()
+    pairs, others = desk.pairs.book.count()
     kept = f"Saved: {pairs} {'pair' if pairs == 1 else 'pairs'} to train on, {others} other votes."
     if a == b:
         return f"Both were {a}. {kept}"
