@@ -17,6 +17,7 @@ from lora_dpo.cli_data import app as data_app
 from lora_dpo.cli_demo import demo
 from lora_dpo.cli_export import export
 from lora_dpo.cli_plan import plan
+from lora_dpo.cli_serve import serve
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 
 app = typer.Typer(
@@ -107,6 +108,7 @@ def train(
 
 
 app.command("plan")(plan)
+app.command()(serve)
 app.command()(demo)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +25,7 @@ def demo(
     ] = Path("collected"),
     quantize: Annotated[str, typer.Option(help="nf4: 4-bit weights, as adapters are trained. none: as stored.")] = "nf4",
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     auth: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +55,10 @@ def demo(
     login = read_auth(auth)
     check_reach(host, share=share, auth=login is not None)
     check_gradio()
-    check_port(host, port)
+    from lora_dpo.address import listen
+
+    with listen(host, port) as trial:  # before a model is loaded for nothing; Gradio makes its own socket
+        port = trial.getsockname()[1]
     from lora_dpo.demo import app
     from lora_dpo.desk import Desk
     from lora_dpo.host import open_host
@@ -86,18 +88,12 @@ def check_reach(host: str, *, share: bool, auth: bool) -> None:
     """Raise `ConfigError` if others could come in without a password."""
     if auth:
         return
+    from lora_dpo.address import is_loopback
+
     if share:
         raise ConfigError("--share makes the page public: set --auth USER:PASSWORD as well.")
     if not is_loopback(host):
         raise ConfigError(f"--host {host} lets other machines in: set --auth USER:PASSWORD as well, or use 127.0.0.1.")
-
-
-def is_loopback(host: str) -> bool:
-    """True for an address that only this machine reaches."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_gradio() -> None:
@@ -107,16 +103,3 @@ def check_gradio() -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("The demo needs Gradio, which is not installed. Install it with: pip install 'lora-dpo[demo]'")
 
-
-def check_port(host: str, port: int) -> None:
-    """Raise `ConfigError` if the address cannot be listened on, before a model is loaded for nothing."""
-    import socket
-
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((host, port))
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f"{host}:{port} cannot be listened on ({reason}). Choose another --port or --host.") from None

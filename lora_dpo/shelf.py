@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_dpo.adapters import PASSPORT, attach_adapter, check_adapter
 from lora_dpo.config import nearest
-from lora_dpo.errors import AdapterError, BaseDiffers
+from lora_dpo.errors import AdapterError
 from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
 from lora_dpo.model import Base, share_weights
 
@@ -93,8 +93,7 @@ class Shelf:
 
     def _unfit(self, folder: Path) -> str | None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", BaseDiffers)  # said when it is put on
+            with warnings.catch_warnings(record=True):  # what differs is said when it is put on
                 check_adapter(self.base, folder)
         except AdapterError as error:
             return str(error)

@@ -17,7 +17,7 @@ import urllib.request
 import pytest
 
 from lora_dpo.cli import main
-from lora_dpo.cli_demo import check_reach, is_loopback, read_auth
+from lora_dpo.cli_demo import check_reach, read_auth
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import ConfigError
 
@@ -38,7 +38,7 @@ def free_port():
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: set --auth"),
         (["--host", "::"], "--host :: lets other machines in"),
-        (["--host", "example.org"], "--host example.org lets other machines in"),
+        (["--host", "192.0.2.1"], "--host 192.0.2.1 lets other machines in"),
         (["--share"], "--share makes the page public: set --auth"),
         (["--auth", "me"], "--auth must be USER:PASSWORD"),
         (["--auth", "me:"], "--auth must be USER:PASSWORD"),
@@ -58,12 +58,11 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert main(["demo", "--model", "no/such", "--port", str(taken.getsockname()[1])]) == 1
-    assert "cannot be listened on" in capsys.readouterr().err
+    assert "the port is taken" in capsys.readouterr().err
 
 
 def test_who_may_come_in():
     for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
-        assert is_loopback(host)
         check_reach(host, share=False, auth=False)
     check_reach("0.0.0.0", share=True, auth=True)
     assert read_auth("me:a:b") == ("me", "a:b")

@@ -13,14 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
     "errors config files events quiet journal improve_recipe",
-    "data shared_prefix fetch lora_files package turns",
+    "data shared_prefix fetch lora_files package turns address",
     "model adapters probe library hub merging generate runs settings card memory reference_cache footprint "
-    "request shelf",
+    "request shelf openai_api",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
-    "prompts samples judges policy pairs improve job host "
-    "votes talk arena collection presets watch desk",
-    "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan console console_data demo terminal signals "
-    "__init__ __main__",
+    "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk",
+    "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve serve console console_data demo terminal "
+    "signals __init__ __main__",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
