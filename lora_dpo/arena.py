@@ -131,10 +131,8 @@ class Arena:
                 raise ConfigError("Both answers must be there before the vote.")
             match.verdict = verdict
         try:
-            candidates = [self._candidate(said, sampling) for said, sampling in zip((a, b), match.sampling, strict=True)]
-            self.book.add(
-                match.prompt, candidates[0], candidates[1], verdict, vote_id=match.id, facts=self._facts(match)
-            )
+            sides = self._candidate(a, match.sampling[0]), self._candidate(b, match.sampling[1])
+            self.book.add(match.prompt, *sides, verdict, vote_id=match.id, facts=self._facts(match))
         except LoraDPOError:
             match.verdict = None  # it was not counted: another verdict may be
             raise

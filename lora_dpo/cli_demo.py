@@ -23,7 +23,7 @@ def demo(
     data_dir: Annotated[
         Path, typer.Option("--data-dir", help="Where votes and uploaded pairs are kept.")
     ] = Path("collected"),
-    quantize: Annotated[str, typer.Option(help="nf4: 4-bit weights, as adapters are trained. none: as stored.")] = "nf4",
+    quantize: Annotated[str, typer.Option(help="nf4: the base in 4 bits. none: as stored.")] = "nf4",
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     auth: Annotated[
@@ -101,5 +101,5 @@ def check_gradio() -> None:
     import importlib.util
 
     if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("The demo needs Gradio, which is not installed. Install it with: pip install 'lora-dpo[demo]'")
+        raise ConfigError("The demo needs Gradio, which is not installed. Get it: pip install 'lora-dpo[demo]'")
 

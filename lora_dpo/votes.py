@@ -188,10 +188,10 @@ def append_durably(path: Path, row: Row) -> None:
 
 
 def rewrite_durably(path: Path, change: Callable[[int, Row], Row | None]) -> int:
-    """Write a JSONL file anew: `change` gets each line's number and row and returns what to keep of it, None for nothing.
+    """Write a JSONL file anew: `change` gets each line's number and row and returns what to keep of it, or None.
 
-    A reader or a kill finds the old file or the new one. Lines that are no rows stay as they are. Returns how many rows
-    are left.
+    A reader or a kill finds the old file or the new one. Lines that are no rows stay as they are. Returns how many
+    rows are left.
     """
     kept: list[bytes] = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):

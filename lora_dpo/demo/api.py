@@ -77,10 +77,10 @@ def _answering(desk: Desk) -> list[Any]:
         """Two answers without names, to vote on by the match's id."""
         sampling = sampling_of(temperature, 0.95, max_new_tokens, 0)
         drawn = desk.arena.draw([Message(role="user", content=prompt)], players, sampling)
-        a = b = ""
-        for a, b in desk.arena.answers(drawn, client=client_of(request)):
+        for _ in desk.arena.answers(drawn, client=client_of(request)):
             pass
-        return {"id": drawn.id, "a": a.strip(), "b": b.strip()}
+        a, b = (said.text if said else "" for said in drawn.answers)
+        return {"id": drawn.id, "a": a, "b": b}
 
     def vote(match_id: str, verdict: str) -> dict[str, Any]:
         """Vote a, b, both good, both bad or skip. When this returns, the vote is on the disk; names are told."""
@@ -101,10 +101,9 @@ def _answering(desk: Desk) -> list[Any]:
 def _pairs(desk: Desk) -> list[Any]:
     def pairs(name: str = "votes", search: str = "") -> list[dict[str, Any]]:
         """The pairs of a file, with the line and mark that a change names."""
-        return [
-            {"line": entry.line, "mark": entry.mark, **dict(zip(("prompt", "chosen", "rejected"), entry.texts, strict=True))}
-            for entry in desk.pairs.entries(name, search)
-        ]
+        names = ("line", "mark", "prompt", "chosen", "rejected")
+        found = desk.pairs.entries(name, search)
+        return [dict(zip(names, (entry.line, entry.mark, *entry.texts), strict=True)) for entry in found]
 
     def check_pairs(name: str = "votes") -> dict[str, Any]:
         """What the doctor says about a file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
-from lora_dpo.demo.page import CSS, TITLE, head, theme
+from lora_dpo.demo.page import TITLE, css, head, theme
 from lora_dpo.library import list_adapters
 
 MAX_UPLOAD = "1gb"
@@ -52,7 +53,7 @@ def build(desk: Desk) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400)) as page:
         gr.HTML(
             f'<div id="head"><h1>{TITLE}</h1><span>chat, vote, train and swap on one loaded base: '
-            f"{_escaped(base.name)} ({_escaped(held)}, {_escaped(base.dtype)})</span></div>"
+            f"{escape(base.name)} ({escape(held)}, {escape(base.dtype)})</span></div>"
         )
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
@@ -64,7 +65,7 @@ def build(desk: Desk) -> gr.Blocks:
             with gr.Tab("Train", id="train"):
                 sources, run_name = tab_train.build(desk)
             with gr.Tab("Adapters", id="adapters"):
-                adapter, listed = tab_adapters.build(desk)
+                adapter, listed = tab_adapters.build(desk, page)
         known = gr.State(None)
         outputs = [*(picker for picker, _ in pickers), players, files, sources, run_name, adapter, listed, known]
         follow = _follower(desk, [nobody for _, nobody in pickers])
@@ -158,7 +159,7 @@ def launch(
         mcp_server=False,
         app_kwargs={"middleware": [Middleware(Guard)]},
         theme=theme(),
-        css=CSS,
+        css=css(),
         head=head(),
     )
     return str(address)
@@ -167,9 +168,3 @@ def launch(
 def close(desk: Desk) -> None:
     """Remove what was on its way to browsers."""
     shutil.rmtree(desk.scratch, ignore_errors=True)
-
-
-def _escaped(text: str) -> str:
-    from html import escape
-
-    return escape(text)

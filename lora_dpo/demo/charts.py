@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 360, 200
@@ -65,8 +65,7 @@ def _key(number: int, label: str) -> str:
     return f'<span class="chart-key key-{number}">{escape(label)}</span>'
 
 
-def _line(number: int, points: Points, x: object, y: object) -> str:
-    assert callable(x) and callable(y)
+def _line(number: int, points: Points, x: Callable[[float], float], y: Callable[[float], float]) -> str:
     path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
     end = points[-1]
     return (

@@ -29,10 +29,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
     """A table of texts; columns in `right` are aligned to the right. Wider than the page, it scrolls."""
 
     def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class="right"' if index in right else ''}>{escape(cell)}</{tag}>"
-            for index, cell in enumerate(row)
-        )
+        opened = [f'<{tag} class="right">' if index in right else f"<{tag}>" for index in range(len(row))]
+        return "".join(f"{start}{escape(cell)}</{tag}>" for start, cell in zip(opened, row, strict=True))
 
     head = f"<thead><tr>{cells(headers, 'th')}</tr></thead>" if headers else ""
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
@@ -60,7 +58,8 @@ def said_line(said: Said | None, *, writing: bool = False) -> str:
 def answer_card(letter: str, text: str, *, writing: bool = False, name: str | None = None) -> str:
     """One of two answers to vote on; `name` is told after the vote."""
     who = f'<span class="card-name">{escape(name)}</span>' if name else ""
-    body = escape(text) if text else f'<span class="faint">{"writing…" if writing else "no answer yet"}</span>'
+    missing = "writing…" if writing else "no answer yet"
+    body = escape(text) if text else f'<span class="faint">{missing}</span>'
     return (
         f'<section class="card" aria-label="answer {letter}"><header><span class="letter">{letter}</span>{who}</header>'
         f'<div class="text" id="answer-{letter.lower()}">{body}</div></section>'
@@ -84,9 +83,8 @@ def win_table(records: Sequence[Record]) -> str:
         )
     )
     rows = "".join(f"<tr>{_record_cells(record)}</tr>" for record in records)
-    return (
-        f'<div class="scroll"><table class="plain wins"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    table_ = f'<table class="plain wins"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="scroll">{table_}</div>'
 
 
 def _record_cells(record: Record) -> str:
@@ -113,13 +111,14 @@ def findings(diagnosis: Diagnosis | None, report: ReadReport | None = None) -> s
     for finding in diagnosis.findings.values():
         check = finding.check
         count = f"{finding.count} × " if finding.count else ""
-        where = f"<p>Rows {escape(rows_text(finding.rows).replace(' (--json lists all)', ''))}.</p>" if finding.rows else ""
+        rows = rows_text(finding.rows).replace(" (--json lists all)", "")
+        where = f"<p>Rows {escape(rows)}.</p>" if finding.rows else ""
         examples = "".join(f"<li>{escape(' '.join(text.split()))}</li>" for _, text in finding.examples)
         listed = f"<ul>{examples}</ul>" if examples else ""
         shown.append(
             f'<details class="finding {check.severity}"><summary><span class="badge">{check.severity}</span>'
-            f"{escape(count + check.title)}</summary><p>{escape(check.meaning)} {escape(check.advice)}</p>{where}{listed}"
-            "</details>"
+            f"{escape(count + check.title)}</summary><p>{escape(check.meaning)} {escape(check.advice)}</p>"
+            f"{where}{listed}</details>"
         )
     return "".join(shown)
 
@@ -163,7 +162,8 @@ def samples_table(seen: Seen) -> str:
             f"{text_block(text or '(nothing)')}</div>"
             for step, text in answers
         )
-        blocks.append(f'<section class="samples"><h4>{escape(prompt)}</h4><div class="sample-row">{cells}</div></section>')
+        row = f'<div class="sample-row">{cells}</div>'
+        blocks.append(f'<section class="samples"><h4>{escape(prompt)}</h4>{row}</section>')
     return "".join(blocks)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 TITLE = "lora-dpo"
 
 CSS = """
+.gradio-container, .gradio-container > .main, .gradio-container .wrap.fillable { width: 100% !important; }
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container .html-container { padding: 0 !important; }
+.bar { align-items: flex-end !important; }
+.bar button.lg, .bar button.md { min-height: 42px; }
 :root, .light { --good: #1f7a4d; --bad: #b3372b; --warn: #8a6100; --line-1: #2f5f94; --line-2: #b3372b;
   --grid: #d9dde3; --soft: #f5f6f8; }
 .dark { --good: #5cc795; --bad: #f08a7d; --warn: #e3b341; --line-1: #7fb2ec; --line-2: #f08a7d;
@@ -40,10 +45,11 @@ CSS = """
 
 .scroll { overflow-x: auto; }
 table.plain { border-collapse: collapse; width: 100%; font-size: .9rem; }
-table.plain th, table.plain td { text-align: left; padding: 7px 12px 7px 4px; vertical-align: top;
+.gradio-container table.plain :is(tr, th, td) { border: 0; }
+.gradio-container table.plain :is(th, td) { text-align: left; padding: 7px 12px 7px 4px; vertical-align: top;
   border-bottom: 1px solid var(--border-color-primary); }
 table.plain th { font-weight: 600; color: var(--body-text-color-subdued); white-space: nowrap; }
-table.plain .right { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.gradio-container table.plain .right { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 table.plain.names td:first-child { font-weight: 600; overflow-wrap: anywhere; min-width: 8em; }
 .interval { white-space: nowrap; min-width: 200px; }
 .interval .bar { display: inline-block; position: relative; width: 110px; height: 8px; border-radius: 4px;
@@ -78,8 +84,8 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 .chart polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .chart .line-1 { stroke: var(--line-1); } .chart circle.line-1 { fill: var(--line-1); }
 .chart .line-2 { stroke: var(--line-2); } .chart circle.line-2 { fill: var(--line-2); }
-.chart-key::before { content: ""; display: inline-block; width: 12px; height: 3px; border-radius: 2px; margin-right: 5px;
-  vertical-align: middle; background: currentColor; }
+.chart-key::before { content: ""; display: inline-block; width: 12px; height: 3px; border-radius: 2px;
+  margin-right: 5px; vertical-align: middle; background: currentColor; }
 .key-1 { color: var(--line-1); } .key-2 { color: var(--line-2); }
 .chart-empty { height: 130px; display: grid; place-items: center; color: var(--body-text-color-subdued);
   font-size: .85rem; }
@@ -88,13 +94,13 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 .progress div { height: 100%; background: var(--primary-500); transition: width .4s; }
 .samples { padding: 8px 14px 12px; margin-top: 12px; }
 .samples h4 { margin: 2px 0 6px; font-size: .92rem; overflow-wrap: anywhere; }
-.sample-row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(200px, 1fr); gap: 14px; overflow-x: auto; }
+.sample-row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(200px, 1fr); gap: 14px;
+  overflow-x: auto; }
 .sample header { font-size: .8rem; color: var(--body-text-color-subdued); }
 .sample .text { font-size: .88rem; }
 
 #vote-buttons { gap: 8px; flex-wrap: wrap; }
 #vote-buttons button { min-width: 118px; flex: 1 1 118px; }
-.status-line { min-height: 1.6em; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   #vote-buttons button { min-width: 45%; }
@@ -105,6 +111,7 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 KEYS = {"vote-a": ("1", "ArrowLeft"), "vote-b": ("2", "ArrowRight"), "vote-good": ("3", "ArrowUp")}
 KEYS |= {"vote-bad": ("4", "ArrowDown"), "vote-skip": ("0", "s")}
 """Button of the Vote tab -> its keys."""
+SHOWN_AS = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
 
 _SCRIPT = """
 <script>
@@ -113,7 +120,8 @@ _SCRIPT = """
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
     const at = event.target;
-    if (at && at.closest && at.closest("input, textarea, select, [contenteditable], [role=listbox], [role=tab]")) return;
+    const typing = "input, textarea, select, [contenteditable], [role=listbox], [role=tab]";
+    if (at && at.closest && at.closest(typing)) return;
     const button = document.getElementById(keys[event.key]);
     if (!button || button.disabled || button.offsetParent === null) return;
     event.preventDefault();
@@ -124,10 +132,18 @@ _SCRIPT = """
 """
 
 
+def css() -> str:
+    """All styles; the keys of the Vote tab are written on its buttons where there is a keyboard."""
+    hints = "".join(
+        f'#{button}::after {{ content: "{" ".join(SHOWN_AS.get(key, key) for key in keys)}"; margin-left: 10px; '
+        "font-weight: 400; font-size: .85em; opacity: .75; }"
+        for button, keys in KEYS.items()
+    )
+    return f"{CSS}@media (hover: hover) and (min-width: 900px) {{ {hints} }}"
+
+
 def head() -> str:
     """What goes into the page's head."""
-    import json
-
     return _SCRIPT % json.dumps({key: button for button, keys in KEYS.items() for key in keys})
 
 
@@ -138,6 +154,7 @@ def theme() -> Any:
     return gr.themes.Default(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.slate,
+        spacing_size=gr.themes.sizes.spacing_sm,
         font=["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "Menlo", "monospace"],
     )

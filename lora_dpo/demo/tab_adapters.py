@@ -33,13 +33,13 @@ MAX_CARD = 100_000
 State = tuple[Any, ...]
 
 
-def build(desk: Desk) -> tuple[gr.Dropdown, gr.HTML]:
+def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     """Lay the tab out; returns the picker and the table, to be refreshed when an adapter is new."""
     listed = gr.HTML(adapters_table(desk), elem_id="adapters-table")
     names = [row.name for row in list_adapters(desk.adapters_dir)]
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="bar"):
         name = gr.Dropdown(
-            names, value=names[0] if names else None, label="Adapter", elem_id="adapters-name", scale=3, filterable=False
+            names, value=(names or [None])[0], label="Adapter", elem_id="adapters-name", scale=3, filterable=False
         )
         pack_it = gr.Button("Pack to download", size="md", elem_id="adapters-pack", scale=1, min_width=150)
         load = gr.UploadButton(
@@ -47,7 +47,7 @@ def build(desk: Desk) -> tuple[gr.Dropdown, gr.HTML]:
         )
     package = gr.File(label="Packed", visible=False, interactive=False, elem_id="adapters-file")
     status = gr.HTML(note(""), elem_id="adapters-status")
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="bar"):
         form = gr.Dropdown(list(FORMS), value=next(iter(FORMS)), label="Merge or export", filterable=False, scale=3)
         write = gr.Button("Write", size="md", elem_id="adapters-write", scale=1, min_width=110)
     progress = gr.HTML("", elem_id="adapters-progress")
@@ -94,6 +94,7 @@ def build(desk: Desk) -> tuple[gr.Dropdown, gr.HTML]:
     private: dict[str, Any] = {"api_visibility": "private"}
     shown = [passport, drawn, card]
     name.change(show, name, shown, **private)
+    page.load(show, name, shown, **private)
     pack_it.click(packed, name, package, api_name="pack")
     load.upload(bring, load, [listed, name, status, *shown], api_name="install")
     write.click(export_it, [name, form], [progress, exported], show_progress="hidden", api_name="export_adapter")
@@ -121,7 +122,7 @@ def adapters_table(desk: Desk) -> str:
 
 
 def _target(desk: Desk, name: str, what: str) -> Path:
-    """A free place for an export: a folder stays in `exports/` of the demo's folder, a file is on its way to a browser."""
+    """A free place for an export: folders stay in `exports/` of the demo's folder, files are on their way out."""
     ends = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
     if what not in ends:
         raise OutputError(f"There is no form {plain(what)} to write an adapter in.")

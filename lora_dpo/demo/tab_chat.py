@@ -14,7 +14,7 @@ from lora_dpo.errors import LoraDPOError
 from lora_dpo.talk import Said, Talk, ask
 
 NOBODY = "(one model alone)"
-HEIGHT = 430
+HEIGHT = "max(300px, calc(100vh - 400px))"
 
 State = tuple[Any, ...]
 
@@ -31,7 +31,7 @@ def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
         for side, shown in enumerate((True, False)):
             with gr.Column(min_width=300, visible=shown) as column:
                 chats.append(_chatbot(side))
-                lines.append(gr.HTML(said_line(None), elem_classes="status-line", elem_id=f"chat-line-{side}"))
+                lines.append(gr.HTML(said_line(None), elem_id=f"chat-line-{side}"))
             if side:
                 right_column = column
     box = gr.Textbox(

@@ -26,7 +26,7 @@ State = tuple[Any, ...]
 def build(desk: Desk) -> gr.Dropdown:
     """Lay the tab out; returns the picker of files."""
     names = desk.pairs.names()
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="bar"):
         name = gr.Dropdown(
             names, value=names[0] if names else None, label="Pairs", elem_id="data-name", scale=3, filterable=False
         )
@@ -109,7 +109,8 @@ def build(desk: Desk) -> gr.Dropdown:
         if index >= len(entries):
             raise DataError("The list has changed meanwhile. Choose the pair again.")
         entry = entries[index]
-        turns = "".join(text_block(f"{said['role']}: {said['content']}", kind="asked") for said in entry.pair.prompt[:-1])
+        before = [f"{said['role']}: {said['content']}" for said in entry.pair.prompt[:-1]]
+        turns = "".join(text_block(text, kind="asked") for text in before)
         return gr.update(visible=True), entry, turns, *entry.texts
 
     @told

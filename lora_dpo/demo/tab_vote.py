@@ -13,7 +13,6 @@ from lora_dpo.arena import Match
 from lora_dpo.data import Message
 from lora_dpo.demo.draw import answer_card, note, win_table
 from lora_dpo.demo.kit import client_of, refusal, sampling_of, told
-from lora_dpo.demo.page import KEYS
 from lora_dpo.desk import Desk
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.prompts import Prompt, read_prompts
@@ -26,7 +25,6 @@ LABELS = {
     "both bad": ("Both bad", "vote-bad"),
     "skip": ("Skip", "vote-skip"),
 }
-ARROWS = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
 
 State = tuple[Any, ...]
 
@@ -34,12 +32,12 @@ State = tuple[Any, ...]
 def build(desk: Desk) -> gr.Dropdown:
     """Lay the tab out; returns the picker of players."""
     names = desk.names()
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="bar"):
         players = gr.Dropdown(
             names,
             value=names[:2],
             multiselect=True,
-            label="Who answers (two of these, drawn each time; one alone gives two samples of it)",
+            label="Who answers: two of these, drawn each time; one alone twice",
             elem_id="vote-players",
             scale=3,
         )
@@ -60,7 +58,7 @@ def build(desk: Desk) -> gr.Dropdown:
     with gr.Row(elem_id="vote-buttons"):
         buttons = {
             verdict: gr.Button(
-                f"{label}  {_keys(place)}",
+                label,
                 elem_id=place,
                 interactive=False,
                 variant="primary" if verdict in ("a", "b") else "secondary",
@@ -81,7 +79,12 @@ def build(desk: Desk) -> gr.Dropdown:
     settings = [players, temperature, longest, queue]
 
     def run(
-        prompt: Sequence[Message], who: list[str], numbers: tuple[float, float], left: list[Prompt], client: str, was: str
+        prompt: Sequence[Message],
+        who: list[str],
+        numbers: tuple[float, float],
+        left: list[Prompt],
+        client: str,
+        was: str,
     ) -> Iterator[State]:
         """Draw a match and show its answers as they are written; then the buttons work."""
         source = f"{left[0].source}:{left[0].row}" if left and tuple(left[0].messages) == tuple(prompt) else None
@@ -147,10 +150,6 @@ def build(desk: Desk) -> gr.Dropdown:
 
 def _named(prompt: Prompt, name: str) -> Prompt:
     return Prompt(prompt.messages, name, prompt.row, prompt.accepted)
-
-
-def _keys(place: str) -> str:
-    return " ".join(ARROWS.get(key, key) for key in KEYS[place] if len(key) == 1 or key in ARROWS)
 
 
 def _asked(match: Match | None, left: Sequence[Prompt] = ()) -> str:

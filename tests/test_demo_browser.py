@@ -1,0 +1,270 @@
+"""The demo in a real headless Chromium: the whole loop, and scripts that must never run.
+
+Needs the system's `chromium` (Debian: `apt-get install chromium`) and the Python package playwright; none is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import zipfile
+
+import pytest
+
+pytest.importorskip("gradio", reason="the demo's tests need Gradio: pip install 'lora-dpo[demo]'")
+pytest.importorskip("playwright", reason="the browser tests need the package playwright")
+from browsing import CHROMIUM, TABS, Visitor, chromium
+
+if CHROMIUM is None:
+    pytest.skip("the browser tests need chromium: apt-get install chromium", allow_module_level=True)
+
+PROMPTS = [f"Say {number} words." for number in range(1, 11)]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+def serve(model, place, quantize="none"):
+    """A demo in this process: its desk and its address."""
+    from lora_dpo.demo import app
+    from lora_dpo.desk import Desk
+    from lora_dpo.host import open_host
+
+    host = open_host(str(model), place / "adapters", quantize=quantize)
+    desk = Desk(host, place / "collected", scratch=place / "scratch")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return desk, app.launch(desk, host="127.0.0.1", port=port, auth=None, block=False)
+
+
+@pytest.fixture
+def served(tiny_model_folder, tiny_adapter, tmp_path):
+    import gradio
+
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
+    desk, address = serve(tiny_model_folder, tmp_path)
+    yield desk, address
+    gradio.close_all()
+    desk.host.close()
+
+
+def test_the_whole_loop(browser, served, tmp_path):
+    desk, address = served
+    me = Visitor(browser, address)
+    page = me.page
+
+    # chat, with one and side by side
+    me.choose("chat-left", "base")
+    me.say("Say it.")
+    assert "tokens" in me.text("chat-line-0")
+    me.choose("chat-right", "first")
+    me.say("And more.")
+    assert len(me.answers(0)) == len(me.answers(1)) == 2
+    assert me.answers(0)[1] != me.answers(1)[1]
+    assert "tokens" in me.text("chat-line-1")
+
+    # ten votes, by key, on imported prompts
+    me.tab("Vote")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    page.set_input_files("#vote-import input[type=file], input#vote-import", tmp_path / "prompts.txt")
+    for number in range(1, 11):
+        page.wait_for_selector("#vote-a:not([disabled])")
+        assert PROMPTS[number - 1] in me.text("vote-asked")
+        page.keyboard.press("1" if number % 2 else "ArrowRight")
+        me.wait_for("vote-status", f"Saved: {number} pair")
+    assert desk.pairs.book.count() == (10, 0)
+    assert "first against base" in me.text("vote-wins")
+
+    # the pairs, one of them mended
+    me.tab("Data")
+    me.wait_for("data-doctor", "10 pairs read")
+    page.locator("#data-table td", has_text=PROMPTS[2]).first.click()
+    page.wait_for_selector("#data-editor:visible")
+    page.fill("#data-chosen textarea", "Three words here.")
+    page.click("#data-save")
+    page.wait_for_selector("#data-editor", state="hidden")
+    assert desk.pairs.entries("votes", "Three words here")[0].texts[0] == PROMPTS[2]
+
+    # train on them, with a learning rate that even a tiny model notices
+    me.tab("Train")
+    page.fill("#train-prompts textarea", "Say it.")
+    me.open("Settings")
+    page.click("#train-plan")
+    page.wait_for_selector("#train-start:not([disabled])")
+    assert "It fits" in me.text("train-planned")
+    settings = page.input_value("#train-recipe textarea")
+    changed = settings.replace("max_steps: 10", "max_steps: 4").replace("learning_rate: 0.0001", "learning_rate: 0.02")
+    assert changed.count("max_steps: 4") == changed.count("learning_rate: 0.02") == 1
+    page.fill("#train-recipe textarea", changed)
+    page.click("#train-plan")
+    me.wait_for("train-planned", "4 of 4 pairs")
+    page.click("#train-start")
+    me.wait_for("train-state", "Done: mine", 120)
+    assert page.locator("#train-curves svg").count() == 4
+    assert "after 4 steps" in me.text("train-samples")
+
+    # swap to it and see another answer to the same words
+    me.tab("Chat")
+    page.click("#chat-new")
+    page.wait_for_function("() => !document.querySelector('#chat-0 .bot')")
+    page.wait_for_timeout(2500)  # the pickers look every two seconds
+    me.choose("chat-left", "mine")
+    me.choose("chat-right", "base")
+    me.say("Say it.")
+    assert me.answers(0)[0] != me.answers(1)[0]
+
+    # pack and download it
+    me.tab("Adapters")
+    me.choose("adapters-name", "mine")
+    me.wait_for("adapters-passport", "rank 4")
+    page.click("#adapters-pack")
+    page.wait_for_selector("#adapters-file a[download], #adapters-file a")
+    with page.expect_download() as coming:
+        page.locator("#adapters-file a").first.click()
+    coming.value.save_as(tmp_path / "mine.lora.zip")
+    assert "mine/adapter_model.safetensors" in zipfile.ZipFile(tmp_path / "mine.lora.zip").namelist()
+
+    assert me.errors == []
+    assert me.elsewhere == []
+    assert desk.host.load_count == 1
+
+
+def test_stop_retry_edit_and_a_second_visitor(browser, served):
+    desk, address = served
+    me, other = Visitor(browser, address), Visitor(browser, address)
+    me.say("Say it.")
+    before = me.answers(0)[0]
+    me.page.locator("#chat-0").hover()
+    me.page.locator("#chat-0 button[aria-label*=etry], #chat-0 button[title*=etry]").first.click()
+    me.page.wait_for_timeout(300)
+    me.page.get_by_role("button", name="Send", exact=True).wait_for()
+    me.page.wait_for_timeout(200)
+    assert len(me.answers(0)) == 1
+    assert me.answers(0)[0] != before
+    assert other.answers(0) == []  # conversations are each one's own
+    other.say("Hello.")
+    assert len(me.answers(0)) == 1
+    me.tab("Vote")
+    me.page.keyboard.press("1")  # nothing to vote on: nothing happens
+    me.page.wait_for_timeout(300)
+    assert desk.pairs.book.count() == (0, 0)
+    assert me.errors == other.errors == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_nothing_is_cut_off(browser, served, width, dark):
+    _, address = served
+    me = Visitor(browser, address, width=width, dark=dark)
+    me.say("Say it.")
+    for name in TABS:
+        if width > 600:
+            me.tab(name)
+        assert me.too_wide() == [], name
+    assert me.errors == []
+
+
+# --- scripts --------------------------------------------------------------------------------------
+
+PWN = "window.pwned=(window.pwned||0)+1"
+EVIL = (
+    f"<script>{PWN}</script><img src=x onerror='{PWN}'><svg onload='{PWN}'></svg>"
+    f"[link](javascript:{PWN}) <a href=\"javascript:{PWN}\">a</a> <iframe srcdoc=\"<script>parent.{PWN}</script>\"></iframe> "
+    "${" + PWN + "} {{" + PWN + "}} <details open ontoggle='" + PWN + "'>d</details> <math><mtext></form><form>"
+    f"<mglyph><style></math><img src onerror='{PWN}'>"
+)
+EVIL_NAME = f"<img src=x onerror='{PWN}'>"
+
+
+@pytest.fixture
+def hostile(tiny_model_folder, tiny_adapter, tmp_path, monkeypatch):
+    """A demo where every text that can come from outside holds scripts, the model's answers among them."""
+    import gradio
+
+    from lora_dpo import host
+    from lora_dpo.generate import Answer
+
+    def answers(*args, **kwargs):
+        yield EVIL
+        return Answer(EVIL, 5, True)
+
+    monkeypatch.setattr(host, "stream_from", answers)
+    folder = tmp_path / "adapters" / EVIL_NAME
+    shutil.copytree(tiny_adapter, folder)
+    (folder / "README.md").write_text(f"# {EVIL}\n\n{EVIL}\n\n![p](http://192.0.2.1/p.png)\n")
+    passport = json.loads((folder / "passport.json").read_text())
+    passport |= {"reference": EVIL, "created": EVIL, "versions": {"lora-dpo": EVIL}}
+    passport["metrics"] = {"after": {"pairs": {EVIL: EVIL}}}
+    (folder / "passport.json").write_text(json.dumps(passport))
+    desk, address = serve(tiny_model_folder, tmp_path)
+    yield desk, address
+    gradio.close_all()
+    desk.host.close()
+
+
+def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
+    desk, address = hostile
+    me = Visitor(browser, address)
+    page = me.page
+    assert EVIL_NAME in desk.names()
+
+    me.open("Settings")
+    page.fill("#chat-system textarea", EVIL)
+    me.choose("chat-left", EVIL_NAME)
+    me.choose("chat-right", "base")
+    me.say(EVIL)
+    assert "<script>" in me.answers(0)[0]  # it is shown, as text
+
+    me.tab("Vote")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": EVIL}) + "\n" + json.dumps({"prompt": "x"}) + "\n")
+    page.set_input_files("#vote-import input[type=file], input#vote-import", tmp_path / "prompts.jsonl")
+    page.wait_for_selector("#vote-a:not([disabled])")
+    page.keyboard.press("3")  # both answers are the same: no pair
+    me.wait_for("vote-status", "Saved")
+
+    me.tab("Data")
+    named = tmp_path / f"{EVIL_NAME.replace('/', '')}.jsonl"
+    rows = [
+        {"prompt": EVIL, "chosen": EVIL, "rejected": "no", "origin": {EVIL: EVIL}},
+        {"prompt": EVIL, "chosen": EVIL, "rejected": EVIL},
+        {"prompt": EVIL, "chosen": "yes <|im_end|>" + EVIL, "rejected": "no"},
+    ]
+    named.write_text("".join(json.dumps(row) + "\n" for row in rows) + EVIL)
+    page.set_input_files("#data-upload input[type=file], input#data-upload", named)
+    me.wait_for("data-doctor", "chosen equals rejected")
+    for summary in page.locator("#data-doctor summary").all():
+        summary.click()
+    page.locator("#data-table td", has_text="<script>").first.click()
+    page.wait_for_selector("#data-editor:visible")
+    page.fill("#data-search textarea, #data-search input", EVIL)
+    page.keyboard.press("Enter")
+
+    me.tab("Train")
+    page.fill("#train-name textarea, #train-name input", EVIL)
+    page.click("#train-plan")
+    page.wait_for_timeout(1500)  # the refusal, which quotes the name
+    page.fill("#train-name textarea, #train-name input", "fine")
+    page.fill("#train-prompts textarea", EVIL)
+    page.locator("#train-pairs input").first.check()
+    page.click("#train-plan")
+    page.wait_for_selector("#train-start:not([disabled])")
+    page.click("#train-start")
+    me.wait_for("train-state", "Done", 120)
+
+    me.tab("Adapters")
+    me.choose("adapters-name", EVIL_NAME)
+    me.wait_for("adapters-passport", "reference")
+    me.open("Model card")
+    me.open("Curves")
+    page.click("#adapters-pack")  # refused: that is no name for a package
+    for name in TABS:
+        me.tab(name)
+        page.wait_for_timeout(400)
+    assert page.evaluate("window.pwned") is None
+    assert [error for error in me.errors if "dialog" in error] == []
+    assert me.elsewhere == []
+    assert page.locator("iframe").count() == 0
