@@ -53,9 +53,7 @@ class Match:
 class Arena:
     """Matches that are open, and the book that votes are written to."""
 
-    def __init__(
-        self, host: Host, book: VoteBook, *, adapters_dir: Path, draws: random.Random | None = None
-    ) -> None:
+    def __init__(self, host: Host, book: VoteBook, *, adapters_dir: Path, draws: random.Random | None = None) -> None:
         self.host, self.book, self.adapters_dir = host, book, adapters_dir
         self.draws = draws or random.SystemRandom()
         self._open: OrderedDict[str, Match] = OrderedDict()
@@ -94,9 +92,7 @@ class Arena:
                 self._open.popitem(last=False)
         return match
 
-    def answers(
-        self, match: Match, *, client: str, stop: threading.Event | None = None
-    ) -> Iterator[tuple[str, str]]:
+    def answers(self, match: Match, *, client: str, stop: threading.Event | None = None) -> Iterator[tuple[str, str]]:
         """Yield the texts of A and B as they grow; A is written first. At the end the match is ready to vote on.
 
         A match that is stopped early stays without its answers: a cut answer would be judged for its cut.

@@ -20,9 +20,9 @@ def demo(
     adapters_dir: Annotated[
         Path, typer.Option("--adapters-dir", help="Adapters are the folders in here; new ones are written here.")
     ] = Path("adapters"),
-    data_dir: Annotated[
-        Path, typer.Option("--data-dir", help="Where votes and uploaded pairs are kept.")
-    ] = Path("collected"),
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="Where votes and uploaded pairs are kept.")] = Path(
+        "collected"
+    ),
     quantize: Annotated[str, typer.Option(help="nf4: the base in 4 bits. none: as stored.")] = "nf4",
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
@@ -102,4 +102,3 @@ def check_gradio() -> None:
 
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("The demo needs Gradio, which is not installed. Get it: pip install 'lora-dpo[demo]'")
-

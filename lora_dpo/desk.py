@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.arena import Arena
+from lora_dpo.collection import Collection
 from lora_dpo.config import Recipe
 from lora_dpo.data import Message
 from lora_dpo.errors import ConfigError
@@ -17,7 +18,6 @@ from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host
 from lora_dpo.job import Job
 from lora_dpo.package import check_name
-from lora_dpo.collection import Collection
 from lora_dpo.talk import Stops
 from lora_dpo.watch import Sample, Watch
 

@@ -127,14 +127,13 @@ def ask(
     sampling = replace(sampling, seed=sampling.seed + talk.retries)
     exchange = Exchange(text.strip())
     talk.exchanges.append(exchange)
+    # Before anything is answered: the left answer to these words is not for the right model to see.
+    conversations = [talk.conversation(side, system) for side in range(2)]
     try:
         for side, who in enumerate(players[:2]):
             if stop.is_set():
                 break
-            conversation = talk.conversation(side, system)
-            if side == 1 and exchange.answers[0] is not None:
-                conversation = conversation[:-1]  # the left answer to these words is not for the right model to see
-            for said in write(host, who, conversation, sampling, client=client, stop=stop):
+            for said in write(host, who, conversations[side], sampling, client=client, stop=stop):
                 exchange.answers[side] = said
                 yield exchange
     finally:

@@ -106,9 +106,7 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     return TrainResult(run.output, base, model, before, after)
 
 
-def _optimise(
-    run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None, look: Look | None
-) -> None:
+def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None, look: Look | None) -> None:
     """The training loop: TRL's, from the checkpoint if there is one. Raises `Stopped` if asked to."""
     from datasets import Dataset
 

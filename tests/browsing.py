@@ -68,14 +68,12 @@ class Visitor:
         """Unfold an accordion of the tab that is shown."""
         self.page.locator("button.label-wrap:visible", has_text=label).first.click()
 
-    def say(self, text):
+    def say(self, text, seconds=30):
         """Send a chat message and wait for the whole answer."""
         self.page.fill("#chat-box textarea", text)
         self.page.keyboard.press("Enter")
-        self.page.wait_for_function(
-            "document.querySelector('#chat-box textarea').value === ''"
-        )
-        self.page.get_by_role("button", name="Send", exact=True).wait_for()
+        self.page.wait_for_function("document.querySelector('#chat-box textarea').value === ''")
+        self.page.get_by_role("button", name="Send", exact=True).wait_for(timeout=1000 * seconds)
         self.page.wait_for_timeout(200)
 
     def answers(self, side):

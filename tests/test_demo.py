@@ -172,7 +172,10 @@ def test_a_script_votes_blind_trains_and_swaps(client, desk, tmp_path):
     assert client.predict(**options, prompts=["Say it."], api_name="/train") == "started"
     assert client.predict("Hi", "base", max_new_tokens=5, api_name="/chat") is not None
     deadline = time.monotonic() + 60
-    while (told := client.predict(api_name="/training"))["state"] not in ("done", "failed") and time.monotonic() < deadline:
+    while (told := client.predict(api_name="/training"))["state"] not in (
+        "done",
+        "failed",
+    ) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert (told["state"], told["error"], told["step"]) == ("done", None, 2)
     assert [sample["step"] for sample in told["samples"]] == [0, 1, 2]

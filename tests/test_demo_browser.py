@@ -6,9 +6,11 @@ Needs the system's `chromium` (Debian: `apt-get install chromium`) and the Pytho
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,8 @@ from browsing import CHROMIUM, TABS, Visitor, chromium
 if CHROMIUM is None:
     pytest.skip("the browser tests need chromium: apt-get install chromium", allow_module_level=True)
 
+UPLOAD_PROMPTS = "[data-testid='Import prompts-upload-button']"
+UPLOAD_PAIRS = "[data-testid='Upload pairs-upload-button']"
 PROMPTS = [f"Say {number} words." for number in range(1, 11)]
 
 
@@ -43,11 +47,20 @@ def serve(model, place, quantize="none"):
 
 
 @pytest.fixture
-def served(tiny_model_folder, tiny_adapter, tmp_path):
+def roomy(tiny_model_folder, tmp_path):
+    """The tiny model with a context in which talks of bytes have room."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "roomy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    return folder
+
+
+@pytest.fixture
+def served(roomy, tiny_adapter, tmp_path):
     import gradio
 
     shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
-    desk, address = serve(tiny_model_folder, tmp_path)
+    desk, address = serve(roomy, tmp_path)
     yield desk, address
     gradio.close_all()
     desk.host.close()
@@ -71,7 +84,7 @@ def test_the_whole_loop(browser, served, tmp_path):
     # ten votes, by key, on imported prompts
     me.tab("Vote")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    page.set_input_files("#vote-import input[type=file], input#vote-import", tmp_path / "prompts.txt")
+    page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
     for number in range(1, 11):
         page.wait_for_selector("#vote-a:not([disabled])")
         assert PROMPTS[number - 1] in me.text("vote-asked")
@@ -168,12 +181,104 @@ def test_nothing_is_cut_off(browser, served, width, dark):
     assert me.errors == []
 
 
+# --- pictures -------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = os.environ.get("LORA_DPO_PICTURES")
+"""A folder: the pictures of the docs are made there, with a longer run. Otherwise they are looked at and let go."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "models/smollm2-135m/config.json").is_file(), reason="the real model is not here")
+def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatch):
+    """Everything fits at 1280x800 and on a phone, light and dark; the pictures of docs/demo.md are made by this."""
+    import gradio
+
+    monkeypatch.chdir(ROOT)
+    shutil.copytree(ROOT / "adapters/quickstart", tmp_path / "adapters/quickstart")
+    desk, address = serve("smollm2-135m", tmp_path, "nf4")
+    out = Path(PICTURES) if PICTURES else tmp_path / "pictures"
+    out.mkdir(parents=True, exist_ok=True)
+    me = Visitor(browser, address)
+    page = me.page
+    try:
+        use_it(me, tmp_path, steps=8 if PICTURES else 2, votes=4 if PICTURES else 1)
+        for name in TABS:
+            me.tab(name)
+            page.wait_for_timeout(700)
+            assert me.too_wide() == [], name
+            me.picture(out / f"demo-{name.lower()}.png")
+        page.emulate_media(color_scheme="dark")
+        for name in TABS:
+            me.tab(name)
+            page.wait_for_timeout(300)
+            me.picture(out / f"dark-{name.lower()}.png")
+        page.set_viewport_size({"width": 390, "height": 844})
+        for scheme in ("dark", "light"):
+            page.emulate_media(color_scheme=scheme)
+            for name in TABS:
+                me.tab(name)
+                page.wait_for_timeout(500)
+                assert me.too_wide() == [], f"{name} on a phone"
+                me.picture(out / f"phone-{scheme}-{name.lower()}.png")
+        assert me.errors == []
+        assert desk.host.load_count == 1
+    finally:
+        gradio.close_all()
+        desk.host.close()
+
+
+def use_it(me, tmp_path, *, steps, votes):
+    """A chat side by side, some votes, an upload, a short run: so that every tab shows something."""
+    page = me.page
+    me.open("Settings")
+    page.locator("#chat-longest input[type=number]").fill("64")
+    page.locator("#chat-temperature input[type=number]").fill("0")
+    me.open("Settings")
+    me.choose("chat-left", "quickstart")
+    me.choose("chat-right", "base")
+    me.say("Why is the sky blue?", seconds=90)
+    me.tab("Vote")
+    asked = ["What is the capital of Portugal?", "Why should I wear a seat belt?", "What is a mortgage?"]
+    asked += ["Can I freeze milk?", "What is the opposite of wet?"]
+    (tmp_path / "prompts.txt").write_text("\n".join(asked[: votes + 1]))
+    me.open("Settings")
+    page.locator("#vote-longest input[type=number]").fill("48")
+    me.open("Settings")
+    page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
+    for number in range(votes):
+        page.wait_for_selector("#vote-a:not([disabled])", timeout=90_000)
+        # Whoever votes here prefers the shorter answer.
+        a, b = (len(me.text(f"answer-{side}")) for side in "ab")
+        page.keyboard.press("1" if a < b else "2")
+        me.wait_for("vote-status", f"Saved: {number + 1} pair")
+    page.wait_for_selector("#vote-a:not([disabled])", timeout=90_000)
+    me.tab("Data")
+    page.set_input_files(UPLOAD_PAIRS, ROOT / "data/quickstart.jsonl")
+    me.wait_for("data-doctor", "267 pairs read")
+    page.wait_for_timeout(2500)
+    me.tab("Train")
+    for box, on in (("votes", False), ("quickstart", True)):
+        page.locator("#train-pairs label", has_text=box).locator("input").set_checked(on)
+    page.fill("#train-prompts textarea", "Why is the sky blue?")
+    page.click("#train-plan")
+    page.wait_for_selector("#train-start:not([disabled])", timeout=90_000)
+    me.open("Settings")
+    small = "trainer:\n  max_steps: %d\n  per_device_train_batch_size: 2\nevaluation:\n  answers: 2\n  show: 2\n"
+    page.fill("#train-recipe textarea", small % steps + "  max_new_tokens: 32\n")
+    page.click("#train-plan")
+    me.wait_for("train-planned", f"{steps} of 2 pairs", 90)
+    me.open("Settings")
+    page.click("#train-start")
+    me.wait_for("train-state", "Done: mine", 240)
+
+
 # --- scripts --------------------------------------------------------------------------------------
 
 PWN = "window.pwned=(window.pwned||0)+1"
 EVIL = (
     f"<script>{PWN}</script><img src=x onerror='{PWN}'><svg onload='{PWN}'></svg>"
-    f"[link](javascript:{PWN}) <a href=\"javascript:{PWN}\">a</a> <iframe srcdoc=\"<script>parent.{PWN}</script>\"></iframe> "
+    f'[link](javascript:{PWN}) <a href="javascript:{PWN}">a</a> <iframe srcdoc="<script>parent.{PWN}</script>"></iframe> '
     "${" + PWN + "} {{" + PWN + "}} <details open ontoggle='" + PWN + "'>d</details> <math><mtext></form><form>"
     f"<mglyph><style></math><img src onerror='{PWN}'>"
 )
@@ -181,7 +286,7 @@ EVIL_NAME = f"<img src=x onerror='{PWN}'>"
 
 
 @pytest.fixture
-def hostile(tiny_model_folder, tiny_adapter, tmp_path, monkeypatch):
+def hostile(roomy, tiny_adapter, tmp_path, monkeypatch):
     """A demo where every text that can come from outside holds scripts, the model's answers among them."""
     import gradio
 
@@ -200,7 +305,7 @@ def hostile(tiny_model_folder, tiny_adapter, tmp_path, monkeypatch):
     passport |= {"reference": EVIL, "created": EVIL, "versions": {"lora-dpo": EVIL}}
     passport["metrics"] = {"after": {"pairs": {EVIL: EVIL}}}
     (folder / "passport.json").write_text(json.dumps(passport))
-    desk, address = serve(tiny_model_folder, tmp_path)
+    desk, address = serve(roomy, tmp_path)
     yield desk, address
     gradio.close_all()
     desk.host.close()
@@ -221,7 +326,7 @@ def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
 
     me.tab("Vote")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": EVIL}) + "\n" + json.dumps({"prompt": "x"}) + "\n")
-    page.set_input_files("#vote-import input[type=file], input#vote-import", tmp_path / "prompts.jsonl")
+    page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.jsonl")
     page.wait_for_selector("#vote-a:not([disabled])")
     page.keyboard.press("3")  # both answers are the same: no pair
     me.wait_for("vote-status", "Saved")
@@ -234,7 +339,7 @@ def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
         {"prompt": EVIL, "chosen": "yes <|im_end|>" + EVIL, "rejected": "no"},
     ]
     named.write_text("".join(json.dumps(row) + "\n" for row in rows) + EVIL)
-    page.set_input_files("#data-upload input[type=file], input#data-upload", named)
+    page.set_input_files(UPLOAD_PAIRS, named)
     me.wait_for("data-doctor", "chosen equals rejected")
     for summary in page.locator("#data-doctor summary").all():
         summary.click()

@@ -25,7 +25,9 @@ def side(text, who="base", **facts):
 
 
 def vote(book, verdict="a", a="base", b="mine", number=0):
-    return book.add(PROMPT, side(f"One {number}.", a, seed=1), side(f"Two {number}.", b, seed=1), verdict, vote_id=str(number))
+    return book.add(
+        PROMPT, side(f"One {number}.", a, seed=1), side(f"Two {number}.", b, seed=1), verdict, vote_id=str(number)
+    )
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -42,9 +42,7 @@ def _answering(desk: Desk) -> list[Any]:
     ) -> Iterator[str]:
         """One answer to one message, as it grows."""
         sampling = sampling_of(temperature, top_p, max_new_tokens, seed)
-        for exchange in ask(
-            desk.host, Talk(), message, [model], sampling, system=system, client=client_of(request)
-        ):
+        for exchange in ask(desk.host, Talk(), message, [model], sampling, system=system, client=client_of(request)):
             said = exchange.answers[0]
             yield said.text if said else ""
 

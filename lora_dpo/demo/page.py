@@ -45,7 +45,7 @@ CSS = """
 
 .scroll { overflow-x: auto; }
 table.plain { border-collapse: collapse; width: 100%; font-size: .9rem; }
-.gradio-container table.plain :is(tr, th, td) { border: 0; }
+.gradio-container table.plain, .gradio-container table.plain :is(thead, tbody, tr, th, td) { border: 0; }
 .gradio-container table.plain :is(th, td) { text-align: left; padding: 7px 12px 7px 4px; vertical-align: top;
   border-bottom: 1px solid var(--border-color-primary); }
 table.plain th { font-weight: 600; color: var(--body-text-color-subdued); white-space: nowrap; }
@@ -102,7 +102,10 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 #vote-buttons { gap: 8px; flex-wrap: wrap; }
 #vote-buttons button { min-width: 118px; flex: 1 1 118px; }
 @media (max-width: 640px) {
-  .gradio-container { padding: 8px !important; }
+  .gradio-container .fillable { padding: 8px !important; }
+  .bar { flex-wrap: wrap !important; }
+  .bar > .form { flex-basis: 100% !important; }
+  .gradio-container .tab-container button { padding: 0 9px; font-size: .9rem; }
   #vote-buttons button { min-width: 45%; }
   #head span { font-size: .84rem; }
 }

@@ -13,7 +13,7 @@ from lora_dpo.desk import Desk
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.talk import Said, Talk, ask
 
-NOBODY = "(one model alone)"
+NOBODY = "(nobody)"
 HEIGHT = "max(300px, calc(100vh - 400px))"
 
 State = tuple[Any, ...]
@@ -47,10 +47,10 @@ def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
     with gr.Accordion("Settings", open=False):
         system = gr.Textbox(label="System prompt", lines=2, max_length=8_000, elem_id="chat-system")
         with gr.Row():
-            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest word)")
+            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest word)", elem_id="chat-temperature")
             top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
         with gr.Row():
-            longest = gr.Slider(8, 1024, 256, step=8, label="Longest answer (tokens)")
+            longest = gr.Slider(8, 1024, 256, step=8, label="Longest answer (tokens)", elem_id="chat-longest")
             seed = gr.Number(0, precision=0, label="Seed")
     clear = gr.Button("New chat", size="sm", elem_id="chat-new")
     talk = gr.State(Talk())

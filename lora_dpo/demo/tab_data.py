@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
+from lora_dpo.collection import KINDS, Entry
 from lora_dpo.demo.draw import findings, note, text_block
 from lora_dpo.demo.kit import told
 from lora_dpo.desk import Desk
 from lora_dpo.errors import DataError
-from lora_dpo.collection import KINDS, Entry
 
 SHOWN = 200
 """Pairs in the list; the search finds the others."""

@@ -30,7 +30,11 @@ def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             sources = gr.CheckboxGroup(
-                names, value=[VOTES] if VOTES in names else names[:1], label="Pairs to train on", info="Votes and uploads.", elem_id="train-pairs"
+                names,
+                value=[VOTES] if VOTES in names else names[:1],
+                label="Pairs to train on",
+                info="Votes and uploads.",
+                elem_id="train-pairs",
             )
             preset = gr.Radio(
                 [(chosen.label, key) for key, chosen in PRESETS.items()],

@@ -10,13 +10,13 @@ from typing import Any
 import gradio as gr
 
 from lora_dpo.arena import Match
+from lora_dpo.collection import PROMPT_KINDS, check_upload
 from lora_dpo.data import Message
 from lora_dpo.demo.draw import answer_card, note, win_table
 from lora_dpo.demo.kit import client_of, refusal, sampling_of, told
 from lora_dpo.desk import Desk
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.prompts import Prompt, read_prompts
-from lora_dpo.collection import PROMPT_KINDS, check_upload
 
 LABELS = {
     "a": ("A is better", "vote-a"),
@@ -45,7 +45,7 @@ def build(desk: Desk) -> gr.Dropdown:
             "Import prompts", file_types=list(PROMPT_KINDS), size="md", elem_id="vote-import", scale=1, min_width=150
         )
     box = gr.Textbox(
-        placeholder="Write a prompt, or import a file of them…",
+        placeholder="Write a prompt…",
         show_label=False,
         lines=1,
         max_lines=8,
@@ -69,7 +69,7 @@ def build(desk: Desk) -> gr.Dropdown:
     status = gr.HTML(note(""), elem_id="vote-status")
     with gr.Accordion("Settings", open=False), gr.Row():
         temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
-        longest = gr.Slider(8, 1024, 160, step=8, label="Longest answer (tokens)")
+        longest = gr.Slider(8, 1024, 160, step=8, label="Longest answer (tokens)", elem_id="vote-longest")
     gr.Markdown("#### Who wins")
     wins = gr.HTML(win_table(desk.pairs.book.records()), elem_id="vote-wins")
 
@@ -122,7 +122,7 @@ def build(desk: Desk) -> gr.Dropdown:
 
     def cast(verdict: str) -> Any:
         @told
-        def vote(
+        def voted(
             match: str, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
         ) -> Iterator[State]:
             done = desk.arena.vote(match, verdict)
@@ -138,7 +138,7 @@ def build(desk: Desk) -> gr.Dropdown:
                 end = note("That was the last imported prompt. Import more, or write one.", kind="good")
                 yield (*[gr.skip()] * 3, said + end, *[gr.skip()] * (len(outputs) - 4))
 
-        return vote
+        return voted
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     box.submit(ask, [box, *settings], outputs, **quiet)
