@@ -145,7 +145,7 @@ def test_errors_reach_a_script_in_their_own_words(client):
 def test_a_script_votes_blind_trains_and_swaps(client, desk, tmp_path):
     # blind: the answers come without names; after the vote they are told
     for number in range(3):
-        match = client.predict(f"Say {number}.", ["base", "first"], max_new_tokens=8, api_name="/match")
+        match = client.predict(f"Tell tale{number}.", ["base", "first"], max_new_tokens=8, api_name="/match")
         assert set(match) == {"id", "a", "b"}
         done = client.predict(match["id"], "a", api_name="/vote")
         assert {done["a"], done["b"]} == {"base", "first"}
@@ -154,8 +154,8 @@ def test_a_script_votes_blind_trains_and_swaps(client, desk, tmp_path):
     assert standing["wins"] + standing["losses"] == 3
     assert standing["interval"][0] <= standing["rate"] <= standing["interval"][1]
     # the pairs can be looked through and mended
-    pairs = client.predict("votes", "Say 1", api_name="/pairs")
-    assert [pair["prompt"] for pair in pairs] == ["Say 1."]
+    pairs = client.predict("votes", "TELL tale1", api_name="/pairs")
+    assert [pair["prompt"] for pair in pairs] == ["Tell tale1."]
     line, mark = pairs[0]["line"], pairs[0]["mark"]
     assert client.predict("votes", line, mark, "Say one.", "One.", "1", api_name="/change_pair") == "changed"
     with pytest.raises(Exception, match="meanwhile"):
@@ -283,18 +283,31 @@ def test_a_kill_while_people_vote_and_train_loses_no_vote_and_leaves_no_adapter(
     process.send_signal(signal.SIGKILL)
     process.wait()
     voters.join(30)
-    pairs, report = read_pairs(str(tmp_path / "collected/votes.jsonl"))
+    pairs, _ = read_pairs(str(tmp_path / "collected/votes.jsonl"))
     on_disk = {pair.provenance["id"] for pair in pairs}
     assert set(acknowledged) <= on_disk
     assert len(on_disk) <= len(acknowledged) + 1
     from lora_dpo.library import list_adapters
 
     assert [row.name for row in list_adapters(tmp_path / "adapters")] == ["first"]
-    # It starts again beside what the kill left, and Ctrl-C ends it without a traceback.
+
+
+@pytest.mark.slow
+def test_it_starts_beside_what_a_kill_left_and_ctrl_c_ends_it_without_a_traceback(
+    tiny_model_folder, tiny_adapter, tmp_path
+):
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
+    (tmp_path / "adapters/second.partial").mkdir()
+    votes = tmp_path / "collected/votes.jsonl"
+    votes.parent.mkdir()
+    row = {"prompt": "Q", "chosen": "Yes.", "rejected": "No."}
+    votes.write_text(json.dumps(row) + "\n" + json.dumps(row)[:-9])
     process, client = start(tiny_model_folder, tmp_path, free_port())
     assert client.predict(api_name="/models") == ["base", "first"]
-    assert len(client.predict("votes", api_name="/pairs")) == len(pairs)
+    match = client.predict("Say it.", ["base", "first"], max_new_tokens=4, api_name="/match")
+    client.predict(match["id"], "b", api_name="/vote")
+    assert len(client.predict("votes", api_name="/pairs")) == 2
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said, said
-    assert json.dumps(process.returncode) in ("0", "130")
+    assert process.returncode in (0, 130)

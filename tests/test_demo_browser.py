@@ -96,7 +96,7 @@ def test_the_whole_loop(browser, served, tmp_path):
     # the pairs, one of them mended
     me.tab("Data")
     me.wait_for("data-doctor", "10 pairs read")
-    page.locator("#data-table td", has_text=PROMPTS[2]).first.click()
+    page.locator("#data-table [role=gridcell]", has_text=PROMPTS[2]).first.click()
     page.wait_for_selector("#data-editor:visible")
     page.fill("#data-chosen textarea", "Three words here.")
     page.click("#data-save")
@@ -343,7 +343,7 @@ def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
     me.wait_for("data-doctor", "chosen equals rejected")
     for summary in page.locator("#data-doctor summary").all():
         summary.click()
-    page.locator("#data-table td", has_text="<script>").first.click()
+    page.locator("#data-table [role=gridcell]", has_text="<script>").first.click()
     page.wait_for_selector("#data-editor:visible")
     page.fill("#data-search textarea, #data-search input", EVIL)
     page.keyboard.press("Enter")

@@ -99,6 +99,7 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 .sample header { font-size: .8rem; color: var(--body-text-color-subdued); }
 .sample .text { font-size: .88rem; }
 
+#chat-new { align-self: flex-start; width: auto; flex-grow: 0; padding-inline: 18px; }
 #vote-buttons { gap: 8px; flex-wrap: wrap; }
 #vote-buttons button { min-width: 118px; flex: 1 1 118px; }
 @media (max-width: 640px) {
@@ -123,7 +124,7 @@ _SCRIPT = """
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
     const at = event.target;
-    const typing = "input, textarea, select, [contenteditable], [role=listbox], [role=tab]";
+    const typing = "input, textarea, select, [contenteditable], [role=listbox]";
     if (at && at.closest && at.closest(typing)) return;
     const button = document.getElementById(keys[event.key]);
     if (!button || button.disabled || button.offsetParent === null) return;
