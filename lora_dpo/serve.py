@@ -45,7 +45,6 @@ HEARTBEAT = 15.0
 """Seconds without a piece of text after which a stream says that it is alive: proxies cut silent ones."""
 
 
-
 def build_app(host: Host, *, api_key: str | None = None, max_new_tokens: int = 1024) -> ASGIApp:
     """The API over a host.
 
