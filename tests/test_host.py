@@ -179,9 +179,9 @@ def test_pieces_join_to_the_reply_with_its_counts(host):
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_the_answer_stays_in_the_context(base, adapters):
-    with Host(base, adapters, max_prompt_tokens=60) as host:
-        with pytest.raises(PromptTooLong, match=r"has \d+ tokens; at most 60"):
-            host.answer("base", ask("x" * 100), SHORT, client="a")
+    too_long = pytest.raises(PromptTooLong, match=r"has \d+ tokens; at most 60")
+    with Host(base, adapters, max_prompt_tokens=60) as host, too_long:
+        host.answer("base", ask("x" * 100), SHORT, client="a")
     with Host(base, adapters) as host:
         assert host.context == 512
         assert host.max_prompt_tokens == 384
@@ -339,9 +339,10 @@ def test_training_between_answers_gives_the_same_adapter_bit_for_bit(host, adapt
     ]
     assert losses[0] == losses[1]
     assert host.names() == ["base", "alpha", "beta", "loud", "quiet"]
-    assert host.answer("loud", ask("Say it."), SHORT, client="a").text == host.answer(
-        "quiet", ask("Say it."), SHORT, client="a"
-    ).text
+    assert (
+        host.answer("loud", ask("Say it."), SHORT, client="a").text
+        == host.answer("quiet", ask("Say it."), SHORT, client="a").text
+    )
 
 
 def test_pause_stands_still_while_answers_go_on_and_resume_goes_on(host, recipe):
@@ -413,9 +414,7 @@ def test_one_training_at_a_time_under_a_free_name(host, recipe):
         (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
     ],
 )
-def test_a_training_that_breaks_leaves_answers_working_and_no_adapter(
-    host, adapters, recipe, monkeypatch, crash, said
-):
+def test_a_training_that_breaks_leaves_answers_working_and_no_adapter(host, adapters, recipe, monkeypatch, crash, said):
     from lora_dpo.trainer import DPOTrainer
 
     before = host.answer("alpha", ask("Say it."), SHORT, client="a").text

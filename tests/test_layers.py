@@ -18,8 +18,8 @@ LAYERS = (
     "request shelf openai_api",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
     "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk",
-    "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve serve console console_data demo terminal "
-    "signals __init__ __main__",
+    "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve serve console console_data demo "
+    "terminal signals __init__ __main__",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}

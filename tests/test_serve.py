@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-import httpx
+import httpx2
 import openai
 import psutil
 import pytest
@@ -44,7 +44,9 @@ def base(tiny_model_folder):
 def running(host, **options):
     """The server in a thread of its own; yields its port."""
     sock = listen("127.0.0.1", 0)
-    config = uvicorn.Config(build_app(host, **options), log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        build_app(host, **options), log_level="warning", lifespan="off", timeout_graceful_shutdown=2
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
@@ -145,7 +147,10 @@ def test_stop_ends_the_answer_before_the_text(client):
 
 
 def test_a_conversation_goes_on_with_the_answer_as_it_came(client):
-    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
     first = client.chat.completions.create(model="alpha", messages=messages, max_tokens=8)
     messages += [first.choices[0].message, {"role": "user", "content": "and?"}]
     second = client.chat.completions.create(model="alpha", messages=messages, max_tokens=8)
@@ -157,7 +162,9 @@ def test_a_new_adapter_can_be_asked_for_at_once(client, adapters):
     try:
         assert "gamma" in [model.id for model in client.models.list()]
         got = [
-            client.chat.completions.create(model=who, messages=ask("hi"), temperature=0, max_tokens=9).choices[0].message
+            client.chat.completions.create(model=who, messages=ask("hi"), temperature=0, max_tokens=9)
+            .choices[0]
+            .message
             for who in ("beta", "gamma")
         ]
         assert got[0].content == got[1].content
@@ -333,7 +340,8 @@ def test_a_client_that_leaves_frees_its_place(port, host, monkeypatch, stream):
     sockets = []
     for number in range(9):  # one computes, eight wait: full
         connection = socket.create_connection(("127.0.0.1", port))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         connection.sendall((head + body).encode())
         sockets.append(connection)
         if number == 0:
@@ -410,9 +418,9 @@ def test_twenty_clients_at_once_each_get_their_own_answers(port, host, base):
     assert sum(refused for _, refused, _ in found) > 0, "20 clients for 8 places: some are refused"
     asked = sorted({(who, text) for who, text, _ in answered})
     own = {
-        (who, text): generate(
-            host._shelf.tree(who), base.tokenizer, [ask(text)], sampling=Sampling(max_new_tokens=8)
-        )[0].text
+        (who, text): generate(host._shelf.tree(who), base.tokenizer, [ask(text)], sampling=Sampling(max_new_tokens=8))[
+            0
+        ].text
         for who, text in asked
     }
     assert len(set(own.values())) > 10
@@ -445,7 +453,7 @@ def test_what_counts_as_this_machine():
 
 
 def test_a_taken_port_and_a_foreign_address_say_what_to_do():
-    with listen("127.0.0.1", 0) as sock, pytest.raises(ConfigError, match="is taken. Choose another with --port"):
+    with listen("127.0.0.1", 0) as sock, pytest.raises(ConfigError, match=r"is taken\. Choose another with --port"):
         listen("127.0.0.1", sock.getsockname()[1])
     with pytest.raises(ConfigError, match="no such address"):
         listen("192.0.2.1", 0)
@@ -492,7 +500,7 @@ def test_the_command_serves_until_it_is_interrupted(tiny_model_folder, adapters,
         first = process.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+/v1", first)[0]
         assert process.stdout.readline().split() == ["models", "base,", "alpha,", "beta"]
-        assert httpx.get(f"{url}/models").status_code == 401
+        assert httpx2.get(f"{url}/models").status_code == 401
         client = openai.OpenAI(base_url=url, api_key="from-the-environment")
         stream = client.chat.completions.create(model="alpha", messages=ask("hi"), stream=True, temperature=2)
         next(iter(stream))
