@@ -17,6 +17,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host
 from lora_dpo.job import Job
+from lora_dpo.lora_files import CONFIG
 from lora_dpo.package import check_name
 from lora_dpo.talk import Stops
 from lora_dpo.watch import Sample, Watch
@@ -55,6 +56,10 @@ class Desk:
     def names(self) -> list[str]:
         """Who can answer."""
         return self.host.names()
+
+    def adapters(self) -> list[str]:
+        """Every adapter's name, whether it fits the base or not; read from the folder's listing alone."""
+        return sorted(path.parent.name for path in self.adapters_dir.glob(f"[!.]*/{CONFIG}"))
 
     def free_name(self, wish: str = "mine") -> str:
         """A name for the next adapter that is not taken."""

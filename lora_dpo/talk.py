@@ -17,6 +17,8 @@ from lora_dpo.request import Outcome, Reply
 
 SHOW_EVERY = 0.05
 """Seconds between two states of an answer that is being written: faster than anyone reads."""
+TELL_EVERY = 1.0
+"""Seconds between two signs of life while waiting for a turn."""
 MOST_STOPS = 4096
 
 
@@ -165,6 +167,9 @@ def write(
             try:
                 outcome = outcomes.get(timeout=2 * SHOW_EVERY)
             except queue.Empty:
+                if time.monotonic() - shown >= TELL_EVERY:
+                    shown = time.monotonic()
+                    yield said  # nothing new; but whoever has left is noticed only when something is yielded
                 continue
             if isinstance(outcome, LoraDPOError):
                 raise outcome

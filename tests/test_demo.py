@@ -230,6 +230,20 @@ def test_files_of_this_machine_are_not_served(address, path, desk):
     assert refused.value.code in (403, 404)
 
 
+def test_with_a_password_nobody_comes_in_without_it(desk):
+    from lora_dpo.demo import app
+
+    guarded = app.launch(desk, host="127.0.0.1", port=free_port(), auth=("me", "secret"), block=False)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{guarded}config")
+    assert refused.value.code == 401
+    for login in (None, ("me", "wrong")):
+        with pytest.raises(Exception, match="[Aa]uth|credentials|401"):
+            gradio_client.Client(guarded, auth=login, verbose=False).predict(api_name="/models")
+    inside = gradio_client.Client(guarded, auth=("me", "secret"), verbose=False)
+    assert "base" in inside.predict(api_name="/models")
+
+
 # --- kills ----------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 
 pytest.importorskip("gradio", reason="the demo's tests need Gradio: pip install 'lora-dpo[demo]'")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
+from lora_dpo.generate import Sampling
+
 from browsing import CHROMIUM, TABS, Visitor, chromium
 
 if CHROMIUM is None:
@@ -167,6 +170,30 @@ def test_stop_retry_edit_and_a_second_visitor(browser, served):
     me.page.wait_for_timeout(300)
     assert desk.pairs.book.count() == (0, 0)
     assert me.errors == other.errors == []
+
+
+def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
+    from lora_dpo import host
+    from lora_dpo.generate import Answer
+
+    def slowly(*args, **kwargs):
+        for _ in range(1200):
+            time.sleep(0.05)
+            yield "word "
+        return Answer("word " * 1200, 1200, True)
+
+    desk, address = served
+    real = host.stream_from
+    me = Visitor(browser, address)
+    monkeypatch.setattr(host, "stream_from", slowly)
+    me.page.fill("#chat-box textarea", "Say it.")
+    me.page.keyboard.press("Enter")
+    me.wait_for("chat-0", "word")
+    monkeypatch.setattr(host, "stream_from", real)
+    me.context.close()
+    began = time.monotonic()
+    desk.host.answer("base", [{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=4), client="next")
+    assert time.monotonic() - began < 20  # the abandoned answer would go on for a minute
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from lora_dpo.desk import Desk
@@ -21,7 +20,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
 from lora_dpo.demo.page import TITLE, css, head, theme
-from lora_dpo.library import list_adapters
 
 MAX_UPLOAD = "1gb"
 """Largest file that a browser may send: an adapter's package. Files of pairs have a limit of their own."""
@@ -81,7 +79,7 @@ def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any], tuple[Any,
 
     def follow(known: Any) -> tuple[Any, ...]:
         names, pairs = desk.names(), desk.pairs.names()
-        adapters = [row.name for row in list_adapters(desk.adapters_dir)]
+        adapters = desk.adapters()
         now = (tuple(names), tuple(pairs), tuple(adapters))
         before = known or ((), (), ())
         if now == before:
@@ -150,7 +148,6 @@ def launch(
         prevent_thread_lock=not block,
         max_threads=80,
         max_file_size=MAX_UPLOAD,
-        blocked_paths=[str(Path.cwd() / ".git")],
         enable_monitoring=False,
         run_history=False,
         footer_links=["api", "settings"],

@@ -36,7 +36,7 @@ State = tuple[Any, ...]
 def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     """Lay the tab out; returns the picker and the table, to be refreshed when an adapter is new."""
     listed = gr.HTML(adapters_table(desk), elem_id="adapters-table")
-    names = [row.name for row in list_adapters(desk.adapters_dir)]
+    names = desk.adapters()
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown(
             names, value=(names or [None])[0], label="Adapter", elem_id="adapters-name", scale=3, filterable=False
@@ -76,7 +76,7 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
         if path is None:
             raise AdapterError("No file came. Choose one.")
         done = install(path, root=desk.adapters_dir)
-        names = [row.name for row in list_adapters(desk.adapters_dir)]
+        names = desk.adapters()
         said = note(f"Installed {done.folder.name}. {' '.join(done.notes)}", kind="good")
         return adapters_table(desk), gr.update(choices=names, value=done.folder.name), said, *show(done.folder.name)
 
