@@ -105,16 +105,15 @@ def client(address):
     return gradio_client.Client(address, verbose=False)
 
 
-def names_of(client):
-    return set(client.view_api(return_format="dict")["named_endpoints"])
-
-
 def test_every_verb_has_a_named_endpoint(client):
-    assert names_of(client) >= {
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {
         "/models", "/chat", "/compare", "/match", "/vote", "/standings", "/pairs", "/check_pairs", "/change_pair",
         "/delete_pair", "/export_pairs", "/plan_training", "/train", "/training", "/pause_training", "/stop_training",
         "/adapters", "/passport", "/pack", "/install", "/export_adapter",
     }  # fmt: skip
+    parameters = [parameter["parameter_name"] for parameter in endpoints["/chat"]["parameters"]]
+    assert parameters == ["message", "model", "system", "temperature", "top_p", "max_new_tokens", "seed"]
 
 
 def test_a_script_chats_with_any_model(client, desk):

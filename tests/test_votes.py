@@ -72,6 +72,15 @@ def test_equal_and_empty_answers_make_no_pair_and_write_nothing(tmp_path):
     assert book.count() == (0, 0)
 
 
+def test_the_disk_is_waited_for_before_a_vote_counts(tmp_path, monkeypatch):
+    book, synced, real = VoteBook(tmp_path / "votes.jsonl"), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), real(number)))
+    vote(book)
+    assert synced == [book.path.stat().st_ino, tmp_path.stat().st_ino]  # the new file, and its name in the folder
+    vote(book, number=1)
+    assert len(synced) == 3
+
+
 # --- kills and threads ----------------------------------------------------------------------------
 
 

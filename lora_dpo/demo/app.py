@@ -56,10 +56,10 @@ def build(desk: Desk) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
                 pickers = tab_chat.build(desk)
-            with gr.Tab("Vote", id="vote"):
-                players = tab_vote.build(desk)
-            with gr.Tab("Data", id="data"):
-                files = tab_data.build(desk)
+            with gr.Tab("Vote", id="vote") as vote:
+                players = tab_vote.build(desk, vote)
+            with gr.Tab("Data", id="data") as data:
+                files = tab_data.build(desk, data)
             with gr.Tab("Train", id="train"):
                 sources, run_name = tab_train.build(desk)
             with gr.Tab("Adapters", id="adapters"):

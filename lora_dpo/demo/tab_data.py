@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,57 @@ SHOWN = 200
 CUT = 140
 """Characters of a text in the list."""
 COLUMNS = ["line", "prompt", "chosen", "rejected"]
+NONE_YET = "There are no pairs yet: vote, or upload some."
 
 State = tuple[Any, ...]
 
 
-def build(desk: Desk) -> gr.Dropdown:
-    """Lay the tab out; returns the picker of files."""
+@dataclass(frozen=True)
+class Parts:
+    """What is on the tab."""
+
+    name: gr.Dropdown
+    load: gr.UploadButton
+    take: gr.Button
+    file: gr.File
+    doctor: gr.HTML
+    search: gr.Textbox
+    listed: tuple[gr.Dataframe, gr.HTML]
+    editor: gr.Column
+    earlier: gr.HTML
+    texts: tuple[gr.Textbox, gr.Textbox, gr.Textbox]
+    buttons: tuple[gr.Button, gr.Button, gr.Button]
+    """Save, delete, close."""
+
+
+def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
+    """Lay the tab out and connect it; returns the picker of files."""
+    parts, tab = _layout(desk), Tab(desk)
+    picked = gr.State(None)
+    private: dict[str, Any] = {"api_visibility": "private"}
+    at = [parts.name, parts.search]
+    editing = [parts.editor, picked]
+    everything = [parts.doctor, *parts.listed, *editing]
+    save, remove, close = parts.buttons
+    parts.name.change(tab.show, at, everything, **private)
+    item.select(tab.show, at, everything, **private)  # others may have voted meanwhile
+    parts.search.submit(tab.find, at, [*parts.listed, *editing], **private)
+    parts.load.upload(tab.bring, parts.load, [parts.name, *everything], **private)
+    parts.take.click(tab.export, parts.name, parts.file, api_name="export_pairs")
+    parts.listed[0].select(
+        tab.pick, at, [*editing, parts.earlier, *parts.texts], show_progress="hidden", **private
+    )
+    save.click(tab.mend, [*at, picked, *parts.texts], everything, **private)
+    remove.click(tab.drop, [*at, picked], everything, **private)
+    close.click(_closed, None, editing, queue=False, **private)
+    return parts.name
+
+
+def _layout(desk: Desk) -> Parts:
     names = desk.pairs.names()
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown(
-            names, value=names[0] if names else None, label="Pairs", elem_id="data-name", scale=3, filterable=False
+            names, value=(names or [None])[0], label="Pairs", elem_id="data-name", scale=3, filterable=False
         )
         load = gr.UploadButton(
             "Upload pairs", file_types=list(KINDS), size="md", elem_id="data-upload", scale=1, min_width=140
@@ -54,6 +96,10 @@ def build(desk: Desk) -> gr.Dropdown:
         elem_id="data-table",
     )
     count = gr.HTML(note(""), elem_id="data-count")
+    return _with_editor(Parts, name, load, take, file, doctor, search, (table, count))
+
+
+def _with_editor(make: type[Parts], *above: Any) -> Parts:
     with gr.Column(visible=False, elem_id="data-editor") as editor:
         earlier = gr.HTML("")
         prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, elem_id="data-prompt")
@@ -64,47 +110,64 @@ def build(desk: Desk) -> gr.Dropdown:
             save = gr.Button("Save", variant="primary", size="md", elem_id="data-save", min_width=110)
             remove = gr.Button("Delete this pair", variant="stop", size="md", elem_id="data-delete", min_width=110)
             close = gr.Button("Close", size="md", elem_id="data-close", min_width=110)
-    picked = gr.State(None)
-    listed = [table, count]
-    editing = [editor, picked]
+    return make(*above, editor, earlier, (prompt, chosen, rejected), (save, remove, close))
 
-    def rows(which: str | None, words: str) -> State:
-        if not which or which not in desk.pairs.names():
-            return [], note("There are no pairs yet.")
-        entries = desk.pairs.entries(which, words or "")
+
+class Tab:
+    """The tab's handlers."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.first_look: dict[str, tuple[int, str]] = {}
+        """What the doctor said of an upload as it came, rows that are no pairs included, until the file is changed."""
+
+    def rows(self, which: str | None, words: str) -> State:
+        """The list and the line under it."""
+        if not which or which not in self.desk.pairs.names():
+            return [], note(NONE_YET)
+        entries = self.desk.pairs.entries(which, words or "")
         shown = [[entry.line, *map(_short, entry.texts)] for entry in entries[:SHOWN]]
         more = f"; the first {SHOWN} are shown, search to see others" if len(entries) > SHOWN else ""
         return shown, note(f"{len(entries)} pairs{more}. Click on one to mend or remove it.")
 
     @told
-    def show(which: str | None, words: str) -> State:
-        if not which or which not in desk.pairs.names():
-            return note("There are no pairs yet: vote, or upload some."), *rows(None, ""), *_closed()
-        diagnosis = desk.pairs.diagnose(which, desk.host.base.tokenizer)
-        return findings(diagnosis), *rows(which, words), *_closed()
+    def show(self, which: str | None, words: str) -> State:
+        """A file: findings and list."""
+        if not which or which not in self.desk.pairs.names():
+            return note(NONE_YET), *self.rows(None, ""), *_closed()
+        changed, said = self.first_look.get(which, (0, ""))
+        if changed != self.desk.pairs.path_of(which).stat().st_mtime_ns:
+            said = findings(self.desk.pairs.diagnose(which, self.desk.host.base.tokenizer))
+        return said, *self.rows(which, words), *_closed()
 
     @told
-    def find(which: str | None, words: str) -> State:
-        return *rows(which, words), *_closed()
+    def find(self, which: str | None, words: str) -> State:
+        """The pairs with these words."""
+        return *self.rows(which, words), *_closed()
 
     @told
-    def bring(path: str | None) -> State:
+    def bring(self, path: str | None) -> State:
+        """Take an upload in."""
         if path is None:
             raise DataError("No file came. Choose one.")
-        taken = desk.pairs.take_in(Path(path), Path(path).name, desk.host.base.tokenizer)
-        choices = gr.update(choices=desk.pairs.names(), value=taken.name)
-        return choices, findings(taken.diagnosis, taken.report), *rows(taken.name, ""), *_closed()
+        taken = self.desk.pairs.take_in(Path(path), Path(path).name, self.desk.host.base.tokenizer)
+        said = findings(taken.diagnosis, taken.report)
+        self.first_look[taken.name] = (self.desk.pairs.path_of(taken.name).stat().st_mtime_ns, said)
+        choices = gr.update(choices=self.desk.pairs.names(), value=taken.name)
+        return choices, said, *self.rows(taken.name, ""), *_closed()
 
     @told
-    def export(which: str | None) -> Any:
+    def export(self, which: str | None) -> Any:
+        """A file in the canonical form, to download."""
         if not which:
-            raise DataError("There are no pairs yet: vote, or upload some.")
-        folder = Path(tempfile.mkdtemp(dir=desk.scratch))
-        return gr.update(value=str(desk.pairs.export([which], folder / f"{which}.jsonl")), visible=True)
+            raise DataError(NONE_YET)
+        folder = Path(tempfile.mkdtemp(dir=self.desk.scratch))
+        return gr.update(value=str(self.desk.pairs.export([which], folder / f"{which}.jsonl")), visible=True)
 
     @told
-    def pick(data: gr.SelectData, which: str, words: str) -> State:
-        entries = desk.pairs.entries(which, words or "")
+    def pick(self, data: gr.SelectData, which: str, words: str) -> State:
+        """Open a pair of the list."""
+        entries = self.desk.pairs.entries(which, words or "")
         index = int(data.index[0])
         if index >= len(entries):
             raise DataError("The list has changed meanwhile. Choose the pair again.")
@@ -114,31 +177,20 @@ def build(desk: Desk) -> gr.Dropdown:
         return gr.update(visible=True), entry, turns, *entry.texts
 
     @told
-    def mend(which: str, words: str, entry: Entry | None, *texts: str) -> State:
+    def mend(self, which: str, words: str, entry: Entry | None, *texts: str) -> State:
+        """Write the words of the pair that is open."""
         if entry is None:
             raise DataError("No pair is chosen. Click on one in the list.")
-        desk.pairs.change(which, entry, prompt=texts[0], chosen=texts[1], rejected=texts[2])
-        return show(which, words)
+        self.desk.pairs.change(which, entry, prompt=texts[0], chosen=texts[1], rejected=texts[2])
+        return self.show(which, words)  # type: ignore[no-any-return]
 
     @told
-    def drop(which: str, words: str, entry: Entry | None) -> State:
+    def drop(self, which: str, words: str, entry: Entry | None) -> State:
+        """Take the pair out that is open."""
         if entry is None:
             raise DataError("No pair is chosen. Click on one in the list.")
-        desk.pairs.delete(which, [entry])
-        return show(which, words)
-
-    private: dict[str, Any] = {"api_visibility": "private"}
-    everything = [doctor, *listed, *editing]
-    name.change(show, [name, search], everything, **private)
-    search.submit(find, [name, search], [*listed, *editing], **private)
-    load.upload(bring, load, [name, *everything], **private)
-    take.click(export, name, file, api_name="export_pairs")
-    table.select(pick, [name, search], [*editing, earlier, prompt, chosen, rejected], show_progress="hidden", **private)
-    save.click(mend, [name, search, picked, prompt, chosen, rejected], everything, **private)
-    remove.click(drop, [name, search, picked], everything, **private)
-    close.click(lambda: _closed(), None, editing, queue=False, **private)
-    name.select(show, [name, search], everything, **private)
-    return name
+        self.desk.pairs.delete(which, [entry])
+        return self.show(which, words)  # type: ignore[no-any-return]
 
 
 def _closed() -> State:

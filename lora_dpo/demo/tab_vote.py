@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,43 @@ LABELS = {
     "both bad": ("Both bad", "vote-bad"),
     "skip": ("Skip", "vote-skip"),
 }
+OUTPUTS = 7 + len(LABELS)
+"""Box, prompt, cards, status, table, match and queue; then the buttons."""
 
 State = tuple[Any, ...]
 
 
-def build(desk: Desk) -> gr.Dropdown:
-    """Lay the tab out; returns the picker of players."""
+@dataclass(frozen=True)
+class Parts:
+    """What is on the tab."""
+
+    players: gr.Dropdown
+    load: gr.UploadButton
+    box: gr.Textbox
+    shown: tuple[gr.HTML, gr.HTML, gr.HTML, gr.HTML]
+    """Prompt, cards, status, table."""
+    buttons: dict[str, gr.Button]
+    numbers: tuple[gr.Slider, gr.Slider]
+    """Temperature and longest answer."""
+
+
+def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
+    """Lay the tab out and connect it; returns the picker of players."""
+    parts = _layout(desk)
+    tab = Tab(desk)
+    match_id, queue = gr.State(""), gr.State([])
+    outputs = [parts.box, *parts.shown, match_id, queue, *parts.buttons.values()]
+    settings = [parts.players, *parts.numbers, queue]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    parts.box.submit(tab.ask, [parts.box, *settings], outputs, **quiet)
+    parts.load.upload(tab.bring, [parts.load, *settings], outputs, **quiet)
+    for verdict, button in parts.buttons.items():
+        button.click(tab.cast(verdict), [match_id, *settings], outputs, **quiet)
+    item.select(lambda: win_table(desk.pairs.book.records()), None, parts.shown[3], **quiet)
+    return parts.players
+
+
+def _layout(desk: Desk) -> Parts:
     names = desk.names()
     with gr.Row(elem_classes="bar"):
         players = gr.Dropdown(
@@ -72,55 +104,42 @@ def build(desk: Desk) -> gr.Dropdown:
         longest = gr.Slider(8, 1024, 160, step=8, label="Longest answer (tokens)", elem_id="vote-longest")
     gr.Markdown("#### Who wins")
     wins = gr.HTML(win_table(desk.pairs.book.records()), elem_id="vote-wins")
+    return Parts(players, load, box, (asked, cards, status, wins), buttons, (temperature, longest))
 
-    match_id = gr.State("")
-    queue = gr.State([])
-    outputs = [box, asked, cards, status, wins, match_id, queue, *buttons.values()]
-    settings = [players, temperature, longest, queue]
 
-    def run(
-        prompt: Sequence[Message],
-        who: list[str],
-        numbers: tuple[float, float],
-        left: list[Prompt],
-        client: str,
-        was: str,
-    ) -> Iterator[State]:
-        """Draw a match and show its answers as they are written; then the buttons work."""
-        source = f"{left[0].source}:{left[0].row}" if left and tuple(left[0].messages) == tuple(prompt) else None
-        match = desk.arena.draw(prompt, who, sampling_of(numbers[0], 0.95, numbers[1], 0), source=source)
-        waits = [gr.update(interactive=False)] * len(LABELS)
-        box_now = gr.update(value="", submit_btn=False)
-        yield (box_now, _asked(match, left), _cards("", "", writing=True), was, gr.skip(), match.id, left, *waits)
-        waits = [gr.skip()] * len(LABELS)
-        for a, b in desk.arena.answers(match, client=client):
-            yield (*[gr.skip()] * 2, _cards(a, b, writing=True), *[gr.skip()] * 4, *waits)
-        done = [said.text if said else "" for said in match.answers]
-        ready = [gr.update(interactive=match.ready)] * len(LABELS)
-        yield (gr.update(submit_btn="Ask"), gr.skip(), _cards(*done), *[gr.skip()] * 4, *ready)
+class Tab:
+    """The tab's handlers. Each yields values for all `OUTPUTS`."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
 
     def ask(
-        text: str, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
+        self, text: str, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
     ) -> Iterator[State]:
+        """Two answers to a prompt that was written."""
         prompt = [Message(role="user", content=text.strip())]
         try:
-            yield from run(prompt, who, (temp, most), left, client_of(request), note(""))
+            yield from self._play(prompt, who, (temp, most), left, client_of(request), note(""))
         except LoraDPOError as error:
-            yield (gr.update(value=text, submit_btn="Ask"), *[gr.skip()] * (len(outputs) - 1))
+            yield (gr.update(value=text, submit_btn="Ask"), *[gr.skip()] * (OUTPUTS - 1))
             raise refusal(error) from None
 
     @told
     def bring(
-        file: str | None, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
+        self, file: str | None, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
     ) -> Iterator[State]:
+        """The first of some imported prompts."""
         if file is None:
             return
         check_upload(Path(file), Path(file).name, PROMPT_KINDS)
         found = [_named(prompt, Path(file).name) for prompt in read_prompts(file)]
         said = note(f"{len(found)} prompts imported.", kind="good")
-        yield from run(found[0].messages, who, (temp, most), found, client_of(request), said)
+        yield from self._play(found[0].messages, who, (temp, most), found, client_of(request), said)
 
-    def cast(verdict: str) -> Any:
+    def cast(self, verdict: str) -> Callable[..., Iterator[State]]:
+        """The handler of one verdict: write it down, tell the names, go on with the next imported prompt."""
+        desk = self.desk
+
         @told
         def voted(
             match: str, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
@@ -130,22 +149,40 @@ def build(desk: Desk) -> gr.Dropdown:
             names = _cards(*(answer.text for answer in done.answers if answer), names=done.players)
             table = win_table(desk.pairs.book.records())
             rest = left[1:] if left and tuple(left[0].messages) == done.prompt else left
-            off = [gr.update(interactive=False)] * len(LABELS)
-            yield (gr.skip(), gr.skip(), names, said, table, "", rest, *off)
+            yield (gr.skip(), gr.skip(), names, said, table, "", rest, *_buttons(False))
             if rest:
-                yield from run(rest[0].messages, who, (temp, most), rest, client_of(request), said)
+                yield from self._play(rest[0].messages, who, (temp, most), rest, client_of(request), said)
             elif left:
                 end = note("That was the last imported prompt. Import more, or write one.", kind="good")
-                yield (*[gr.skip()] * 3, said + end, *[gr.skip()] * (len(outputs) - 4))
+                yield (*[gr.skip()] * 3, said + end, *[gr.skip()] * (OUTPUTS - 4))
 
         return voted
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    box.submit(ask, [box, *settings], outputs, **quiet)
-    load.upload(bring, [load, *settings], outputs, **quiet)
-    for verdict, button in buttons.items():
-        button.click(cast(verdict), [match_id, *settings], outputs, **quiet)
-    return players
+    def _play(
+        self,
+        prompt: Sequence[Message],
+        who: list[str],
+        numbers: tuple[float, float],
+        left: list[Prompt],
+        client: str,
+        was: str,
+    ) -> Iterator[State]:
+        """Draw a match and show its answers as they are written; then the buttons work."""
+        arena = self.desk.arena
+        source = f"{left[0].source}:{left[0].row}" if left and tuple(left[0].messages) == tuple(prompt) else None
+        match = arena.draw(prompt, who, sampling_of(numbers[0], 0.95, numbers[1], 0), source=source)
+        box = gr.update(value="", submit_btn=False)
+        empty = _cards("", "", writing=True)
+        yield (box, _asked(match, left), empty, was, gr.skip(), match.id, left, *_buttons(False))
+        for a, b in arena.answers(match, client=client):
+            yield (gr.skip(), gr.skip(), _cards(a, b, writing=True), *[gr.skip()] * (OUTPUTS - 3))
+        done = [said.text if said else "" for said in match.answers]
+        box = gr.update(submit_btn="Ask")
+        yield (box, gr.skip(), _cards(*done), *[gr.skip()] * 4, *_buttons(match.ready))
+
+
+def _buttons(on: bool) -> list[Any]:
+    return [gr.update(interactive=on)] * len(LABELS)
 
 
 def _named(prompt: Prompt, name: str) -> Prompt:
