@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -16,6 +17,9 @@ from lora_dpo.desk import WATCHED, Desk, Training
 from lora_dpo.plan import plan
 from lora_dpo.presets import PRESETS, draft, settings_text, with_settings
 
+LOOK_EVERY = 1.5
+"""Seconds between two looks at a run."""
+
 State = tuple[Any, ...]
 ENDS = {
     "done": ("good", "Done: {name} can be chosen in every tab."),
@@ -24,25 +28,47 @@ ENDS = {
 }
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What is on the tab."""
+
+    choices: tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]
+    """Pairs, preset, name."""
+    prompts: gr.Textbox
+    recipe: gr.Textbox
+    look: gr.Button
+    start: gr.Button
+    planned: gr.HTML
+    shown: tuple[gr.HTML, gr.HTML, gr.HTML, gr.Row, gr.Button]
+    """State, curves, what was measured and answered, the row of controls, pause."""
+    keep: gr.Button
+    discard: gr.Button
+
+
 def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
-    """Lay the tab out; returns the choice of pairs and the name, to be refreshed when there is something new."""
-    names = desk.pairs.names()
+    """Lay the tab out and connect it; returns the choice of pairs and the name, to be refreshed."""
+    parts, tab = _layout(desk), Tab(desk)
+    seen, filled = gr.State(None), gr.State("")
+    private: dict[str, Any] = {"api_visibility": "private"}
+    at_once: dict[str, Any] = {"queue": False, **private}
+    shown = [*parts.shown, seen]
+    plan_out = [parts.recipe, filled, parts.planned, parts.start]
+    parts.look.click(tab.show_plan, [*parts.choices, parts.recipe, filled], plan_out, **private)
+    given = [*parts.choices, parts.recipe, parts.prompts]
+    parts.start.click(tab.begin, given, [parts.start, parts.planned, *shown], **private)
+    for control in parts.choices:
+        control.change(_stale, None, [parts.start, parts.recipe, filled], show_progress="hidden", **at_once)
+    gr.Timer(LOOK_EVERY).tick(tab.follow, seen, shown, show_progress="hidden", **at_once)
+    parts.shown[4].click(lambda: toggle(desk), None, None, **at_once)
+    parts.keep.click(lambda: end(desk, keep=True), None, None, **at_once)
+    parts.discard.click(lambda: end(desk, keep=False), None, None, **at_once)
+    return parts.choices[0], parts.choices[2]
+
+
+def _layout(desk: Desk) -> Parts:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            sources = gr.CheckboxGroup(
-                names,
-                value=[VOTES] if VOTES in names else names[:1],
-                label="Pairs to train on",
-                info="Votes and uploads.",
-                elem_id="train-pairs",
-            )
-            preset = gr.Radio(
-                [(chosen.label, key) for key, chosen in PRESETS.items()],
-                value="balanced",
-                label="How long",
-                elem_id="train-preset",
-            )
-            name = gr.Textbox(desk.free_name(), label="Name of the new adapter", max_length=100, elem_id="train-name")
+            choices = _choices(desk)
             prompts = gr.Textbox(
                 label=f"Prompts to watch, one a line (at most {WATCHED})",
                 placeholder="Answered before, during and after the run",
@@ -64,9 +90,8 @@ def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
                 look = gr.Button("Show the plan", elem_id="train-plan", min_width=130)
                 start = gr.Button("Start", variant="primary", interactive=False, elem_id="train-start", min_width=130)
         with gr.Column(scale=3, min_width=300):
-            planned = gr.HTML(
-                note("Choose pairs and see the plan: steps, minutes and memory. Then start."), elem_id="train-planned"
-            )
+            first = note("Choose pairs and see the plan: steps, minutes and memory. Then start.")
+            planned = gr.HTML(first, elem_id="train-planned")
             state = gr.HTML("", elem_id="train-state")
             with gr.Row(visible=False) as controls:
                 pause = gr.Button("Pause", size="md", elem_id="train-pause", min_width=100)
@@ -74,25 +99,50 @@ def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
                 discard = gr.Button("Stop, discard", size="md", variant="stop", elem_id="train-discard", min_width=100)
             drawn = gr.HTML("", elem_id="train-curves")
     told_of = gr.HTML("", elem_id="train-samples")
-    seen, filled = gr.State(None), gr.State("")
+    shown = (state, drawn, told_of, controls, pause)
+    return Parts(choices, prompts, recipe, look, start, planned, shown, keep, discard)
+
+
+def _choices(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]:
+    names = desk.pairs.names()
+    sources = gr.CheckboxGroup(
+        names,
+        value=[VOTES] if VOTES in names else names[:1],
+        label="Pairs to train on",
+        info="Votes and uploads.",
+        elem_id="train-pairs",
+    )
+    presets = [(chosen.label, key) for key, chosen in PRESETS.items()]
+    preset = gr.Radio(presets, value="balanced", label="How long", elem_id="train-preset")
+    name = gr.Textbox(desk.free_name(), label="Name of the new adapter", max_length=100, elem_id="train-name")
+    return sources, preset, name
+
+
+class Tab:
+    """The tab's handlers."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
 
     @told
-    def show_plan(chosen: list[str], kind: str, called: str, text: str, was: str) -> State:
+    def show_plan(self, chosen: list[str], kind: str, called: str, text: str, was: str) -> State:
+        """What a run would do; then it may be started."""
         # Settings that were changed by hand are planned as they are; others follow the preset.
         changed = bool(text.strip()) and text.strip() != was.strip()
-        made = drafted(desk, chosen, kind, called, text if changed else "")
+        made = drafted(self.desk, chosen, kind, called, text if changed else "")
         text = settings_text(made)
         return text, text, facts(plan_lines(made)), gr.update(interactive=True)
 
     @told
-    def begin(chosen: list[str], kind: str, called: str, text: str, asked: str) -> State:
-        made = drafted(desk, chosen, kind, called, text)
-        desk.start_training(made, called.strip(), asked.splitlines())
-        return gr.update(interactive=False), "", *follow(None)
+    def begin(self, chosen: list[str], kind: str, called: str, text: str, asked: str) -> State:
+        """Start the run."""
+        made = drafted(self.desk, chosen, kind, called, text)
+        self.desk.start_training(made, called.strip(), asked.splitlines())
+        return gr.update(interactive=False), "", *self.follow(None)
 
-    def follow(version: Any) -> State:
+    def follow(self, version: Any) -> State:
         """What changed since `version`, for a page that looks again and again."""
-        now = desk.training
+        now = self.desk.training
         if now is None or version_of(now) == version:
             return (*[gr.skip()] * 5, version)
         view = now.watch.seen
@@ -105,24 +155,10 @@ def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
             version_of(now),
         )
 
-    private: dict[str, Any] = {"api_visibility": "private"}
-    shown = [state, drawn, told_of, controls, pause, seen]
-    look.click(show_plan, [sources, preset, name, recipe, filled], [recipe, filled, planned, start], **private)
-    start.click(begin, [sources, preset, name, recipe, prompts], [start, planned, *shown], **private)
-    for control in (sources, preset, name):
-        control.change(
-            lambda: (gr.update(interactive=False), "", ""),
-            None,
-            [start, recipe, filled],
-            queue=False,
-            show_progress="hidden",
-            **private,
-        )
-    gr.Timer(1.5).tick(follow, seen, shown, queue=False, show_progress="hidden", **private)
-    pause.click(lambda: toggle(desk), None, None, queue=False, **private)
-    keep.click(lambda: end(desk, keep=True), None, None, queue=False, **private)
-    discard.click(lambda: end(desk, keep=False), None, None, queue=False, **private)
-    return sources, name
+
+def _stale() -> State:
+    """Another choice: the plan on the page is not its plan."""
+    return gr.update(interactive=False), "", ""
 
 
 def drafted(desk: Desk, chosen: list[str], preset: str, called: str, text: str = "") -> Recipe:
