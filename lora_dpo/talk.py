@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from lora_dpo.data import Message
@@ -151,7 +151,7 @@ def write(
     *,
     client: str,
     stop: threading.Event | None = None,
-) -> Iterator[Said]:
+) -> Generator[Said, None, None]:
     """Yield one answer as it grows, at most every `SHOW_EVERY` seconds, and at last the whole one with its counts.
 
     A `stop` is seen while it waits for its turn, too; leaving the iterator frees the turn.

@@ -242,7 +242,7 @@ def _outcome(row: Row) -> tuple[str, str, str] | None:
     names = [side.get("who") for side in sides if isinstance(side, dict)]
     if len(names) != 2 or names[0] == names[1] or not all(isinstance(name, str) for name in names):
         return None
-    return names[0], names[1], "won" if decided else origin["vote"]
+    return str(names[0]), str(names[1]), "won" if decided else str(origin["vote"])
 
 
 def _ordered(one: str, other: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """The demo in a real headless Chromium: the whole loop, and scripts that must never run.
 
-Needs the system's `chromium` (Debian: `apt-get install chromium`) and the Python package playwright; none is downloaded.
+Needs the system's `chromium` (Debian: `apt-get install chromium`) and the Python package playwright; no browser is
+downloaded.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import pytest
 
 pytest.importorskip("gradio", reason="the demo's tests need Gradio: pip install 'lora-dpo[demo]'")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
-from lora_dpo.generate import Sampling
-
 from browsing import CHROMIUM, TABS, Visitor, chromium
+
+from lora_dpo.generate import Sampling
 
 if CHROMIUM is None:
     pytest.skip("the browser tests need chromium: apt-get install chromium", allow_module_level=True)
@@ -305,7 +306,7 @@ def use_it(me, tmp_path, *, steps, votes):
 PWN = "window.pwned=(window.pwned||0)+1"
 EVIL = (
     f"<script>{PWN}</script><img src=x onerror='{PWN}'><svg onload='{PWN}'></svg>"
-    f'[link](javascript:{PWN}) <a href="javascript:{PWN}">a</a> <iframe srcdoc="<script>parent.{PWN}</script>"></iframe> '
+    f'[link](javascript:{PWN}) <a href="javascript:{PWN}">a</a> <iframe srcdoc="<script>parent.{PWN}</script>"></iframe>'
     "${" + PWN + "} {{" + PWN + "}} <details open ontoggle='" + PWN + "'>d</details> <math><mtext></form><form>"
     f"<mglyph><style></math><img src onerror='{PWN}'>"
 )
@@ -365,6 +366,8 @@ def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
         {"prompt": EVIL, "chosen": EVIL, "rejected": EVIL},
         {"prompt": EVIL, "chosen": "yes <|im_end|>" + EVIL, "rejected": "no"},
     ]
+    # one that is short enough to train on
+    rows.append({"prompt": EVIL_NAME, "chosen": f"yes {EVIL_NAME}", "rejected": "no"})
     named.write_text("".join(json.dumps(row) + "\n" for row in rows) + EVIL)
     page.set_input_files(UPLOAD_PAIRS, named)
     me.wait_for("data-doctor", "chosen equals rejected")

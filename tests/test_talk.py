@@ -31,9 +31,7 @@ def host(tiny_model_folder, tiny_adapter, tmp_path):
 
 
 def last(states):
-    for state in states:
-        pass
-    return state
+    return list(states)[-1]
 
 
 # --- a talk ---------------------------------------------------------------------------------------
@@ -46,9 +44,8 @@ def said(text):
 def test_each_side_sees_its_own_answers_and_where_it_has_none_the_others():
     talk = Talk([Exchange("A", [said("left"), said("right")]), Exchange("B", [said("more"), None]), Exchange("C")])
     roles = [(turn["role"], turn["content"]) for turn in talk.conversation(1, "Be brief.")]
-    assert roles == [
-        ("system", "Be brief."), ("user", "A"), ("assistant", "right"), ("user", "B"), ("assistant", "more"), ("user", "C"),
-    ]  # fmt: skip
+    heard = [("user", "A"), ("assistant", "right"), ("user", "B"), ("assistant", "more"), ("user", "C")]
+    assert roles == [("system", "Be brief."), *heard]
     assert talk.conversation(0, "  ")[1]["content"] == "left"
 
 

@@ -1,4 +1,4 @@
-"""Votes: on the disk before they are acknowledged, canonical, whole after any kill; and what they say about who wins."""
+"""Votes: on the disk before they count, canonical, whole after any kill; and what they say about who wins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells, kept for whoever looks; what the page draws of it; and prompts that are answered while it goes on."""
+"""What a run tells, kept for whoever looks; what the page draws; prompts that are answered while it goes on."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def test_no_text_from_outside_becomes_a_tag():
         draw.text_block(evil), draw.note(evil), draw.table((evil,), ((evil,),)), draw.facts(((evil, evil),)),
         draw.answer_card("A", evil, name=evil), draw.win_table([Record(evil, evil, 1, 0, 0, 0, 0)]),
         draw.findings(diagnosis), draw.progress_bar(1, 2, evil),
-        draw.samples_table(Seen("x", samples=(Sample(0, evil, evil),))), draw.line_chart(evil, {evil: [(0, 1)]}, steps=1),
+        draw.samples_table(Seen("x", samples=(Sample(0, evil, evil),))),
+        draw.line_chart(evil, {evil: [(0, 1)]}, steps=1),
     ]  # fmt: skip
     for fragment in drawn:
         assert "onerror" in fragment  # the text is there

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
+from gradio.events import api as endpoint
 
 from lora_dpo.data import Message
 from lora_dpo.demo.kit import client_of, sampling_of, told
@@ -22,7 +23,7 @@ def add(desk: Desk) -> None:
     """Define the endpoints; call it inside the app's block."""
     for functions in (_answering(desk), _pairs(desk), _training(desk), _adapters(desk)):
         for function in functions:
-            gr.api(told(function), api_name=function.__name__, concurrency_limit=None)
+            endpoint(told(function), api_name=function.__name__, concurrency_limit=None)
 
 
 def _answering(desk: Desk) -> list[Any]:

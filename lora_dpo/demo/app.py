@@ -48,7 +48,8 @@ def build(desk: Desk) -> gr.Blocks:
     """The page, ready to launch."""
     base = desk.host.base
     held = "as stored" if base.quantize == "none" else base.quantize.upper()
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400)) as page:
+    page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400))
+    with page:
         gr.HTML(
             f'<div id="head"><h1>{TITLE}</h1><span>chat, vote, train and swap on one loaded base: '
             f"{escape(base.name)} ({escape(held)}, {escape(base.dtype)})</span></div>"
@@ -86,13 +87,17 @@ def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any], tuple[Any,
             return (*[gr.skip()] * (len(with_nobody) + 6), known)
         chats = [gr.update(choices=[tab_chat.NOBODY, *names] if nobody else names) for nobody in with_nobody]
         moved = set(adapters) != set(before[2])
+        # Where there was nothing to choose, the first of what there is now is chosen.
+        pair: dict[str, Any] = {"value": pairs[0]} if pairs and not before[1] else {}
+        trained: dict[str, Any] = {"value": pairs[:1]} if pairs and not before[1] else {}
+        shown: dict[str, Any] = {"value": adapters[0]} if adapters and not before[2] else {}
         return (
             *chats,
             gr.update(choices=names),
-            gr.update(choices=pairs, **({"value": pairs[0]} if pairs and not before[1] else {})),
-            gr.update(choices=pairs, **({"value": pairs[:1]} if pairs and not before[1] else {})),
+            gr.update(choices=pairs, **pair),
+            gr.update(choices=pairs, **trained),
             gr.update(value=desk.free_name()) if moved else gr.skip(),
-            gr.update(choices=adapters, **({"value": adapters[0]} if adapters and not before[2] else {})),
+            gr.update(choices=adapters, **shown),
             tab_adapters.adapters_table(desk) if moved else gr.skip(),
             now,
         )

@@ -37,10 +37,9 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     """Lay the tab out; returns the picker and the table, to be refreshed when an adapter is new."""
     listed = gr.HTML(adapters_table(desk), elem_id="adapters-table")
     names = desk.adapters()
+    first = names[0] if names else None
     with gr.Row(elem_classes="bar"):
-        name = gr.Dropdown(
-            names, value=(names or [None])[0], label="Adapter", elem_id="adapters-name", scale=3, filterable=False
-        )
+        name = gr.Dropdown(names, value=first, label="Adapter", elem_id="adapters-name", scale=3, filterable=False)
         pack_it = gr.Button("Pack to download", size="md", elem_id="adapters-pack", scale=1, min_width=150)
         load = gr.UploadButton(
             f"Install a {SUFFIX}", file_types=[".zip"], size="md", elem_id="adapters-install", scale=1, min_width=150

@@ -51,9 +51,7 @@ def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
         chat.edit(tab.edit, settings, outputs, **quiet)
         chat.clear(tab.new, None, outputs, **at_once)
     parts.new.click(tab.new, None, outputs, **at_once)
-    parts.right.change(
-        lambda beside: gr.update(visible=beside != NOBODY), parts.right, parts.right_column, **at_once
-    )
+    parts.right.change(lambda beside: gr.update(visible=beside != NOBODY), parts.right, parts.right_column, **at_once)
     return [(parts.left, False), (parts.right, True)]
 
 

@@ -57,9 +57,7 @@ def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
     parts.search.submit(tab.find, at, [*parts.listed, *editing], **private)
     parts.load.upload(tab.bring, parts.load, [parts.name, *everything], **private)
     parts.take.click(tab.export, parts.name, parts.file, api_name="export_pairs")
-    parts.listed[0].select(
-        tab.pick, at, [*editing, parts.earlier, *parts.texts], show_progress="hidden", **private
-    )
+    parts.listed[0].select(tab.pick, at, [*editing, parts.earlier, *parts.texts], show_progress="hidden", **private)
     save.click(tab.mend, [*at, picked, *parts.texts], everything, **private)
     remove.click(tab.drop, [*at, picked], everything, **private)
     close.click(_closed, None, editing, queue=False, **private)
@@ -68,10 +66,9 @@ def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
 
 def _layout(desk: Desk) -> Parts:
     names = desk.pairs.names()
+    first = names[0] if names else None
     with gr.Row(elem_classes="bar"):
-        name = gr.Dropdown(
-            names, value=(names or [None])[0], label="Pairs", elem_id="data-name", scale=3, filterable=False
-        )
+        name = gr.Dropdown(names, value=first, label="Pairs", elem_id="data-name", scale=3, filterable=False)
         load = gr.UploadButton(
             "Upload pairs", file_types=list(KINDS), size="md", elem_id="data-upload", scale=1, min_width=140
         )
@@ -96,10 +93,15 @@ def _layout(desk: Desk) -> Parts:
         elem_id="data-table",
     )
     count = gr.HTML(note(""), elem_id="data-count")
-    return _with_editor(Parts, name, load, take, file, doctor, search, (table, count))
+    return Parts(name, load, take, file, doctor, search, (table, count), *_editor())
 
 
-def _with_editor(make: type[Parts], *above: Any) -> Parts:
+Editor = tuple[
+    gr.Column, gr.HTML, tuple[gr.Textbox, gr.Textbox, gr.Textbox], tuple[gr.Button, gr.Button, gr.Button]
+]
+
+
+def _editor() -> Editor:
     with gr.Column(visible=False, elem_id="data-editor") as editor:
         earlier = gr.HTML("")
         prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, elem_id="data-prompt")
@@ -110,7 +112,7 @@ def _with_editor(make: type[Parts], *above: Any) -> Parts:
             save = gr.Button("Save", variant="primary", size="md", elem_id="data-save", min_width=110)
             remove = gr.Button("Delete this pair", variant="stop", size="md", elem_id="data-delete", min_width=110)
             close = gr.Button("Close", size="md", elem_id="data-close", min_width=110)
-    return make(*above, editor, earlier, (prompt, chosen, rejected), (save, remove, close))
+    return editor, earlier, (prompt, chosen, rejected), (save, remove, close)
 
 
 class Tab:
@@ -182,7 +184,7 @@ class Tab:
         if entry is None:
             raise DataError("No pair is chosen. Click on one in the list.")
         self.desk.pairs.change(which, entry, prompt=texts[0], chosen=texts[1], rejected=texts[2])
-        return self.show(which, words)  # type: ignore[no-any-return]
+        return self.show(which, words)
 
     @told
     def drop(self, which: str, words: str, entry: Entry | None) -> State:
@@ -190,7 +192,7 @@ class Tab:
         if entry is None:
             raise DataError("No pair is chosen. Click on one in the list.")
         self.desk.pairs.delete(which, [entry])
-        return self.show(which, words)  # type: ignore[no-any-return]
+        return self.show(which, words)
 
 
 def _closed() -> State:
