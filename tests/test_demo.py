@@ -161,7 +161,6 @@ def test_a_script_votes_blind_trains_and_swaps(client, desk, tmp_path):
         client.predict("votes", line, mark, api_name="/delete_pair")
     assert client.predict("votes", api_name="/check_pairs")["pairs"] == 3
     exported = client.predict("votes", api_name="/export_pairs")
-    exported = exported["value"] if isinstance(exported, dict) else exported
     assert len(read_pairs(exported)[0]) == 3
     # a plan, then a run; chat goes on meanwhile
     options = {"pairs": ["votes"], "name": "second", "preset": "quick", "settings": "trainer: {learning_rate: 0.01}"}
@@ -184,13 +183,24 @@ def test_a_script_votes_blind_trains_and_swaps(client, desk, tmp_path):
     assert desk.host.load_count == 1
     # out as a package, and in again under another name
     packed = client.predict("second", api_name="/pack")
-    packed = packed["value"] if isinstance(packed, dict) else packed
     assert client.predict("second", api_name="/passport")["folder"].endswith("second")
     with pytest.raises(Exception, match="adapter called second already"):
-        client.predict(gradio_client.handle_file(packed), api_name="/install")
+        assert client.predict(gradio_client.handle_file(packed), api_name="/install") == "second"
     shutil.rmtree(desk.adapters_dir / "second")
-    client.predict(gradio_client.handle_file(packed), api_name="/install")
+    assert client.predict(gradio_client.handle_file(packed), api_name="/install") == "second"
     assert [row["name"] for row in client.predict(api_name="/adapters")] == ["first", "second"]
+
+
+def test_a_script_exports_an_adapter(client, desk):
+    place, file = client.predict("first", "gguf-adapter", api_name="/export_adapter")
+    assert place.endswith("first-lora.gguf")
+    with open(file, "rb") as written:
+        assert written.read(4) == b"GGUF"
+    folders = [client.predict("first", "merge", api_name="/export_adapter")[0] for _ in range(2)]
+    assert [name.rpartition("/")[2] for name in folders] == ["first-merged", "first-2-merged"]
+    assert (desk.pairs.folder / "exports/first-merged/model.safetensors").is_file()
+    with pytest.raises(Exception, match="no form zip to write an adapter in"):
+        client.predict("first", "zip", api_name="/export_adapter")
 
 
 def test_two_scripts_at_once_keep_their_own_answers(address, desk):

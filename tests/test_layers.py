@@ -17,7 +17,7 @@ LAYERS = (
     "model adapters probe library hub merging generate runs settings card memory reference_cache footprint "
     "request shelf openai_api",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
-    "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk",
+    "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk outgoing",
     "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve serve console console_data demo "
     "terminal signals __init__ __main__",
 )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 from gradio.events import api as endpoint
 
+from lora_dpo import outgoing
 from lora_dpo.data import Message
 from lora_dpo.demo.kit import client_of, sampling_of, told
 from lora_dpo.demo.tab_train import drafted, end, toggle
 from lora_dpo.desk import Desk
-from lora_dpo.library import describe, find_adapter, list_adapters
+from lora_dpo.library import describe, find_adapter, install, list_adapters
 from lora_dpo.plan import plan
 from lora_dpo.presets import settings_text
 from lora_dpo.talk import Talk, ask
@@ -24,6 +25,7 @@ def add(desk: Desk) -> None:
     for functions in (_answering(desk), _pairs(desk), _training(desk), _adapters(desk)):
         for function in functions:
             endpoint(told(function), api_name=function.__name__, concurrency_limit=None)
+    _files(desk)
 
 
 def _answering(desk: Desk) -> list[Any]:
@@ -177,3 +179,29 @@ def _adapters(desk: Desk) -> list[Any]:
         return dict(describe(find_adapter(name, desk.adapters_dir)))
 
     return [adapters, passport]
+
+
+def _files(desk: Desk) -> None:
+    """Endpoints that take or give a file: Gradio moves files only through components, so there are hidden ones."""
+
+    def export_pairs(name: str) -> str:
+        return str(outgoing.exported_pairs(desk, name))
+
+    def pack(name: str) -> str:
+        return str(outgoing.packed(desk, name))
+
+    def install_package(path: str) -> str:
+        return install(path, root=desk.adapters_dir).folder.name
+
+    def export_adapter(name: str, form: str) -> tuple[str, str | None]:
+        target = [place for _, _, place in outgoing.exported(desk, name, form)][-1]
+        return str(target), str(target) if target.is_file() else None
+
+    with gr.Column(visible=False):
+        name, form = gr.Textbox(label="name"), gr.Textbox("gguf-adapter", label="form")
+        given, made, place = gr.File(label="package"), gr.File(label="file"), gr.Textbox(label="place")
+        button = cast(Any, gr.Button())
+        button.click(told(export_pairs), name, made, api_name="export_pairs")
+        button.click(told(pack), name, made, api_name="pack")
+        button.click(told(install_package), given, place, api_name="install")
+        button.click(told(export_adapter), [name, form], [place, made], api_name="export_adapter")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import queue
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from lora_dpo import outgoing
 from lora_dpo.demo.draw import curves, facts, note, progress_bar, table, without_pictures
 from lora_dpo.demo.kit import markdown, told
 from lora_dpo.desk import Desk
-from lora_dpo.errors import AdapterError, OutputError
-from lora_dpo.library import describe, find_adapter, install, list_adapters, pack
-from lora_dpo.lora_files import plain
+from lora_dpo.errors import AdapterError
+from lora_dpo.library import describe, find_adapter, install, list_adapters
 from lora_dpo.package import SUFFIX
 from lora_dpo.watch import Seen
 
@@ -67,8 +64,7 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
 
     @told
     def packed(which: str | None) -> Any:
-        folder = find_adapter(which or "", desk.adapters_dir)
-        return gr.update(value=str(pack(folder, Path(tempfile.mkdtemp(dir=desk.scratch)))), visible=True)
+        return gr.update(value=str(outgoing.packed(desk, which or "")), visible=True)
 
     @told
     def bring(path: str | None) -> State:
@@ -81,9 +77,7 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
 
     @told
     def export_it(which: str | None, kind: str) -> Iterator[State]:
-        folder = find_adapter(which or "", desk.adapters_dir)
-        target = _target(desk, folder.name, FORMS.get(kind, ""))
-        for done, total in _in_thread(_writer(desk, folder, target, FORMS[kind])):
+        for done, total, target in outgoing.exported(desk, which or "", FORMS.get(kind, kind)):
             yield progress_bar(done, total, f"writing {target.name}: {done} of {total}"), gr.update(visible=False)
         if target.is_file():
             yield note(""), gr.update(value=str(target), visible=True)
@@ -94,9 +88,9 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     shown = [passport, drawn, card]
     name.change(show, name, shown, **private)
     page.load(show, name, shown, **private)
-    pack_it.click(packed, name, package, api_name="pack")
-    load.upload(bring, load, [listed, name, status, *shown], api_name="install")
-    write.click(export_it, [name, form], [progress, exported], show_progress="hidden", api_name="export_adapter")
+    pack_it.click(packed, name, package, **private)
+    load.upload(bring, load, [listed, name, status, *shown], **private)
+    write.click(export_it, [name, form], [progress, exported], show_progress="hidden", **private)
     return name, listed
 
 
@@ -118,51 +112,6 @@ def adapters_table(desk: Desk) -> str:
         for row in rows
     ]
     return table(HEADERS, cells, right=(2, 3, 5), kind="names")
-
-
-def _target(desk: Desk, name: str, what: str) -> Path:
-    """A free place for an export: folders stay in `exports/` of the demo's folder, files are on their way out."""
-    ends = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
-    if what not in ends:
-        raise OutputError(f"There is no form {plain(what)} to write an adapter in.")
-    is_file = ends[what].endswith(".gguf")
-    folder = Path(tempfile.mkdtemp(dir=desk.scratch)) if is_file else desk.pairs.folder / "exports"
-    tries = (folder / f"{name}{'' if number == 1 else f'-{number}'}{ends[what]}" for number in range(1, 1000))
-    return next(path for path in tries if not path.exists())
-
-
-def _writer(desk: Desk, adapter: Path, target: Path, what: str) -> Callable[[Callable[[int, int], None]], object]:
-    from lora_dpo.export import export
-    from lora_dpo.merge import merge
-
-    model = desk.host.base.name  # the base is here: the passport may name another place
-    if what == "merge":
-        return lambda tick: merge(adapter, target, model=model, on_tensor=tick)
-    return lambda tick: export(adapter, target, to=what, model=model, on_tensor=tick)  # type: ignore[arg-type]
-
-
-def _in_thread(work: Callable[[Callable[[int, int], None]], object]) -> Iterator[tuple[int, int]]:
-    """Run `work` in a thread and yield how far it is; raises what it raised."""
-    told_so_far: queue.SimpleQueue[tuple[int, int] | Exception | None] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            work(lambda done, total: told_so_far.put((done, total)))
-        except Exception as error:  # raised again below, in the thread that asked
-            told_so_far.put(error)
-        else:
-            told_so_far.put(None)
-
-    threading.Thread(target=run, name="export", daemon=True).start()
-    while (said := told_so_far.get()) is not None:
-        while isinstance(said, tuple) and not told_so_far.empty():
-            said = told_so_far.get()  # only the newest state is worth drawing
-            if said is None:
-                return
-        if isinstance(said, Exception):
-            raise said
-        if isinstance(said, tuple):
-            yield said
 
 
 def _curves_of(folder: Path) -> str:

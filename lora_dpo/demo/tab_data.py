@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lora_dpo.demo.draw import findings, note, text_block
 from lora_dpo.demo.kit import told
 from lora_dpo.desk import Desk
 from lora_dpo.errors import DataError
+from lora_dpo.outgoing import exported_pairs
 
 SHOWN = 200
 """Pairs in the list; the search finds the others."""
@@ -56,7 +56,7 @@ def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
     item.select(tab.show, at, everything, **private)  # others may have voted meanwhile
     parts.search.submit(tab.find, at, [*parts.listed, *editing], **private)
     parts.load.upload(tab.bring, parts.load, [parts.name, *everything], **private)
-    parts.take.click(tab.export, parts.name, parts.file, api_name="export_pairs")
+    parts.take.click(tab.export, parts.name, parts.file, **private)
     parts.listed[0].select(tab.pick, at, [*editing, parts.earlier, *parts.texts], show_progress="hidden", **private)
     save.click(tab.mend, [*at, picked, *parts.texts], everything, **private)
     remove.click(tab.drop, [*at, picked], everything, **private)
@@ -163,8 +163,7 @@ class Tab:
         """A file in the canonical form, to download."""
         if not which:
             raise DataError(NONE_YET)
-        folder = Path(tempfile.mkdtemp(dir=self.desk.scratch))
-        return gr.update(value=str(self.desk.pairs.export([which], folder / f"{which}.jsonl")), visible=True)
+        return gr.update(value=str(exported_pairs(self.desk, which)), visible=True)
 
     @told
     def pick(self, data: gr.SelectData, which: str, words: str) -> State:
