@@ -222,15 +222,16 @@ def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatc
     """Everything fits at 1280x800 and on a phone, light and dark; the pictures of docs/demo.md are made by this."""
     import gradio
 
-    monkeypatch.chdir(ROOT)
-    shutil.copytree(ROOT / "adapters/quickstart", tmp_path / "adapters/quickstart")
-    desk, address = serve("smollm2-135m", tmp_path, "nf4")
-    out = Path(PICTURES) if PICTURES else tmp_path / "pictures"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    shutil.copytree(ROOT / "adapters/quickstart", "adapters/quickstart")
+    desk, address = serve("smollm2-135m", Path(), "nf4")
+    out = ROOT / PICTURES if PICTURES else tmp_path / "pictures"
     out.mkdir(parents=True, exist_ok=True)
     me = Visitor(browser, address)
     page = me.page
     try:
-        use_it(me, tmp_path, steps=8 if PICTURES else 2, votes=4 if PICTURES else 1)
+        use_it(me, tmp_path, *((6, 3, 267) if PICTURES else (2, 1, 24)))
         for name in TABS:
             me.tab(name)
             page.wait_for_timeout(700)
@@ -256,7 +257,7 @@ def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatc
         desk.host.close()
 
 
-def use_it(me, tmp_path, *, steps, votes):
+def use_it(me, tmp_path, steps, votes, pairs):
     """A chat side by side, some votes, an upload, a short run: so that every tab shows something."""
     page = me.page
     me.open("Settings")
@@ -282,8 +283,10 @@ def use_it(me, tmp_path, *, steps, votes):
         me.wait_for("vote-status", f"Saved: {number + 1} pair")
     page.wait_for_selector("#vote-a:not([disabled])", timeout=90_000)
     me.tab("Data")
-    page.set_input_files(UPLOAD_PAIRS, ROOT / "data/quickstart.jsonl")
-    me.wait_for("data-doctor", "267 pairs read")
+    lines = (ROOT / "data/quickstart.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "quickstart.jsonl").write_text("".join(lines[:pairs]), "utf-8")
+    page.set_input_files(UPLOAD_PAIRS, tmp_path / "quickstart.jsonl")
+    me.wait_for("data-doctor", f"{pairs} pairs read")
     page.wait_for_timeout(2500)
     me.tab("Train")
     for box, on in (("votes", False), ("quickstart", True)):

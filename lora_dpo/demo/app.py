@@ -54,7 +54,7 @@ def build(desk: Desk) -> gr.Blocks:
             f'<div id="head"><h1>{TITLE}</h1><span>chat, vote, train and swap on one loaded base: '
             f"{escape(base.name)} ({escape(held)}, {escape(base.dtype)})</span></div>"
         )
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Chat", id="chat"):
                 pickers = tab_chat.build(desk)
             with gr.Tab("Vote", id="vote") as vote:

@@ -132,7 +132,7 @@ def curves(seen: Seen, beta: float) -> str:
         line_chart("reward margin", {"margin": series["margin"]}, steps=steps, zero=True),
         line_chart("reward accuracy (of a step's pairs)", {"accuracy": series["accuracy"]}, steps=steps, low=0, high=1),
         line_chart(
-            "log-ratio to the reference (nats)",
+            "log-ratio (nats)",
             {"chosen": series["chosen"], "rejected": series["rejected"]},
             steps=steps,
             zero=True,

@@ -99,6 +99,7 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 .sample header { font-size: .8rem; color: var(--body-text-color-subdued); }
 .sample .text { font-size: .88rem; }
 
+#data-table { --font-mono: var(--font); }
 #chat-new { align-self: flex-start; width: auto; flex-grow: 0; padding-inline: 18px; }
 #vote-buttons { gap: 8px; flex-wrap: wrap; }
 #vote-buttons button { min-width: 118px; flex: 1 1 118px; }

@@ -15,7 +15,7 @@ from lora_dpo.errors import LoraDPOError
 from lora_dpo.talk import Said, Talk, ask
 
 NOBODY = "(nobody)"
-HEIGHT = "max(300px, calc(100vh - 400px))"
+HEIGHT = "max(300px, calc(100vh - 430px))"
 
 State = tuple[Any, ...]
 
