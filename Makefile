@@ -1,5 +1,6 @@
 # make train   set everything up, then preference-tune the quickstart model
 # make test    set everything up, then run the tests
+# make demo    set everything up, then chat, vote, train and swap in a browser
 # make check   lint, types and tests: what CI runs
 # make bench   a step of ours and of stock TRL, side by side on three shapes of data (half an hour on 2 cores)
 # make clean   remove what these made, but for trained adapters
@@ -8,10 +9,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m
 
-.PHONY: train test check lint types bench setup clean
+.PHONY: train test demo check lint types bench setup clean
 
 train: $(BIN)/lora-dpo $(MODEL)/config.json
 	$(BIN)/lora-dpo train configs/quickstart.yaml
+
+demo: $(BIN)/.demo $(MODEL)/config.json
+	$(BIN)/lora-dpo demo
 
 # Two processes of one thread each: most tests are many small steps, which more threads do not speed up.
 test: $(BIN)/.dev $(MODEL)/config.json
@@ -34,6 +38,10 @@ setup: $(BIN)/lora-dpo $(MODEL)/config.json
 # Set-up is redone only when what it depends on changes.
 $(BIN)/lora-dpo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(BIN)/.demo: $(BIN)/lora-dpo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo]"
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/lora-dpo

@@ -17,6 +17,7 @@ from lora_dpo.export import export
 from lora_dpo.fetch import fetch_model
 from lora_dpo.fidelity import fidelity
 from lora_dpo.generate import Sampling, generate, stream
+from lora_dpo.host import Host, open_host
 from lora_dpo.hub import pull, push
 from lora_dpo.improve import improve
 from lora_dpo.improve_recipe import read_improve_recipe
@@ -42,6 +43,7 @@ __all__ = [
     "Chat",
     "DPOTrainer",
     "EngineSection",
+    "Host",
     "LoraDPOError",
     "LoraSection",
     "Plan",
@@ -65,6 +67,7 @@ __all__ = [
     "merge",
     "mix",
     "open_chat",
+    "open_host",
     "open_judge",
     "pack",
     "plan",

@@ -41,6 +41,7 @@ def write_card(
         f"A LoRA adapter for `{passport.base}`, preference-tuned with Direct Preference Optimization by lora-dpo on "
         f"{counts}. It is a small update: the base model is needed beside it.",
         "",
+        *(_stopped_lines(passport.metrics["stopped"]) if "stopped" in passport.metrics else []),
         *(_comparison_lines(comparison) if comparison else []),
         "![training curves](curves.png)",
         "",
@@ -65,6 +66,10 @@ def write_card(
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _stopped_lines(stopped: Mapping[str, int]) -> list[str]:
+    return [f"Training was stopped by hand after step {stopped['step']} of {stopped['of']}, and kept as it was.", ""]
 
 
 def _comparison_lines(comparison: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -14,8 +14,10 @@ from rich.table import Table
 from lora_dpo import cli_pairs
 from lora_dpo.cli_adapters import app as adapters_app
 from lora_dpo.cli_data import app as data_app
+from lora_dpo.cli_demo import demo
 from lora_dpo.cli_export import export
 from lora_dpo.cli_plan import plan
+from lora_dpo.cli_serve import serve
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 
 app = typer.Typer(
@@ -106,6 +108,8 @@ def train(
 
 
 app.command("plan")(plan)
+app.command()(serve)
+app.command()(demo)
 
 
 @app.command()

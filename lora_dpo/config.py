@@ -301,9 +301,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         raise ConfigError(f"There is no recipe at {path}.{_nearby(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
-    settings = _parse_yaml(text, where=str(path))
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} is not a recipe: expected settings such as 'model:' and 'data:'.")
+    settings = parse_settings(text, where=str(path))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -326,6 +324,14 @@ def check_settings(kind: type[AnySection], settings: dict[str, Any], *, where: s
         return kind.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(f"{where}: " + " ".join(_sentences(error, kind))) from None
+
+
+def parse_settings(text: str, *, where: str) -> dict[str, Any]:
+    """The plain settings in a text of YAML; they are not checked yet. Raises `ConfigError` if there are none."""
+    settings = _parse_yaml(text, where=where)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where} is not a recipe: expected settings such as 'model:' and 'data:'.")
+    return settings
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -10,7 +10,10 @@
     │   └── BaseDiffers    the base is not quite the one that the passport names: a warning, with strict an error
     ├── ReferenceMismatch  step 0: the policy is not the reference
     ├── JudgeError         a judge cannot be reached, or gives no usable scores
-    └── OutputError        a result cannot be written where it was asked for
+    ├── OutputError        a result cannot be written where it was asked for
+    ├── RequestRefused     a request to `lora-dpo serve` that makes no sense to it
+    └── Busy               a request that is not taken: too many wait, or a training goes on already
+        └── PromptTooLong  its prompt is longer than the model or its host takes
 
 A message says what is wrong, the value seen and the next step, in one or two sentences: the
 command line prints it as it is and exits with status 1.
@@ -51,6 +54,28 @@ class JudgeError(LoraDPOError):
 
 class OutputError(LoraDPOError):
     """A result cannot be written: the place is taken, full or not writable."""
+
+
+class RequestRefused(LoraDPOError):
+    """A request over HTTP is malformed, or asks for what is not there.
+
+    Args:
+        param: the parameter that is wrong.
+        code: OpenAI's word for it.
+        status: HTTP's number for it.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+class Busy(LoraDPOError):
+    """A request is not taken now; nothing was computed for it."""
+
+
+class PromptTooLong(Busy):
+    """A prompt is longer than the model, or its host, takes."""
 
 
 class PackageError(AdapterError):

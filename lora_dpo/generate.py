@@ -8,7 +8,7 @@ Finished rows leave the batch, so a batch of uneven answers costs what its token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,24 +106,58 @@ def stream(
     conversation: Sequence[Message],
     *,
     sampling: Sampling | None = None,
-) -> Iterator[str]:
-    """Yield one answer in pieces of text, as they are decoded."""
+) -> Generator[str, None, Answer]:
+    """Yield one answer in pieces of text, as they are decoded; the generator's return value is the whole `Answer`."""
+    return stream_from(model, tokenizer, prompt_ids(tokenizer, conversation), sampling=sampling)
+
+
+def stream_from(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    *,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+) -> Generator[str, None, Answer]:
+    """`stream` for a prompt of token ids.
+
+    Yields one piece a token, also where it is empty, so that a caller can stop at any of them: text is held back
+    while it may still be a part of a character or of a text in `stop`.
+
+    Args:
+        stop: the answer ends before the first of these texts, as if the model had ended its turn there.
+    """
     stops = stop_token_ids(model, tokenizer)
     tokens: list[int] = []
-    shown = ""
-    prompt = prompt_ids(tokenizer, conversation)
+    text, shown, finished = "", 0, False
     for _, token in decode(model, [prompt], stops, sampling or Sampling()):
         if token in stops:
+            finished = True
             break
         tokens.append(token)
         text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        if (end := first_of(text, stop)) is not None:
+            yield text[shown:end]
+            return Answer(text[:end], len(tokens), True)
         # A character may take several tokens; until it is whole it decodes to U+FFFD.
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    whole = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    if len(whole) > len(shown):
-        yield whole[len(shown) :]  # an answer that ends inside a character
+        ready = shown if text.endswith("\ufffd") else max(shown, len(text) - held_back(text, stop))
+        yield text[shown:ready]
+        shown = ready
+    if len(text) > shown:
+        yield text[shown:]  # an answer that ends inside a character, or with the beginning of a stop text
+    return Answer(text, len(tokens), finished)
+
+
+def first_of(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of some texts begins in `text`; None if none of them is in it."""
+    return min((text.find(word) for word in stop if word in text), default=None)
+
+
+def held_back(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of `text` that may be the beginning of one of the texts in `stop`."""
+    longest = max(map(len, stop), default=1) - 1
+    lengths = range(min(longest, len(text)), 0, -1)
+    return next((length for length in lengths if any(word.startswith(text[-length:]) for word in stop)), 0)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

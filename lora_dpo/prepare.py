@@ -41,6 +41,10 @@ class StopSignal:
     """Set `requested` from a signal handler or another thread to end a run at its next safe point."""
 
     requested: bool = False
+    keep: bool = False
+    """Set it to end training at its next step and keep the adapter as it is then: it is measured and saved."""
+    kept_at: int | None = None
+    """Filled in by the run: the step, before the last, that `keep` ended it at."""
     output: Path | None = None
     """Filled in by the run: the adapter folder that it works towards."""
 

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,9 @@ from lora_dpo.verify import write_probe
 if TYPE_CHECKING:
     from peft import PeftModel
 
+Look = Callable[[int, int, "PeftModel"], None]
+"""Called with the step, the number of steps, and the model in training, to ask it something."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -54,6 +57,7 @@ def train(
     resume: bool = False,
     on_event: OnEvent | None = None,
     stop: StopSignal | None = None,
+    look: Look | None = None,
 ) -> TrainResult:
     """Run a recipe from preference files to an adapter folder.
 
@@ -62,7 +66,8 @@ def train(
         base: a base model that is loaded already; it must be the one that the recipe names.
         resume: continue an interrupted run from its last checkpoint, with the same losses.
         on_event: receives what happens (`lora_dpo.events`).
-        stop: set its `requested` to save a checkpoint and end at the next step.
+        stop: set its `requested` to save a checkpoint and end at the next step; its `keep`, to save the adapter then.
+        look: called before the first step and after each one, with the model in eval mode; it changes nothing.
 
     Raises:
         LoraDPOError: anything that a user can mend; nothing half-written is left.
@@ -76,14 +81,14 @@ def train(
     checkpoint = open_run(recipe, output, resume=resume)
     try:
         with disk_errors(output), _memory_errors(), quiet_libraries():
-            return _execute(run, base, checkpoint)
+            return _execute(run, base, checkpoint, look)
     finally:
         release(run.partial)
         if not checkpoints(run.partial):
             shutil.rmtree(run.partial, ignore_errors=True)  # nothing in it could be resumed
 
 
-def _execute(run: Run, base: Base | None, checkpoint: Path | None) -> TrainResult:
+def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
     base = base or _load(run)
     model = _attach(base, run.recipe, seed=run.settings["seed"])
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
@@ -93,7 +98,7 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None) -> TrainResul
     if checkpoint and state["global_step"] >= state["max_steps"]:
         restore_adapter(model, checkpoint)  # only the measuring was interrupted
     else:
-        _optimise(run, base, model, log, checkpoint)
+        _optimise(run, base, model, log, checkpoint, look)
     model.eval()
     after = measure_after(run, model, pad, ref_scores)
     _report(run, before, after)
@@ -101,7 +106,7 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None) -> TrainResul
     return TrainResult(run.output, base, model, before, after)
 
 
-def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None) -> None:
+def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None, look: Look | None) -> None:
     """The training loop: TRL's, from the checkpoint if there is one. Raises `Stopped` if asked to."""
     from datasets import Dataset
 
@@ -113,7 +118,7 @@ def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: P
         train_dataset=_training_set(run),
         eval_dataset=Dataset.from_list([_columns(pair) for pair in run.held_out]) if run.held_out else None,
         processing_class=run.tokenizer,
-        callbacks=[_make_callback(run, log)],
+        callbacks=[_make_callback(run, log), *([_make_look(look)] if look else [])],
         engine=run.recipe.engine,
     )
     _drop_printing_callbacks(trainer)
@@ -179,10 +184,12 @@ def _make_callback(run: Run, log: RunLog) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             run.emit(Progress("training", state.global_step, state.max_steps))
-            if run.stop.requested or state.global_step == state.max_steps:
+            if run.stop.requested or run.stop.keep or state.global_step == state.max_steps:
                 control.should_save = True  # a finished run too: its evaluation may be interrupted
-            if run.stop.requested:
+            if run.stop.requested or run.stop.keep:
                 control.should_training_stop = True
+            if run.stop.keep and state.global_step < state.max_steps:
+                run.stop.kept_at = state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
@@ -191,6 +198,30 @@ def _make_callback(run: Run, log: RunLog) -> Any:
                 run.emit(StepLogged(state.global_step, state.max_steps, numbers))
 
     return Events()
+
+
+def _make_look(look: Look) -> Any:
+    from transformers import TrainerCallback
+
+    class Looks(TrainerCallback):  # type: ignore[misc]
+        """Shows the model in training between two steps."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self._show(state, model)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self._show(state, model)
+
+        def _show(self, state: Any, model: Any) -> None:
+            modes = [(part, part.training) for part in model.modules()]
+            model.eval()
+            try:
+                look(state.global_step, state.max_steps, model)
+            finally:
+                for part, mode in modes:
+                    part.training = mode
+
+    return Looks()
 
 
 def _drop_printing_callbacks(trainer: Any) -> None:
@@ -228,10 +259,12 @@ def _report(run: Run, before: Measured, after: Measured) -> None:
 
 
 def _save(run: Run, base: Base, model: PeftModel, log: RunLog, before: Measured, after: Measured) -> None:
-    metrics = {
+    metrics: dict[str, Any] = {
         "before": {"pairs": to_json(before.pairs), "answers": to_json(before.answers)},
         "after": {"pairs": to_json(after.pairs), "answers": to_json(after.answers)},
     }
+    if run.stop.kept_at is not None:
+        metrics["stopped"] = {"step": run.stop.kept_at, "of": run.steps}
     data = {which: _data_record(sources, run.reports[which]) for which, sources in _sources(run.recipe)}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     settings = run.recipe.model_dump(mode="json")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_dpo.generate import Sampling, generate, pick, rows_that_fit, stream
+from lora_dpo.data.template import prompt_ids
+from lora_dpo.generate import Sampling, first_of, generate, held_back, pick, rows_that_fit, stream, stream_from
 
 CHATS = [[{"role": "user", "content": text}] for text in ("hi", "tell me about the sea, please", "why?", "é ü")]
 
@@ -101,3 +102,56 @@ def test_rows_that_fit_take_a_quarter_of_the_free_memory(model, monkeypatch):
     assert rows_that_fit(model, 100) == 1
     monkeypatch.setattr(generate_module, "free_bytes", lambda device: 10**12)
     assert rows_that_fit(model, 100) == 128
+
+
+def answer_of(pieces):
+    """The pieces that a generator yields, and what it returns."""
+    found = []
+    while True:
+        try:
+            found.append(next(pieces))
+        except StopIteration as end:
+            return found, end.value
+
+
+def test_a_stream_returns_the_answer_that_generate_gives(model, tokenizer):
+    sampling = Sampling(max_new_tokens=30, temperature=0.9, seed=3)
+    pieces, answer = answer_of(stream(model, tokenizer, CHATS[0], sampling=sampling))
+    whole = generate(model, tokenizer, CHATS[:1], sampling=sampling)[0]
+    assert "".join(pieces) == answer.text
+    assert (answer.text.strip(), answer.tokens, answer.finished) == (whole.text, whole.tokens, whole.finished)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_an_answer_ends_before_the_stop_text_and_shows_nothing_of_it(model, tokenizer, length):
+    sampling = Sampling(max_new_tokens=60, temperature=0.9, seed=3)
+    prompt = prompt_ids(tokenizer, CHATS[0])
+    whole = answer_of(stream_from(model, tokenizer, prompt, sampling=sampling))[1].text
+    start = next(at for at in range(10, len(whole)) if "\ufffd" not in whole[at : at + length])
+    word = whole[start : start + length]
+    pieces, answer = answer_of(stream_from(model, tokenizer, prompt, sampling=sampling, stop=("never", word)))
+    assert answer.text == whole[: whole.index(word)] == "".join(pieces)
+    assert answer.finished
+    assert answer.tokens < 60
+
+
+def test_text_that_only_begins_like_a_stop_text_is_shown_after_all(model, tokenizer):
+    sampling = Sampling(max_new_tokens=40, temperature=0.9, seed=3)
+    prompt = prompt_ids(tokenizer, CHATS[0])
+    whole = answer_of(stream_from(model, tokenizer, prompt, sampling=sampling))[1]
+    stop = [whole.text[at : at + 2] + "\x00" for at in range(len(whole.text))]
+    pieces, answer = answer_of(stream_from(model, tokenizer, prompt, sampling=sampling, stop=stop))
+    assert answer == whole
+    assert "".join(pieces) == whole.text
+
+
+def test_how_much_may_be_the_beginning_of_a_stop_text():
+    assert held_back("one two", ["two three"]) == 3
+    assert held_back("one two", ["twice", "o!"]) == 1
+    assert held_back("one two", ["zwei"]) == 0
+    assert held_back("one two", ["wo"]) == 0  # it is there whole: nothing to wait for
+    assert held_back("aa", ["aaab"]) == 2
+    assert held_back("", ["a"]) == 0
+    assert held_back("text", []) == 0
+    assert first_of("one two", ["two", "e t"]) == 2
+    assert first_of("one two", ["three"]) is None

@@ -13,16 +13,18 @@ PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
     "errors config files events quiet journal improve_recipe",
-    "data shared_prefix fetch lora_files package",
-    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint",
+    "data shared_prefix fetch lora_files package turns address",
+    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint "
+    "request shelf openai_api",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
-    "prompts samples judges policy pairs improve",
-    "cli cli_adapters cli_data cli_export cli_pairs cli_plan console console_data terminal signals __init__ __main__",
+    "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk outgoing",
+    "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve serve console console_data demo "
+    "terminal signals __init__ __main__",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
-HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
-# a class on top of TRL's and what it is made of, and pure tensors: imported only when training starts
-EAGER = {"trainer", "engine", "steps", "shared_prefix"}
+HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
+# a class on top of TRL's and what it is made of, and pure tensors: imported only when training starts; the page
+EAGER = {"trainer", "engine", "steps", "shared_prefix", "demo"}
 WITHOUT_TRAINING = ("merge", "generate", "evaluate", "chat", "verify", "library", "hub", "fidelity", "export", "mix")
 
 

@@ -1,0 +1,104 @@
+"""`lora-dpo demo`: parse, check what is reachable from where, open the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lora_dpo.errors import ConfigError
+
+err = Console(stderr=True)
+
+
+def demo(
+    model: Annotated[
+        str, typer.Option(help="The base model: a packaged model's name, a folder, or a hub id.")
+    ] = "smollm2-135m",
+    adapters_dir: Annotated[
+        Path, typer.Option("--adapters-dir", help="Adapters are the folders in here; new ones are written here.")
+    ] = Path("adapters"),
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="Where votes and uploaded pairs are kept.")] = Path(
+        "collected"
+    ),
+    quantize: Annotated[str, typer.Option(help="nf4: the base in 4 bits. none: as stored.")] = "nf4",
+    host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    auth: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORA_DPO_AUTH", help="USER:PASSWORD that a visitor must give; also read from LORA_DPO_AUTH."
+        ),
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="A public address through Gradio's servers. Needs --auth.")
+    ] = False,
+) -> None:
+    """Chat, vote blind, train and swap adapters in a browser, on one loaded base.
+
+    Votes are kept as preference pairs; training uses the base that answers, while it answers. Listens on this machine
+    alone: any other --host, and --share, need --auth. Ctrl-C ends it; a training that goes on saves a checkpoint.
+
+    Examples:
+
+        lora-dpo demo
+
+        lora-dpo demo --model ~/models/my-3b --port 8080
+
+        LORA_DPO_AUTH=me:secret lora-dpo demo --host 0.0.0.0
+    """
+    from lora_dpo.config import one_of
+
+    one_of("--quantize", quantize, ("nf4", "none"))
+    login = read_auth(auth)
+    check_reach(host, share=share, auth=login is not None)
+    check_gradio()
+    from lora_dpo.address import listen
+
+    with listen(host, port) as trial:  # before a model is loaded for nothing; Gradio makes its own socket
+        port = trial.getsockname()[1]
+    from lora_dpo.demo import app
+    from lora_dpo.desk import Desk
+    from lora_dpo.host import open_host
+
+    with err.status("loading the model"):
+        opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
+    with opened:
+        desk = Desk(opened, data_dir)
+        try:
+            err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
+            app.launch(desk, host=host, port=port, auth=login, share=share)
+        finally:
+            app.close(desk)
+
+
+def read_auth(text: str | None) -> tuple[str, str] | None:
+    """User and password. Raises `ConfigError` for a text without both."""
+    if text is None:
+        return None
+    user, colon, password = text.partition(":")
+    if not (user and colon and password):
+        raise ConfigError("--auth must be USER:PASSWORD, such as me:a-long-secret.")
+    return user, password
+
+
+def check_reach(host: str, *, share: bool, auth: bool) -> None:
+    """Raise `ConfigError` if others could come in without a password."""
+    if auth:
+        return
+    from lora_dpo.address import is_loopback
+
+    if share:
+        raise ConfigError("--share makes the page public: set --auth USER:PASSWORD as well.")
+    if not is_loopback(host):
+        raise ConfigError(f"--host {host} lets other machines in: set --auth USER:PASSWORD as well, or use 127.0.0.1.")
+
+
+def check_gradio() -> None:
+    """Raise `ConfigError` if Gradio is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("The demo needs Gradio, which is not installed. Get it: pip install 'lora-dpo[demo]'")

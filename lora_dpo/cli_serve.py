@@ -1,0 +1,96 @@
+"""`lora-dpo serve`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out = Console()
+err = Console(stderr=True)
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option(help="The base model: a name of `lora-dpo models list`, a folder, or a hub id.")
+    ] = "smollm2-135m",
+    adapters_dir: Annotated[
+        Path, typer.Option(help="Adapters in this folder that fit the base can be asked for by their names.")
+    ] = Path("adapters"),
+    host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine need --api-key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORA_DPO_API_KEY", help="Key that every request must carry. The variable is not seen by others."
+        ),
+    ] = None,
+    quantize: Annotated[str, typer.Option(help="nf4: the base in 4 bits. none: as stored.")] = "nf4",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, and the length where a request names none.")
+    ] = 1024,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt. Default: three quarters of the context, at most 4,096.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; one more is refused.")] = 32,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Leave out adapters whose base differs in any way from this one.")
+    ] = False,
+) -> None:
+    """Serve a base and its adapters behind an OpenAI-compatible API.
+
+    Any chat client can then talk to an adapter: its model name is the adapter's, `base` is the model without one.
+    The base is loaded once; adapters that appear in the folder can be asked for at once. Ctrl-C ends the server.
+
+    Examples:
+
+        lora-dpo serve
+
+        lora-dpo serve --model Qwen/Qwen3-0.6B --port 8080
+
+        LORA_DPO_API_KEY=… lora-dpo serve --host 0.0.0.0
+
+        curl http://127.0.0.1:8000/v1/models
+    """
+    from lora_dpo.adapters import strictness
+    from lora_dpo.address import is_loopback, listen
+    from lora_dpo.config import one_of
+    from lora_dpo.errors import ConfigError
+    from lora_dpo.host import open_host
+    from lora_dpo.serve import build_app, run
+
+    one_of("--quantize", quantize, ("nf4", "none"))
+    if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key == api_key.strip()):
+        raise ConfigError("The API key is empty, or has spaces around it or letters beyond ASCII. Choose another.")
+    if api_key is None and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} lets other machines in, and there is no --api-key. Set one, for example in "
+            "LORA_DPO_API_KEY, or listen on 127.0.0.1."
+        )
+    with listen(host, port) as sock, strictness(strict):
+        with err.status("loading the model"):
+            opened = open_host(
+                model,
+                adapters_dir,
+                quantize=quantize,  # type: ignore[arg-type]
+                max_waiting=max_waiting,
+                max_prompt_tokens=max_prompt_tokens,
+            )
+        with opened:
+            _say(host, sock.getsockname()[1], opened.names())
+            try:
+                run(build_app(opened, api_key=api_key, max_new_tokens=max_new_tokens), sock)
+            except KeyboardInterrupt:
+                out.print("Stopped.")
+
+
+def _say(host: str, port: int, names: list[str]) -> None:
+    where = f"[{host}]" if ":" in host else host
+    out.print(f"base URL  http://{where}:{port}/v1", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"models    {', '.join(names)}", highlight=False, markup=False, soft_wrap=True)
+    sys.stdout.flush()

@@ -1,0 +1,229 @@
+"""The pairs that someone has collected: the votes and what was uploaded, to look through, mend and take away.
+
+FOLDER/votes.jsonl     the votes
+FOLDER/uploads/        files in the canonical form, one an upload
+FOLDER/runs/           what the runs that were started here train on, and what was held out of it
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_dpo.data import Message, PreferencePair, ReadReport, read_pairs
+from lora_dpo.data.checks import Texts
+from lora_dpo.data.doctor import Diagnosis, examine
+from lora_dpo.data.files import Row
+from lora_dpo.data.forms import checked_pair
+from lora_dpo.data.messages import BadRow
+from lora_dpo.data.reading import outcomes
+from lora_dpo.data.write import canonical_row, write_pairs
+from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.files import disk_errors
+from lora_dpo.lora_files import plain
+from lora_dpo.votes import VoteBook, rewrite_durably
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VOTES = "votes"
+MAX_UPLOAD = 64 << 20
+"""Bytes of a file of pairs or prompts. More is for the command line."""
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+PROMPT_KINDS = (*KINDS, ".txt")
+
+
+@dataclass(frozen=True)
+class TakenIn:
+    """What became of an upload."""
+
+    name: str
+    report: ReadReport
+    diagnosis: Diagnosis
+    """Of the file as it came, rows that are no pairs included."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A pair, the line that it is on, and a mark of its content: what is changed must be what was seen."""
+
+    line: int
+    pair: PreferencePair
+    mark: str
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """What is asked last, the chosen and the rejected answer."""
+        last = (self.pair.prompt, self.pair.chosen, self.pair.rejected)
+        return last[0][-1]["content"], last[1][-1]["content"], last[2][-1]["content"]
+
+
+class Collection:
+    """The files of one folder. Names are `votes` and those of uploads; a path is never taken from outside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.book = VoteBook(folder / f"{VOTES}.jsonl")
+        self.uploads = folder / "uploads"
+        self.runs = folder / "runs"
+
+    def names(self) -> list[str]:
+        """What there is: the votes first, if there are any, then the uploads by name."""
+        found = sorted(path.name.removesuffix(".jsonl") for path in self.uploads.glob("[!.]*.jsonl"))
+        return ([VOTES] if self.book.path.is_file() else []) + found
+
+    def path_of(self, name: str) -> Path:
+        """The file of that name. Raises `DataError` if there is none."""
+        if name not in self.names():
+            raise DataError(f"There are no pairs called {plain(name)}. Vote, or upload some.")
+        return self.book.path if name == VOTES else self.uploads / f"{name}.jsonl"
+
+    def take_in(self, path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> TakenIn:
+        """Read an uploaded file in any known form and keep its pairs in the canonical form.
+
+        Args:
+            name: what the file is called by its owner; only letters, digits, `-`, `_` and dots of it are kept.
+
+        Raises:
+            DataError: it is too large, of another kind, or holds no usable pair.
+        """
+        check_upload(path, name, KINDS)
+        diagnosis = examine([str(path)], tokenizer=tokenizer)
+        found = [pair for outcome in outcomes(str(path), tolerant=True) for pair in outcome.pairs]
+        if not found:
+            why = next((reason for reason, _ in diagnosis.report.reasons()), "no rows")
+            raise DataError(f"{plain(Path(name).name)} holds no usable pair: {why}.")
+        # The place that an upload lay in for a moment says nothing to anyone.
+        pairs = [replace(pair, origin=replace(pair.origin, source=Path(name).name)) for pair in found]
+        with self.book.held():  # two uploads of one name must not take the same place
+            kept = _free(clean_name(name), self.names())
+            write_pairs(pairs, self.uploads / f"{kept}.jsonl")
+        return TakenIn(kept, diagnosis.report, diagnosis)
+
+    def entries(self, name: str, search: str = "") -> list[Entry]:
+        """The pairs of a file that hold all words of `search`, in order."""
+        path = self.path_of(name)
+        if not path.stat().st_size:
+            return []
+        words = search.casefold().split()
+        found = []
+        for pair in _pairs_of(path, path.stat().st_mtime_ns, path.stat().st_size):
+            text = " ".join((*vars(Texts.of(pair)).values(),)).casefold() if words else ""
+            if all(word in text for word in words):
+                found.append(Entry(pair.origin.row, pair, mark_of(canonical_row(pair))))
+        return found
+
+    def entry(self, name: str, line: int, mark: str) -> Entry:
+        """The pair on a line, if it is still as its mark says. Raises `DataError`."""
+        found = next((entry for entry in self.entries(name) if (entry.line, entry.mark) == (line, mark)), None)
+        if found is None:
+            raise DataError("This pair was changed or removed meanwhile. Look at the list again.")
+        return found
+
+    def diagnose(self, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Diagnosis | None:
+        """What the doctor says about a file; None if it is empty."""
+        path = self.path_of(name)
+        return examine([str(path)], tokenizer=tokenizer) if path.stat().st_size else None
+
+    def change(self, name: str, entry: Entry, *, prompt: str, chosen: str, rejected: str) -> None:
+        """Write other words for the last turn of a pair's prompt and of its answers.
+
+        Raises:
+            DataError: the pair is not there any more as it was, or it would be no pair.
+        """
+        pair = entry.pair
+        parts = [_with_last(part, text) for part, text in ((pair.prompt, prompt), (pair.chosen, chosen))]
+        parts.append(_with_last(pair.rejected, rejected))
+        provenance = {**(pair.provenance or {}), "edited": True}
+        try:
+            changed = checked_pair(
+                parts[0],
+                parts[1],
+                parts[2],
+                pair.origin,
+                scores=(pair.chosen_score, pair.rejected_score),
+                tools=pair.tools,
+                provenance=provenance,
+            )
+        except BadRow as bad:
+            raise DataError(f"With these words it would be no pair: {bad}.") from None
+        self._rewrite(name, {entry.line: entry.mark}, canonical_row(changed))
+
+    def delete(self, name: str, entries: Sequence[Entry]) -> None:
+        """Take pairs out. Raises `DataError` if one is not there any more as it was."""
+        self._rewrite(name, {entry.line: entry.mark for entry in entries}, None)
+
+    def export(self, names: Sequence[str], target: Path) -> Path:
+        """Write files as one in the canonical form; `target` is a new file. Raises `DataError` if there is no pair."""
+        sources = [str(path) for path in map(self.path_of, names) if path.stat().st_size]
+        if not sources:
+            raise DataError("There is no pair to take away. Vote, or upload some.")
+        pairs, _ = read_pairs(sources)
+        write_pairs(pairs, target)
+        return target
+
+    def _rewrite(self, name: str, expected: dict[int, str], new: Row | None) -> None:
+        path = self.path_of(name)
+        with self.book.held():
+            now = {entry.line: entry.mark for entry in self.entries(name)}
+            if any(now.get(line) != mark for line, mark in expected.items()):
+                raise DataError("This pair was changed or removed meanwhile. Look at the list again.")
+            rewrite_durably(path, lambda line, row: new if line in expected else row)
+
+
+def check_upload(path: Path, name: str, kinds: Sequence[str]) -> None:
+    """Raise `DataError` unless a file is of a known kind and no larger than `MAX_UPLOAD`."""
+    if path.suffix.lower() not in kinds or not path.is_file():
+        raise DataError(f"{plain(Path(name).name)} is no file of a known kind: known are {', '.join(kinds)}.")
+    if path.stat().st_size > MAX_UPLOAD:
+        raise DataError(
+            f"{plain(Path(name).name)} has {path.stat().st_size / 1e6:,.0f} MB; at most {MAX_UPLOAD / 1e6:,.0f} are "
+            "taken in here. Use lora-dpo data convert and train with a recipe."
+        )
+
+
+def clean_name(name: str) -> str:
+    """A file's name as a short word of letters, digits, `-`, `_` and dots; never `votes`, never empty."""
+    stem = re.split(r"[/\\]", name)[-1]
+    while Path(stem).suffix.lower() in PROMPT_KINDS:
+        stem = stem[: -len(Path(stem).suffix)]
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:60].strip("-._")
+    return "upload" if word.casefold() in ("", VOTES) else word
+
+
+def mark_of(row: Row) -> str:
+    """A short hash of a row's content, the same in whatever order its keys are."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def copy_upload(path: Path, target: Path) -> Path:
+    """Copy an upload to a place of ours, whole. Raises `OutputError`."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return target
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
+    free = next((candidate for candidate in names if candidate not in taken), None)
+    if free is None:
+        raise ConfigError(f"There are too many uploads called {name}. Rename the file.")
+    return free
+
+
+def _with_last(part: tuple[Message, ...], text: str) -> tuple[Message, ...]:
+    return (*part[:-1], {**part[-1], "content": text})
+
+
+@functools.lru_cache(maxsize=4)
+def _pairs_of(path: Path, modified: int, size: int) -> tuple[PreferencePair, ...]:
+    """Pairs of a canonical file, read again only when it changed."""
+    return tuple(pair for outcome in outcomes(str(path), tolerant=True) for pair in outcome.pairs)

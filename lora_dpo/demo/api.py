@@ -1,0 +1,207 @@
+"""Named endpoints for scripts (`gradio_client`): the same verbs as the page, with the same checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, cast
+
+import gradio as gr
+from gradio.events import api as endpoint
+
+from lora_dpo import outgoing
+from lora_dpo.data import Message
+from lora_dpo.demo.kit import client_of, sampling_of, told
+from lora_dpo.demo.tab_train import drafted, end, toggle
+from lora_dpo.desk import Desk
+from lora_dpo.library import describe, find_adapter, install, list_adapters
+from lora_dpo.plan import plan
+from lora_dpo.presets import settings_text
+from lora_dpo.talk import Talk, ask
+
+
+def add(desk: Desk) -> None:
+    """Define the endpoints; call it inside the app's block."""
+    for functions in (_answering(desk), _pairs(desk), _training(desk), _adapters(desk)):
+        for function in functions:
+            endpoint(told(function), api_name=function.__name__, concurrency_limit=None)
+    _files(desk)
+
+
+def _answering(desk: Desk) -> list[Any]:
+    def models() -> list[str]:
+        """Who can answer: base, then every adapter that fits it."""
+        return desk.names()
+
+    def chat(
+        message: str,
+        model: str = "base",
+        system: str = "",
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        request: gr.Request | None = None,
+    ) -> Iterator[str]:
+        """One answer to one message, as it grows."""
+        sampling = sampling_of(temperature, top_p, max_new_tokens, seed)
+        for exchange in ask(desk.host, Talk(), message, [model], sampling, system=system, client=client_of(request)):
+            said = exchange.answers[0]
+            yield said.text if said else ""
+
+    def compare(
+        message: str,
+        left: str,
+        right: str = "base",
+        system: str = "",
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        request: gr.Request | None = None,
+    ) -> dict[str, Any]:
+        """Two models on the same message and seed, with counts and speed."""
+        talk = Talk()
+        sampling = sampling_of(temperature, top_p, max_new_tokens, seed)
+        for _ in ask(desk.host, talk, message, [left, right], sampling, system=system, client=client_of(request)):
+            pass
+        answers = talk.exchanges[-1].answers if talk.exchanges else [None, None]
+        return {side: asdict(said) if said else None for side, said in zip(("left", "right"), answers, strict=True)}
+
+    def match(
+        prompt: str,
+        players: list[str],
+        temperature: float = 0.8,
+        max_new_tokens: int = 160,
+        request: gr.Request | None = None,
+    ) -> dict[str, str]:
+        """Two answers without names, to vote on by the match's id."""
+        sampling = sampling_of(temperature, 0.95, max_new_tokens, 0)
+        drawn = desk.arena.draw([Message(role="user", content=prompt)], players, sampling)
+        for _ in desk.arena.answers(drawn, client=client_of(request)):
+            pass
+        a, b = (said.text if said else "" for said in drawn.answers)
+        return {"id": drawn.id, "a": a, "b": b}
+
+    def vote(match_id: str, verdict: str) -> dict[str, Any]:
+        """Vote a, b, both good, both bad or skip. When this returns, the vote is on the disk; names are told."""
+        done = desk.arena.vote(match_id, verdict)
+        pairs, others = desk.pairs.book.count()
+        return {"a": done.players[0], "b": done.players[1], "pairs": pairs, "others": others}
+
+    def standings() -> list[dict[str, Any]]:
+        """How each model did against each other one, with 95% intervals of the win rate."""
+        return [
+            {**asdict(record), "rate": record.rate, "interval": list(record.interval)}
+            for record in desk.pairs.book.records()
+        ]
+
+    return [models, chat, compare, match, vote, standings]
+
+
+def _pairs(desk: Desk) -> list[Any]:
+    def pairs(name: str = "votes", search: str = "") -> list[dict[str, Any]]:
+        """The pairs of a file, with the line and mark that a change names."""
+        names = ("line", "mark", "prompt", "chosen", "rejected")
+        found = desk.pairs.entries(name, search)
+        return [dict(zip(names, (entry.line, entry.mark, *entry.texts), strict=True)) for entry in found]
+
+    def check_pairs(name: str = "votes") -> dict[str, Any]:
+        """What the doctor says about a file."""
+        found = desk.pairs.diagnose(name, desk.host.base.tokenizer)
+        return found.as_json() if found else {}
+
+    def change_pair(name: str, line: int, mark: str, prompt: str, chosen: str, rejected: str) -> str:
+        """Write other words for a pair."""
+        desk.pairs.change(name, desk.pairs.entry(name, line, mark), prompt=prompt, chosen=chosen, rejected=rejected)
+        return "changed"
+
+    def delete_pair(name: str, line: int, mark: str) -> str:
+        """Take a pair out."""
+        desk.pairs.delete(name, [desk.pairs.entry(name, line, mark)])
+        return "deleted"
+
+    return [pairs, check_pairs, change_pair, delete_pair]
+
+
+def _training(desk: Desk) -> list[Any]:
+    def plan_training(pairs: list[str], name: str, preset: str = "balanced", settings: str = "") -> dict[str, Any]:
+        """The settings and the plan of a run, before it starts. `settings` is YAML that changes the preset's."""
+        recipe = drafted(desk, pairs, preset, name, settings)
+        return {"settings": settings_text(recipe), "plan": plan(recipe).to_json()}
+
+    def train(
+        pairs: list[str], name: str, preset: str = "balanced", settings: str = "", prompts: list[str] | None = None
+    ) -> str:
+        """Start a run on the base in memory; `training` says how it goes."""
+        recipe = drafted(desk, pairs, preset, name, settings)
+        desk.start_training(recipe, name.strip(), prompts or [])
+        return "started"
+
+    def training() -> dict[str, Any]:
+        """How the run goes that was started last."""
+        now = desk.training
+        if now is None:
+            return {"state": "none"}
+        seen = now.watch.seen
+        return {
+            "name": now.job.name,
+            "state": now.job.state,
+            "error": now.job.error,
+            "stage": seen.stage,
+            "step": seen.step,
+            "steps": seen.all_steps,
+            "metrics": dict(seen.steps[-1][1]) if seen.steps else {},
+            "compared": [list(row) for row in seen.compared],
+            "samples": [asdict(sample) for sample in seen.samples],
+        }
+
+    def pause_training() -> str:
+        """Pause the run, or let it go on."""
+        toggle(desk)
+        return desk.training.job.state if desk.training else "none"
+
+    def stop_training(keep: bool = True) -> str:
+        """Stop the run after its present step, and keep the adapter or not."""
+        end(desk, keep=keep)
+        return desk.training.job.state if desk.training else "none"
+
+    return [plan_training, train, training, pause_training, stop_training]
+
+
+def _adapters(desk: Desk) -> list[Any]:
+    def adapters() -> list[dict[str, Any]]:
+        """The table of adapters."""
+        return [asdict(row) for row in list_adapters(desk.adapters_dir)]
+
+    def passport(name: str) -> dict[str, str]:
+        """What an adapter was made from."""
+        return dict(describe(find_adapter(name, desk.adapters_dir)))
+
+    return [adapters, passport]
+
+
+def _files(desk: Desk) -> None:
+    """Endpoints that take or give a file: Gradio moves files only through components, so there are hidden ones."""
+
+    def export_pairs(name: str) -> str:
+        return str(outgoing.exported_pairs(desk, name))
+
+    def pack(name: str) -> str:
+        return str(outgoing.packed(desk, name))
+
+    def install_package(path: str) -> str:
+        return install(path, root=desk.adapters_dir).folder.name
+
+    def export_adapter(name: str, form: str) -> tuple[str, str | None]:
+        target = [place for _, _, place in outgoing.exported(desk, name, form)][-1]
+        return str(target), str(target) if target.is_file() else None
+
+    with gr.Column(visible=False):
+        name, form = gr.Textbox(label="name"), gr.Textbox("gguf-adapter", label="form")
+        given, made, place = gr.File(label="package"), gr.File(label="file"), gr.Textbox(label="place")
+        button = cast(Any, gr.Button())
+        button.click(told(export_pairs), name, made, api_name="export_pairs")
+        button.click(told(pack), name, made, api_name="pack")
+        button.click(told(install_package), given, place, api_name="install")
+        button.click(told(export_adapter), [name, form], [place, made], api_name="export_adapter")

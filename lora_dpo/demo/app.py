@@ -1,0 +1,172 @@
+"""The app: five tabs around one desk, and the server that shows them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from lora_dpo.desk import Desk
+
+# Gradio reads these when it is imported: nothing is counted, asked or fetched over a network.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
+from lora_dpo.demo.page import TITLE, css, head, theme
+
+MAX_UPLOAD = "1gb"
+"""Largest file that a browser may send: an adapter's package. Files of pairs have a limit of their own."""
+MOST_QUEUED = 256
+LOOK_EVERY = 2.0
+"""Seconds between two looks for adapters and pairs that are new."""
+
+POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",  # Gradio's own page has inline scripts
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self' data: blob:",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "frame-ancestors 'self'",
+    )
+)
+"""Content-Security-Policy of every response: whatever a text says, the page talks to this server alone."""
+
+
+def build(desk: Desk) -> gr.Blocks:
+    """The page, ready to launch."""
+    base = desk.host.base
+    held = "as stored" if base.quantize == "none" else base.quantize.upper()
+    page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400))
+    with page:
+        gr.HTML(
+            f'<div id="head"><h1>{TITLE}</h1><span>chat, vote, train and swap on one loaded base: '
+            f"{escape(base.name)} ({escape(held)}, {escape(base.dtype)})</span></div>"
+        )
+        with gr.Tabs(overflow_behavior="wrap"):
+            with gr.Tab("Chat", id="chat"):
+                pickers = tab_chat.build(desk)
+            with gr.Tab("Vote", id="vote") as vote:
+                players = tab_vote.build(desk, vote)
+            with gr.Tab("Data", id="data") as data:
+                files = tab_data.build(desk, data)
+            with gr.Tab("Train", id="train"):
+                sources, run_name = tab_train.build(desk)
+            with gr.Tab("Adapters", id="adapters"):
+                adapter, listed = tab_adapters.build(desk, page)
+        known = gr.State(None)
+        outputs = [*(picker for picker, _ in pickers), players, files, sources, run_name, adapter, listed, known]
+        follow = _follower(desk, [nobody for _, nobody in pickers])
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gr.Timer(LOOK_EVERY).tick(follow, [known], outputs, **quiet)
+        page.load(follow, [known], outputs, **quiet)
+        api.add(desk)
+    return page
+
+
+def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any], tuple[Any, ...]]:
+    """A handler that puts what is new into every picker."""
+
+    def follow(known: Any) -> tuple[Any, ...]:
+        names, pairs = desk.names(), desk.pairs.names()
+        adapters = desk.adapters()
+        now = (tuple(names), tuple(pairs), tuple(adapters))
+        before = known or ((), (), ())
+        if now == before:
+            return (*[gr.skip()] * (len(with_nobody) + 6), known)
+        chats = [gr.update(choices=[tab_chat.NOBODY, *names] if nobody else names) for nobody in with_nobody]
+        moved = set(adapters) != set(before[2])
+        # Where there was nothing to choose, the first of what there is now is chosen.
+        pair: dict[str, Any] = {"value": pairs[0]} if pairs and not before[1] else {}
+        trained: dict[str, Any] = {"value": pairs[:1]} if pairs and not before[1] else {}
+        shown: dict[str, Any] = {"value": adapters[0]} if adapters and not before[2] else {}
+        return (
+            *chats,
+            gr.update(choices=names),
+            gr.update(choices=pairs, **pair),
+            gr.update(choices=pairs, **trained),
+            gr.update(value=desk.free_name()) if moved else gr.skip(),
+            gr.update(choices=adapters, **shown),
+            tab_adapters.adapters_table(desk) if moved else gr.skip(),
+            now,
+        )
+
+    return follow
+
+
+class Guard:
+    """ASGI middleware: the headers of `POLICY` on every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and its response back with the headers."""
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", [])]
+                headers += [
+                    (b"content-security-policy", POLICY.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+                message["headers"] = headers
+            await send(message)
+
+        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+def launch(
+    desk: Desk,
+    *,
+    host: str,
+    port: int | None,
+    auth: tuple[str, str] | None,
+    share: bool = False,
+    block: bool = True,
+) -> str:
+    """Show the page at `host:port`; returns its address (with `block`, when it ends)."""
+    uploads = desk.scratch / "uploads"
+    uploads.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # uploads stay in a folder of ours, and go with it
+    page = build(desk)
+    page.queue(max_size=MOST_QUEUED, default_concurrency_limit=None)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        share=share,
+        quiet=True,
+        show_error=False,
+        prevent_thread_lock=not block,
+        max_threads=80,
+        max_file_size=MAX_UPLOAD,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=["api", "settings"],
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        app_kwargs={"middleware": [Middleware(Guard)]},
+        theme=theme(),
+        css=css(),
+        head=head(),
+    )
+    return str(address)
+
+
+def close(desk: Desk) -> None:
+    """Remove what was on its way to browsers."""
+    shutil.rmtree(desk.scratch, ignore_errors=True)

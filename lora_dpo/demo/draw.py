@@ -1,0 +1,173 @@
+"""Fragments of the page as HTML. Every text that comes from outside goes through `escape` here, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from lora_dpo.console_data import rows_text
+from lora_dpo.data.doctor import Diagnosis
+from lora_dpo.data.pairs import ReadReport
+from lora_dpo.demo.charts import line_chart
+from lora_dpo.talk import Said
+from lora_dpo.votes import Record
+from lora_dpo.watch import Seen, logratios
+
+
+def text_block(text: str, *, kind: str = "") -> str:
+    """A text as it is: line breaks kept, nothing in it interpreted."""
+    return f'<div class="text {kind}">{escape(text)}</div>'
+
+
+def note(text: str, *, kind: str = "") -> str:
+    """One line beside the controls. `kind` is empty, `good`, `bad` or `wait`."""
+    return f'<p class="note {kind}">{escape(text)}</p>' if text else ""
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), kind: str = "") -> str:
+    """A table of texts; columns in `right` are aligned to the right. Wider than the page, it scrolls."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        opened = [f'<{tag} class="right">' if index in right else f"<{tag}>" for index in range(len(row))]
+        return "".join(f"{start}{escape(cell)}</{tag}>" for start, cell in zip(opened, row, strict=True))
+
+    head = f"<thead><tr>{cells(headers, 'th')}</tr></thead>" if headers else ""
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f'<div class="scroll"><table class="plain {kind}">{head}<tbody>{body}</tbody></table></div>'
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values below each other."""
+    return '<dl class="facts">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows) + "</dl>"
+
+
+def said_line(said: Said | None, *, writing: bool = False) -> str:
+    """Counts and speed of an answer."""
+    if said is None:
+        return note("")
+    if writing:
+        return note("writing…" if said.text else "waiting for its turn…", kind="wait")
+    parts = [f"{said.tokens} tokens"]
+    if said.speed is not None:
+        parts.append(f"{said.speed:.1f} tokens/s")
+    parts += [f"prompt {said.prompt_tokens} tokens", f"first word after {said.waited:.1f} s"]
+    return note(" · ".join(parts))
+
+
+def answer_card(letter: str, text: str, *, writing: bool = False, name: str | None = None) -> str:
+    """One of two answers to vote on; `name` is told after the vote."""
+    who = f'<span class="card-name">{escape(name)}</span>' if name else ""
+    missing = "writing…" if writing else "no answer yet"
+    body = escape(text) if text else f'<span class="faint">{missing}</span>'
+    return (
+        f'<section class="card" aria-label="answer {letter}"><header><span class="letter">{letter}</span>{who}</header>'
+        f'<div class="text" id="answer-{letter.lower()}">{body}</div></section>'
+    )
+
+
+def win_table(records: Sequence[Record]) -> str:
+    """Who won how often, with the interval drawn."""
+    if not records:
+        return note("No vote between two models yet. Vote on a few answers, and this says who wins.")
+    head = "".join(
+        f"<th{kind}>{name}</th>"
+        for name, kind in (
+            ("models", ""),
+            ("won", ' class="right"'),
+            ("lost", ' class="right"'),
+            ("both good", ' class="right"'),
+            ("both bad", ' class="right"'),
+            ("win rate", ' class="right"'),
+            ("95% interval", ""),
+        )
+    )
+    rows = "".join(f"<tr>{_record_cells(record)}</tr>" for record in records)
+    table_ = f'<table class="plain wins"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="scroll">{table_}</div>'
+
+
+def _record_cells(record: Record) -> str:
+    low, high = record.interval
+    rate = "–" if record.rate is None else f"{record.rate:.0%}"
+    middle = "" if record.rate is None else f'<i style="left:{100 * record.rate:.1f}%"></i>'
+    bar = f'<span class="bar"><b style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></b>{middle}</span>'
+    numbers = (record.wins, record.losses, record.both_good, record.both_bad)
+    cells = "".join(f'<td class="right">{number}</td>' for number in numbers)
+    return (
+        f"<td><strong>{escape(record.first)}</strong> against {escape(record.second)}</td>{cells}"
+        f'<td class="right">{rate}</td><td class="interval">{bar}<span>{low:.0%} to {high:.0%}</span></td>'
+    )
+
+
+def findings(diagnosis: Diagnosis | None, report: ReadReport | None = None) -> str:
+    """What the doctor says: each finding with its rows and what to do."""
+    if diagnosis is None:
+        return note("There is no pair in this file.")
+    read = report or diagnosis.report
+    shown = [note(f"{read.summary()}, read as {read.read_as or 'no form'}; {diagnosis.prompts} different prompts.")]
+    if not diagnosis.findings:
+        shown.append(note("The doctor finds nothing that would spoil a run.", kind="good"))
+    for finding in diagnosis.findings.values():
+        check = finding.check
+        count = f"{finding.count} × " if finding.count else ""
+        rows = rows_text(finding.rows).replace(" (--json lists all)", "")
+        where = f"<p>Rows {escape(rows)}.</p>" if finding.rows else ""
+        examples = "".join(f"<li>{escape(' '.join(text.split()))}</li>" for _, text in finding.examples)
+        listed = f"<ul>{examples}</ul>" if examples else ""
+        shown.append(
+            f'<details class="finding {check.severity}"><summary><span class="badge">{check.severity}</span>'
+            f"{escape(count + check.title)}</summary><p>{escape(check.meaning)} {escape(check.advice)}</p>"
+            f"{where}{listed}</details>"
+        )
+    return "".join(shown)
+
+
+def curves(seen: Seen, beta: float) -> str:
+    """Loss, margin, reward accuracy and the two log-ratios of a run, as it goes."""
+    series = logratios(seen.steps, beta)
+    steps = seen.all_steps
+    charts = (
+        line_chart("loss", {"loss": series["loss"]}, steps=steps),
+        line_chart("reward margin", {"margin": series["margin"]}, steps=steps, zero=True),
+        line_chart("reward accuracy (of a step's pairs)", {"accuracy": series["accuracy"]}, steps=steps, low=0, high=1),
+        line_chart(
+            "log-ratio (nats)",
+            {"chosen": series["chosen"], "rejected": series["rejected"]},
+            steps=steps,
+            zero=True,
+        ),
+    )
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def progress_bar(done: int, total: int, label: str) -> str:
+    """How far something is."""
+    share = 100 * done / total if total else 0
+    return (
+        f'<div class="progress" role="progressbar" aria-valuenow="{share:.0f}" aria-valuemin="0" aria-valuemax="100">'
+        f'<div style="width:{share:.1f}%"></div></div>{note(label)}'
+    )
+
+
+def samples_table(seen: Seen) -> str:
+    """Answers to the chosen prompts, before and as training goes on."""
+    by_prompt: dict[str, list[tuple[int, str]]] = {}
+    for sample in seen.samples:
+        by_prompt.setdefault(sample.prompt, []).append((sample.step, sample.text))
+    blocks = []
+    for prompt, answers in by_prompt.items():
+        cells = "".join(
+            f'<div class="sample"><header>{"before" if step == 0 else f"after {step} steps"}</header>'
+            f"{text_block(text or '(nothing)')}</div>"
+            for step, text in answers
+        )
+        row = f'<div class="sample-row">{cells}</div>'
+        blocks.append(f'<section class="samples"><h4>{escape(prompt)}</h4>{row}</section>')
+    return "".join(blocks)
+
+
+def without_pictures(markdown: str) -> str:
+    """A model card without its front matter and without pictures: nothing is fetched for it."""
+    body = re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.DOTALL)
+    return re.sub(r"!\[[^\]]*\]\([^)]*\)", "", body)

@@ -1,0 +1,73 @@
+"""What all tabs use: errors as a message beside the page, and texts that are safe to show as Markdown."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from lora_dpo.errors import LoraDPOError
+from lora_dpo.generate import Sampling
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+
+
+def told(handler: Handler) -> Handler:
+    """A handler whose `LoraDPOError` becomes a message on the page, in the error's own words."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                yield from handler(*args, **kwargs)
+            except LoraDPOError as error:
+                raise refusal(error) from None
+
+        return generator  # type: ignore[return-value]
+
+    @functools.wraps(handler)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(*args, **kwargs)
+        except LoraDPOError as error:
+            raise refusal(error) from None
+
+    return function  # type: ignore[return-value]
+
+
+def refusal(error: LoraDPOError) -> gr.Error:
+    """An error as Gradio's. Its message is HTML there, so ours is escaped: it may quote a name from outside."""
+    return gr.Error(escape(str(error)), title="", print_exception=False)
+
+
+def markdown(text: str) -> str:
+    """A model's or user's text as Markdown without HTML and pictures; code stays as it is written.
+
+    The page sanitises it once more. This keeps `<tags>` readable, and stops pictures, which would be fetched.
+    """
+    parts = _CODE.split(text)
+    for index in range(0, len(parts), 2):
+        parts[index] = escape(parts[index], quote=False).replace("![", "!\\[")
+    return "".join(parts)
+
+
+def client_of(request: gr.Request | None) -> str:
+    """Who asks: the browser tab, or the script's session."""
+    return str(getattr(request, "session_hash", None) or "script")
+
+
+def sampling_of(temperature: float, top_p: float, max_new_tokens: float, seed: float) -> Sampling:
+    """Settings from controls, held to what is sensible."""
+    return Sampling(
+        max_new_tokens=min(4096, max(1, int(max_new_tokens))),
+        temperature=min(5.0, max(0.0, float(temperature))),
+        top_p=min(1.0, max(0.01, float(top_p))),
+        seed=int(seed) % (1 << 31),
+    )

@@ -1,0 +1,205 @@
+"""The Chat tab: one model, or two side by side on the same words and the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from lora_dpo.demo.draw import said_line
+from lora_dpo.demo.kit import client_of, markdown, refusal, sampling_of, told
+from lora_dpo.desk import Desk
+from lora_dpo.errors import LoraDPOError
+from lora_dpo.talk import Said, Talk, ask
+
+NOBODY = "(nobody)"
+HEIGHT = "max(300px, calc(100vh - 430px))"
+
+State = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is on the tab."""
+
+    left: gr.Dropdown
+    right: gr.Dropdown
+    right_column: gr.Column
+    chats: tuple[gr.Chatbot, gr.Chatbot]
+    lines: tuple[gr.HTML, gr.HTML]
+    box: gr.Textbox
+    settings: tuple[gr.Textbox, gr.Slider, gr.Slider, gr.Slider, gr.Number]
+    """System prompt, temperature, top-p, longest answer, seed."""
+    new: gr.Button
+
+
+def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
+    """Lay the tab out and connect it; returns its pickers, and for each whether "nobody" can be picked."""
+    parts = _layout(desk)
+    tab = Tab(desk)
+    talk = gr.State(Talk())
+    settings = [talk, parts.left, parts.right, *parts.settings]
+    outputs = [parts.box, *parts.chats, *parts.lines, talk]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+    parts.box.submit(tab.send, [parts.box, *settings], outputs, **quiet)
+    parts.box.stop(tab.stop, None, None, **at_once)
+    for chat in parts.chats:
+        chat.retry(tab.retry, settings, outputs, **quiet)
+        chat.edit(tab.edit, settings, outputs, **quiet)
+        chat.clear(tab.new, None, outputs, **at_once)
+    parts.new.click(tab.new, None, outputs, **at_once)
+    parts.right.change(lambda beside: gr.update(visible=beside != NOBODY), parts.right, parts.right_column, **at_once)
+    return [(parts.left, False), (parts.right, True)]
+
+
+def _layout(desk: Desk) -> Parts:
+    names = desk.names()
+    first = names[1] if len(names) > 1 else names[0]
+    with gr.Row():
+        left = gr.Dropdown(names, value=first, label="Model", elem_id="chat-left", filterable=len(names) > 8)
+        right = gr.Dropdown([NOBODY, *names], value=NOBODY, label="Beside it", elem_id="chat-right", filterable=False)
+    with gr.Row():
+        with gr.Column(min_width=300):
+            one, line = _chatbot(0), gr.HTML(said_line(None), elem_id="chat-line-0")
+        with gr.Column(min_width=300, visible=False) as right_column:
+            other, other_line = _chatbot(1), gr.HTML(said_line(None), elem_id="chat-line-1")
+    box = gr.Textbox(
+        placeholder="Ask something…",
+        show_label=False,
+        lines=1,
+        max_lines=8,
+        submit_btn="Send",
+        autofocus=True,
+        max_length=32_000,
+        elem_id="chat-box",
+    )
+    with gr.Accordion("Settings", open=False):
+        system = gr.Textbox(label="System prompt", lines=2, max_length=8_000, elem_id="chat-system")
+        with gr.Row():
+            temperature = gr.Slider(
+                0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest word)", elem_id="chat-temperature"
+            )
+            top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
+        with gr.Row():
+            longest = gr.Slider(8, 1024, 256, step=8, label="Longest answer (tokens)", elem_id="chat-longest")
+            seed = gr.Number(0, precision=0, label="Seed")
+    new = gr.Button("New chat", size="sm", elem_id="chat-new")
+    settings = (system, temperature, top_p, longest, seed)
+    return Parts(left, right, right_column, (one, other), (line, other_line), box, settings, new)
+
+
+def _chatbot(side: int) -> gr.Chatbot:
+    return gr.Chatbot(
+        show_label=False,
+        height=HEIGHT,
+        editable="user",
+        buttons=["copy"],
+        latex_delimiters=[],
+        sanitize_html=True,
+        feedback_options=None,
+        layout="bubble",
+        placeholder="Say something below. Each model answers with the same seed.",
+        elem_id=f"chat-{side}",
+    )
+
+
+class Tab:
+    """The tab's handlers. Gradio fills in events and requests by annotations, so settings are named one by one:
+    a the talk, b and c the models, d the system prompt, e to h the numbers.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def send(
+        self, text: str, a: Talk, b: str, c: str, d: str, e: float, f: float, g: float, h: float, request: gr.Request
+    ) -> Iterator[State]:
+        """Answer what was written."""
+        yield from self._answer(text, False, (a, b, c, d, e, f, g, h), request)
+
+    @told
+    def retry(
+        self,
+        data: gr.RetryData,
+        a: Talk,
+        b: str,
+        c: str,
+        d: str,
+        e: float,
+        f: float,
+        g: float,
+        h: float,
+        request: gr.Request,
+    ) -> Iterator[State]:
+        """Answer the same words with another seed."""
+        yield from self._answer(a.forget_from(_exchange(data.index)), True, (a, b, c, d, e, f, g, h), request)
+
+    @told
+    def edit(
+        self,
+        data: gr.EditData,
+        a: Talk,
+        b: str,
+        c: str,
+        d: str,
+        e: float,
+        f: float,
+        g: float,
+        h: float,
+        request: gr.Request,
+    ) -> Iterator[State]:
+        """Answer other words in their place."""
+        a.forget_from(_exchange(data.index))
+        yield from self._answer(str(data.value), False, (a, b, c, d, e, f, g, h), request)
+
+    def stop(self, request: gr.Request) -> None:
+        """End the answer that is being written; what was said so far stays."""
+        self.desk.stops.of(client_of(request)).set()
+
+    def new(self, request: gr.Request) -> State:
+        """Forget the conversation."""
+        self.stop(request)
+        return (gr.skip(), [], [], "", "", Talk())
+
+    def _answer(self, text: str, again: bool, chosen: tuple[Any, ...], request: gr.Request) -> Iterator[State]:
+        said, who, beside, system, *numbers = chosen
+        players = [who] if beside == NOBODY else [who, beside]
+        client = client_of(request)
+        sampling = sampling_of(*numbers)
+        stop = self.desk.stops.of(client)
+        busy = gr.update(value="", submit_btn=False, stop_btn="Stop")
+        host = self.desk.host
+        try:
+            for exchange in ask(
+                host, said, text, players, sampling, system=system, client=client, stop=stop, again=again
+            ):
+                yield (busy, *_views(said), *_lines(exchange.answers, players), said)
+                busy = gr.skip()
+        except LoraDPOError as error:
+            yield (gr.update(value=text, submit_btn="Send", stop_btn=False), *_views(said), "", "", said)
+            raise refusal(error) from None
+        last = said.exchanges[-1].answers if said.exchanges else [None, None]
+        yield (gr.update(submit_btn="Send", stop_btn=False), *_views(said), *map(said_line, last), said)
+
+
+def _exchange(index: Any) -> int:
+    """The exchange that a message of the shown list belongs to: each is two messages."""
+    return int(index[0] if isinstance(index, list | tuple) else index) // 2
+
+
+def _views(talk: Talk) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
+    for exchange in talk.exchanges:
+        for side, said in zip(sides, exchange.answers, strict=True):
+            side.append({"role": "user", "content": markdown(exchange.user)})
+            side.append({"role": "assistant", "content": markdown(said.text) if said and said.text else "…"})
+    return sides
+
+
+def _lines(answers: list[Said | None], players: list[str]) -> tuple[str, str]:
+    last = max((side for side, said in enumerate(answers) if said is not None), default=-1)
+    shown = [said_line(said, writing=side == last) for side, said in enumerate(answers)]
+    return shown[0], shown[1] if len(players) > 1 else ""

@@ -1,0 +1,233 @@
+"""The Train tab: pairs and a preset, the plan, then the run as it goes. It trains on the base that answers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from lora_dpo.cli_plan import duration, lines, verdict
+from lora_dpo.collection import VOTES
+from lora_dpo.config import Recipe
+from lora_dpo.demo.draw import curves, facts, note, progress_bar, samples_table, table
+from lora_dpo.demo.kit import told
+from lora_dpo.desk import WATCHED, Desk, Training
+from lora_dpo.plan import plan
+from lora_dpo.presets import PRESETS, draft, settings_text, with_settings
+
+LOOK_EVERY = 1.5
+"""Seconds between two looks at a run."""
+
+State = tuple[Any, ...]
+ENDS = {
+    "done": ("good", "Done: {name} can be chosen in every tab."),
+    "stopped": ("", "Stopped. Nothing was kept."),
+    "failed": ("bad", "It failed: {error} Chats and votes go on."),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is on the tab."""
+
+    choices: tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]
+    """Pairs, preset, name."""
+    prompts: gr.Textbox
+    recipe: gr.Textbox
+    look: gr.Button
+    start: gr.Button
+    planned: gr.HTML
+    shown: tuple[gr.HTML, gr.HTML, gr.HTML, gr.Row, gr.Button]
+    """State, curves, what was measured and answered, the row of controls, pause."""
+    keep: gr.Button
+    discard: gr.Button
+
+
+def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
+    """Lay the tab out and connect it; returns the choice of pairs and the name, to be refreshed."""
+    parts, tab = _layout(desk), Tab(desk)
+    seen, filled = gr.State(None), gr.State("")
+    private: dict[str, Any] = {"api_visibility": "private"}
+    at_once: dict[str, Any] = {"queue": False, **private}
+    shown = [*parts.shown, seen]
+    plan_out = [parts.recipe, filled, parts.planned, parts.start]
+    parts.look.click(tab.show_plan, [*parts.choices, parts.recipe, filled], plan_out, **private)
+    given = [*parts.choices, parts.recipe, parts.prompts]
+    parts.start.click(tab.begin, given, [parts.start, parts.planned, *shown], **private)
+    for control in parts.choices:
+        control.change(_stale, None, [parts.start, parts.recipe, filled], show_progress="hidden", **at_once)
+    gr.Timer(LOOK_EVERY).tick(tab.follow, seen, shown, show_progress="hidden", **at_once)
+    parts.shown[4].click(lambda: toggle(desk), None, None, **at_once)
+    parts.keep.click(lambda: end(desk, keep=True), None, None, **at_once)
+    parts.discard.click(lambda: end(desk, keep=False), None, None, **at_once)
+    return parts.choices[0], parts.choices[2]
+
+
+def _layout(desk: Desk) -> Parts:
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            choices = _choices(desk)
+            prompts = gr.Textbox(
+                label=f"Prompts to watch, one a line (at most {WATCHED})",
+                placeholder="Answered before, during and after the run",
+                lines=2,
+                max_lines=4,
+                max_length=4_000,
+                elem_id="train-prompts",
+            )
+            with gr.Accordion("Settings", open=False):
+                recipe = gr.Textbox(
+                    show_label=False,
+                    lines=12,
+                    max_lines=24,
+                    max_length=20_000,
+                    elem_id="train-recipe",
+                    info="Filled in with the plan. What you change here is what is trained.",
+                )
+            with gr.Row():
+                look = gr.Button("Show the plan", elem_id="train-plan", min_width=130)
+                start = gr.Button("Start", variant="primary", interactive=False, elem_id="train-start", min_width=130)
+        with gr.Column(scale=3, min_width=300):
+            first = note("Choose pairs and see the plan: steps, minutes and memory. Then start.")
+            planned = gr.HTML(first, elem_id="train-planned")
+            state = gr.HTML("", elem_id="train-state")
+            with gr.Row(visible=False) as controls:
+                pause = gr.Button("Pause", size="md", elem_id="train-pause", min_width=100)
+                keep = gr.Button("Stop and keep", size="md", elem_id="train-keep", min_width=100)
+                discard = gr.Button("Stop, discard", size="md", variant="stop", elem_id="train-discard", min_width=100)
+            drawn = gr.HTML("", elem_id="train-curves")
+    told_of = gr.HTML("", elem_id="train-samples")
+    shown = (state, drawn, told_of, controls, pause)
+    return Parts(choices, prompts, recipe, look, start, planned, shown, keep, discard)
+
+
+def _choices(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]:
+    names = desk.pairs.names()
+    sources = gr.CheckboxGroup(
+        names,
+        value=[VOTES] if VOTES in names else names[:1],
+        label="Pairs to train on",
+        info="Votes and uploads.",
+        elem_id="train-pairs",
+    )
+    presets = [(chosen.label, key) for key, chosen in PRESETS.items()]
+    preset = gr.Radio(presets, value="balanced", label="How long", elem_id="train-preset")
+    name = gr.Textbox(desk.free_name(), label="Name of the new adapter", max_length=100, elem_id="train-name")
+    return sources, preset, name
+
+
+class Tab:
+    """The tab's handlers."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    @told
+    def show_plan(self, chosen: list[str], kind: str, called: str, text: str, was: str) -> State:
+        """What a run would do; then it may be started."""
+        # Settings that were changed by hand are planned as they are; others follow the preset.
+        changed = bool(text.strip()) and text.strip() != was.strip()
+        made = drafted(self.desk, chosen, kind, called, text if changed else "")
+        text = settings_text(made)
+        return text, text, facts(plan_lines(made)), gr.update(interactive=True)
+
+    @told
+    def begin(self, chosen: list[str], kind: str, called: str, text: str, asked: str) -> State:
+        """Start the run."""
+        made = drafted(self.desk, chosen, kind, called, text)
+        self.desk.start_training(made, called.strip(), asked.splitlines())
+        return gr.update(interactive=False), "", *self.follow(None)
+
+    def follow(self, version: Any) -> State:
+        """What changed since `version`, for a page that looks again and again."""
+        now = self.desk.training
+        if now is None or version_of(now) == version:
+            return (*[gr.skip()] * 5, version)
+        view = now.watch.seen
+        return (
+            state_view(now),
+            curves(view, now.beta) if view.steps else "",
+            outcome_view(now) + samples_table(view),
+            gr.update(visible=now.job.running),
+            gr.update(value="Continue" if now.job.state == "paused" else "Pause"),
+            version_of(now),
+        )
+
+
+def _stale() -> State:
+    """Another choice: the plan on the page is not its plan."""
+    return gr.update(interactive=False), "", ""
+
+
+def drafted(desk: Desk, chosen: list[str], preset: str, called: str, text: str = "") -> Recipe:
+    """The recipe of a preset for the chosen pairs, its settings changed as `text` says."""
+    made = draft(
+        desk.host.model_section(),
+        [desk.pairs.path_of(name) for name in chosen],
+        preset,
+        output=desk.output_of(called.strip()),
+        folder=desk.pairs.runs,
+    ).recipe
+    return with_settings(made, text) if text.strip() else made
+
+
+def plan_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    """The plan of a recipe, as `lora-dpo plan` says it."""
+    planned = plan(recipe)
+    notes = [("note", text) for text in planned.notes]
+    return [*lines(planned), *notes, ("", verdict(planned))]
+
+
+def toggle(desk: Desk) -> None:
+    """Pause the run, or let it go on."""
+    now = desk.training
+    if now is not None and now.job.running:
+        (now.job.resume if now.job.state == "paused" else now.job.pause)()
+
+
+def end(desk: Desk, *, keep: bool) -> None:
+    """Stop the run, with or without its adapter."""
+    if desk.training is not None and desk.training.job.running:
+        desk.training.job.stop(keep=keep)
+
+
+def version_of(training: Training) -> tuple[float, int, str]:
+    """The same for the same state of the same run."""
+    return training.began, training.watch.seen.version, training.job.state
+
+
+def state_view(training: Training) -> str:
+    """Where the run is, in a bar and a line."""
+    view, state = training.watch.seen, training.job.state
+    if state in ENDS:
+        kind, text = ENDS[state]
+        return note(text.format(name=training.job.name, error=training.job.error), kind=kind)
+    warnings = "".join(note(warned.text, kind="bad") for warned in view.notes if warned.warning)
+    if view.stage != "training" and not (view.steps and view.step < view.all_steps):
+        label = f"{view.stage or 'getting ready'}: {view.done} of {view.total}" if view.total else "getting ready"
+        return progress_bar(view.done, view.total, _with_state(label, state)) + warnings
+    left = view.seconds_left(time.monotonic())
+    label = f"step {view.step} of {view.all_steps or view.total}"
+    if left is not None and state == "running":
+        label += f", about {duration(left)} left"
+    return progress_bar(view.step, view.all_steps or view.total, _with_state(label, state)) + warnings
+
+
+def outcome_view(training: Training) -> str:
+    """What was measured before and after, at the end of a run."""
+    view = training.watch.seen
+    parts = []
+    if view.compared:
+        parts.append("<h4>Held-out pairs, before and after</h4>")
+        parts.append(table(("", "before", "after"), view.compared, right=(1, 2)))
+    if view.answered:
+        parts.append("<h4>Held-out answers, before and after</h4>")
+        parts.append(table(("prompt", "before", "after"), view.answered))
+    return "".join(parts)
+
+
+def _with_state(label: str, state: str) -> str:
+    words = {"paused": "paused at ", "stopping": "stopping after this step: "}
+    return words.get(state, "") + label

@@ -1,0 +1,109 @@
+"""What everyone at the demo shares: the one base, the files, the matches, and the training that goes on."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.arena import Arena
+from lora_dpo.collection import Collection
+from lora_dpo.config import Recipe
+from lora_dpo.data import Message
+from lora_dpo.errors import ConfigError
+from lora_dpo.generate import Sampling, generate
+from lora_dpo.host import Host
+from lora_dpo.job import Job
+from lora_dpo.lora_files import CONFIG
+from lora_dpo.package import check_name
+from lora_dpo.talk import Stops
+from lora_dpo.watch import Sample, Watch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+WATCHED = 3
+"""Prompts that are answered while a run goes on; each costs the run an answer, four times."""
+LOOKS = 3
+"""How often they are answered after the start."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that was started here, and what it has told."""
+
+    job: Job
+    watch: Watch
+    beta: float
+    began: float
+
+
+class Desk:
+    """Everything behind the page. Its methods may be called from any thread."""
+
+    def __init__(self, host: Host, folder: Path, *, scratch: Path | None = None) -> None:
+        self.host, self.adapters_dir = host, host.adapters_dir
+        self.pairs = Collection(folder)
+        self.arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
+        self.stops = Stops()
+        self.scratch = scratch or Path(tempfile.mkdtemp(prefix="lora-dpo-demo-"))
+        """For files on their way to a browser; emptied at the end."""
+        self.training: Training | None = None
+
+    def names(self) -> list[str]:
+        """Who can answer."""
+        return self.host.names()
+
+    def adapters(self) -> list[str]:
+        """Every adapter's name, whether it fits the base or not; read from the folder's listing alone."""
+        return sorted(path.parent.name for path in self.adapters_dir.glob(f"[!.]*/{CONFIG}"))
+
+    def free_name(self, wish: str = "mine") -> str:
+        """A name for the next adapter that is not taken."""
+        names = [wish, *(f"{wish}-{number}" for number in range(2, 1000))]
+        return next(name for name in names if not any(self.adapters_dir.glob(f"{name}*")))
+
+    def output_of(self, name: str) -> Path:
+        """The folder of an adapter to be. Raises `PackageError` for a name that cannot be one."""
+        return self.adapters_dir / check_name(name)
+
+    def start_training(self, recipe: Recipe, name: str, prompts: Sequence[str] = ()) -> Training:
+        """Train on the base in memory.
+
+        Args:
+            prompts: answered before, on the way, and at the end of the run; at most `WATCHED`.
+
+        Raises:
+            LoraDPOError: as `Host.start_training`.
+        """
+        asked = [prompt.strip() for prompt in prompts if prompt.strip()]
+        if len(asked) > WATCHED:
+            raise ConfigError(f"{len(asked)} prompts are to be watched; at most {WATCHED} are answered during a run.")
+        watch = Watch(name)
+        look = self._look(watch, asked, recipe) if asked else None
+        job = self.host.start_training(recipe, name, watch, look=look)
+        beta = float(recipe.trainer.get("beta", 0.1))
+        self.training = Training(job, watch, beta, time.monotonic())
+        return self.training
+
+    def _look(self, watch: Watch, prompts: Sequence[str], recipe: Recipe) -> Callable[[int, int, PeftModel], None]:
+        """Answer the watched prompts with the model in training, before the first step and at a few later ones."""
+        sampling = Sampling(max_new_tokens=recipe.evaluation.max_new_tokens)
+        conversations = [[Message(role="user", content=prompt)] for prompt in prompts]
+
+        def look(step: int, total: int, model: Any) -> None:
+            if step not in looks_of(total):
+                return
+            answers = generate(model, self.host.base.tokenizer, conversations, sampling=sampling)
+            for prompt, answer in zip(prompts, answers, strict=True):
+                watch.sampled(Sample(step, prompt, answer.text))
+
+        return look
+
+
+def looks_of(total: int) -> set[int]:
+    """The steps after which the watched prompts are answered: before the first, evenly on the way, after the last."""
+    return {round(total * part / LOOKS) for part in range(LOOKS + 1)}

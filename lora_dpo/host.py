@@ -1,0 +1,293 @@
+"""One base in memory with any number of adapters on it, for many who ask at once.
+
+    threads that ask ──► Turns, a fair queue ──► one thread that computes ──► each one's own pieces of text
+    a training, in slices ──┘
+
+The weights are loaded once. What answers and what trains are trees of modules of their own over them (`shelf.py`,
+`job.py`), so neither can disturb the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lora_dpo.config import Dtype, ModelSection, Quantize, Recipe
+from lora_dpo.data import Message
+from lora_dpo.data.template import prompt_ids
+from lora_dpo.errors import Busy, ConfigError, LoraDPOError, ModelError, PromptTooLong
+from lora_dpo.events import OnEvent
+from lora_dpo.files import refuse_existing
+from lora_dpo.generate import Sampling, stream_from
+from lora_dpo.job import Job
+from lora_dpo.memory import out_of_memory
+from lora_dpo.model import Base, load_base
+from lora_dpo.package import check_name
+from lora_dpo.request import Asked, Outcome, Reply, Stream, Ticket
+from lora_dpo.runs import ADAPTERS_DIR
+from lora_dpo.shelf import BASE, Shelf
+from lora_dpo.train import Look
+from lora_dpo.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+MAX_PROMPT = 4096
+"""Longest prompt, in tokens, where the model's context has room for it."""
+
+
+class Host:
+    """One base in memory with any number of adapters on it by name; one computation at a time.
+
+    Every method may be called from any thread.
+
+    Args:
+        base: without an adapter on it; it stays so.
+        adapters_dir: adapters are the folders in it, by their names.
+        max_waiting: requests that may wait; one more is refused.
+        max_prompt_tokens: longest prompt; by default three quarters of the model's context, at most 4,096.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapters_dir: Path = ADAPTERS_DIR,
+        *,
+        max_waiting: int = 32,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        self.base, self.adapters_dir = base, adapters_dir
+        self.context = int(base.model.config.get_text_config().max_position_embeddings)
+        """Tokens that prompt and answer may have together."""
+        self.max_prompt_tokens = max_prompt_tokens or min(MAX_PROMPT, self.context * 3 // 4)
+        self.load_count = 0
+        """How often a base was loaded: 1, or 0 if it was handed in."""
+        self.job: Job | None = None
+        """The training that goes on, or the last one."""
+        self._turns = Turns(max_waiting)
+        self._shelf = Shelf(base, adapters_dir)
+        self._lock = threading.Lock()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
+        self._thread.start()
+
+    def names(self) -> list[str]:
+        """`base`, then every adapter in the adapters' folder that fits it, as they are on the disk now."""
+        return self._shelf.names()
+
+    def waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return self._turns.waiting()
+
+    def model_section(self) -> ModelSection:
+        """The `model:` of a recipe that trains on this base."""
+        base = self.base
+        dtype: Any = base.dtype
+        held = ModelSection(name=base.name, revision=base.revision, quantize=base.quantize, dtype=dtype)
+        return held.model_copy(update={"packed": base.packed}) if base.quantize == "nf4" else held
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        who: str,
+        conversation: Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        client: str,
+        stop: Sequence[str] = (),
+    ) -> Stream:
+        """One answer in pieces, after waiting for a turn.
+
+        Args:
+            who: a name of `names`.
+            client: who asks; clients take turns.
+            stop: the answer ends before the first of these texts.
+
+        Raises:
+            Busy: too many wait, or the prompt is too long (`PromptTooLong`).
+            AdapterError: there is no such adapter, or it does not fit.
+            ModelError: the chat template refuses the conversation.
+        """
+        return Stream(
+            lambda deliver: self.submit(who, conversation, sampling, client=client, stop=stop, deliver=deliver)
+        )
+
+    def answer(
+        self,
+        who: str,
+        conversation: Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        client: str,
+        stop: Sequence[str] = (),
+    ) -> Reply:
+        """The whole answer, with counts and times; raises as `stream` does."""
+        stream = self.stream(who, conversation, sampling, client=client, stop=stop)
+        for _ in stream:
+            pass
+        assert stream.reply is not None  # noqa: S101 - a stream that ends without one has raised
+        return stream.reply
+
+    def submit(
+        self,
+        who: str,
+        conversation: Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        client: str,
+        deliver: Callable[[Outcome], None],
+        stop: Sequence[str] = (),
+    ) -> Ticket:
+        """`stream` for a caller that must not wait; raises as it does.
+
+        Args:
+            deliver: called for every piece, then once for the end, in the thread that computes; it must not block.
+        """
+        self._shelf.check(who)
+        with self._lock:  # tokenizers are not made for two threads at once
+            prompt = prompt_ids(self.base.tokenizer, conversation)
+        if len(prompt) > self.max_prompt_tokens:
+            raise PromptTooLong(
+                f"The prompt has {len(prompt)} tokens; at most {self.max_prompt_tokens} are taken. Shorten it, or "
+                "leave out older turns."
+            )
+        asked = Asked(who=who, prompt=prompt, sampling=sampling or Sampling(), stop=tuple(stop), client=client)
+        return Ticket(asked, self._turns, deliver=deliver, compute=self._answer)
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def start_training(
+        self,
+        recipe: Recipe,
+        name: str,
+        on_event: OnEvent | None = None,
+        *,
+        resume: bool = False,
+        look: Look | None = None,
+    ) -> Job:
+        """Train an adapter called `name` on this same base, while answers go on between its passes.
+
+        Args:
+            recipe: its `model` must be the base (`model_section`), its `output` unset.
+            on_event: called in the training's thread.
+            resume: go on from the checkpoint of an interrupted training of that name.
+            look: called in the training's thread between its steps, with the model in training.
+
+        Raises:
+            Busy: a training goes on already.
+            ConfigError: the recipe names an output of its own, or the adapter would be called `base`.
+            PackageError: that is no name for an adapter.
+            OutputError: there is one of that name.
+        """
+        output = self.adapters_dir / check_name(name)
+        if name == BASE:
+            raise ConfigError(f"An adapter cannot be called {BASE}: that is the model without one.")
+        if recipe.output not in (None, str(output)):
+            raise ConfigError(f"The recipe sets output: {recipe.output}, but the adapter is to be {output}. Unset it.")
+        refuse_existing(output)
+        recipe = recipe.model_copy(update={"output": str(output)})
+        with self._lock:
+            if self.job is not None and self.job.running:
+                raise Busy(f"The training of {self.job.name} goes on. Wait for its end, or stop it first.")
+            self.job = Job(self.base, self._turns, recipe, name=name, on_event=on_event, resume=resume, look=look)
+            return self.job
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End: a training saves a checkpoint, an answer stops, those who wait are told."""
+        if self.job is not None and self.job.running:
+            self.job.interrupt()
+            self.job.wait()
+        self._closing = True
+        for work in self._turns.close():
+            if isinstance(work, Ticket):
+                work.deliver(Busy("The model is being shut down."))
+        self._thread.join()
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- the thread that computes -----------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (work := self._turns.take()) is not None:
+            try:
+                work.run()
+            except Exception:  # the one thread that computes must go on for the others
+                logger.exception("A turn failed.")
+
+    def _answer(self, ticket: Ticket) -> None:
+        outcome: Outcome
+        try:
+            outcome = self._generate(ticket)
+        except LoraDPOError as error:
+            outcome = error
+        except Exception as error:  # whatever it was, the one who waits must be told
+            logger.exception("An answer failed.")
+            outcome = ModelError(_sentence(error))
+        ticket.deliver(outcome)
+
+    def _generate(self, ticket: Ticket) -> Reply:
+        began, asked = time.monotonic(), ticket.asked
+        room = min(asked.sampling.max_new_tokens, self.context - len(asked.prompt))
+        pieces = stream_from(
+            self._shelf.tree(asked.who),
+            self.base.tokenizer,
+            asked.prompt,
+            sampling=replace(asked.sampling, max_new_tokens=room),
+            stop=asked.stop,
+        )
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                answer = end.value
+                break
+            if ticket.cancelled or self._closing:
+                raise Busy("The answer was stopped.")
+            ticket.tokens += 1
+            if piece:
+                ticket.deliver(piece)
+        ticket.tokens = answer.tokens
+        seconds, waited = time.monotonic() - began, began - ticket.since
+        return Reply(answer.text, answer.tokens, len(asked.prompt), answer.finished, seconds, waited)
+
+
+def open_host(
+    model: str,
+    adapters_dir: str | Path = ADAPTERS_DIR,
+    *,
+    revision: str | None = None,
+    quantize: Quantize = "nf4",
+    dtype: Dtype = "auto",
+    max_waiting: int = 32,
+    max_prompt_tokens: int | None = None,
+) -> Host:
+    """Load a base once, and host it.
+
+    Raises:
+        ModelError: the base cannot be loaded.
+    """
+    base = load_base(model, revision=revision, quantize=quantize, dtype=dtype)
+    host = Host(base, Path(adapters_dir), max_waiting=max_waiting, max_prompt_tokens=max_prompt_tokens)
+    host.load_count += 1
+    return host
+
+
+def _sentence(error: Exception) -> str:
+    if out_of_memory(error):
+        return "Memory ran out for this answer. Shorten the prompt or the answer."
+    first = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"The answer failed unexpectedly ({type(error).__name__}: {first}). The whole error is in the log."

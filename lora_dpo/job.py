@@ -1,0 +1,214 @@
+"""A training run in a thread of its own, beside the answers of the same base.
+
+It computes in slices: before a forward pass it lets those who wait go first, once it has had its share of time.
+It trains on a tree of modules of its own (`model.share_weights`), so nothing that happens in between, and no way
+in which it can end, touches the trees that answer.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+from lora_dpo.config import Recipe
+from lora_dpo.errors import LoraDPOError
+from lora_dpo.events import Event, OnEvent, Progress, Saved
+from lora_dpo.memory import out_of_memory
+from lora_dpo.model import Base, share_weights
+from lora_dpo.prepare import Stopped, StopSignal
+from lora_dpo.runs import partial_of
+from lora_dpo.train import Look, train
+from lora_dpo.turns import OWN, Turns
+
+logger = logging.getLogger(__name__)
+
+SLICE = 2.0
+"""Seconds that training computes while others wait: about as long as a short answer takes."""
+
+State = Literal["running", "paused", "stopping", "done", "stopped", "failed"]
+
+
+class Job:
+    """One training. Its thread begins at once.
+
+    Args:
+        base: without an adapter on it; it stays so.
+        turns: where the job waits for its slices of the one computer.
+        recipe: with the `output` that it is to write.
+        look: as in `train`.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        turns: Turns,
+        recipe: Recipe,
+        *,
+        name: str,
+        on_event: OnEvent | None,
+        resume: bool,
+        look: Look | None = None,
+    ) -> None:
+        self.name, self.recipe = name, recipe
+        self.output = Path(recipe.output or name)
+        self.events: list[Event] = []
+        """All that happened so far; it only grows."""
+        self.error: str | None = None
+        """Why it failed, in a sentence."""
+        self.folder: Path | None = None
+        """The finished adapter."""
+        self._on_event, self._look = on_event, look
+        self._stop = StopSignal()
+        self._slices = _Slices(turns)
+        self._discard = False
+        self._end: State | None = None
+        self._thread = threading.Thread(target=self._run, args=(base, resume), name=f"training {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> State:
+        """`done` has an adapter, `stopped` has none, `failed` says why in `error`."""
+        if self._end is not None:
+            return self._end
+        if self._stop.requested or self._stop.keep:
+            return "stopping"
+        return "running" if self._slices.go.is_set() else "paused"
+
+    @property
+    def running(self) -> bool:
+        """Whether it goes on, paused or not."""
+        return self._end is None
+
+    def pause(self) -> None:
+        """Compute nothing from the next forward pass on, until `resume`."""
+        self._slices.go.clear()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._slices.go.set()
+
+    def stop(self, *, keep: bool) -> None:
+        """End at the next step.
+
+        Args:
+            keep: measure and save the adapter as it is then; before the first step there is none to keep. Otherwise
+                nothing stays, no checkpoint either.
+        """
+        if keep and self._has_trained():
+            self._stop.keep = True
+        else:
+            self._discard = self._stop.requested = True
+        self.resume()
+
+    def interrupt(self) -> None:
+        """End at the next step with a checkpoint, from which a job with `resume=True` goes on."""
+        self._stop.requested = True
+        self.resume()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; False if it has not come in `timeout` seconds."""
+        self._thread.join(timeout)
+        return not self.running
+
+    def _has_trained(self) -> bool:
+        return any(isinstance(event, Progress) and event.stage == "training" and event.done for event in self.events)
+
+    def _run(self, base: Base, resume: bool) -> None:
+        end: State = "failed"
+        try:
+            self._slices.enter()
+            end = self._train(base, resume)
+        except LoraDPOError as error:
+            self.error = str(error)
+        except Exception as error:  # the end of a thread: whatever it was must be told to whoever asks
+            self.error = _sentence(error)
+            logger.exception("The training %s failed.", self.name)
+        finally:
+            gc.collect()  # optimiser and activations hang in cycles: the answers need their memory
+            self._slices.leave()
+            self._end = end
+
+    def _train(self, base: Base, resume: bool) -> State:
+        view = share_weights(base)
+        view.model.register_forward_pre_hook(lambda module, args: self._slices.breathe())
+        try:
+            train(
+                self.recipe,
+                name=self.name,
+                base=view,
+                resume=resume,
+                on_event=self._hear,
+                stop=self._stop,
+                look=self._look,
+            )
+        except Stopped:
+            if self._discard:
+                shutil.rmtree(partial_of(self.output), ignore_errors=True)
+            return "stopped"
+        return "done"
+
+    def _hear(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Saved):
+            self.folder = event.folder
+        if self._on_event:
+            self._on_event(event)
+        self._slices.breathe()
+
+
+class _Slice:
+    """One slice, as work in the queue: the thread that computes waits here while the training thread does."""
+
+    def __init__(self) -> None:
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        self.begun.set()
+        self.over.wait()
+
+
+class _Slices:
+    """The training thread's side of the queue."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self._turns = turns
+        self._slice: _Slice | None = None
+        self._since = 0.0
+
+    def enter(self) -> None:
+        """Wait for a slice."""
+        mine = _Slice()
+        self._turns.put(OWN, mine)
+        mine.begun.wait()
+        self._slice, self._since = mine, time.monotonic()
+
+    def leave(self) -> None:
+        """End the slice, if there is one."""
+        if self._slice is not None:
+            self._slice.over.set()
+            self._slice = None
+
+    def breathe(self) -> None:
+        """Let others go first if some wait and the slice is over; wait here while paused."""
+        others = time.monotonic() - self._since >= SLICE and self._turns.waiting() > 0
+        if others or not self.go.is_set():
+            self.leave()
+            self.go.wait()
+            self.enter()
+
+
+def _sentence(error: Exception) -> str:
+    if out_of_memory(error):
+        return (
+            "Memory ran out in training. Lower trainer.per_device_train_batch_size (and raise "
+            "trainer.gradient_accumulation_steps), or lower trainer.max_length."
+        )
+    first = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"Training failed unexpectedly ({type(error).__name__}: {first}). The whole error is in the log."

@@ -1,0 +1,243 @@
+"""The words of OpenAI's chat API: requests read strictly, answers and errors written. No network, no model.
+
+Source: https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_dpo.config import nearest
+from lora_dpo.data import Message
+from lora_dpo.errors import RequestRefused
+from lora_dpo.generate import Sampling
+from lora_dpo.request import Reply
+
+NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+"""Parameters that nothing here computes, with the values that ask for nothing; any other value is refused."""
+
+NOTES = ("metadata", "safety_identifier", "prompt_cache_key")
+"""Parameters that are the caller's notes to OpenAI: they change no answer anywhere."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class _Turn(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_TextPart]
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, turn: Any) -> Any:
+        """Clients send an answer back as they got it: with `refusal: null` and the like."""
+        return {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
+
+
+class _StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Body(_Strict):
+    model: str
+    messages: Annotated[list[_Turn], Field(min_length=1)]
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    user: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """A request that makes sense."""
+
+    model: str
+    messages: list[Message]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    user: str
+
+
+def read_request(content: bytes, *, max_new_tokens: int) -> ChatRequest:
+    """The body of a `POST /v1/chat/completions`.
+
+    Args:
+        max_new_tokens: length of an answer where the request names none, and the most that it may name.
+
+    Raises:
+        RequestRefused: what is wrong, in OpenAI's terms.
+    """
+    body = _checked(content)
+    longest = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if longest is not None and longest > max_new_tokens:
+        raise RequestRefused(
+            f"An answer of {longest} tokens is asked for; at most {max_new_tokens} are given here.",
+            param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+        )
+    if body.stream_options is not None and not body.stream:
+        raise RequestRefused("stream_options needs stream: true.", param="stream_options")
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if "" in stop:
+        raise RequestRefused("A stop text is empty: it would end every answer at once.", param="stop")
+    return ChatRequest(
+        model=body.model,
+        messages=[_message(turn) for turn in body.messages],
+        sampling=Sampling(
+            max_new_tokens=longest or max_new_tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,  # OpenAI's defaults
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=secrets.randbits(63) if body.seed is None else body.seed,
+        ),
+        stop=stop,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        user=body.user or "",
+    )
+
+
+def _checked(content: bytes) -> _Body:
+    try:
+        given = json.loads(content)
+    except (ValueError, RecursionError):
+        raise RequestRefused("The body is not JSON.") from None
+    if not isinstance(given, dict):
+        raise RequestRefused("The body is not a JSON object.")
+    for name, values in NEUTRAL.items():
+        asked = given.pop(name, None)
+        if asked is not None and asked not in values:
+            raise RequestRefused(f"{name} is not supported here: leave it out.", param=name)
+    for name in NOTES:
+        given.pop(name, None)
+    try:
+        return _Body.model_validate(given)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> RequestRefused:
+    """Pydantic's first complaint, as a sentence."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("str", "list[")))
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        return RequestRefused(f"There is no parameter {name}.{nearest(name, _Body.model_fields)}", param=name)
+    if first["type"] == "missing":
+        return RequestRefused(f"{where} is missing.", param=name)
+    if name == "messages" and str(first["loc"][-1]) == "type":
+        return RequestRefused(f"{where} is {first['input']!r}: only text is understood here.", param=name)
+    return RequestRefused(f"{where}: {first['msg']}.", param=name)
+
+
+def _message(turn: _Turn) -> Message:
+    content = turn.content if isinstance(turn.content, str) else "".join(part.text for part in turn.content)
+    return Message(role="system" if turn.role == "developer" else turn.role, content=content)
+
+
+# --- what is sent back ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What all parts of one answer have in common."""
+
+    model: str
+    fingerprint: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def completion(self, reply: Reply) -> dict[str, Any]:
+        """A whole answer."""
+        message = {"role": "assistant", "content": reply.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(reply)}
+
+    def chunk(self, delta: Mapping[str, str], finish: str | None = None) -> dict[str, Any]:
+        """A piece of an answer."""
+        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def usage_chunk(self, reply: Reply) -> dict[str, Any]:
+        """The last piece, for those who asked for the counts."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(reply)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+def finish_reason(reply: Reply) -> str:
+    """`stop` where the model ended its turn, or came to a stop text; `length` where it was cut."""
+    return "stop" if reply.finished else "length"
+
+
+def usage(reply: Reply) -> dict[str, int]:
+    """Token counts."""
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.tokens,
+        "total_tokens": reply.prompt_tokens + reply.tokens,
+    }
+
+
+def model_entry(name: str, created: int) -> dict[str, Any]:
+    """A model, as `/v1/models` lists it."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "lora-dpo"}
+
+
+def error_body(
+    message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def event(data: Mapping[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+DONE = "data: [DONE]\n\n"
+"""The end of a stream."""

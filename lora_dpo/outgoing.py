@@ -1,0 +1,92 @@
+"""What leaves the demo: packages and exports, each in a free place. Work that takes long says how far it is."""
+
+from __future__ import annotations
+
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lora_dpo.desk import Desk
+from lora_dpo.errors import ConfigError
+from lora_dpo.library import find_adapter, pack
+from lora_dpo.lora_files import plain
+
+FORMS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
+"""Forms of an export, with the end of the name that is written: a merged model folder, files for llama.cpp, Ollama."""
+
+Tick = Callable[[int, int], None]
+
+
+def packed(desk: Desk, name: str) -> Path:
+    """An adapter as one file, on its way to a browser. Raises as `library.pack`."""
+    return pack(find_adapter(name, desk.adapters_dir), on_the_way(desk))
+
+
+def exported_pairs(desk: Desk, name: str) -> Path:
+    """A file of pairs in the canonical form, on its way to a browser. Raises `DataError`."""
+    return desk.pairs.export([name], on_the_way(desk) / f"{name}.jsonl")
+
+
+def exported(desk: Desk, name: str, form: str) -> Iterator[tuple[int, int, Path]]:
+    """Write an adapter in a form of `FORMS`: yields how much is done, of how much, and the place; at last all of it.
+
+    A file is on its way to a browser; a folder stays in `exports/` of the demo's folder.
+
+    Raises:
+        ConfigError: there is no such form.
+        LoraDPOError: as `merge` and `export`.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"There is no form {plain(form)} to write an adapter in: there is {', '.join(FORMS)}.")
+    adapter = find_adapter(name, desk.adapters_dir)
+    target = _free(desk, adapter.name, FORMS[form])
+    total = 1
+    for done, total in _in_thread(_work(desk, adapter, target, form)):
+        yield done, total, target
+    yield total, total, target
+
+
+def on_the_way(desk: Desk) -> Path:
+    """A new empty folder for a file that a browser will fetch."""
+    return Path(tempfile.mkdtemp(dir=desk.scratch))
+
+
+def _free(desk: Desk, name: str, end: str) -> Path:
+    folder = on_the_way(desk) if end.endswith(".gguf") else desk.pairs.folder / "exports"
+    tries = (folder / f"{name}{'' if number == 1 else f'-{number}'}{end}" for number in range(1, 1000))
+    return next(path for path in tries if not path.exists())
+
+
+def _work(desk: Desk, adapter: Path, target: Path, form: str) -> Callable[[Tick], object]:
+    from lora_dpo.export import export
+    from lora_dpo.merge import merge
+
+    model = desk.host.base.name  # the base is here: the passport may name another place
+    if form == "merge":
+        return lambda tick: merge(adapter, target, model=model, on_tensor=tick)
+    return lambda tick: export(adapter, target, to=form, model=model, on_tensor=tick)  # type: ignore[arg-type]
+
+
+def _in_thread(work: Callable[[Tick], object]) -> Iterator[tuple[int, int]]:
+    """Run `work` in a thread and yield the newest state of how far it is; raises what it raised."""
+    states: queue.SimpleQueue[tuple[int, int] | Exception | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            work(lambda done, total: states.put((done, total)))
+        except Exception as error:  # raised again below, for the one who asked
+            states.put(error)
+        else:
+            states.put(None)
+
+    threading.Thread(target=run, name="export", daemon=True).start()
+    while (state := states.get()) is not None:
+        while isinstance(state, tuple) and not states.empty():
+            state = states.get()
+            if state is None:
+                return
+        if isinstance(state, Exception):
+            raise state
+        yield state

@@ -1,0 +1,111 @@
+"""One request to a host: its place in the queue, and its answer on the way back."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lora_dpo.errors import LoraDPOError
+from lora_dpo.generate import Sampling
+from lora_dpo.turns import Turns
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer, and what it took."""
+
+    text: str
+    tokens: int
+    """Of the answer, without its end-of-turn token."""
+    prompt_tokens: int
+    finished: bool
+    """True if the model ended the turn itself or came to a stop text, False if it was cut at its longest."""
+    seconds: float
+    """Computing it."""
+    waited: float
+    """Seconds in the queue before that."""
+
+
+Outcome = str | Reply | LoraDPOError
+"""What is delivered: pieces of text, and at the end the reply or an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is wanted, of whom, for whom."""
+
+    who: str
+    prompt: Sequence[int]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    client: str
+
+
+class Ticket:
+    """A request in the queue.
+
+    Args:
+        deliver: called in the thread that computes, for every piece and then once for the end; it must not block.
+        compute: makes the answer and delivers it.
+    """
+
+    def __init__(
+        self, asked: Asked, turns: Turns, *, deliver: Callable[[Outcome], None], compute: Callable[[Ticket], None]
+    ) -> None:
+        self.asked = asked
+        self.since = time.monotonic()
+        self.cancelled = False
+        self.tokens = 0
+        """Tokens of the answer so far."""
+        self._turns, self._deliver, self._compute = turns, deliver, compute
+        turns.put(asked.client, self)
+
+    def cancel(self) -> None:
+        """Want nothing more, from any thread: the request leaves the queue, or its answer ends at its next token."""
+        self.cancelled = True
+        self._turns.withdraw(self.asked.client, self)
+
+    def run(self) -> None:
+        """Compute the answer; called by the thread that computes."""
+        self._compute(self)
+
+    def deliver(self, outcome: Outcome) -> None:
+        """Hand over a piece or the end, unless nobody wants it any more."""
+        if not self.cancelled:
+            self._deliver(outcome)
+
+
+class Stream(Iterator[str]):
+    """Pieces of one answer as they come. When they end, `reply` is the whole of it.
+
+    A stream that is closed, or that nobody holds any more, frees its turn.
+    """
+
+    def __init__(self, submit: Callable[[Callable[[Outcome], None]], Ticket]) -> None:
+        self.reply: Reply | None = None
+        self._ended = True
+        self._pieces: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.ticket = submit(self._pieces.put)  # not the stream itself: the queue must not keep it alive
+        self._ended = False
+
+    def __next__(self) -> str:
+        if not self._ended:
+            outcome = self._pieces.get()
+            if isinstance(outcome, str):
+                return outcome
+            self._ended = True
+            if isinstance(outcome, LoraDPOError):
+                raise outcome
+            self.reply = outcome
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the answer."""
+        if not self._ended:
+            self._ended = True
+            self.ticket.cancel()
+
+    def __del__(self) -> None:
+        self.close()

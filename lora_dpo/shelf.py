@@ -1,0 +1,112 @@
+"""The adapters that a host can answer with: which are on the disk and fit, and those that are in memory.
+
+Each adapter in memory is on a tree of modules of its own over the same weights (`model.share_weights`): to switch
+is to take another tree. Nothing is reloaded, switched on or off, or merged.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.adapters import PASSPORT, attach_adapter, check_adapter
+from lora_dpo.config import nearest
+from lora_dpo.errors import AdapterError
+from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
+from lora_dpo.model import Base, share_weights
+
+BASE = "base"
+"""The name of the model without an adapter."""
+
+KEPT = 8
+"""Adapters that stay in memory; the one that was used longest ago goes first."""
+
+State = tuple[tuple[int, int, int] | None, ...]
+"""Of the files of an adapter: another state, another adapter."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    state: State
+    reason: str | None
+    """Why it does not go onto the base."""
+
+
+class Shelf:
+    """The adapters of one folder, by their names, for one base.
+
+    Args:
+        base: without an adapter on it; it stays so.
+        folder: adapters are the folders in it.
+    """
+
+    def __init__(self, base: Base, folder: Path) -> None:
+        self.base, self.folder = base, folder
+        self._lock = threading.Lock()
+        self._seen: dict[str, _Seen] = {}
+        self._trees: dict[str, tuple[State, Any]] = {}
+
+    def names(self) -> list[str]:
+        """`base`, then every adapter that fits it, as they are on the disk now. From any thread."""
+        return [BASE, *(name for name, seen in self._look().items() if seen.reason is None)]
+
+    def check(self, name: str) -> None:
+        """Raise `AdapterError` unless `name` is one of `names`. From any thread."""
+        if name == BASE:
+            return
+        seen = self._look()
+        if name not in seen:
+            names = [BASE, *(known for known, found in seen.items() if found.reason is None)]
+            hint = nearest(name, names) or f" There is {', '.join(names)}."
+            raise AdapterError(f"There is no model {plain(name)} here.{hint}")
+        if reason := seen[name].reason:
+            raise AdapterError(reason)
+
+    def tree(self, name: str) -> Any:
+        """The modules that answer as `name`. From one thread alone. Raises `AdapterError`."""
+        if name == BASE:
+            return self.base.model
+        folder = self.folder / name
+        state = _state(folder)
+        known = self._trees.pop(name, None)
+        if known is None or known[0] != state:
+            known = (state, attach_adapter(share_weights(self.base), folder))
+        self._trees[name] = known  # at the end: the last one is the one that was used last
+        while len(self._trees) > KEPT:
+            del self._trees[next(iter(self._trees))]
+        return known[1]
+
+    def _look(self) -> dict[str, _Seen]:
+        """The adapter folders on the disk; one that has not changed is not checked again."""
+        with self._lock:
+            found = {}
+            for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+                if folder.name.startswith(".") or folder.name == BASE or not (folder / CONFIG).is_file():
+                    continue
+                known, state = self._seen.get(folder.name), _state(folder)
+                found[folder.name] = known if known and known.state == state else _Seen(state, self._unfit(folder))
+            self._seen = found
+            return found
+
+    def _unfit(self, folder: Path) -> str | None:
+        try:
+            with warnings.catch_warnings(record=True):  # what differs is said when it is put on
+                check_adapter(self.base, folder)
+        except AdapterError as error:
+            return str(error)
+        return None
+
+
+def _state(folder: Path) -> State:
+    found: list[tuple[int, int, int] | None] = []
+    for name in (WEIGHTS, CONFIG, PASSPORT):
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            found.append(None)  # removed, perhaps while we look
+        else:
+            found.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return tuple(found)

@@ -1,0 +1,190 @@
+"""A conversation with one model, or with two side by side on the same words: what a chat page does, without a page."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from lora_dpo.data import Message
+from lora_dpo.errors import ConfigError, LoraDPOError
+from lora_dpo.generate import Sampling
+from lora_dpo.host import Host
+from lora_dpo.request import Outcome, Reply
+
+SHOW_EVERY = 0.05
+"""Seconds between two states of an answer that is being written: faster than anyone reads."""
+TELL_EVERY = 1.0
+"""Seconds between two signs of life while waiting for a turn."""
+MOST_STOPS = 4096
+
+
+@dataclass(frozen=True)
+class Said:
+    """One answer, whole or so far."""
+
+    who: str
+    text: str
+    tokens: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    """From the first piece to the last: writing, without waiting."""
+    waited: float = 0.0
+    """Before the first piece: the queue, and reading the prompt."""
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second while writing; None for an answer too short to tell."""
+        return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else None
+
+
+@dataclass
+class Exchange:
+    """What the user said, and the answers: the left one, and the right one if there is one."""
+
+    user: str
+    answers: list[Said | None] = field(default_factory=lambda: [None, None])
+
+
+@dataclass
+class Talk:
+    """One person's conversation."""
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    retries: int = 0
+    """Of the last exchange: each draws with another seed."""
+
+    def conversation(self, side: int, system: str | None = None) -> list[Message]:
+        """Messages as the model of one side sees them, up to the last thing said.
+
+        Where this side has no answer (it joined later), it sees the other's.
+        """
+        turns = [Message(role="system", content=system)] if system and system.strip() else []
+        for exchange in self.exchanges:
+            turns.append(Message(role="user", content=exchange.user))
+            said = exchange.answers[side] or exchange.answers[1 - side]
+            if said is not None and said.text.strip():
+                turns.append(Message(role="assistant", content=said.text.strip()))
+        return turns
+
+    def forget_from(self, index: int) -> str:
+        """Drop an exchange and all after it; returns what the user had said. Raises `ConfigError` if there is none."""
+        if not 0 <= index < len(self.exchanges):
+            raise ConfigError(f"There is no exchange {index + 1} in this conversation: it has {len(self.exchanges)}.")
+        said = self.exchanges[index].user
+        del self.exchanges[index:]
+        return said
+
+
+class Stops:
+    """A stop signal for each client: set by one event, seen by the stream of another."""
+
+    def __init__(self) -> None:
+        self._events: OrderedDict[str, threading.Event] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, client: str) -> threading.Event:
+        """The client's signal; the longest unused ones are forgotten."""
+        with self._lock:
+            event = self._events.setdefault(client, threading.Event())
+            self._events.move_to_end(client)
+            while len(self._events) > MOST_STOPS:
+                self._events.popitem(last=False)
+            return event
+
+
+def ask(
+    host: Host,
+    talk: Talk,
+    text: str,
+    players: Sequence[str],
+    sampling: Sampling,
+    *,
+    system: str | None = None,
+    client: str = "one",
+    stop: threading.Event | None = None,
+    again: bool = False,
+) -> Iterator[Exchange]:
+    """Say something to one or two models and yield the exchange as its answers grow.
+
+    Both get the same words and the same seed. Stopped early, what was said so far is kept; an exchange without any
+    answer is taken out of the talk again, so that it does not confuse the next one.
+
+    Args:
+        players: who answers: one name, or two.
+        again: draw with another seed than the last time.
+
+    Raises:
+        ConfigError: nothing was said.
+        LoraDPOError: the host refuses (too many are waiting, the prompt is too long).
+    """
+    if not text.strip():
+        raise ConfigError("There is nothing to answer: write something first.")
+    stop = stop or threading.Event()
+    stop.clear()
+    talk.retries = talk.retries + 1 if again else 0
+    sampling = replace(sampling, seed=sampling.seed + talk.retries)
+    exchange = Exchange(text.strip())
+    talk.exchanges.append(exchange)
+    # Before anything is answered: the left answer to these words is not for the right model to see.
+    conversations = [talk.conversation(side, system) for side in range(2)]
+    try:
+        for side, who in enumerate(players[:2]):
+            if stop.is_set():
+                break
+            for said in write(host, who, conversations[side], sampling, client=client, stop=stop):
+                exchange.answers[side] = said
+                yield exchange
+    finally:
+        if not any(said is not None and said.text.strip() for said in exchange.answers) and exchange in talk.exchanges:
+            talk.exchanges.remove(exchange)
+
+
+def write(
+    host: Host,
+    who: str,
+    conversation: Sequence[Message],
+    sampling: Sampling,
+    *,
+    client: str,
+    stop: threading.Event | None = None,
+) -> Generator[Said, None, None]:
+    """Yield one answer as it grows, at most every `SHOW_EVERY` seconds, and at last the whole one with its counts.
+
+    A `stop` is seen while it waits for its turn, too; leaving the iterator frees the turn.
+    """
+    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    said = Said(who, "")
+    yield said
+    ticket = host.submit(who, conversation, sampling, client=client, deliver=outcomes.put)
+    said = replace(said, prompt_tokens=len(ticket.asked.prompt))
+    began = first = shown = time.monotonic()
+    try:
+        while not (stop is not None and stop.is_set()):
+            try:
+                outcome = outcomes.get(timeout=2 * SHOW_EVERY)
+            except queue.Empty:
+                if time.monotonic() - shown >= TELL_EVERY:
+                    shown = time.monotonic()
+                    yield said  # nothing new; but whoever has left is noticed only when something is yielded
+                continue
+            if isinstance(outcome, LoraDPOError):
+                raise outcome
+            if isinstance(outcome, Reply):
+                yield replace(said, text=outcome.text, tokens=outcome.tokens)
+                return
+            now = time.monotonic()
+            if not said.text:
+                first = now
+            said = replace(
+                said, text=said.text + outcome, tokens=ticket.tokens, waited=first - began, seconds=now - first
+            )
+            if now - shown >= SHOW_EVERY:
+                shown = now
+                yield said
+    finally:
+        ticket.cancel()
+    yield said  # stopped

@@ -1,0 +1,290 @@
+"""Blind votes: each is on the disk before it is acknowledged, and together they say who wins.
+
+votes.jsonl        "A is better" and "B is better": preference pairs in the canonical form, ready to train on
+votes.other.jsonl  both good, both bad, skipped: kept, and no pairs
+
+Every row's `origin` says which models gave the two answers, how, and in which order they were shown.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lora_dpo.data import Message, Origin
+from lora_dpo.data.files import Row, read_rows
+from lora_dpo.data.forms import checked_pair
+from lora_dpo.data.messages import BadRow
+from lora_dpo.data.write import canonical_row
+from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.files import disk_errors
+
+Verdict = Literal["a", "b", "both good", "both bad", "skip"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+Z95 = 1.959963984540054
+"""The normal quantile of a two-sided 95% interval."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the two answers that are voted on."""
+
+    text: str
+    who: str
+    """`base`, or the adapter's name."""
+    facts: Mapping[str, Any]
+    """How it was made: seed, temperature, the adapter's hash."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How one model did against another, by the votes."""
+
+    first: str
+    second: str
+    wins: int
+    losses: int
+    both_good: int
+    both_bad: int
+    skipped: int
+
+    @property
+    def decided(self) -> int:
+        """Votes that prefer one of the two."""
+        return self.wins + self.losses
+
+    @property
+    def rate(self) -> float | None:
+        """Share of the decided votes that `first` won; None without any."""
+        return self.wins / self.decided if self.decided else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of `rate`."""
+        return wilson(self.wins, self.decided)
+
+
+class VoteBook:
+    """The file of votes. Several threads and processes may write to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.other = path.with_name(f"{path.stem}.other{path.suffix}")
+        self._lock = threading.RLock()
+
+    def add(
+        self,
+        prompt: Sequence[Message],
+        a: Candidate,
+        b: Candidate,
+        verdict: str,
+        *,
+        vote_id: str,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write one vote and wait until it is on the disk; returns the file it is in.
+
+        Args:
+            verdict: one of `VERDICTS`.
+            vote_id: names the vote, so that a repeated one is seen.
+            facts: what holds for both answers, such as the base; goes into the origin.
+
+        Raises:
+            ConfigError: there is no such verdict.
+            DataError: the two answers cannot make a pair: they are equal, or one is empty.
+            OutputError: the disk refuses. Then the vote was not counted.
+        """
+        if verdict not in VERDICTS:
+            raise ConfigError(f"{verdict!r} is no verdict: allowed are {', '.join(VERDICTS)}.")
+        origin: Row = {
+            "vote": verdict,
+            "id": vote_id,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "shown": [a.who, b.who],
+            **(facts or {}),
+        }
+        if verdict in ("a", "b"):
+            chosen, rejected = (a, b) if verdict == "a" else (b, a)
+            target, row = self.path, _pair_row(prompt, chosen, rejected, origin)
+        else:
+            sides = {"a": _facts(a), "b": _facts(b)}
+            target = self.other
+            row = {"prompt": list(prompt), "a": a.text, "b": b.text, "verdict": verdict, "origin": {**origin, **sides}}
+        with self.held():
+            append_durably(target, row)
+        return target
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other threads and processes from writing for the length of the block."""
+        import filelock
+
+        with disk_errors(self.path), self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                yield
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of both files, pairs first; lines that are no rows are passed over."""
+        for path in (self.path, self.other):
+            if path.is_file() and path.stat().st_size:
+                yield from (row for _, row in read_rows(str(path), on_broken=lambda *broken: None))
+
+    def records(self) -> list[Record]:
+        """How each model did against each other one; two samples of one model say nothing here."""
+        counts: dict[tuple[str, str], dict[str, int]] = {}
+        for row in self.rows():
+            found = _outcome(row)
+            if found is None:
+                continue
+            winner, loser, what = found
+            pair = _ordered(winner, loser)
+            if what == "won" and pair[0] != winner:
+                what = "lost"
+            tally = counts.setdefault(pair, dict.fromkeys(("won", "lost", "both good", "both bad", "skip"), 0))
+            tally[what] += 1
+        return [Record(*pair, *tally.values()) for pair, tally in sorted(counts.items())]
+
+    def count(self) -> tuple[int, int]:
+        """Votes that are pairs, and others."""
+        return _lines(self.path), _lines(self.other)
+
+
+def wilson(wins: int, votes: int) -> tuple[float, float]:
+    """95% score interval of a share (Wilson 1927); `(0, 1)` without votes.
+
+    It stays inside 0 and 1, and is honest for a handful of votes, where the usual p ± 1.96·s is not.
+    """
+    if votes == 0:
+        return 0.0, 1.0
+    p, z2 = wins / votes, Z95**2
+    middle = (p + z2 / (2 * votes)) / (1 + z2 / votes)
+    half = Z95 / (1 + z2 / votes) * math.sqrt(p * (1 - p) / votes + z2 / (4 * votes**2))
+    # At 0 and at all of them the formula gives 0 and 1 but for rounding.
+    return (0.0 if wins == 0 else max(0.0, middle - half)), (1.0 if wins == votes else min(1.0, middle + half))
+
+
+def append_durably(path: Path, row: Row) -> None:
+    """Add one JSON line and wait for the disk. What a kill left of an earlier line is cut off first."""
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("a+b") as file:
+            _mend_end(file)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            _fsync_folder(path.parent)
+
+
+def rewrite_durably(path: Path, change: Callable[[int, Row], Row | None]) -> int:
+    """Write a JSONL file anew: `change` gets each line's number and row and returns what to keep of it, or None.
+
+    A reader or a kill finds the old file or the new one. Lines that are no rows stay as they are. Returns how many
+    rows are left.
+    """
+    kept: list[bytes] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        row = _parsed(line)
+        if row is None:
+            kept.append(line)
+            continue
+        new = change(number, row)
+        if new is row:
+            kept.append(line)
+        elif new is not None:
+            kept.append(json.dumps(new, ensure_ascii=False).encode("utf-8") + b"\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return sum(_parsed(line) is not None for line in kept)
+
+
+def _pair_row(prompt: Sequence[Message], chosen: Candidate, rejected: Candidate, origin: Row) -> Row:
+    sides = [(Message(role="assistant", content=side.text),) for side in (chosen, rejected)]
+    origin = {**origin, "chosen": _facts(chosen), "rejected": _facts(rejected)}
+    try:
+        pair = checked_pair(tuple(prompt), sides[0], sides[1], Origin("vote", 1), provenance=origin)
+    except BadRow as bad:
+        raise DataError(f"This vote makes no pair to train on ({bad}). Choose both good, both bad or skip.") from None
+    return canonical_row(pair)
+
+
+def _facts(side: Candidate) -> Row:
+    return {"who": side.who, **side.facts}
+
+
+def _outcome(row: Row) -> tuple[str, str, str] | None:
+    """`(winner, loser, what)` of a row with the origin of a vote between two models; else None."""
+    origin = row.get("origin")
+    if not isinstance(origin, dict) or origin.get("vote") not in VERDICTS:
+        return None
+    decided = origin["vote"] in ("a", "b")
+    sides = [origin.get(side) for side in (("chosen", "rejected") if decided else ("a", "b"))]
+    names = [side.get("who") for side in sides if isinstance(side, dict)]
+    if len(names) != 2 or names[0] == names[1] or not all(isinstance(name, str) for name in names):
+        return None
+    return str(names[0]), str(names[1]), "won" if decided else str(origin["vote"])
+
+
+def _ordered(one: str, other: str) -> tuple[str, str]:
+    """The base is always second: what is asked is whether an adapter beats it."""
+    first, second = sorted((one, other), key=lambda name: (name == "base", name))
+    return first, second
+
+
+def _parsed(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _mend_end(file: Any) -> None:
+    """Leave the file ending with a whole line. A whole last line without its line break is kept: an editor made it."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(max(0, size - (1 << 20)))
+    tail = file.read()
+    if b"\n" not in tail:
+        file.seek(0)  # one very long line
+        tail = file.read()
+    if tail.endswith(b"\n"):
+        return
+    start = tail.rfind(b"\n") + 1
+    if _parsed(tail[start:]) is not None:
+        file.write(b"\n")
+    else:
+        file.truncate(size - len(tail) + start)
+
+
+def _fsync_folder(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _lines(path: Path) -> int:
+    return sum(1 for line in path.open("rb") if line.strip()) if path.is_file() else 0

@@ -1,0 +1,150 @@
+"""Collected pairs: uploads become canonical, pairs are mended and removed safely, and no name leads elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lora_dpo.collection import KINDS, Collection, check_upload, clean_name
+from lora_dpo.data import read_pairs
+from lora_dpo.errors import DataError
+from lora_dpo.votes import Candidate
+
+
+@pytest.fixture
+def collection(tmp_path):
+    return Collection(tmp_path / "collected")
+
+
+def upload(tmp_path, text, name="pairs.jsonl"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+ROWS = [
+    {"instruction": "Say one.", "input": "", "chosen": "One.", "rejected": "1"},
+    {"instruction": "Say two.", "input": "", "chosen": "Two.", "rejected": "Two."},
+    {"instruction": "Say three.", "input": "", "chosen": "Three.", "rejected": "3", "system": "Be brief."},
+]
+
+
+@pytest.fixture
+def taken(collection, tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS) + "no row\n"
+    return collection.take_in(upload(tmp_path, text), "My pairs (1).jsonl")
+
+
+def test_an_upload_becomes_canonical_with_its_account(collection, taken):
+    assert taken.name == "My-pairs-1"
+    assert (
+        taken.report.summary()
+        == "2 pairs read, 2 dropped (1 chosen equals rejected, 1 unreadable: broken JSON (Expecting value, column 1))"
+    )
+    assert set(taken.diagnosis.findings) == {"equal", "unreadable"}
+    assert collection.names() == ["My-pairs-1"]
+    path = collection.path_of("My-pairs-1")
+    pairs, report = read_pairs(str(path), on_bad_row="error")
+    assert report.read_as == "TRL preference pairs"
+    assert pairs[1].prompt[0] == {"role": "system", "content": "Be brief."}
+    assert pairs[0].provenance == {"file": "My pairs (1).jsonl", "row": 1}  # never the path of a temporary folder
+    assert str(path.parent) not in path.read_text()
+
+
+def test_a_second_upload_of_the_same_name_takes_another(collection, taken, tmp_path):
+    again = collection.take_in(upload(tmp_path, json.dumps(ROWS[0])), "My pairs (1).jsonl")
+    assert again.name == "My-pairs-1-2"
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("../../etc/passwd.jsonl", "passwd"),
+        ("..\\..\\boot.json.gz", "boot"),
+        ("<img src=x onerror=alert(1)>.jsonl", "img-src-x-onerror-alert-1"),
+        ("votes.jsonl", "upload"),
+        (".hidden.jsonl", "hidden"),
+        ("日本語.jsonl", "upload"),
+        ("a" * 300 + ".csv", "a" * 60),
+        ("", "upload"),
+        ("-rf.jsonl", "rf"),
+    ],
+)
+def test_names_from_outside_become_words(name, clean):
+    assert clean_name(name) == clean
+
+
+def test_no_name_leads_out_of_the_folder(collection, taken, tmp_path):
+    upload(tmp_path, json.dumps(ROWS[0]), "outside.jsonl")
+    for name in ("../../outside", "../votes", "/etc/passwd", "", ".", "uploads/My-pairs-1"):
+        with pytest.raises(DataError, match="no pairs called"):
+            collection.path_of(name)
+
+
+def test_uploads_are_held_to_kinds_and_sizes(collection, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"pairs\.exe is no file of a known kind: known are \.jsonl"):
+        check_upload(upload(tmp_path, "x", "pairs.exe"), "pairs.exe", KINDS)
+    monkeypatch.setattr("lora_dpo.collection.MAX_UPLOAD", 10)
+    with pytest.raises(DataError, match="has 0 MB; at most"):
+        collection.take_in(upload(tmp_path, json.dumps(ROWS[0])), "pairs.jsonl")
+    assert collection.names() == []
+
+
+def test_a_file_without_pairs_leaves_nothing(collection, tmp_path):
+    with pytest.raises(DataError, match="holds no usable pair"):
+        collection.take_in(upload(tmp_path, json.dumps(ROWS[1])), "x.jsonl")
+    assert collection.names() == []
+
+
+def test_search_wants_all_words_in_any_part(collection, taken):
+    found = collection.entries("My-pairs-1", "BRIEF three")
+    assert [entry.line for entry in found] == [2]
+    assert found[0].texts == ("Say three.", "Three.", "3")
+    assert collection.entries("My-pairs-1", "one three") == []
+    assert len(collection.entries("My-pairs-1")) == 2
+
+
+def test_a_change_touches_the_last_turns_alone_and_says_so(collection, taken):
+    entry = collection.entries("My-pairs-1")[1]
+    collection.change("My-pairs-1", entry, prompt="Count to three.", chosen="One two three.", rejected="3")
+    changed = collection.entries("My-pairs-1")[1]
+    assert changed.texts == ("Count to three.", "One two three.", "3")
+    assert changed.pair.prompt[0]["content"] == "Be brief."
+    assert changed.pair.provenance == {"file": "My pairs (1).jsonl", "row": 3, "edited": True}
+    with pytest.raises(DataError, match="With these words it would be no pair: chosen equals rejected"):
+        collection.change("My-pairs-1", changed, prompt="A", chosen="B", rejected="B")
+
+
+def test_what_was_changed_meanwhile_is_not_overwritten(collection, taken):
+    first, second = collection.entries("My-pairs-1")
+    collection.delete("My-pairs-1", [first])
+    for stale in (first, second):  # the second moved up a line
+        with pytest.raises(DataError, match="changed or removed meanwhile"):
+            collection.delete("My-pairs-1", [stale])
+    (left,) = collection.entries("My-pairs-1")
+    assert left.texts == second.texts
+    collection.delete("My-pairs-1", [left])
+    assert collection.entries("My-pairs-1") == []
+    assert collection.diagnose("My-pairs-1") is None
+
+
+def test_votes_are_first_and_can_be_mended_like_uploads(collection, taken):
+    a, b = Candidate("One.", "base", {}), Candidate("Two.", "mine", {})
+    collection.book.add([{"role": "user", "content": "Q"}], a, b, "a", vote_id="1")
+    assert collection.names() == ["votes", "My-pairs-1"]
+    (entry,) = collection.entries("votes")
+    collection.change("votes", entry, prompt="Q", chosen="One!", rejected="Two.")
+    (entry,) = collection.entries("votes")
+    assert (entry.texts[1], entry.pair.provenance["chosen"]) == ("One!", {"who": "base"})
+    assert collection.book.records()[0].losses == 1  # who won does not change with the words
+    assert collection.entry("votes", entry.line, entry.mark).pair == entry.pair
+    with pytest.raises(DataError, match="meanwhile"):
+        collection.entry("votes", entry.line, "other")
+
+
+def test_an_export_holds_all_chosen_files_in_the_canonical_form(collection, taken, tmp_path):
+    target = collection.export(["My-pairs-1"], tmp_path / "out.jsonl")
+    assert target.read_text() == collection.path_of("My-pairs-1").read_text()
+    with pytest.raises(DataError, match="no pair to take away"):
+        collection.export([], tmp_path / "none.jsonl")

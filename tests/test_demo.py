@@ -1,0 +1,336 @@
+"""The demo without a browser: its command line, its endpoints for scripts, who may come in, and kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from lora_dpo.cli import main
+from lora_dpo.cli_demo import check_reach, read_auth
+from lora_dpo.data import read_pairs
+from lora_dpo.errors import ConfigError
+
+gradio_client = pytest.importorskip("gradio_client")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: set --auth"),
+        (["--host", "::"], "--host :: lets other machines in"),
+        (["--host", "192.0.2.1"], "--host 192.0.2.1 lets other machines in"),
+        (["--share"], "--share makes the page public: set --auth"),
+        (["--auth", "me"], "--auth must be USER:PASSWORD"),
+        (["--auth", "me:"], "--auth must be USER:PASSWORD"),
+        (["--quantize", "nf5"], "Did you mean nf4?"),
+        (["--model", "no/such/model"], "no/such/model is no model folder"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("LORA_DPO_AUTH", raising=False)
+    port = [] if "--port" in arguments else ["--port", str(free_port())]
+    assert main(["demo", *arguments, *port]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["demo", "--model", "no/such", "--port", str(taken.getsockname()[1])]) == 1
+    assert "the port is taken" in capsys.readouterr().err
+
+
+def test_who_may_come_in():
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        check_reach(host, share=False, auth=False)
+    check_reach("0.0.0.0", share=True, auth=True)
+    assert read_auth("me:a:b") == ("me", "a:b")
+    assert read_auth(None) is None
+    with pytest.raises(ConfigError):
+        check_reach("192.168.1.5", share=False, auth=False)
+
+
+def test_importing_the_package_and_its_command_line_loads_no_gradio():
+    script = "import sys, lora_dpo, lora_dpo.cli, lora_dpo.cli_demo; print([m for m in sys.modules if 'gradio' in m])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# --- a demo in this process -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def desk(tiny_model_folder, tiny_adapter, tmp_path_factory):
+    from lora_dpo.desk import Desk
+    from lora_dpo.host import open_host
+
+    place = tmp_path_factory.mktemp("demo")
+    shutil.copytree(tiny_adapter, place / "adapters/first")
+    with open_host(str(tiny_model_folder), place / "adapters", quantize="none") as host:
+        yield Desk(host, place / "collected", scratch=place / "scratch")
+
+
+@pytest.fixture(scope="module")
+def address(desk):
+    import gradio
+
+    from lora_dpo.demo import app
+
+    yield app.launch(desk, host="127.0.0.1", port=free_port(), auth=None, block=False)
+    gradio.close_all()
+
+
+@pytest.fixture
+def client(address):
+    return gradio_client.Client(address, verbose=False)
+
+
+def test_every_verb_has_a_named_endpoint(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {
+        "/models", "/chat", "/compare", "/match", "/vote", "/standings", "/pairs", "/check_pairs", "/change_pair",
+        "/delete_pair", "/export_pairs", "/plan_training", "/train", "/training", "/pause_training", "/stop_training",
+        "/adapters", "/passport", "/pack", "/install", "/export_adapter",
+    }  # fmt: skip
+    parameters = [parameter["parameter_name"] for parameter in endpoints["/chat"]["parameters"]]
+    assert parameters == ["message", "model", "system", "temperature", "top_p", "max_new_tokens", "seed"]
+
+
+def test_a_script_chats_with_any_model(client, desk):
+    assert client.predict(api_name="/models") == ["base", "first"]
+    pieces = list(client.submit("Say it.", "first", temperature=0, max_new_tokens=30, api_name="/chat"))
+    whole = client.predict("Say it.", "first", temperature=0, max_new_tokens=30, api_name="/chat")
+    assert pieces[-1] == whole
+    asked = [{"role": "user", "content": "Say it."}]
+    from lora_dpo.generate import Sampling
+
+    expected = desk.host.answer("first", asked, Sampling(max_new_tokens=30), client="x").text
+    assert whole == expected
+    both = client.predict("Say it.", "first", "base", temperature=0, max_new_tokens=30, api_name="/compare")
+    assert both["left"]["text"] == whole
+    assert both["right"]["text"] != whole
+    assert both["left"]["tokens"] <= 30
+
+
+def test_errors_reach_a_script_in_their_own_words(client):
+    with pytest.raises(Exception, match="no model nobody here"):
+        client.predict("Hi", "nobody", api_name="/chat")
+    with pytest.raises(Exception, match="no such match"):
+        client.predict("none", "a", api_name="/vote")
+    with pytest.raises(Exception, match="no pairs called"):
+        client.predict("../../etc/passwd", "", api_name="/pairs")
+
+
+def test_a_script_votes_blind_trains_and_swaps(client, desk, tmp_path):
+    # blind: the answers come without names; after the vote they are told
+    for number in range(3):
+        match = client.predict(f"Tell tale{number}.", ["base", "first"], max_new_tokens=8, api_name="/match")
+        assert set(match) == {"id", "a", "b"}
+        done = client.predict(match["id"], "a", api_name="/vote")
+        assert {done["a"], done["b"]} == {"base", "first"}
+    assert (done["pairs"], done["others"]) == (3, 0)
+    (standing,) = client.predict(api_name="/standings")
+    assert standing["wins"] + standing["losses"] == 3
+    assert standing["interval"][0] <= standing["rate"] <= standing["interval"][1]
+    # the pairs can be looked through and mended
+    pairs = client.predict("votes", "TELL tale1", api_name="/pairs")
+    assert [pair["prompt"] for pair in pairs] == ["Tell tale1."]
+    line, mark = pairs[0]["line"], pairs[0]["mark"]
+    assert client.predict("votes", line, mark, "Say one.", "One.", "1", api_name="/change_pair") == "changed"
+    with pytest.raises(Exception, match="meanwhile"):
+        client.predict("votes", line, mark, api_name="/delete_pair")
+    assert client.predict("votes", api_name="/check_pairs")["pairs"] == 3
+    exported = client.predict("votes", api_name="/export_pairs")
+    assert len(read_pairs(exported)[0]) == 3
+    # a plan, then a run; chat goes on meanwhile
+    options = {"pairs": ["votes"], "name": "second", "preset": "quick", "settings": "trainer: {learning_rate: 0.01}"}
+    planned = client.predict(**options, api_name="/plan_training")
+    assert planned["plan"]["steps"]["steps"] == 2
+    assert "learning_rate: 0.01" in planned["settings"]
+    assert client.predict(**options, prompts=["Say it."], api_name="/train") == "started"
+    assert client.predict("Hi", "base", max_new_tokens=5, api_name="/chat") is not None
+    deadline = time.monotonic() + 60
+    while (told := client.predict(api_name="/training"))["state"] not in (
+        "done",
+        "failed",
+    ) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert (told["state"], told["error"], told["step"]) == ("done", None, 2)
+    assert [sample["step"] for sample in told["samples"]] == [0, 1, 2]
+    assert client.predict(api_name="/models") == ["base", "first", "second"]
+    answers = [client.predict("Say it.", who, temperature=0, api_name="/chat") for who in ("base", "second")]
+    assert answers[0] != answers[1]
+    assert desk.host.load_count == 1
+    # out as a package, and in again under another name
+    packed = client.predict("second", api_name="/pack")
+    assert client.predict("second", api_name="/passport")["folder"].endswith("second")
+    with pytest.raises(Exception, match="adapter called second already"):
+        assert client.predict(gradio_client.handle_file(packed), api_name="/install") == "second"
+    shutil.rmtree(desk.adapters_dir / "second")
+    assert client.predict(gradio_client.handle_file(packed), api_name="/install") == "second"
+    assert [row["name"] for row in client.predict(api_name="/adapters")] == ["first", "second"]
+
+
+def test_a_script_exports_an_adapter(client, desk):
+    place, file = client.predict("first", "gguf-adapter", api_name="/export_adapter")
+    assert place.endswith("first-lora.gguf")
+    with open(file, "rb") as written:
+        assert written.read(4) == b"GGUF"
+    folders = [client.predict("first", "merge", api_name="/export_adapter")[0] for _ in range(2)]
+    assert [name.rpartition("/")[2] for name in folders] == ["first-merged", "first-2-merged"]
+    assert (desk.pairs.folder / "exports/first-merged/model.safetensors").is_file()
+    with pytest.raises(Exception, match="no form zip to write an adapter in"):
+        client.predict("first", "zip", api_name="/export_adapter")
+
+
+def test_two_scripts_at_once_keep_their_own_answers(address, desk):
+    from lora_dpo.generate import Sampling
+
+    found = {}
+
+    def talk(number):
+        mine = gradio_client.Client(address, verbose=False)
+        found[number] = mine.predict(f"Say {number}.", "base", temperature=0, max_new_tokens=20, api_name="/chat")
+
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(4):
+        asked = [{"role": "user", "content": f"Say {number}."}]
+        assert found[number] == desk.host.answer("base", asked, Sampling(max_new_tokens=20), client="x").text
+
+
+def test_every_response_has_the_policy_and_the_page_names_no_other_host(address):
+    with urllib.request.urlopen(address) as response:
+        policy = response.headers["content-security-policy"]
+        page = response.read().decode()
+    assert "default-src 'self'" in policy
+    assert "fonts.googleapis" not in page
+    assert '"analytics_enabled":false' in page.replace(" ", "")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "README.md", "collected/votes.jsonl"])
+def test_files_of_this_machine_are_not_served(address, path, desk):
+    given = str(desk.pairs.book.path) if path.startswith("collected") else path
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{address.rstrip('/')}/gradio_api/file={given}")
+    assert refused.value.code in (403, 404)
+
+
+def test_with_a_password_nobody_comes_in_without_it(desk):
+    from lora_dpo.demo import app
+
+    guarded = app.launch(desk, host="127.0.0.1", port=free_port(), auth=("me", "secret"), block=False)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{guarded}config")
+    assert refused.value.code == 401
+    for login in (None, ("me", "wrong")):
+        with pytest.raises(Exception, match=r"[Aa]uth|credentials|401"):
+            gradio_client.Client(guarded, auth=login, verbose=False).predict(api_name="/models")
+    inside = gradio_client.Client(guarded, auth=("me", "secret"), verbose=False)
+    assert "base" in inside.predict(api_name="/models")
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def start(tiny_model_folder, folder, port):
+    arguments = ["--model", str(tiny_model_folder), "--quantize", "none", "--port", str(port)]
+    arguments += ["--adapters-dir", str(folder / "adapters"), "--data-dir", str(folder / "collected")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_dpo", "demo", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        try:
+            return process, gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+        except Exception:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.3)
+    raise AssertionError("the demo did not start")
+
+
+def test_a_kill_while_people_vote_and_train_loses_no_vote_and_leaves_no_adapter(
+    tiny_model_folder, tiny_adapter, tmp_path
+):
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
+    process, client = start(tiny_model_folder, tmp_path, free_port())
+    acknowledged = []
+
+    def people():
+        for number in range(1000):
+            match = client.predict(f"Say {number}.", ["base", "first"], max_new_tokens=4, api_name="/match")
+            client.predict(match["id"], "b", api_name="/vote")
+            acknowledged.append(match["id"])
+
+    def quietly():
+        try:
+            people()
+        except Exception:
+            return  # the server was killed: that is the point
+
+    voters = threading.Thread(target=quietly)
+    voters.start()
+    while len(acknowledged) < 4:
+        time.sleep(0.05)
+    settings = "trainer: {max_steps: 500}"
+    client.predict(["votes"], "second", "quick", settings, ["Say it."], api_name="/train")
+    while client.predict(api_name="/training")["step"] < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    voters.join(30)
+    pairs, _ = read_pairs(str(tmp_path / "collected/votes.jsonl"))
+    on_disk = {pair.provenance["id"] for pair in pairs}
+    assert set(acknowledged) <= on_disk
+    assert len(on_disk) <= len(acknowledged) + 1
+    from lora_dpo.library import list_adapters
+
+    assert [row.name for row in list_adapters(tmp_path / "adapters")] == ["first"]
+
+
+@pytest.mark.slow
+def test_it_starts_beside_what_a_kill_left_and_ctrl_c_ends_it_without_a_traceback(
+    tiny_model_folder, tiny_adapter, tmp_path
+):
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
+    (tmp_path / "adapters/second.partial").mkdir()
+    votes = tmp_path / "collected/votes.jsonl"
+    votes.parent.mkdir()
+    row = {"prompt": "Q", "chosen": "Yes.", "rejected": "No."}
+    votes.write_text(json.dumps(row) + "\n" + json.dumps(row)[:-9])
+    process, client = start(tiny_model_folder, tmp_path, free_port())
+    assert client.predict(api_name="/models") == ["base", "first"]
+    match = client.predict("Say it.", ["base", "first"], max_new_tokens=4, api_name="/match")
+    client.predict(match["id"], "b", api_name="/vote")
+    assert len(client.predict("votes", api_name="/pairs")) == 2
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert "Traceback" not in said, said
+    assert process.returncode in (0, 130)

@@ -1,0 +1,530 @@
+"""One base, many adapters, many who ask, and a training beside them: nobody gets or loses what is another's."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lora_dpo.config import check_recipe
+from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
+from lora_dpo.events import Progress
+from lora_dpo.generate import Sampling, generate
+from lora_dpo.host import Host, open_host
+from lora_dpo.library import list_adapters
+from lora_dpo.model import attach_lora, load_base, share_weights
+from lora_dpo.shelf import KEPT
+
+SHORT = Sampling(max_new_tokens=12)
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def shelf(make_adapter, tmp_path_factory):
+    """Two adapters that fit the tiny model, and what is no adapter."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for number, name in enumerate(("alpha", "beta")):
+        make_adapter(folder / name, seed=number, rank=2 + number)
+    (folder / "notes").mkdir()
+    (folder / ".alpha.half").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_folder):
+    return load_base(str(tiny_model_folder), quantize="none")
+
+
+@pytest.fixture
+def adapters(shelf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shelf, tmp_path / "adapters")
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def host(base, adapters):
+    with Host(base, adapters, max_waiting=8) as opened:
+        yield opened
+
+
+def alone(tiny_model_folder, folder, text, sampling=SHORT):
+    """The answer of a base with nothing else in memory."""
+    from lora_dpo.adapters import attach_adapter
+
+    base = load_base(str(tiny_model_folder), quantize="none")
+    model = attach_adapter(base, folder) if folder else base.model
+    return generate(model, base.tokenizer, [ask(text)], sampling=sampling)[0]
+
+
+# --- trees over the same weights ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quantize", "packed"), [("none", False), ("nf4", False), ("nf4", True)])
+def test_a_second_tree_has_the_same_weights_and_a_life_of_its_own(tiny_model_folder, quantize, packed):
+    base = load_base(str(tiny_model_folder), quantize=quantize, packed=packed)
+    ids = torch.tensor([[256, 5, 6, 7, 8]])
+    with torch.no_grad():
+        before = base.model(input_ids=ids).logits
+    other = share_weights(base)
+    mine, theirs = dict(base.model.named_parameters()), dict(other.model.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name] is theirs[name] for name in mine)
+    from lora_dpo.config import LoraSection
+
+    policy = attach_lora(other.model, LoraSection(rank=2), seed=0)
+    policy.enable_input_require_grads()
+    other.model.gradient_checkpointing_enable()
+    policy.train()
+    policy(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None for p in policy.parameters())
+    assert not any(p.grad is not None or p.requires_grad for p in base.model.parameters())
+    assert not base.model.training
+    assert not base.model.is_gradient_checkpointing
+    assert not any("lora_" in name for name, _ in base.model.named_modules())
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, before)
+
+
+# --- who answers ----------------------------------------------------------------------------------
+
+
+def test_names_are_the_base_and_the_adapters_that_fit(host, adapters, make_adapter, tiny_model_folder, tmp_path):
+    assert host.names() == ["base", "alpha", "beta"]
+    shutil.copytree(adapters / "beta", adapters / "gamma")
+    assert host.names() == ["base", "alpha", "beta", "gamma"]  # as the disk is now
+    (adapters / "gamma" / "adapter_model.safetensors").write_bytes(b"broken")
+    assert host.names() == ["base", "alpha", "beta"]
+    with pytest.raises(AdapterError, match="gamma"):  # the reason, not just "there is none"
+        host.answer("gamma", ask("hi"), SHORT, client="a")
+    shutil.copytree(adapters / "beta", adapters / "base")
+    assert host.names() == ["base", "alpha", "beta"]  # that name is taken
+
+
+def test_each_answers_as_it_does_alone(host, adapters, tiny_model_folder):
+    for who in ("alpha", "base", "beta", "alpha", "base"):
+        reply = host.answer(who, ask("Say it."), SHORT, client="a")
+        lonely = alone(tiny_model_folder, None if who == "base" else adapters / who, "Say it.")
+        assert (reply.text.strip(), reply.tokens, reply.finished) == (lonely.text, lonely.tokens, lonely.finished), who
+    assert len({host.answer(who, ask("Say it."), SHORT, client="a").text for who in host.names()}) == 3
+
+
+def test_an_adapter_that_was_replaced_on_the_disk_is_read_again(host, adapters):
+    before = host.answer("alpha", ask("hi"), SHORT, client="a").text
+    other = host.answer("beta", ask("hi"), SHORT, client="a").text
+    shutil.rmtree(adapters / "alpha")
+    with pytest.raises(AdapterError, match="no model alpha here"):
+        host.answer("alpha", ask("hi"), SHORT, client="a")
+    shutil.copytree(adapters / "beta", adapters / "alpha")
+    assert host.answer("alpha", ask("hi"), SHORT, client="a").text == other != before
+
+
+@pytest.mark.parametrize("name", ["alfa", "../alpha", "", "notes", ".alpha.half", "alpha/../beta"])
+def test_what_is_no_name_of_a_model_is_refused(host, name):
+    with pytest.raises(AdapterError, match="There is no model"):
+        host.answer(name, ask("hi"), SHORT, client="a")
+
+
+def test_many_adapters_do_not_fill_the_memory(host, adapters):
+    for number in range(KEPT + 3):
+        shutil.copytree(adapters / "beta", adapters / f"copy{number}")
+        host.answer(f"copy{number}", ask("hi"), Sampling(max_new_tokens=1), client="a")
+    assert len(host._shelf._trees) == KEPT
+    assert f"copy{KEPT + 2}" in host._shelf._trees
+
+
+def test_the_base_is_loaded_once_for_all(tiny_model_folder, adapters, recipe_dict, monkeypatch):
+    loads = []
+    original = PreTrainedModel.from_pretrained.__func__
+
+    def counted(cls, *args, **kwargs):  # every way to load weights ends here
+        loads.append(args[0])
+        return original(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
+    with open_host(str(tiny_model_folder), adapters, quantize="none") as host:
+        for who in host.names():
+            host.answer(who, ask("hi"), SHORT, client="a")
+        job = host.start_training(check_recipe(recipe_dict()), "new")
+        assert job.wait(60), job.state
+        assert job.state == "done", job.error
+        assert "new" in host.names()
+        host.answer("new", ask("hi"), SHORT, client="a")
+        assert host.load_count == 1
+    assert len(loads) == 1
+
+
+# --- the queue ------------------------------------------------------------------------------------
+
+
+def test_pieces_join_to_the_reply_with_its_counts(host):
+    stream = host.stream("alpha", ask("hello"), Sampling(max_new_tokens=9, temperature=1.0, seed=5), client="a")
+    text = "".join(stream)
+    assert stream.reply.text == text
+    assert stream.reply.tokens <= 9
+    assert stream.reply.prompt_tokens == len(
+        host.base.tokenizer.apply_chat_template(ask("hello"), add_generation_prompt=True)["input_ids"]
+    )
+    assert stream.reply.seconds > 0
+    assert list(stream) == []
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_the_answer_stays_in_the_context(base, adapters):
+    too_long = pytest.raises(PromptTooLong, match=r"has \d+ tokens; at most 60")
+    with Host(base, adapters, max_prompt_tokens=60) as host, too_long:
+        host.answer("base", ask("x" * 100), SHORT, client="a")
+    with Host(base, adapters) as host:
+        assert host.context == 512
+        assert host.max_prompt_tokens == 384
+        reply = host.answer("base", ask("x" * 350), Sampling(max_new_tokens=1000, temperature=2.0), client="a")
+        assert reply.prompt_tokens + reply.tokens <= 512
+
+
+class Gate:
+    """Holds the thread that computes at its first token, until it is opened."""
+
+    def __init__(self, host, monkeypatch):
+        self.reached, self.open = threading.Event(), threading.Event()
+        tree = host._shelf.tree
+
+        def wait(name):
+            self.reached.set()
+            assert self.open.wait(20)
+            return tree(name)
+
+        monkeypatch.setattr(host._shelf, "tree", wait)
+
+
+def test_too_many_are_refused_and_a_stream_that_is_dropped_frees_its_place(host, monkeypatch):
+    gate = Gate(host, monkeypatch)
+    running = host.stream("base", ask("first"), SHORT, client="first")
+    assert gate.reached.wait(20)
+    waiting = [host.stream("base", ask(str(n)), SHORT, client=str(n)) for n in range(8)]
+    assert host.waiting() == 8
+    with pytest.raises(Busy, match="8 requests are waiting"):
+        host.stream("base", ask("more"), SHORT, client="more")
+    del waiting[3]  # nobody holds it any more
+    assert host.waiting() == 7
+    waiting.append(host.stream("base", ask("more"), SHORT, client="more"))
+    running.close()
+    gate.open.set()
+    texts = ["".join(stream) for stream in waiting]
+    assert all(stream.reply.text == text for stream, text in zip(waiting, texts, strict=True))
+    assert list(running) == []
+    assert running.reply is None
+
+
+def test_an_answer_that_nobody_wants_ends_at_its_next_token(host):
+    endless = Sampling(max_new_tokens=400, temperature=2.0, seed=1)
+    stream = host.stream("base", ask("x"), endless, client="a")
+    next(stream)
+    ticket = stream.ticket
+    del stream
+    host.answer("base", ask("hi"), Sampling(max_new_tokens=1), client="b")
+    assert ticket.tokens < 100
+
+
+def test_closing_tells_those_who_wait(base, adapters, monkeypatch):
+    host = Host(base, adapters)
+    gate = Gate(host, monkeypatch)
+    streams = [host.stream("base", ask(str(n)), SHORT, client="a") for n in range(3)]
+    assert gate.reached.wait(20)
+    threading.Timer(0.2, gate.open.set).start()
+    host.close()
+    for stream in streams:
+        with pytest.raises(Busy):
+            list(stream)
+    with pytest.raises(Busy, match="shut down"):
+        host.stream("base", ask("late"), SHORT, client="a")
+
+
+def test_an_answer_that_breaks_is_told_and_the_next_one_is_given(host, monkeypatch):
+    tree = host._shelf.tree
+
+    def out_of_memory(name):
+        monkeypatch.setattr(host._shelf, "tree", tree)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(host._shelf, "tree", out_of_memory)
+    with pytest.raises(ModelError, match="Memory ran out for this answer"):
+        host.answer("base", ask("hi"), SHORT, client="a")
+    assert host.answer("base", ask("hi"), SHORT, client="a").prompt_tokens
+
+
+def test_many_threads_each_get_their_own_text(host, adapters, tiny_model_folder):
+    names = host.names()
+    cases = [(names[n % 3], f"question {n % 5}") for n in range(15)]
+    expected = {
+        case: alone(tiny_model_folder, None if case[0] == "base" else adapters / case[0], case[1]).text
+        for case in set(cases)
+    }
+    assert len(set(expected.values())) > 5
+    wrong = []
+
+    def client(number):
+        case = cases[number]
+        for _ in range(3):
+            try:
+                text = host.answer(case[0], ask(case[1]), SHORT, client=str(number)).text.strip()
+            except Busy:
+                continue
+            if text != expected[case]:
+                wrong.append((case, text))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert host.waiting() == 0
+
+
+# --- training beside ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(recipe_dict):
+    def make(**trainer):
+        settings = recipe_dict(trainer={"max_steps": 6, **trainer}, lora={"rank": 4, "dropout": 0.1})
+        settings["trainer"].update(disable_dropout=False, gradient_checkpointing=True)
+        return check_recipe(settings)
+
+    return make
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def trained(job):
+    return [e.done for e in job.events if isinstance(e, Progress) and e.stage == "training"]
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_training_between_answers_gives_the_same_adapter_bit_for_bit(host, adapters, recipe, monkeypatch):
+    monkeypatch.setattr("lora_dpo.job.SLICE", 0.0)  # others go first before every pass
+    quiet = host.start_training(recipe(), "quiet")
+    assert quiet.wait(120)
+    assert quiet.state == "done", quiet.error
+    before = {who: host.answer(who, ask("Say it."), SHORT, client="a").text for who in ("base", "alpha", "beta")}
+    job = host.start_training(recipe(), "loud")
+    during = set()
+    while job.running:
+        for who, text in before.items():
+            sampling = SHORT if who != "beta" else Sampling(max_new_tokens=12, seed=len(during))
+            assert host.answer(who, ask("Say it."), sampling, client="a").text == text
+            during.update(trained(job)[-1:])
+    assert job.state == "done", job.error
+    assert len(during & set(range(1, 6))) >= 3, "the answers did not come between the steps: nothing is proved"
+    assert weights(job.folder) == weights(quiet.folder)
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (job.folder, quiet.folder)
+    ]
+    assert losses[0] == losses[1]
+    assert host.names() == ["base", "alpha", "beta", "loud", "quiet"]
+    assert (
+        host.answer("loud", ask("Say it."), SHORT, client="a").text
+        == host.answer("quiet", ask("Say it."), SHORT, client="a").text
+    )
+
+
+def test_pause_stands_still_while_answers_go_on_and_resume_goes_on(host, recipe):
+    job = host.start_training(recipe(max_steps=12), "new")
+    until(lambda: len(trained(job)) > 2)
+    job.pause()
+    assert job.state == "paused"
+    host.answer("base", ask("hi"), SHORT, client="a")  # after it the training stands
+    seen = len(job.events)
+    host.answer("alpha", ask("hi"), SHORT, client="a")
+    time.sleep(0.3)
+    assert len(job.events) <= seen + 1
+    job.resume()
+    assert job.wait(120)
+    assert job.state == "done", job.error
+
+
+def test_stop_and_keep_saves_the_adapter_of_that_step(host, recipe):
+    job = host.start_training(recipe(max_steps=50), "early")
+    until(lambda: len(trained(job)) > 3)
+    job.stop(keep=True)
+    assert job.state == "stopping"
+    assert job.wait(120)
+    assert job.state == "done", job.error
+    passport = json.loads((job.folder / "passport.json").read_text())
+    step = trained(job)[-1]
+    assert passport["metrics"]["stopped"] == {"step": step, "of": 50}
+    assert f"stopped by hand after step {step} of 50" in (job.folder / "README.md").read_text()
+    assert not list(job.folder.parent.glob("*.partial"))
+    assert host.answer("early", ask("hi"), SHORT, client="a").prompt_tokens
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_stop_without_keeping_leaves_nothing(host, adapters, recipe, paused):
+    job = host.start_training(recipe(max_steps=50), "gone")
+    until(lambda: len(trained(job)) > 2)
+    if paused:
+        job.pause()
+    job.stop(keep=False)
+    assert job.wait(120)
+    assert (job.state, job.folder, job.error) == ("stopped", None, None)
+    assert host.names() == ["base", "alpha", "beta"]
+    assert not list(adapters.glob("gone*"))
+    assert host.start_training(recipe(max_steps=1), "gone").wait(120)
+    assert "gone" in host.names()
+
+
+def test_one_training_at_a_time_under_a_free_name(host, recipe):
+    job = host.start_training(recipe(max_steps=50), "new")
+    with pytest.raises(Busy, match="training of new goes on"):
+        host.start_training(recipe(), "other")
+    job.stop(keep=False)
+    assert job.wait(120)
+    with pytest.raises(OutputError, match="already exists"):
+        host.start_training(recipe(), "alpha")
+    with pytest.raises(ConfigError, match="cannot be called base"):
+        host.start_training(recipe(), "base")
+    with pytest.raises(PackageError):
+        host.start_training(recipe(), "../up")
+    with pytest.raises(ConfigError, match="Unset it"):
+        host.start_training(recipe().model_copy(update={"output": "elsewhere"}), "new")
+
+
+@pytest.mark.parametrize(
+    ("crash", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "Memory ran out"),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
+    ],
+)
+def test_a_training_that_breaks_leaves_answers_working_and_no_adapter(host, adapters, recipe, monkeypatch, crash, said):
+    from lora_dpo.trainer import DPOTrainer
+
+    before = host.answer("alpha", ask("Say it."), SHORT, client="a").text
+    step, calls = DPOTrainer.training_step, []
+
+    def break_at_third(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise crash
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "training_step", break_at_third)
+    job = host.start_training(recipe(), "broken")
+    assert job.wait(120)
+    assert job.state == "failed"
+    assert said in job.error
+    assert host.answer("alpha", ask("Say it."), SHORT, client="a").text == before
+    assert host.names() == ["base", "alpha", "beta"]
+    assert not list(adapters.glob("broken*"))
+    monkeypatch.undo()
+    os.chdir(adapters.parent)
+    assert host.start_training(recipe(), "broken").wait(120)
+    assert "broken" in host.names()
+
+
+def test_after_a_training_its_memory_is_free(host, recipe):
+    def trainable():
+        gc.collect()
+        return sum(isinstance(o, torch.nn.Parameter) and o.requires_grad for o in gc.get_objects())
+
+    job = host.start_training(recipe(max_steps=1), "one")
+    assert job.wait(120)
+    before = trainable()
+    for name in ("two", "three"):
+        assert host.start_training(recipe(max_steps=1), name).wait(120)
+    assert trainable() <= before
+
+
+def test_closing_keeps_a_checkpoint_to_go_on_from(base, adapters, recipe):
+    with Host(base, adapters) as host:
+        whole = host.start_training(recipe(max_steps=8), "whole")
+        assert whole.wait(120)
+        job = host.start_training(recipe(max_steps=8), "cut")
+        until(lambda: len(trained(job)) > 2)
+    assert job.state == "stopped"
+    with Host(base, adapters) as host:
+        assert host.names() == ["base", "alpha", "beta", "whole"]
+        again = host.start_training(recipe(max_steps=8), "cut")
+        assert again.wait(120)
+        assert "Continue it with --resume" in again.error
+        again = host.start_training(recipe(max_steps=8), "cut", resume=True)
+        assert again.wait(120)
+        assert again.state == "done", again.error
+        assert weights(again.folder) == weights(whole.folder)
+
+
+def test_the_recipe_of_another_model_is_refused(host, recipe, tmp_path, tiny_model_folder):
+    shutil.copytree(tiny_model_folder, tmp_path / "other")
+    other = recipe().model.model_copy(update={"name": str(tmp_path / "other")})
+    job = host.start_training(recipe().model_copy(update={"model": other}), "new")
+    assert job.wait(60)
+    assert job.state == "failed"
+    assert "but the recipe names" in job.error
+    assert host.model_section().name == str(tiny_model_folder)
+
+
+def test_killed_in_the_middle_of_training_there_is_no_adapter_or_a_whole_one(
+    tiny_model_folder, adapters, recipe_dict, tmp_path
+):
+    settings = check_recipe(recipe_dict(trainer={"max_steps": 4, "save_steps": 1}))
+
+    def work():
+        with open_host(str(tiny_model_folder), adapters, quantize="none") as host:
+            job = host.start_training(settings, "new")
+            while job.running:
+                host.answer("base", ask("hi"), Sampling(max_new_tokens=2), client="a")
+        return job.error
+
+    started = time.monotonic()
+    assert in_a_child(work) is None
+    took = time.monotonic() - started
+    assert [row.name for row in list_adapters(adapters)] == ["alpha", "beta", "new"]
+    shutil.rmtree(adapters / "new")
+    kills = 0
+    for share in (0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97):
+        in_a_child(work, after=share * took)
+        names = [row.name for row in list_adapters(adapters)]
+        assert names in (["alpha", "beta"], ["alpha", "beta", "new"])
+        if "new" in names:
+            assert [row.state for row in list_adapters(adapters) if row.name == "new"] == ["not yet verified"]
+            assert (adapters / "new" / "verify.json").is_file()
+        else:
+            kills += 1
+        for left in [*adapters.glob("new*"), *adapters.glob(".new*")]:
+            shutil.rmtree(left)
+    assert kills > 1, "no kill came in time: nothing is proved"
+
+
+def in_a_child(work, after=None):
+    """Run `work` in a fork; kill it after some seconds. Returns None if it ended well or was killed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        torch.set_num_threads(1)  # OpenMP's other threads are not in a fork
+        try:
+            status = 0 if work() is None else 1
+        finally:
+            os._exit(status)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return None if after is not None or status == 0 else f"status {status}"

@@ -1,0 +1,243 @@
+"""Conversations and blind matches, on a real host with a tiny model; no page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from random import Random
+
+import pytest
+
+from lora_dpo.arena import Arena
+from lora_dpo.data import read_pairs
+from lora_dpo.errors import Busy, ConfigError, DataError
+from lora_dpo.generate import Sampling
+from lora_dpo.host import Host
+from lora_dpo.model import load_base
+from lora_dpo.talk import Exchange, Said, Stops, Talk, ask, write
+from lora_dpo.votes import VoteBook
+
+GREEDY = Sampling(max_new_tokens=12)
+LIVELY = Sampling(max_new_tokens=12, temperature=1.0)
+PROMPT = [{"role": "user", "content": "Say it."}]
+
+
+@pytest.fixture
+def host(tiny_model_folder, tiny_adapter, tmp_path):
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/mine")
+    with Host(load_base(str(tiny_model_folder), quantize="none"), tmp_path / "adapters") as host:
+        yield host
+
+
+def last(states):
+    return list(states)[-1]
+
+
+# --- a talk ---------------------------------------------------------------------------------------
+
+
+def said(text):
+    return Said("base", text)
+
+
+def test_each_side_sees_its_own_answers_and_where_it_has_none_the_others():
+    talk = Talk([Exchange("A", [said("left"), said("right")]), Exchange("B", [said("more"), None]), Exchange("C")])
+    roles = [(turn["role"], turn["content"]) for turn in talk.conversation(1, "Be brief.")]
+    heard = [("user", "A"), ("assistant", "right"), ("user", "B"), ("assistant", "more"), ("user", "C")]
+    assert roles == [("system", "Be brief."), *heard]
+    assert talk.conversation(0, "  ")[1]["content"] == "left"
+
+
+def test_forgetting_drops_an_exchange_and_what_came_after():
+    talk = Talk([Exchange("A"), Exchange("B"), Exchange("C")])
+    assert talk.forget_from(1) == "B"
+    assert [exchange.user for exchange in talk.exchanges] == ["A"]
+    with pytest.raises(ConfigError, match="no exchange 4 in this conversation: it has 1"):
+        talk.forget_from(3)
+
+
+def test_both_sides_answer_the_same_words_with_the_same_seed(host):
+    talk = Talk()
+    exchange = last(ask(host, talk, "Say it.", ["mine", "base"], LIVELY))
+    alone = [host.answer(who, PROMPT, LIVELY, client="x").text for who in ("mine", "base")]
+    assert [answer.text for answer in exchange.answers] == alone
+    assert alone[0] != alone[1]
+    assert [(answer.who, answer.tokens > 0) for answer in exchange.answers] == [("mine", True), ("base", True)]
+    # byte tokens: <|im_start|> user \\n Say it. <|im_end|> \\n <|im_start|> assistant \\n
+    assert {answer.prompt_tokens for answer in exchange.answers} == {1 + 5 + 7 + 1 + 1 + 1 + 10}
+    # The second turn goes on from each side's own answer.
+    last(ask(host, talk, "More.", ["mine", "base"], GREEDY))
+    turns = [*PROMPT, {"role": "assistant", "content": alone[1].strip()}, {"role": "user", "content": "More."}]
+    assert talk.exchanges[1].answers[1].text == host.answer("base", turns, GREEDY, client="x").text
+
+
+def test_a_retry_draws_anew_and_only_then(host):
+    talk = Talk()
+    texts = []
+    for again in (False, True, True):
+        text = talk.forget_from(0) if talk.exchanges else "Say it."
+        texts.append(last(ask(host, talk, text, ["base"], LIVELY, again=again)).answers[0].text)
+    assert len(set(texts)) == 3
+    talk.forget_from(0)
+    assert last(ask(host, talk, "Say it.", ["base"], LIVELY)).answers[0].text == texts[0]
+
+
+def test_a_stop_keeps_what_was_said_so_far(host):
+    talk, stop = Talk(), threading.Event()
+    for exchange in ask(host, talk, "Say it.", ["base", "mine"], Sampling(max_new_tokens=300), stop=stop):
+        if exchange.answers[0] and exchange.answers[0].text:
+            stop.set()
+    assert talk.exchanges[0].answers[0].text
+    assert talk.exchanges[0].answers[0].tokens < 300
+    assert talk.exchanges[0].answers[1] is None
+    # The next question is not stopped by the old signal.
+    assert last(ask(host, talk, "More.", ["base"], GREEDY, stop=stop)).answers[0].tokens
+
+
+def test_a_stop_is_seen_while_waiting_for_a_turn_and_leaves_no_exchange(host):
+    blocker = host.stream("base", PROMPT, Sampling(max_new_tokens=350), client="other")
+    next(blocker)
+    talk, stop = Talk(), threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    for _ in ask(host, talk, "Say it.", ["base"], GREEDY, stop=stop):
+        pass
+    assert talk.exchanges == []
+    assert host.waiting() == 0
+    blocker.close()
+
+
+def test_leaving_an_answer_frees_the_turn(host):
+    answer = write(host, "base", PROMPT, Sampling(max_new_tokens=350), client="a")
+    while not next(answer).text:
+        pass
+    answer.close()
+    assert last(write(host, "base", PROMPT, GREEDY, client="b")).tokens  # waits for the freed turn only
+
+
+def test_errors_leave_the_talk_as_it_was(host):
+    talk = Talk()
+    with pytest.raises(ConfigError, match="write something first"):
+        last(ask(host, talk, "  ", ["base"], GREEDY))
+    with pytest.raises(Busy, match="The prompt has"):
+        last(ask(host, talk, "x" * 1000, ["base"], GREEDY))
+    assert talk.exchanges == []
+
+
+def test_stop_signals_are_each_clients_own_and_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr("lora_dpo.talk.MOST_STOPS", 2)
+    stops = Stops()
+    first = stops.of("a")
+    assert stops.of("a") is first
+    assert stops.of("b") is not first
+    stops.of("a"), stops.of("c")
+    assert stops.of("a") is first
+    assert len(stops._events) == 2
+
+
+# --- matches --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arena(host, tmp_path):
+    return Arena(host, VoteBook(tmp_path / "votes.jsonl"), adapters_dir=tmp_path / "adapters", draws=Random(1))
+
+
+def played(arena, players, sampling=LIVELY):
+    match = arena.draw(PROMPT, players, sampling)
+    last(arena.answers(match, client="x"))
+    return match
+
+
+def test_order_is_random_and_the_seed_is_the_same_for_two_models(arena):
+    matches = [arena.draw(PROMPT, ["base", "mine"], LIVELY) for _ in range(200)]
+    first = sum(match.players == ("base", "mine") for match in matches)
+    assert 70 < first < 130  # of 200 fair draws; 4.2 standard deviations
+    assert {tuple(sorted(match.players)) for match in matches} == {("base", "mine")}
+    assert all(match.sampling[0].seed == match.sampling[1].seed for match in matches)
+    assert len({match.sampling[0].seed for match in matches}) == 200
+    assert len({match.id for match in matches}) == 200
+
+
+def test_of_three_players_each_pair_meets(arena):
+    met = {tuple(sorted(arena.draw(PROMPT, ["base", "mine", "third"], LIVELY).players)) for _ in range(60)}
+    assert met == {("base", "mine"), ("base", "third"), ("mine", "third")}
+
+
+def test_one_player_alone_gives_two_samples(arena):
+    match = played(arena, ["base", "base"])
+    assert match.players == ("base", "base")
+    assert match.sampling[0].seed != match.sampling[1].seed
+    assert match.answers[0].text != match.answers[1].text
+
+
+def test_a_vote_is_written_with_both_origins_and_counts_once(arena, tmp_path):
+    match = played(arena, ["base", "mine"])
+    assert arena.vote(match.id, "b") is match
+    (pair,), _ = read_pairs(str(tmp_path / "votes.jsonl"))
+    assert pair.chosen[0]["content"] == match.answers[1].text
+    origin = pair.provenance
+    assert (origin["chosen"]["who"], origin["rejected"]["who"]) == (match.players[1], match.players[0])
+    assert origin["chosen"]["seed"] == match.sampling[1].seed
+    sides = {origin[part]["who"]: origin[part] for part in ("chosen", "rejected")}
+    assert len(sides["mine"]["adapter_sha256"]) == 64
+    assert "adapter_sha256" not in sides["base"]
+    assert (origin["model"], origin["model_fingerprint"]) == (arena.host.base.name, arena.host.base.fingerprint)
+    # The same draw again gives the same answer: the origin is enough to make it.
+    again = Sampling(max_new_tokens=12, temperature=1.0, top_p=origin["chosen"]["top_p"], seed=origin["chosen"]["seed"])
+    assert arena.host.answer(match.players[1], PROMPT, again, client="x").text.strip() == match.answers[1].text
+    with pytest.raises(ConfigError, match="voted on already"):
+        arena.vote(match.id, "a")
+    assert arena.book.count() == (1, 0)
+
+
+def test_a_vote_without_pair_can_be_given_another_verdict(arena):
+    match = played(arena, ["base", "mine"])
+    match.answers[1] = match.answers[0]
+    with pytest.raises(DataError, match="makes no pair"):
+        arena.vote(match.id, "a")
+    arena.vote(match.id, "both bad")
+    assert arena.book.count() == (0, 1)
+
+
+def test_votes_before_the_answers_and_for_unknown_matches_are_refused(arena):
+    match = arena.draw(PROMPT, ["base", "mine"], LIVELY)
+    with pytest.raises(ConfigError, match="Both answers must be there"):
+        arena.vote(match.id, "a")
+    with pytest.raises(ConfigError, match="no such match"):
+        arena.vote("nope", "a")
+    with pytest.raises(ConfigError, match="no verdict"):
+        arena.vote(played(arena, ["base", "mine"]).id, "best")
+
+
+def test_a_stopped_match_is_not_ready(arena):
+    match, stop = arena.draw(PROMPT, ["base", "mine"], Sampling(max_new_tokens=300)), threading.Event()
+    for a, _ in arena.answers(match, client="x", stop=stop):
+        if a:
+            stop.set()
+    assert not match.ready
+    assert match.answers == [None, None]
+
+
+def test_what_cannot_be_drawn(arena):
+    with pytest.raises(ConfigError, match="Nobody answers"):
+        arena.draw(PROMPT, [], LIVELY)
+    with pytest.raises(ConfigError, match="at temperature 0 are the same"):
+        arena.draw(PROMPT, ["base"], GREEDY)
+    with pytest.raises(ConfigError, match="nothing to answer"):
+        arena.draw([{"role": "user", "content": " "}], ["base", "mine"], LIVELY)
+
+
+def test_old_matches_are_forgotten(arena, monkeypatch):
+    monkeypatch.setattr("lora_dpo.arena.MOST_OPEN", 3)
+    matches = [arena.draw(PROMPT, ["base", "mine"], LIVELY) for _ in range(4)]
+    with pytest.raises(ConfigError, match="too old"):
+        arena.match(matches[0].id)
+    assert arena.match(matches[3].id) is matches[3]
+
+
+def test_the_source_of_an_imported_prompt_is_kept(arena, tmp_path):
+    match = arena.draw(PROMPT, ["base", "mine"], LIVELY, source="prompts.txt:3")
+    last(arena.answers(match, client="x"))
+    arena.vote(match.id, "skip")
+    assert json.loads(arena.book.other.read_text())["origin"]["prompt_source"] == "prompts.txt:3"

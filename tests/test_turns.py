@@ -1,0 +1,85 @@
+"""Clients take turns in a circle; the queue has an end; closing tells everybody."""
+
+import threading
+
+import pytest
+
+from lora_dpo.errors import Busy
+from lora_dpo.turns import OWN, Turns
+
+
+class Noted:
+    def __init__(self, name):
+        self.name = name
+
+    def run(self):
+        raise NotImplementedError
+
+
+def taken(turns, count):
+    return [turns.take().name for _ in range(count)]
+
+
+def test_clients_take_turns_and_each_keeps_its_order():
+    turns = Turns(10)
+    for client, name in (("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"), ("c", "c1"), ("b", "b2")):
+        turns.put(client, Noted(name))
+    assert taken(turns, 6) == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_a_client_that_comes_back_goes_to_the_end():
+    turns = Turns(10)
+    turns.put("a", Noted("a1"))
+    turns.put("b", Noted("b1"))
+    assert turns.take().name == "a1"
+    turns.put("a", Noted("a2"))
+    turns.put("c", Noted("c1"))
+    assert taken(turns, 3) == ["b1", "a2", "c1"]
+
+
+def test_one_more_than_may_wait_is_refused_but_never_the_house_itself():
+    turns = Turns(2)
+    turns.put("a", Noted("a1"))
+    turns.put("b", Noted("b1"))
+    with pytest.raises(Busy, match="2 requests are waiting"):
+        turns.put("c", Noted("c1"))
+    turns.put(OWN, Noted("training"))
+    assert turns.waiting() == 2
+    turns.take()
+    turns.put("c", Noted("c1"))
+    assert taken(turns, 3) == ["b1", "training", "c1"]
+
+
+def test_who_leaves_the_line_frees_a_place():
+    turns = Turns(1)
+    first, second = Noted("first"), Noted("second")
+    turns.put("a", first)
+    assert turns.withdraw("a", first)
+    turns.put("a", second)
+    assert turns.take() is second
+    assert not turns.withdraw("a", second)
+    assert not turns.withdraw("nobody", second)
+
+
+def test_taking_waits_and_closing_ends_it():
+    turns = Turns(2)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend([turns.take(), turns.take()]))
+    thread.start()
+    work = Noted("late")
+    turns.put("a", work)
+    turns.close()  # work that was not taken yet is handed back instead
+    thread.join(5)
+    assert not thread.is_alive()
+    assert found in ([work, None], [None, None])
+    with pytest.raises(Busy, match="shut down"):
+        turns.put("a", Noted("too late"))
+
+
+def test_closing_hands_back_what_waits():
+    turns = Turns(5)
+    for name in ("a", "b"):
+        turns.put(name, Noted(name))
+    assert [work.name for work in turns.close()] == ["a", "b"]
+    assert turns.take() is None
+    assert turns.waiting() == 0
