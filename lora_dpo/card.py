@@ -21,8 +21,14 @@ def write_card(
     passport: Passport,
     comparison: Sequence[tuple[str, str, str]],
     samples: Sequence[tuple[str, str, str]],
+    *,
+    stopped: str | None = None,
 ) -> None:
-    """Write `README.md`: what the adapter is, what was measured, and the command that made it."""
+    """Write `README.md`: what the adapter is, what was measured, and the command that made it.
+
+    Args:
+        stopped: one sentence, if the run's guard ended it or chose an earlier step.
+    """
     place = recipe.output or str(path.parent)
     name = Path(place).name
     front = {
@@ -41,6 +47,7 @@ def write_card(
         f"A LoRA adapter for `{passport.base}`, preference-tuned with Direct Preference Optimization by lora-dpo on "
         f"{counts}. It is a small update: the base model is needed beside it.",
         "",
+        *([stopped, ""] if stopped else []),
         *(_comparison_lines(comparison) if comparison else []),
         "![training curves](curves.png)",
         "",

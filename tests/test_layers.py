@@ -12,18 +12,32 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
-    "errors config files events quiet journal improve_recipe",
+    "errors config files events quiet journal improve_recipe intervals texts thresholds",
     "data shared_prefix fetch lora_files package",
-    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint",
+    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint "
+    "health report",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
-    "prompts samples judges policy pairs improve",
-    "cli cli_adapters cli_data cli_export cli_pairs cli_plan console console_data terminal signals __init__ __main__",
+    "prompts samples judges policy pairs improve token_laws learned contest assess evaluations guard record",
+    "cli cli_adapters cli_data cli_eval cli_export cli_pairs cli_plan console console_data terminal signals __init__ __main__",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
 # a class on top of TRL's and what it is made of, and pure tensors: imported only when training starts
 EAGER = {"trainer", "engine", "steps", "shared_prefix"}
-WITHOUT_TRAINING = ("merge", "generate", "evaluate", "chat", "verify", "library", "hub", "fidelity", "export", "mix")
+WITHOUT_TRAINING = (
+    "merge",
+    "generate",
+    "evaluate",
+    "chat",
+    "verify",
+    "library",
+    "hub",
+    "fidelity",
+    "export",
+    "mix",
+    "assess",
+    "report",
+)
 
 
 def module_name(path: Path) -> str:
