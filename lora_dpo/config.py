@@ -202,8 +202,9 @@ class HealthSection(Section):
     action: Annotated[
         Literal["keep-best", "stop", "lower-lr", "warn", "none"],
         Field(
-            description="On an alarm. keep-best: stop, and go back to the best state that was healthy. stop: stop there. "
-            "lower-lr: halve the learning rate, at most three times, then keep-best. warn: say so. none: do not look."
+            description="On an alarm. keep-best: stop, and go back to the best state that was healthy. stop: stop "
+            "there. lower-lr: halve the learning rate, at most three times, then keep-best. warn: say so. none: do not "
+            "look."
         ),
     ] = "keep-best"
     every: Annotated[

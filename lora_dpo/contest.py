@@ -158,7 +158,7 @@ def _vote_rows(path: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _vote(row: Mapping[str, Any]) -> tuple[dict[str, str], float] | None:
-    """The two models' texts by name, and the outcome of the first; None for a row that is no vote between two models."""
+    """Two models' texts by name, and the outcome of the first; None for a row that is no vote between two models."""
     origin = row.get("origin")
     if not isinstance(origin, Mapping):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_dpo.assess import Assessment
+from lora_dpo.assessment import Assessment
 from lora_dpo.files import atomic_folder, refuse_existing
 from lora_dpo.report import PAGE, evaluation_page
 from lora_dpo.report.stored import NUMBERS

@@ -82,6 +82,14 @@ class Checkup:
     score: float | None = None
     """Mean score of the recipe's judge."""
 
+    @classmethod
+    def restored(cls, stored: Mapping[str, Any]) -> Checkup:
+        """From JSON, which knows no tuples."""
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+        }
+        return cls(**known)
+
     def numbers(self) -> dict[str, float]:
         """For logs and trackers."""
         found = {
@@ -230,7 +238,8 @@ def of_answers(checkup: Checkup, yardstick: Yardstick, limits: HealthSection) ->
         yield Alarm(
             "length growth",
             step,
-            f"answers have {written / len(checkup.tokens):.0f} tokens, before they had {wrote / len(before.tokens):.0f}",
+            f"answers have {written / len(checkup.tokens):.0f} tokens, "
+            f"before they had {wrote / len(before.tokens):.0f}",
             "Longer answers won in the pairs, and length is easier to learn than quality",
             "Use pairs of like length (lora-dpo data check measures the bias), or loss_type sigmoid_norm",
         )

@@ -14,7 +14,7 @@ REFUSAL = re.compile(
 
 
 def repetition(text: str) -> float:
-    """Share of three-word sequences that stood in the text before (seq-rep-3, Welleck et al. 2020, arXiv 1908.04319)."""
+    """Share of three-word sequences that stood there before (seq-rep-3, Welleck et al. 2020, arXiv 1908.04319)."""
     words = re.findall(r"\w+", text.lower())
     threes = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(threes)) / len(threes) if threes else 0.0

@@ -23,7 +23,8 @@ from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.evaluate import evenly, to_json
 from lora_dpo.events import Answered, Compared, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
-from lora_dpo.guard import Guard, Outcome, check_health, guard_callback, was_stopped
+from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
+from lora_dpo.guard_callback import add_guard
 from lora_dpo.measure import Measured, comparison, measure_after, measure_before
 from lora_dpo.model import POLICY, Base, attach_lora, load_base
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
@@ -128,7 +129,7 @@ def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: P
         engine=run.recipe.engine,
     )
     _drop_printing_callbacks(trainer)
-    trainer.callback_handler.callbacks.insert(0, guard_callback(guard, checkpoint))
+    add_guard(trainer, guard, checkpoint)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:

@@ -60,13 +60,14 @@ def teach(folder: Path, target: Path) -> Path:
 
 
 def write_pairs(path: Path, numbers, *, shuffled: int | None = None) -> Path:
-    """Pairs that prefer the short answer; with `shuffled` a seed that swaps each pair's labels by a coin."""
-    coin = random.Random(shuffled)
+    """Pairs that prefer the short answer; with `shuffled`, a seed, half of them have their labels swapped."""
+    places = [(number, subject) for number in numbers for subject in SUBJECTS]
+    swapped = set() if shuffled is None else set(random.Random(shuffled).sample(places, len(places) // 2))
     rows = []
     for number in numbers:
         for subject in SUBJECTS:
             sides = [short(number), long(number)]
-            if shuffled is not None and coin.random() < 0.5:
+            if (number, subject) in swapped:
                 sides.reverse()
             rows.append({"prompt": prompt(subject, number), "chosen": sides[0], "rejected": sides[1]})
     random.Random(7).shuffle(rows)

@@ -128,8 +128,8 @@ def test_a_ratio_and_its_interval():
 
 
 def test_an_assessment_agrees_with_plain_scores(policy, write_pairs, tiny_adapter):
-    from lora_dpo.evaluate import pair_metrics, score_pairs
     from lora_dpo.data import read_pairs, tokenize_pairs
+    from lora_dpo.evaluate import pair_metrics, score_pairs
 
     data = str(write_pairs(count=6))
     found = assess(policy, [data], plan=QUICK, judge=open_judge(["rules:length<=2"]))
@@ -205,8 +205,8 @@ def test_what_cannot_be_assessed_is_said(policy, write_pairs, tiny_model_folder,
     data = [str(write_pairs(count=4))]
     with pytest.raises(AdapterError, match="no adapter to assess"):
         assess(load_policy(str(tiny_model_folder), quantize="none"), data)
+    (tmp_path / "short.txt").write_text("a")
     with pytest.raises(DataError, match="fewer than two tokens"):
-        (tmp_path / "short.txt").write_text("a")
         assess(policy, data, plan=AssessPlan(answers=0, kl_answers=0, text=str(tmp_path / "short.txt")))
     with pytest.raises(DataError, match="No pair is left"):
         assess(policy, data, plan=AssessPlan(max_length=2))
@@ -280,7 +280,7 @@ def taught(tiny_model_folder, tmp_path_factory):
 
 
 def trained(taught, folder, *, seed, shuffled):
-    """An adapter trained on pairs that prefer the short answer, or on the same pairs with labels by a coin."""
+    """An adapter trained on pairs that prefer the short answer, or on the same pairs with half of the labels swapped."""
     data = write_taught_pairs(folder / f"{shuffled}{seed}.jsonl", range(10, 22), shuffled=seed if shuffled else None)
     recipe = {
         "model": {"name": str(taught), "quantize": "none", "dtype": "float32"},

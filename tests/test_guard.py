@@ -12,8 +12,8 @@ from lora_dpo.config import check_recipe
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.events import Alarmed, Note, Progress, Sampled, StepLogged
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.trainer import DPOTrainer
 from lora_dpo.train import train
+from lora_dpo.trainer import DPOTrainer
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_ruinous_recipe_stops_and_goes_back_to_a_healthy_step(recipe):
     outcome = result.outcome
     assert outcome.steps < 40
     assert outcome.kept < outcome.steps
-    assert outcome.sentence.startswith(f"Stopped at step {outcome.steps} of 40: ")
+    assert outcome.sentence.startswith(f"Stopped at step {outcome.steps} of 40 because of ")
     assert [event.step for event in events if isinstance(event, Alarmed)][-1] == outcome.steps
     assert any(isinstance(event, Note) and event.text == outcome.sentence for event in events)
     measured = json.loads((result.folder / "measured.json").read_text())
@@ -215,10 +215,10 @@ def test_the_best_held_out_accuracy_is_kept(recipe, monkeypatch):
 
 
 def test_a_judge_of_the_samples_chooses_the_step(recipe, monkeypatch):
-    from lora_dpo.guard import Guard
+    from lora_dpo.looking import Looker
 
     scores = iter([None, 0.2, 0.7, 0.7, 0.1])  # before the first step, then every second step
-    monkeypatch.setattr(Guard, "_score", lambda self, answers: next(scores))
+    monkeypatch.setattr(Looker, "_score", lambda self, answers: next(scores))
     health = {"every": 2, "judge": "rules:chars<=9"}
     outcome = train(recipe(trainer={"max_steps": 8}, health=health), name="tiny").outcome
     assert outcome.kept == 6  # of equals the later one

@@ -1,4 +1,4 @@
-"""Each alarm on a trajectory that must raise it and on its nearest healthy neighbour; a real healthy run raises none."""
+"""Each alarm on a trajectory that must raise it, and on its nearest healthy neighbour."""
 
 import json
 import math

@@ -17,8 +17,10 @@ LAYERS = (
     "model adapters probe library hub merging generate runs settings card memory reference_cache footprint "
     "health report",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
-    "prompts samples judges policy pairs improve token_laws learned contest assess evaluations guard record",
-    "cli cli_adapters cli_data cli_eval cli_export cli_pairs cli_plan console console_data terminal signals __init__ __main__",
+    "prompts samples judges policy pairs improve token_laws learned contest assessment assess "
+    "evaluations keeping looking guard guard_callback record",
+    "cli cli_adapters cli_data cli_eval cli_export cli_pairs cli_plan console console_data terminal signals "
+    "__init__ __main__",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}

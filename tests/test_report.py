@@ -95,8 +95,6 @@ def run(tiny_adapter, tmp_path):
 class Checker(HTMLParser):
     """Collects what a page could run or load, and whether its tags are closed."""
 
-    VOID = {"meta", "link", "br", "i"}
-
     def __init__(self):
         super().__init__()
         self.open, self.loads, self.tags = [], [], set()
@@ -198,12 +196,12 @@ def test_a_broken_evaluation_is_named(content, tmp_path):
 
 
 def drawing(figure):
-    return ElementTree.fromstring(re.search(r"<svg.*</svg>", figure)[0])
+    return ElementTree.fromstring(re.search(r"<svg.*</svg>", figure)[0])  # noqa: S314 - our own
 
 
 def test_lines_break_at_nan_and_stay_inside():
     figure = svg.lines([svg.Series("a", [1, 2, 3, 4, 5], [0.0, 1.0, math.nan, 3.0, 4.0])], title="t")
-    lines = [one for one in drawing(figure).iter("polyline")]
+    lines = list(drawing(figure).iter("polyline"))
     assert len(lines) == 2
     places = [tuple(map(float, place.split(","))) for line in lines for place in line.get("points").split()]
     assert all(0 <= x <= svg.WIDTH and 0 <= y <= svg.HEIGHT for x, y in places)

@@ -75,7 +75,8 @@ def remarks(stored: Stored) -> Iterator[str]:
     if contest:
         yield (
             f"{contest['wins']} won, {contest['ties']} tied, {contest['losses']} lost by {contest['judge']}; in "
-            f"{contest['contradicted']} the two orders contradicted each other, {contest['unjudged']} could not be judged."
+            f"{contest['contradicted']} the two orders contradicted each other, {contest['unjudged']} could not "
+            "be judged."
         )
         raw, controlled = numbers["win-rate"], numbers["win-rate-lc"]
         if raw["low"] > 0.5 >= controlled["low"]:
@@ -141,6 +142,6 @@ def _how(stored: Stored) -> list[tuple[str, str]]:
 def _number(name: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "not known"
-    if name in SHARES or name == "repetition":
-        return f"{value:.1%}" if name not in ("accuracy", "accuracy-lc", "learned", "win-rate", "win-rate-lc") else f"{value:.3f}"
+    if name in ("finished", "refusals", "repetition"):
+        return f"{value:.1%}"
     return f"{value:.1f}" if name.startswith("length") else f"{value:.3f}"

@@ -10,15 +10,18 @@ STYLE = """
 --bad:#b3382c;--warn:#9a6700;--c0:#2a6fb0;--c1:#c4512d;--c2:#2f8a57;--c3:#8a5bb5;--c4:#b8860b;--c5:#3b8ea5;--c6:#b04a80;
 --c7:#6b7280}
 @media(prefers-color-scheme:dark){:root{--bg:#14181f;--fg:#e6e9ee;--soft:#9aa5b4;--line:#2c3440;--card:#1c222b;
---good:#5cc48d;--bad:#f0857a;--warn:#e0b341;--c0:#6aaeea;--c1:#f08a64;--c2:#63c48f;--c3:#bd96e3;--c4:#e0b341;--c5:#6cc3da;
+--good:#5cc48d;--bad:#f0857a;--warn:#e0b341;
+--c0:#6aaeea;--c1:#f08a64;--c2:#63c48f;--c3:#bd96e3;--c4:#e0b341;--c5:#6cc3da;
 --c6:#e284b5;--c7:#a2abb8}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1080px;padding:24px 20px 60px;background:var(--bg);color:var(--fg);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:34px 0 10px;border-bottom:1px solid var(--line);padding-bottom:4px}
+h1{font-size:24px;margin:0 0 4px}
+h2{font-size:18px;margin:34px 0 10px;border-bottom:1px solid var(--line);padding-bottom:4px}
 p{margin:6px 0}.soft{color:var(--soft)}.good{color:var(--good)}.bad{color:var(--bad)}.warn{color:var(--warn)}
-.box{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--c0);border-radius:6px;padding:10px 14px;
-margin:12px 0}.box.bad{border-left-color:var(--bad);color:inherit}.box.warn{border-left-color:var(--warn);color:inherit}
+.box{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--c0);border-radius:6px;
+padding:10px 14px;margin:12px 0}
+.box.bad{border-left-color:var(--bad);color:inherit}.box.warn{border-left-color:var(--warn);color:inherit}
 .box.good{border-left-color:var(--good);color:inherit}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:5px 10px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
@@ -33,7 +36,8 @@ svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}svg line.c0{stroke
 .legend{font-size:13px;color:var(--soft);display:flex;flex-wrap:wrap;gap:4px 14px;margin:4px 0 0}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:5px;vertical-align:-1px}
 .answers td{width:38%;white-space:pre-wrap;overflow-wrap:anywhere}.answers td:first-child{width:24%;font-weight:600}
-.many td{width:auto;min-width:180px}.key td:first-child{white-space:nowrap;color:var(--soft);width:1%;padding-right:18px}
+.many td{width:auto;min-width:180px}
+.key td:first-child{white-space:nowrap;color:var(--soft);width:1%;padding-right:18px}
 .key td{overflow-wrap:anywhere}code{font:13px ui-monospace,Menlo,Consolas,monospace}
 footer{margin-top:40px;color:var(--soft);font-size:13px}
 """

@@ -192,6 +192,9 @@ def _cost(run: StoredRun) -> Iterator[tuple[str, str]]:
         yield "whole run", f"{total / 60:.1f} min"
     for stage, seconds in run.measured.get("seconds", {}).items():
         yield stage, f"{seconds:.1f} s"
+    looking = run.measured.get("health", {}).get("seconds")
+    if looking:
+        yield "of which the guard's looks at answers", f"{looking:.1f} s"
     memory = run.measured.get("memory", {})
     for name, label in (("process", "main memory at the peak"), ("gpu", "GPU memory at the peak")):
         if name in memory:
