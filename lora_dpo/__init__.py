@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters import attach_adapter
+from lora_dpo.assess import AssessPlan, assess
 from lora_dpo.chat import Chat, open_chat
 from lora_dpo.config import EngineSection, LoraSection, Recipe, read_recipe
 from lora_dpo.data import read_pairs
@@ -31,6 +32,7 @@ from lora_dpo.plan import Plan, plan
 from lora_dpo.policy import load_policy
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.prompts import read_prompts
+from lora_dpo.report import write_report
 from lora_dpo.train import TrainResult, train
 from lora_dpo.verify import verify
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer
 
 __all__ = [
+    "AssessPlan",
     "Base",
     "BaseDiffers",
     "Chat",
@@ -52,6 +55,7 @@ __all__ = [
     "StopSignal",
     "Stopped",
     "TrainResult",
+    "assess",
     "attach_adapter",
     "attach_lora",
     "export",
@@ -81,6 +85,7 @@ __all__ = [
     "stream",
     "train",
     "verify",
+    "write_report",
 ]
 
 __version__ = "0.1.0"

@@ -21,8 +21,14 @@ def write_card(
     passport: Passport,
     comparison: Sequence[tuple[str, str, str]],
     samples: Sequence[tuple[str, str, str]],
+    *,
+    stopped: str | None = None,
 ) -> None:
-    """Write `README.md`: what the adapter is, what was measured, and the command that made it."""
+    """Write `README.md`: what the adapter is, what was measured, and the command that made it.
+
+    Args:
+        stopped: one sentence, if the run's guard ended it or chose an earlier step.
+    """
     place = recipe.output or str(path.parent)
     name = Path(place).name
     front = {
@@ -42,6 +48,7 @@ def write_card(
         f"{counts}. It is a small update: the base model is needed beside it.",
         "",
         *(_stopped_lines(passport.metrics["stopped"]) if "stopped" in passport.metrics else []),
+        *([stopped, ""] if stopped else []),
         *(_comparison_lines(comparison) if comparison else []),
         "![training curves](curves.png)",
         "",

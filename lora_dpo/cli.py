@@ -15,6 +15,7 @@ from lora_dpo import cli_pairs
 from lora_dpo.cli_adapters import app as adapters_app
 from lora_dpo.cli_data import app as data_app
 from lora_dpo.cli_demo import demo
+from lora_dpo.cli_eval import evaluate, report
 from lora_dpo.cli_export import export
 from lora_dpo.cli_plan import plan
 from lora_dpo.cli_serve import serve
@@ -218,6 +219,8 @@ def merge(
     out.print(recommend(found), soft_wrap=True, highlight=False)
 
 
+app.command("eval")(evaluate)
+app.command("report")(report)
 app.command()(cli_pairs.pairs)
 app.command()(cli_pairs.improve)
 

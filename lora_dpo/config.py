@@ -203,6 +203,56 @@ class EngineSection(Section):
         return value
 
 
+class HealthSection(Section):
+    """What watches over the run, and what it does about an alarm."""
+
+    action: Annotated[
+        Literal["keep-best", "stop", "lower-lr", "warn", "none"],
+        Field(
+            description="On an alarm. keep-best: stop, and go back to the best state that was healthy. stop: stop "
+            "there. lower-lr: halve the learning rate, at most three times, then keep-best. warn: say so. none: do not "
+            "look."
+        ),
+    ] = "keep-best"
+    every: Annotated[
+        int | Literal["auto"],
+        Field(description="Steps between two looks at answers. auto: a third of the run, at least 8 and at most 50."),
+    ] = "auto"
+    prompts: Annotated[
+        int, Field(ge=0, description="Prompts that are answered at each look, held-out ones if there are any.")
+    ] = 6
+    max_new_tokens: Annotated[int, Field(ge=8, description="Longest answer at a look, in tokens.")] = 48
+    judge: Annotated[
+        str | list[str] | None,
+        Field(
+            description="Judge of these answers (docs/judges.md); the state with the best score is kept. Without one, "
+            "held-out accuracy decides where trainer.eval_strategy measures it, else the last healthy state."
+        ),
+    ] = None
+    displacement: Annotated[
+        float, Field(gt=0, description="Alarm when the chosen answers lost so many nats a token (docs/health.md).")
+    ] = 0.25
+    kl: Annotated[
+        float, Field(gt=0, description="Budget: alarm above so many nats of KL from the reference, a token.")
+    ] = 1.0
+    shortest: Annotated[
+        float,
+        Field(gt=0, lt=1, description="Alarm when answers are shorter than this share of what was to be expected."),
+    ] = 0.6
+
+    @field_validator("every")
+    @classmethod
+    def _some_steps(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("allowed: auto, or 1 or more")
+        return value
+
+    @property
+    def judges(self) -> list[str]:
+        """The judges as a list."""
+        return [] if self.judge is None else [self.judge] if isinstance(self.judge, str) else self.judge
+
+
 class Recipe(Section):
     """Everything about one run."""
 
@@ -220,6 +270,9 @@ class Recipe(Section):
         EvaluationSection()
     )
     engine: Annotated[EngineSection, Field(description="How steps are computed.")] = EngineSection()
+    health: Annotated[
+        HealthSection, Field(description="What watches over the run, and what it does about an alarm.")
+    ] = HealthSection()
     output: Annotated[
         str | None,
         Field(description="The adapter folder. Default: adapters/RECIPE-NAME, numbered if that is taken."),
@@ -231,7 +284,7 @@ class Recipe(Section):
 
     _home = field_validator("output")(_at_home)
 
-    @field_validator("model", "lora", "data", "evaluation", "engine", "trainer", mode="before")
+    @field_validator("model", "lora", "data", "evaluation", "engine", "health", "trainer", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value  # `trainer:` with all its lines commented out

@@ -19,7 +19,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lora_dpo.events import Answered, Compared, Event, Note, Resolved, RoundsMeasured, RowsDropped, Saved, StepLogged
+from lora_dpo.events import (
+    Alarmed,
+    Answered,
+    Compared,
+    Event,
+    Note,
+    Resolved,
+    RoundsMeasured,
+    RowsDropped,
+    Sampled,
+    Saved,
+    StepLogged,
+)
 from lora_dpo.events import Progress as ProgressEvent
 from lora_dpo.fidelity import Fidelity
 
@@ -61,6 +73,10 @@ class RunView:
                 self._stage(stage, done, total)
             case StepLogged(step, total, metrics) if "loss" in metrics:
                 self._stage(f"training  {step_line(metrics)}", step, total, key="training")
+            case Sampled(step, numbers, _):
+                self.console.print(f"step {step}: {sample_line(numbers)}", highlight=False)
+            case Alarmed(_, _, text):
+                self.console.print(f"[yellow]alarm:[/] {escape(text)}", highlight=False)
             case Note(text, warning):
                 self.console.print(f"[yellow]warning:[/] {escape(text)}" if warning else escape(text))
             case Compared(rows) if rows:
@@ -120,6 +136,18 @@ def step_line(metrics: Mapping[str, float]) -> str:
     """The numbers to watch, short enough for one line."""
     parts = [("loss", "loss"), ("margin", "rewards/margins"), ("acc", "rewards/accuracies")]
     return "  ".join(f"{label} {metrics[key]:.2f}" for label, key in parts if key in metrics)
+
+
+def sample_line(numbers: Mapping[str, float]) -> str:
+    """What the guard saw of a few sampled answers."""
+    parts = [
+        ("health/answer_tokens", "answers of {:.0f} tokens"),
+        ("health/finished", "{:.0%} end by themselves"),
+        ("health/repetition", "{:.0%} repeated"),
+        ("health/kl", "KL {:.2f} nats a token"),
+        ("health/judge", "judge {:.2f}"),
+    ]
+    return ", ".join(form.format(numbers[key]) for key, form in parts if key in numbers)
 
 
 def side_by_side(

@@ -69,11 +69,42 @@ class RoundsMeasured:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Answers to a few fixed prompts in the middle of training: `(prompt, before, now)`."""
+
+    step: int
+    numbers: Mapping[str, float]
+    """`health/answer_tokens`, `health/finished`, `health/repetition`, `health/kl`, …"""
+    rows: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Alarmed:
+    """The health monitor saw something that spoils the run, or will."""
+
+    step: int
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """The adapter folder is whole and in its place."""
 
     folder: Path
 
 
-Event = Resolved | RowsDropped | Progress | StepLogged | Note | Compared | Answered | RoundsMeasured | Saved
+Event = (
+    Resolved
+    | RowsDropped
+    | Progress
+    | StepLogged
+    | Note
+    | Compared
+    | Answered
+    | RoundsMeasured
+    | Sampled
+    | Alarmed
+    | Saved
+)
 OnEvent = Callable[[Event], None]

@@ -30,6 +30,8 @@ class Measured:
     pairs: PairMetrics | None = None
     answers: AnswerMetrics | None = None
     texts: tuple[Answer, ...] = ()
+    scores: Scores | None = None
+    """What the metrics of the pairs are made of."""
 
 
 def measure_before(run: Run, model: PeftModel, pad: int, cache: Path) -> tuple[Scores | None, Measured]:
@@ -47,12 +49,12 @@ def measure_before(run: Run, model: PeftModel, pad: int, cache: Path) -> tuple[S
             texts = _answer(run, model, "answers before training")
         write_json(cache, {"scores": scores, "answers": [asdict(answer) for answer in texts]})
     pairs = pair_metrics(scores, scores, beta=run.beta) if scores else None
-    return scores, Measured(pairs, _answer_metrics(run, texts), tuple(texts))
+    return scores, Measured(pairs, _answer_metrics(run, texts), tuple(texts), scores)
 
 
 def measure_after(run: Run, model: PeftModel, pad: int, ref_scores: Scores | None) -> Measured:
     """Score and answer as the policy, against the reference's scores from before."""
-    pairs = None
+    pairs = scores = None
     try:
         if ref_scores:
             tick = run.progress("held-out pairs, adapter", len(run.held_out))
@@ -61,7 +63,7 @@ def measure_after(run: Run, model: PeftModel, pad: int, ref_scores: Scores | Non
         texts = _answer(run, model, "answers after training")
     except Stopped:
         raise Stopped(run.output, step=0, resumable=True) from None  # the last checkpoint is on disk
-    return Measured(pairs, _answer_metrics(run, texts), tuple(texts))
+    return Measured(pairs, _answer_metrics(run, texts), tuple(texts), scores)
 
 
 def _answer(run: Run, model: PeftModel, stage: str) -> list[Answer]:

@@ -110,7 +110,8 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
     skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     lines = list(_model_lines(recipe, skeleton))
     trainable = _count_trainable(recipe, skeleton)
-    check_space(output, needed=trainable * 4 * 8)  # adapter, two checkpoints with Adam's two moments, one to spare
+    # the adapter, and two checkpoints with Adam's two moments and up to four states of the guard; one to spare
+    check_space(output, needed=trainable * 4 * 16)
     lines.append(("adapter", f"{trainable:,} trainable parameters in float32{_lora_line(recipe)}"))
     emit(Resolved((*lines, *_run_lines(run))))
     return run

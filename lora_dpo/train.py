@@ -23,10 +23,14 @@ from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.evaluate import evenly, to_json
 from lora_dpo.events import Answered, Compared, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
+from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
+from lora_dpo.guard_callback import add_guard
 from lora_dpo.measure import Measured, comparison, measure_after, measure_before
 from lora_dpo.model import POLICY, Base, attach_lora, load_base
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.record import Stopwatch, record, write_record
+from lora_dpo.report import PAGE, report_of
 from lora_dpo.runs import RunLog, checkpoints, choose_output, open_run, release
 from lora_dpo.settings import trainer_config
 from lora_dpo.verify import write_probe
@@ -47,6 +51,8 @@ class TrainResult:
     model: PeftModel
     before: Measured
     after: Measured
+    outcome: Outcome
+    """What the guard did: alarms, where it stopped, which step's adapter this is."""
 
 
 def train(
@@ -75,7 +81,8 @@ def train(
     """
     output = choose_output(recipe, name, resume=resume)
     recipe = recipe.model_copy(update={"output": str(output)})
-    emit = on_event or (lambda event: None)
+    check_health(recipe)
+    emit = Stopwatch(on_event or (lambda event: None))
     with quiet_libraries():
         run = prepare(recipe, output, emit, stop or StopSignal())
     checkpoint = open_run(recipe, output, resume=resume)
@@ -95,18 +102,25 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
     log = RunLog(run.partial / "metrics.jsonl", from_step=state.get("global_step", -1))
-    if checkpoint and state["global_step"] >= state["max_steps"]:
+    guard = Guard(run, model, log)
+    if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
         restore_adapter(model, checkpoint)  # only the measuring was interrupted
+        guard.begin(checkpoint, state["global_step"])
     else:
-        _optimise(run, base, model, log, checkpoint, look)
+        _optimise(run, base, model, log, checkpoint, guard, look)
+    outcome = guard.finish()
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
+        raise ModelError("Training ended in NaN or infinite weights. Lower trainer.learning_rate and start again.")
     model.eval()
     after = measure_after(run, model, pad, ref_scores)
     _report(run, before, after)
-    _save(run, base, model, log, before, after)
-    return TrainResult(run.output, base, model, before, after)
+    _save(run, base, model, log, before, after, outcome)
+    return TrainResult(run.output, base, model, before, after, outcome)
 
 
-def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None, look: Look | None) -> None:
+def _optimise(
+    run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None, guard: Guard, look: Look | None
+) -> None:
     """The training loop: TRL's, from the checkpoint if there is one. Raises `Stopped` if asked to."""
     from datasets import Dataset
 
@@ -122,14 +136,13 @@ def _optimise(run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: P
         engine=run.recipe.engine,
     )
     _drop_printing_callbacks(trainer)
+    add_guard(trainer, guard, checkpoint)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.close()
     if run.stop.requested:
         raise Stopped(run.output, step=trainer.state.global_step, resumable=True)
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
-        raise ModelError("Training ended in NaN or infinite weights. Lower trainer.learning_rate and start again.")
 
 
 # --- one base in memory ---------------------------------------------------------------------------
@@ -258,7 +271,9 @@ def _report(run: Run, before: Measured, after: Measured) -> None:
 # --- the result -----------------------------------------------------------------------------------
 
 
-def _save(run: Run, base: Base, model: PeftModel, log: RunLog, before: Measured, after: Measured) -> None:
+def _save(
+    run: Run, base: Base, model: PeftModel, log: RunLog, before: Measured, after: Measured, outcome: Outcome
+) -> None:
     metrics: dict[str, Any] = {
         "before": {"pairs": to_json(before.pairs), "answers": to_json(before.answers)},
         "after": {"pairs": to_json(after.pairs), "answers": to_json(after.answers)},
@@ -280,7 +295,10 @@ def _save(run: Run, base: Base, model: PeftModel, log: RunLog, before: Measured,
         (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
         shutil.copyfile(log.path, folder / "metrics.jsonl")
         write_curves(folder / "curves.png", log.rows, beta=run.beta)
-        write_card(folder / "README.md", run.recipe, passport, list(comparison(before, after)), samples)
+        rows = list(comparison(before, after))
+        write_card(folder / "README.md", run.recipe, passport, rows, samples, stopped=outcome.sentence)
+        write_record(folder, record(run, before, after, outcome))
+        (folder / PAGE).write_text(report_of([folder], name=run.output.name), encoding="utf-8")
     shutil.rmtree(run.partial, ignore_errors=True)
     run.emit(Saved(run.output))
 

@@ -12,20 +12,34 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
-    "errors config files events quiet journal improve_recipe",
+    "errors config files events quiet journal improve_recipe intervals texts thresholds",
     "data shared_prefix fetch lora_files package turns address",
-    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint "
-    "request shelf openai_api",
+    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint request "
+    "shelf openai_api health report",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
-    "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk outgoing",
+    "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk outgoing "
+    "token_laws learned contest assessment assess evaluations keeping looking guard guard_callback record",
     "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve serve console console_data demo "
-    "terminal signals __init__ __main__",
+    "terminal signals __init__ __main__ cli_eval",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
-HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
+HEAVY = {"accelerate", "bitsandbytes", "datasets", "gradio", "peft", "torch", "transformers", "trl"}
 # a class on top of TRL's and what it is made of, and pure tensors: imported only when training starts; the page
-EAGER = {"trainer", "engine", "steps", "shared_prefix", "demo"}
-WITHOUT_TRAINING = ("merge", "generate", "evaluate", "chat", "verify", "library", "hub", "fidelity", "export", "mix")
+EAGER = {"demo", "engine", "shared_prefix", "steps", "trainer"}
+WITHOUT_TRAINING = (
+    "merge",
+    "generate",
+    "evaluate",
+    "chat",
+    "verify",
+    "library",
+    "hub",
+    "fidelity",
+    "export",
+    "mix",
+    "assess",
+    "report",
+)
 
 
 def module_name(path: Path) -> str:

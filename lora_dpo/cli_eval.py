@@ -1,0 +1,206 @@
+"""`lora-dpo eval` and `lora-dpo report`: parse, call, draw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lora_dpo.cli_pairs import JUDGE_HELP, endpoint_settings
+
+if TYPE_CHECKING:
+    from lora_dpo.assessment import Assessment
+    from lora_dpo.thresholds import Requirement
+
+NOT_MET = 3
+"""Exit status of an evaluation that ended, and did not meet a requirement."""
+
+out = Console()
+err = Console(stderr=True)
+
+
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="A name in adapters/, or an adapter folder.")],
+    data: Annotated[list[str], typer.Option("--data", help="Held-out preference pairs; several add up.")],
+    judge: Annotated[list[str] | None, typer.Option("--judge", help=f"Who compares answers: {JUDGE_HELP}")] = None,
+    votes: Annotated[
+        Path | None, typer.Option(help="Blind votes of the demo, in place of a judge (its votes.jsonl).")
+    ] = None,
+    against: Annotated[str, typer.Option(help="What it is compared with: base, or another adapter.")] = "base",
+    require: Annotated[
+        list[str] | None,
+        typer.Option("--require", help="A bound such as 'accuracy>0.7' or 'win-rate.low>0.5'; exit status 3 if unmet."),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to answer instead of the data's: text, rows, or preference data.")
+    ] = None,
+    answers: Annotated[int, typer.Option(min=0, help="How many prompts are answered, spread over them.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 160,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the answers that are judged; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    kl_answers: Annotated[
+        int, typer.Option(min=0, help="Answers drawn at temperature 1 to measure KL on; 0 leaves it out.")
+    ] = 24,
+    text: Annotated[
+        Path | None, typer.Option(help="Plain text for perplexity with the adapter and without: what was forgotten.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Longest prompt and answer of a pair, in tokens.")] = 2048,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for report.html and eval.json; must not exist.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
+    model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4 or none. Default: as the adapter was trained.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="What an LLM judge is to look at.")] = None,
+    judge_per_minute: Annotated[float | None, typer.Option(min=0.1, help="Most requests to an LLM judge.")] = None,
+    judge_prices: Annotated[
+        str | None, typer.Option(help="IN,OUT: prices of a million tokens, to count an LLM judge's cost.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a base that differs from the passport.")] = False,
+) -> None:
+    """Say whether an adapter is better, and what it cost, with 95% intervals.
+
+    Loads one base, once. Scores held-out pairs against the reference of the adapter's training, has a judge compare
+    answers in both orders, measures KL from the reference, length, endings, repetition and refusals, and writes
+    report.html and eval.json.
+
+    Examples:
+
+        lora-dpo eval quickstart --data data/quickstart-eval.jsonl --judge 'rules:length<=40' --judge rules:finished
+
+        lora-dpo eval adapters/beta02 --data eval.jsonl --against adapters/beta01 --judge llm:qwen3:8b@http://my-server/v1
+
+        lora-dpo eval quickstart --data eval.jsonl --require 'accuracy>0.7' --require 'kl<0.5' --json
+    """
+    from lora_dpo.adapters import strictness
+    from lora_dpo.assess import AssessPlan, assess
+    from lora_dpo.config import one_of
+    from lora_dpo.console import RunView
+    from lora_dpo.evaluations import evaluation_folder, save_evaluation
+    from lora_dpo.generate import Sampling
+    from lora_dpo.library import find_adapter
+    from lora_dpo.policy import load_policy, load_with_judge
+    from lora_dpo.prompts import read_prompts
+    from lora_dpo.thresholds import parse_requirements
+
+    if quantize is not None:
+        one_of("--quantize", quantize, ("nf4", "none"))
+    requirements = parse_requirements(require or ())
+    folder = find_adapter(adapter)
+    _check(folder, judge, votes, answers, kl_answers, text, requirements)
+    other = against if against == "base" else str(find_adapter(against))
+    target = evaluation_folder(folder.resolve().name, output)
+    endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge or [])
+    asked = read_prompts(prompts) if prompts else None
+    plan = AssessPlan(
+        answers=answers,
+        kl_answers=kl_answers,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed),
+        max_length=max_length,
+        against=other,
+        votes=str(votes) if votes else None,
+        text=str(text) if text else None,
+    )
+    view = RunView(err)  # progress beside the result, so that the result can be piped
+    with strictness(strict):
+        with err.status("loading the model"):
+            how = {"model": model, "adapter": folder, "quantize": cast(Any, quantize)}
+            if judge:
+                cache = target.with_name(target.name + ".judge.sqlite")
+                policy, judged_by = load_with_judge(judge, cache=cache, endpoint=endpoint, **how)
+            else:
+                policy, judged_by = load_policy(**how), None
+        with view.live():
+            found = assess(policy, data, plan=plan, judge=judged_by, prompts=asked, on_event=view)
+    save_evaluation(target, found)
+    _show(found, requirements, target, as_json=as_json)
+
+
+def _check(
+    folder: Path,
+    judge: list[str] | None,
+    votes: Path | None,
+    answers: int,
+    kl_answers: int,
+    text: Path | None,
+    requirements: list[Requirement],
+) -> None:
+    """Refuse what could not be done, before anything is loaded."""
+    from lora_dpo.errors import ConfigError
+    from lora_dpo.judges.grammar import check_specs
+    from lora_dpo.learned import at_first_sight
+    from lora_dpo.thresholds import NAMES, check_measurable
+
+    if judge and votes:
+        raise ConfigError("--judge and --votes both say who wins. Give one of them.")
+    if judge and not answers:
+        raise ConfigError("--judge compares answers, and --answers is 0. Raise it, or leave --judge out.")
+    if judge:
+        check_specs(judge)
+    missing = set() if at_first_sight(folder) else {"learned"}
+    missing |= set() if judge or votes else {"win-rate", "win-rate-lc"}
+    missing |= set() if text else {"perplexity-ratio"}
+    missing |= set() if kl_answers and answers else {"kl"}
+    missing |= set() if answers else {"length", "length-change", "finished", "repetition", "refusals"}
+    check_measurable(requirements, [name for name in NAMES if name not in missing])
+
+
+def _show(found: Assessment, requirements: list[Requirement], target: Path, *, as_json: bool) -> None:
+    numbers = found.numbers()
+    unmet = [one for one in requirements if not one.met(numbers)]
+    if as_json:
+        met = [{"require": one.text, "met": one not in unmet} for one in requirements]
+        print(json.dumps({**found.to_json(), "requirements": met, "report": str(target / "report.html")}, indent=2))
+    else:
+        out.print(table(found))
+        out.print(found.verdict(), soft_wrap=True, highlight=False)
+        if found.cost:
+            out.print(f"judge  {found.cost}", highlight=False)
+        for one in requirements:
+            word = "[red]not met[/]" if one in unmet else "[green]met[/]"
+            out.print(f"{word}  {escape(one.seen(numbers))}", highlight=False)
+        out.print(f"[green]written[/] [bold]{escape(str(target / 'report.html'))}[/]", soft_wrap=True)
+    if unmet:
+        raise typer.Exit(NOT_MET)
+
+
+def table(found: Assessment) -> Table:
+    """All numbers with their intervals."""
+    from lora_dpo.report import number_rows
+
+    drawn = Table(title=f"{found.adapter} against {found.against}", title_justify="left")
+    for column in ("", "value", "95% interval", "from"):
+        drawn.add_column(column, justify="left" if not column else "right")
+    for row in number_rows(found.to_json()):
+        drawn.add_row(*map(escape, row))
+    return drawn
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Adapter folders or evaluations (folders with an eval.json).")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page to write. Default: reports/NAME.html, a free name.")
+    ] = None,
+) -> None:
+    """Write one page about a run, or one that compares several.
+
+    Several runs of a sweep (β, rank, learning rate) become one page: what differs in their settings, results side by
+    side, curves in one plot, and answers to the same prompts. The page is one file and loads nothing.
+
+    Examples:
+
+        lora-dpo report adapters/quickstart
+
+        lora-dpo report adapters/beta01 adapters/beta02 adapters/beta05 --output beta.html
+    """
+    from lora_dpo.report import write_report
+
+    written = write_report(runs, output)
+    out.print(f"[green]written[/] [bold]{escape(str(written))}[/]", soft_wrap=True)

@@ -1,0 +1,34 @@
+"""Where evaluations are kept: a folder each, with the numbers for programs and the page for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lora_dpo.assessment import Assessment
+from lora_dpo.files import atomic_folder, refuse_existing
+from lora_dpo.report import PAGE, evaluation_page
+from lora_dpo.report.stored import NUMBERS
+
+EVALUATIONS = Path("evaluations")
+
+
+def evaluation_folder(name: str, output: Path | None) -> Path:
+    """The folder to write: the given one, which must not exist, or a free name under `evaluations/`.
+
+    Raises:
+        OutputError: the given folder exists.
+    """
+    if output is not None:
+        refuse_existing(output)
+        return output
+    names = [name, *(f"{name}-{number}" for number in range(2, 10000))]
+    return next(place for place in map(EVALUATIONS.joinpath, names) if not place.exists())
+
+
+def save_evaluation(folder: Path, found: Assessment) -> None:
+    """Write `eval.json` and `report.html`: both or nothing. Raises `OutputError`."""
+    stored = found.to_json()
+    with atomic_folder(folder) as place:
+        (place / NUMBERS).write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (place / PAGE).write_text(evaluation_page(stored), encoding="utf-8")

@@ -1,0 +1,273 @@
+"""The guard of a training run: hears the monitor, acts on its alarms, decides which step's adapter is the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.config import HealthSection, Recipe
+from lora_dpo.errors import ConfigError
+from lora_dpo.events import Alarmed, Note, Sampled
+from lora_dpo.health import Alarm, Checkup, Lengths, Monitor, Yardstick
+from lora_dpo.judges import open_judge
+from lora_dpo.judges.grammar import check_specs
+from lora_dpo.keeping import Kept, Slots, keep, put
+from lora_dpo.looking import Looker
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lora_dpo.prepare import Run
+    from lora_dpo.runs import RunLog
+
+STRIDE = 4
+"""Steps between two kept states: an alarm of the numbers goes back 4 to 8 steps."""
+RARELY, OFTEN = 50, 8
+"""`health.every: auto` looks three times a run, at most every 8 and at least every 50 steps."""
+HALVINGS = 3
+OF_ANSWERS = ("length collapse", "length growth", "repetition", "lost end of turn", "KL budget", "reference drift")
+BEYOND_REPAIR = ("not a number", "reference drift")
+"""Alarms that a lower learning rate does not help against."""
+BEFORE, STATE = "health-before.json", "health.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the guard did, for the report and the model card."""
+
+    steps: int
+    """Optimiser steps that were run."""
+    kept: int
+    """The step whose adapter is the result."""
+    sentence: str | None
+    """What was stopped and why; None for a run that ended as planned."""
+    alarms: tuple[Alarm, ...]
+    seconds: float = field(default=0.0, compare=False)
+    """Spent on looking at answers."""
+
+
+def check_health(recipe: Recipe) -> None:
+    """Refuse settings of `health:` that could not work, before any model is loaded. Raises `ConfigError`."""
+    section = recipe.health
+    if section.judge is None:
+        return
+    check_specs(section.judges)
+    if any(spec.endswith("implicit") for spec in section.judges):
+        raise ConfigError("health.judge is implicit, which changes with training itself. Name another judge.")
+    if recipe.data.eval is None or section.prompts == 0 or section.action == "none":
+        raise ConfigError(
+            "health.judge scores answers to held-out prompts: set data.eval, health.prompts and an action."
+        )
+
+
+class Guard:
+    """One run's guard. Nothing of it is random, so a resumed run is guarded as an uninterrupted one."""
+
+    def __init__(self, run: Run, model: PeftModel, log: RunLog) -> None:
+        self.run, self.model, self.log = run, model, log
+        self.section: HealthSection = run.recipe.health
+        self.on = self.section.action != "none"
+        chosen = fmean(len(pair.chosen) for pair in run.train) if run.train else 0.0
+        rejected = fmean(len(pair.rejected) for pair in run.train) if run.train else 0.0
+        self.monitor = Monitor(self.section, run.steps, run.beta, Lengths(chosen, rejected))
+        self.looker = Looker(run, model)
+        self.slots = Slots()
+        self.alarms: list[Alarm] = []
+        self.step = 0
+        self.stopped: Alarm | None = None
+        self.halved = 0
+        self.waiting: dict[str, Any] = {}
+        """Numbers and texts of a look, for the trackers' next log."""
+
+    # --- what the trainer tells ---------------------------------------------------------------------
+
+    def begin(self, checkpoint: Path | None, step: int) -> None:
+        """Before the first step: the yardstick is made; a resumed run, at `step`, reads it and its state back."""
+        self.step = step
+        if not self.on:
+            return
+        if self.section.judge is not None and self.looker.pairs:
+            self.looker.judge = open_judge(self.section.judges)
+        before = self._before(resumed=checkpoint is not None)
+        if before is not None:
+            self.monitor.yardstick = Yardstick(self.looker.limit, before, self.looker.chosen_tokens())
+        self.slots.checked = self.slots.recent = keep(self.model, step)
+        state = read_state(checkpoint) if checkpoint else None
+        if checkpoint and state:  # without one it was killed between the checkpoint and its state
+            self.slots = Slots.load(checkpoint, state["slots"])
+            self.monitor.restore(state["monitor"])
+            self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+            self.stopped = Alarm(**state["stopped"]) if state["stopped"] else None
+            self.halved, self.step = state["halved"], state["step"]
+
+    def _before(self, *, resumed: bool) -> Checkup | None:
+        path = self.run.partial / BEFORE
+        if resumed and path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            self.looker.reference_before = stored["reference"]
+            return Checkup.restored(stored["checkup"]) if stored["checkup"] else None
+        before = self.looker.first()
+        stored = {"checkup": asdict(before) if before else None, "reference": self.looker.reference_before}
+        path.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+        return before
+
+    def after_step(self, step: int, total: int) -> bool:
+        """After an optimiser step: look at answers where it is time. True if the run is to end here."""
+        self.step = step
+        if not (self.on and self.looker.pairs) or (step % every(self.section, total) and step != total):
+            return False
+        checkup = self.looker.look(step)
+        self._tell(checkup)
+        self._hear(self.monitor.answers(checkup))
+        if self.monitor.healthy:
+            self.slots.checked = keep(self.model, step, checkup.score)
+            if checkup.score is not None:
+                self.slots.compare(self.slots.checked)
+        return self.stopped is not None
+
+    def logged(self, step: int, logs: dict[str, Any], *, texts: bool) -> bool:
+        """At a log call: add what waits for the trackers, hear the numbers. True if the run is to end here."""
+        if not self.on:
+            return False
+        if "loss" in logs and self.waiting:
+            logs.update({name: value for name, value in self.waiting.items() if texts or not isinstance(value, str)})
+            self.waiting = {}
+        self._hear(self.monitor.numbers(step, logs))
+        if not self.monitor.healthy:
+            return self.stopped is not None
+        held_out = logs.get("eval_rewards/accuracies")
+        if held_out is not None and self.looker.judge is None:
+            self.slots.compare(keep(self.model, step, float(held_out)))
+        recent = self.slots.recent
+        if "loss" in logs and (recent is None or step - recent.step >= STRIDE):
+            self.slots.previous, self.slots.recent = recent, keep(self.model, step)
+        return False
+
+    def lower_rate(self, optimizer: Any, scheduler: Any) -> None:
+        """Halve the learning rate if the recipe wants that and an alarm calls for it."""
+        if self.section.action != "lower-lr" or self.monitor.healthy or self.stopped is not None:
+            return
+        self.halved += 1
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5
+        inner = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+        if hasattr(inner, "base_lrs"):
+            inner.base_lrs = [rate * 0.5 for rate in inner.base_lrs]
+        self.monitor.forget()
+        text = f"Step {self.step}: the learning rate is halved, {self.halved} of at most {HALVINGS} times."
+        self.run.emit(Note(text, warning=True))
+
+    def saved(self, folder: Path) -> None:
+        """Put the state beside a checkpoint."""
+        if not self.on:
+            return
+        state = {
+            "slots": self.slots.save(folder),
+            "monitor": self.monitor.state(),
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+            "stopped": asdict(self.stopped) if self.stopped else None,
+            "halved": self.halved,
+            "step": self.step,
+        }
+        temporary = folder / f"{STATE}.new"
+        temporary.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(folder / STATE)
+
+    # --- after the last step ------------------------------------------------------------------------
+
+    def finish(self) -> Outcome:
+        """Decide which step's adapter is the result, and put it on the model."""
+        kept, sentence, best = self.step, None, self.slots.best
+        goes_back = self.section.action in ("keep-best", "lower-lr")
+        if self.stopped is not None:
+            kept = self._go_back() if goes_back else self.step
+            sentence = _sentence(self.stopped, self.step, self.run.steps, kept)
+        elif goes_back and best is not None and best.step != self.step:
+            put(self.model, best)
+            kept = best.step
+            sentence = (
+                f"Kept the adapter of step {kept} of {self.step}: it had the best held-out score, {best.score:.3f}."
+            )
+        if sentence:
+            self.run.emit(Note(sentence, warning=self.stopped is not None))
+        return Outcome(self.step, kept, sentence, tuple(self.alarms), round(self.looker.seconds, 2))
+
+    def _go_back(self) -> int:
+        """Put the best state that was healthy on the model; returns its step."""
+        slots = self.slots
+        checked = slots.checked
+        from_answers = self.stopped is not None and self.stopped.name in OF_ANSWERS
+        chosen = (None if from_answers else slots.previous) or checked
+        if chosen is None or checked is None:
+            return self.step
+        if slots.best is not None and slots.best.step <= chosen.step:  # a later one may score well and be ruined
+            chosen = slots.best
+        put(self.model, chosen)
+        if chosen.step > checked.step and self.looker.pairs and not self._answers_well(chosen):
+            chosen = checked
+            put(self.model, chosen)
+        return chosen.step
+
+    def _answers_well(self, state: Kept) -> bool:
+        """Whether a state that only the numbers called healthy answers as it should; it is on the model."""
+        judge = Monitor(self.section, self.run.steps, self.run.beta, Lengths(), self.monitor.yardstick)
+        judge.answers(self.looker.look(state.step))
+        return judge.healthy
+
+    # --- telling ------------------------------------------------------------------------------------
+
+    def _tell(self, checkup: Checkup) -> None:
+        before = self.monitor.yardstick.before if self.monitor.yardstick else checkup
+        rows = tuple(zip(self.looker.asked(), before.texts, checkup.texts, strict=True))
+        numbers = checkup.numbers()
+        self.run.emit(Sampled(checkup.step, numbers, rows))
+        self.log.append({"step": checkup.step, **numbers, "answers": list(checkup.texts)})
+        texts = {f"health/answer_{i}": f"{prompt}\n\n{now}" for i, (prompt, _, now) in enumerate(rows, start=1)}
+        self.waiting = {**numbers, **texts}
+
+    def _hear(self, alarms: Sequence[Alarm]) -> None:
+        """Tell alarms, and decide whether the run ends."""
+        for alarm in alarms:
+            self.alarms.append(alarm)
+            self.run.emit(Alarmed(alarm.step, alarm.name, alarm.text))
+            self.log.append({"step": alarm.step, "alarm": asdict(alarm)})
+            if alarm.severe and self.stopped is None and self._ends(alarm):
+                self.stopped = alarm
+
+    def _ends(self, alarm: Alarm) -> bool:
+        if self.section.action == "lower-lr":
+            return self.halved >= HALVINGS or alarm.name in BEYOND_REPAIR
+        return self.section.action in ("stop", "keep-best")
+
+
+def every(section: HealthSection, total: int) -> int:
+    """Steps between two looks, in a run of `total` steps."""
+    return min(RARELY, max(OFTEN, -(-total // 3))) if section.every == "auto" else section.every
+
+
+def read_state(checkpoint: Path) -> Mapping[str, Any] | None:
+    """What `Guard.saved` wrote beside a checkpoint; None if it was not guarded."""
+    path = checkpoint / STATE
+    if not path.is_file():
+        return None
+    state: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return state
+
+
+def was_stopped(checkpoint: Path) -> bool:
+    """True if the guard ended the run at this checkpoint: nothing is left to train."""
+    state = read_state(checkpoint)
+    return bool(state and state["stopped"])
+
+
+def _sentence(alarm: Alarm, step: int, total: int, kept: int) -> str:
+    ended = f"Stopped at step {step} of {total} because of {alarm.name}: {alarm.seen}"
+    if kept == step:
+        return f"{ended}; the adapter is that of this step."
+    if kept == 0:
+        return f"{ended}; no later state was healthy, so the adapter is the untrained one."
+    return f"{ended}; kept the adapter of step {kept}, which was healthy."

@@ -1,0 +1,339 @@
+"""The health monitor: from the numbers of a run and a few sampled answers to alarms. Pure functions, no model.
+
+Every usual curve can look excellent while the model is ruined (docs/health.md). Log-ratios here are in nats a token,
+h(y) = (log π_θ(y|x) - log π_ref(y|x)) / tokens of y, so that one threshold fits short and long answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+from lora_dpo.config import HealthSection
+from lora_dpo.texts import repetition
+
+WINDOW = 4
+"""Logged steps that are averaged before they are judged: single batches are noisy."""
+REJECTED_COLLAPSE = 1.5
+STUCK_MARGIN = 0.01
+STUCK_AFTER = 24
+SATURATED_MARGIN = 5.0
+LONGEST = 2.0
+REPEATING = 0.25
+UNFINISHED = 0.5
+REFERENCE_SHIFT = 0.02
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that spoils the run, or will: what was seen, why it happens, what to change."""
+
+    name: str
+    step: int
+    seen: str
+    cause: str
+    advice: str
+    severe: bool = True
+    """Whether the recipe's action is taken; else it is only said."""
+
+    @property
+    def text(self) -> str:
+        """For a terminal, a log or a report."""
+        return f"step {self.step}, {self.name}: {self.seen}. {self.cause}. {self.advice}."
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the log of one optimiser step says. None where the method logs no such number."""
+
+    step: int
+    margin: float | None = None
+    accuracy: float | None = None
+    chosen: float | None = None
+    """h of the chosen answers, nats a token."""
+    rejected: float | None = None
+    broken: str | None = None
+    """A logged number that is NaN or infinite, by name."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean answer tokens of the training pairs, end-of-turn token included; 0 where there are no pairs."""
+
+    chosen: float = 0.0
+    rejected: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """Answers to the monitor's few prompts at one step, and what was measured beside them."""
+
+    step: int
+    tokens: tuple[int, ...]
+    finished: tuple[bool, ...]
+    texts: tuple[str, ...]
+    kl: float | None = None
+    """Mean KL(policy ‖ reference) in nats a token, at the tokens of these answers."""
+    reference_shift: float | None = None
+    """How far the reference's score of one pair is from where it was, nats a token."""
+    score: float | None = None
+    """Mean score of the recipe's judge."""
+
+    @classmethod
+    def restored(cls, stored: Mapping[str, Any]) -> Checkup:
+        """From JSON, which knows no tuples."""
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+        }
+        return cls(**known)
+
+    def numbers(self) -> dict[str, float]:
+        """For logs and trackers."""
+        found = {
+            "health/answer_tokens": fmean(self.tokens),
+            "health/finished": fmean(self.finished),
+            "health/repetition": fmean(map(repetition, self.texts)),
+            "health/kl": self.kl,
+            "health/reference_shift": self.reference_shift,
+            "health/judge": self.score,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What answers to the monitor's prompts are held against, cut at as many tokens as they are."""
+
+    limit: int
+    """Most tokens of an answer."""
+    before: Checkup
+    """The same prompts, answered before the first step."""
+    chosen: tuple[int, ...] = ()
+    """Tokens of the prompts' chosen answers, where they are known."""
+
+
+def reading(step: int, logs: Mapping[str, Any], *, beta: float, lengths: Lengths) -> Reading | None:
+    """The reading of one log call; None if it is not about an optimiser step.
+
+    TRL logs rewards β·(log π_θ - log π_ref) per answer, averaged over the batch.
+    """
+    if "loss" not in logs:
+        return None
+    numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+
+    def a_token(name: str, tokens: float) -> float | None:
+        return numbers[name] / beta / tokens if name in numbers and tokens > 0 else None
+
+    return Reading(
+        step=step,
+        margin=numbers.get("rewards/margins"),
+        accuracy=numbers.get("rewards/accuracies"),
+        chosen=a_token("rewards/chosen", lengths.chosen),
+        rejected=a_token("rewards/rejected", lengths.rejected),
+        broken=bad[0] if bad else None,
+    )
+
+
+def of_numbers(readings: Sequence[Reading], *, total: int, limits: HealthSection) -> Iterator[Alarm]:
+    """Alarms of the readings so far, the newest last; those before the last `WINDOW` do not matter.
+
+    Args:
+        total: optimiser steps of the run.
+    """
+    last = readings[-1]
+    if last.broken:
+        yield Alarm(
+            "not a number",
+            last.step,
+            f"{last.broken} is NaN or infinite",
+            "The step before was too large, or the numbers do not fit the compute dtype",
+            "Lower trainer.learning_rate or trainer.max_grad_norm; with model.dtype: float16 try bfloat16 or float32",
+        )
+        return
+    window = readings[-WINDOW:]
+    if len(window) < WINDOW:
+        return
+    margin, accuracy, chosen, rejected = (_mean(window, name) for name in ("margin", "accuracy", "chosen", "rejected"))
+    if margin is None or accuracy is None:
+        return
+    if chosen is not None and chosen < -limits.displacement and margin > 0:
+        yield Alarm(
+            "likelihood displacement",
+            last.step,
+            f"the chosen answers lost {-chosen:.2f} nats a token while the margin rose to {margin:.1f} (limit "
+            f"{limits.displacement:g})",
+            "DPO looks at differences alone, so both answers may become unlikely as long as the rejected one falls "
+            "faster; what becomes likely instead was in no pair",
+            "Lower trainer.learning_rate, add an sft term (trainer.loss_type: [sigmoid, sft]), or raise trainer.beta",
+        )
+    if rejected is not None and rejected < -REJECTED_COLLAPSE:
+        yield Alarm(
+            "rejected collapse",
+            last.step,
+            f"the rejected answers lost {-rejected:.2f} nats a token (limit {REJECTED_COLLAPSE:g})",
+            "Pushing answers down that are already unlikely squeezes all probability onto the likeliest tokens",
+            "Lower trainer.learning_rate, train fewer steps, or raise trainer.beta",
+        )
+    if last.step >= max(STUCK_AFTER, total // 4) and abs(margin) < STUCK_MARGIN:
+        yield Alarm(
+            "stuck at ln 2",
+            last.step,
+            f"the margin is {margin:+.3f} after {last.step} steps, so the sigmoid loss is still ln 2",
+            "The learning rate is too small to move anything, or the pairs follow no rule (labels mixed up?)",
+            "Raise trainer.learning_rate, and look at the pairs: lora-dpo data check",
+            severe=False,
+        )
+    if accuracy >= 0.99 and margin >= SATURATED_MARGIN:
+        yield Alarm(
+            "saturated",
+            last.step,
+            f"reward accuracy {accuracy:.2f} at margin {margin:.1f}",
+            f"Of pairs at this margin less than {100 / (1 + math.exp(margin)):.1f}% of the gradient is left: more "
+            "steps learn the pairs by heart",
+            "Train fewer steps (trainer.max_steps), or raise trainer.beta",
+            severe=False,
+        )
+
+
+def of_accuracies(train: Sequence[Reading], held_out: float, step: int) -> Iterator[Alarm]:
+    """Alarms when held-out pairs were scored during training.
+
+    Args:
+        held_out: their reward accuracy.
+    """
+    accuracy = _mean(train[-WINDOW:], "accuracy")
+    if accuracy is not None and accuracy >= 0.95 and held_out <= accuracy - 0.25:
+        yield Alarm(
+            "overfit",
+            step,
+            f"reward accuracy {accuracy:.2f} on training pairs, {held_out:.2f} on held-out ones",
+            "The adapter learns the pairs by heart instead of the rule behind them",
+            "Train fewer steps, lower lora.rank, or add pairs with other prompts",
+            severe=False,
+        )
+
+
+def of_answers(checkup: Checkup, yardstick: Yardstick, limits: HealthSection) -> Iterator[Alarm]:
+    """Alarms of sampled answers and of what was measured beside them."""
+    step, before = checkup.step, yardstick.before
+    written, wrote = sum(checkup.tokens), sum(before.tokens)
+    # A run may teach to be short as the chosen answers are, or not touch the length at all: neither is drift.
+    wanted = sum(min(b, c) for b, c in zip(before.tokens, yardstick.chosen or before.tokens, strict=True))
+    if written < limits.shortest * wanted:
+        yield Alarm(
+            "length collapse",
+            step,
+            f"answers have {written / len(checkup.tokens):.0f} tokens, {wanted / len(checkup.tokens):.0f} were to be "
+            f"expected (limit {limits.shortest:g} of that)",
+            "The policy ends its answers early because short answers lose least",
+            "Lower trainer.learning_rate, add an sft term, or use pairs whose chosen answers are not always the "
+            "shorter ones",
+        )
+    allowed = max(wrote, sum(yardstick.chosen))
+    if written > LONGEST * allowed:
+        yield Alarm(
+            "length growth",
+            step,
+            f"answers have {written / len(checkup.tokens):.0f} tokens, "
+            f"before they had {wrote / len(before.tokens):.0f}",
+            "Longer answers won in the pairs, and length is easier to learn than quality",
+            "Use pairs of like length (lora-dpo data check measures the bias), or loss_type sigmoid_norm",
+        )
+    repeated, repeated_before = (fmean(map(repetition, each.texts)) for each in (checkup, before))
+    if repeated > repeated_before + REPEATING:
+        yield Alarm(
+            "repetition",
+            step,
+            f"{repeated:.0%} of three-word sequences repeat themselves, before it were {repeated_before:.0%}",
+            "The policy falls into loops, a sign that it was pushed off what it knew",
+            "Lower trainer.learning_rate, train fewer steps, or add an sft term",
+        )
+    ended, ended_before = fmean(checkup.finished), fmean(before.finished)
+    if ended < UNFINISHED * ended_before and ended_before >= 0.5:
+        yield Alarm(
+            "lost end of turn",
+            step,
+            f"{ended:.0%} of the answers end by themselves within {yardstick.limit} tokens, before it were "
+            f"{ended_before:.0%}",
+            "The end-of-turn token became unlikely, often because chosen answers are cut off before it",
+            "Check the pairs (lora-dpo data check: lost end-of-turn tokens) and trainer.max_length",
+        )
+    yield from _of_distance(checkup, limits)
+
+
+def _of_distance(checkup: Checkup, limits: HealthSection) -> Iterator[Alarm]:
+    if checkup.kl is not None and checkup.kl > limits.kl:
+        yield Alarm(
+            "KL budget",
+            checkup.step,
+            f"the policy is {checkup.kl:.2f} nats a token from the reference (budget {limits.kl:g})",
+            "It went further than preferences need, and what it knew is lost on the way",
+            "Raise trainer.beta, lower trainer.learning_rate, or raise health.kl if that is meant",
+        )
+    if checkup.reference_shift is not None and checkup.reference_shift > REFERENCE_SHIFT:
+        yield Alarm(
+            "reference drift",
+            checkup.step,
+            f"the reference scores the same pair {checkup.reference_shift:.3f} nats a token away from where it was",
+            "Its weights changed during the run, so log-ratios mean nothing any more",
+            "Do not change the base or the adapter 'ref' while a run goes on; start again from a fresh base",
+        )
+
+
+def _mean(readings: Sequence[Reading], name: str) -> float | None:
+    values = [getattr(one, name) for one in readings]
+    return None if None in values or not values else fmean(values)
+
+
+@dataclass
+class Monitor:
+    """The alarms of one run so far. Each kind is raised once."""
+
+    limits: HealthSection
+    total: int
+    beta: float
+    lengths: Lengths
+    yardstick: Yardstick | None = None
+    readings: list[Reading] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
+
+    def numbers(self, step: int, logs: Mapping[str, Any]) -> list[Alarm]:
+        """New alarms of one log call."""
+        found = reading(step, logs, beta=self.beta, lengths=self.lengths)
+        if found is None:
+            held_out = logs.get("eval_rewards/accuracies")
+            return self._new(of_accuracies(self.readings, held_out, step)) if held_out is not None else []
+        self.readings = [*self.readings, found][-WINDOW:]
+        return self._new(of_numbers(self.readings, total=self.total, limits=self.limits))
+
+    def answers(self, checkup: Checkup) -> list[Alarm]:
+        """New alarms of one checkup."""
+        return self._new(of_answers(checkup, self.yardstick, self.limits)) if self.yardstick else []
+
+    def forget(self) -> None:
+        """Begin anew, after the recipe's action changed what follows."""
+        self.readings, self.alarms = [], []
+
+    @property
+    def healthy(self) -> bool:
+        """True until an alarm that calls for action."""
+        return not any(alarm.severe for alarm in self.alarms)
+
+    def _new(self, found: Iterator[Alarm]) -> list[Alarm]:
+        known = {alarm.name for alarm in self.alarms}
+        new = [alarm for alarm in found if alarm.name not in known]
+        self.alarms.extend(new)
+        return new
+
+    def state(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint."""
+        return {"readings": [asdict(one) for one in self.readings], "alarms": [asdict(one) for one in self.alarms]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.readings = [Reading(**one) for one in state["readings"]]
+        self.alarms = [Alarm(**one) for one in state["alarms"]]

@@ -1,0 +1,129 @@
+"""A look at a model in the middle of its training: answers to a few fixed prompts, and what is measured beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from lora_dpo.data.template import prompt_ids
+from lora_dpo.evaluate import evenly, score_pairs
+from lora_dpo.generate import Answer, Sampling, decode, stop_token_ids
+from lora_dpo.health import Checkup
+from lora_dpo.judges import Judge
+from lora_dpo.model import reference
+from lora_dpo.prompts import Prompt
+from lora_dpo.token_laws import as_answer, kl_to_reference
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lora_dpo.data import TokenPair
+    from lora_dpo.prepare import Run
+
+
+class Looker:
+    """Looks at one run's model. Nothing of it is random, and the model is left as it was."""
+
+    def __init__(self, run: Run, model: PeftModel) -> None:
+        self.run, self.model = run, model
+        self.limit = run.recipe.health.max_new_tokens
+        self.pairs = probes(run)
+        """The pairs whose prompts are answered."""
+        self.judge: Judge | None = None
+        self.reference_before: float | None = None
+        """The reference's score before the first step."""
+        self.seconds = 0.0
+        """Spent so far."""
+        self._messages = {tuple(prompt_ids(run.tokenizer, prompt)): prompt for prompt in run.prompts}
+
+    def first(self) -> Checkup | None:
+        """The look before the first step, when the policy is the reference; None without prompts."""
+        with self._at_rest():
+            self.reference_before = self._reference_score()
+            return self._answers(0) if self.pairs else None
+
+    def look(self, step: int) -> Checkup:
+        """Answer the prompts with the model as it is now."""
+        with self._at_rest():
+            checkup = self._answers(step)
+            score = self._reference_score()
+        if score is None or self.reference_before is None:
+            return checkup
+        return replace(checkup, reference_shift=abs(score - self.reference_before))
+
+    def asked(self) -> list[str]:
+        """The prompts as text."""
+        return [self._text_of(pair) for pair in self.pairs]
+
+    def chosen_tokens(self) -> tuple[int, ...]:
+        """Length of each prompt's chosen answer, cut as the answers are."""
+        return tuple(min(len(pair.chosen) - 1, self.limit) for pair in self.pairs)
+
+    def _answers(self, step: int) -> Checkup:
+        tokenizer, prompts = self.run.tokenizer, [pair.prompt for pair in self.pairs]
+        stops = stop_token_ids(self.model, tokenizer)
+        written: list[list[int]] = [[] for _ in prompts]
+        for row, token in decode(self.model, prompts, stops, Sampling(max_new_tokens=self.limit)):
+            written[row].append(token)
+        answers = [as_answer(tokenizer, ids, stops) for ids in written]
+        kl = None
+        if step:  # before the first step the policy is the reference
+            sums = kl_to_reference(self.model, list(zip(prompts, written, strict=True)))
+            tokens = sum(count for _, count in sums)
+            kl = sum(value for value, _ in sums) / tokens if tokens else None
+        return Checkup(
+            step=step,
+            tokens=tuple(answer.tokens for answer in answers),
+            finished=tuple(answer.finished for answer in answers),
+            texts=tuple(answer.text for answer in answers),
+            kl=kl,
+            score=self._score(answers),
+        )
+
+    def _score(self, answers: Sequence[Answer]) -> float | None:
+        if self.judge is None:
+            return None
+        scores = []
+        for number, (pair, answer) in enumerate(zip(self.pairs, answers, strict=True), start=1):
+            messages = self._messages.get(tuple(pair.prompt))
+            if messages is not None:
+                scores += self.judge.score(Prompt(messages, "health", number), [answer])
+        known = [score for score in scores if score is not None]
+        return fmean(known) if known else None
+
+    def _reference_score(self) -> float | None:
+        """The reference's log-probability of the shortest training pair, nats a token."""
+        if not self.run.train:
+            return None
+        pair = min(self.run.train, key=lambda one: len(one.prompt) + len(one.chosen) + len(one.rejected))
+        pad = self.run.tokenizer.pad_token_id
+        with reference(self.model):
+            chosen, rejected = score_pairs(self.model, [pair], pad_id=pad if pad is not None else 0)
+        return (chosen[0] + rejected[0]) / (len(pair.chosen) + len(pair.rejected))
+
+    def _text_of(self, pair: TokenPair) -> str:
+        messages = self._messages.get(tuple(pair.prompt))
+        if messages is not None:
+            return messages[-1]["content"]
+        return str(self.run.tokenizer.decode(pair.prompt, skip_special_tokens=True))
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        was_training, began = self.model.training, time.perf_counter()
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+            self.seconds += time.perf_counter() - began
+
+
+def probes(run: Run) -> list[TokenPair]:
+    """Pairs for `health.prompts` prompts, spread over the held-out data if there is any, each prompt once."""
+    unique = {tuple(pair.prompt): pair for pair in reversed(run.held_out or run.train)}
+    pairs = list(reversed(unique.values()))
+    return [pairs[index] for index in evenly(len(pairs), run.recipe.health.prompts)]

@@ -1,0 +1,100 @@
+"""What a run leaves for its report: `measured.json` beside the adapter.
+
+Answers before and after, log-ratios of held-out pairs, what is odd about the data, what the guard did, time and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.data.doctor import examine
+from lora_dpo.events import Event, OnEvent, Progress
+from lora_dpo.report.stored import MEASURED
+
+if TYPE_CHECKING:
+    from lora_dpo.guard import Outcome
+    from lora_dpo.measure import Measured
+    from lora_dpo.prepare import Run
+
+MOST_ROWS = 20_000
+"""Larger data is not looked at again for the report: the doctor's pass over it would take minutes."""
+
+
+@dataclass
+class Stopwatch:
+    """Passes a run's events on, and notes how long each stage took."""
+
+    inner: OnEvent
+    began: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, event: Event) -> None:
+        """Note the event's time, and pass it on."""
+        if isinstance(event, Progress):
+            now = time.perf_counter()
+            start = self._since.setdefault(event.stage, now)
+            self.seconds[event.stage] = now - start
+        self.inner(event)
+
+    @property
+    def total(self) -> float:
+        """Since the run began."""
+        return time.perf_counter() - self.began
+
+
+def record(run: Run, before: Measured, after: Measured, outcome: Outcome) -> dict[str, Any]:
+    """Everything that the report of a run shows and that no other file of its folder holds."""
+    watch = run.emit if isinstance(run.emit, Stopwatch) else None
+    ratios = None
+    if before.scores is not None and after.scores is not None:
+        sides = (("chosen", 0), ("rejected", 1))
+        ratios = {
+            name: [new - old for new, old in zip(after.scores[side], before.scores[side], strict=True)]
+            for name, side in sides
+        }
+    asked = [prompt[-1]["content"] for prompt in run.prompts]
+    answers = zip(asked, before.texts, after.texts, strict=False)
+    return {
+        "format": 1,
+        "answers": [{"prompt": prompt, "before": asdict(old), "after": asdict(new)} for prompt, old, new in answers],
+        "log_ratios": ratios,
+        "findings": findings(run.recipe.data.train, run.reports["train"].rows, run.recipe.data.format),
+        "health": asdict(outcome),
+        "seconds": {name: round(value, 2) for name, value in watch.seconds.items()} if watch else {},
+        "total_seconds": round(watch.total, 1) if watch else None,
+        "memory": peak_memory(),
+    }
+
+
+def findings(sources: str | Sequence[str], rows: int, form: str | None) -> list[dict[str, Any]] | None:
+    """What the doctor finds in the training data; None if there is too much of it to look at again."""
+    if rows > MOST_ROWS:
+        return None
+    diagnosis = examine([sources] if isinstance(sources, str) else list(sources), form=form)
+    kept = ("check", "severity", "title", "count", "meaning", "advice")
+    return [{key: found[key] for key in kept} for found in diagnosis.as_json()["findings"]]
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes at the peak: of this process, and allocated on the GPU if there is one."""
+    import resource
+    import sys
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def write_record(folder: Path, found: Mapping[str, Any]) -> None:
+    """Write `measured.json`."""
+    (folder / MEASURED).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""Self-contained pages about runs and evaluations: one HTML file each, no script, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_dpo.adapters import check_folder
+from lora_dpo.errors import AdapterError
+from lora_dpo.files import atomic_file
+from lora_dpo.report.compare import comparison_page
+from lora_dpo.report.evaluation import evaluation_page, number_rows
+from lora_dpo.report.run import run_page
+from lora_dpo.report.stored import is_evaluation, read_evaluation, read_run
+
+__all__ = ["PAGE", "evaluation_page", "number_rows", "report_of", "write_report"]
+
+PAGE = "report.html"
+REPORTS = Path("reports")
+
+
+def report_of(folders: Sequence[Path], *, name: str | None = None) -> str:
+    """The page of one run or evaluation, or of several side by side.
+
+    Args:
+        name: what a single run is called, where its folder does not have its final name yet.
+
+    Raises:
+        AdapterError: a file in them cannot be read.
+    """
+    runs = [read_run(folder) for folder in folders if not is_evaluation(folder)]
+    evaluations = [(folder.resolve().name, read_evaluation(folder)) for folder in folders if is_evaluation(folder)]
+    if len(folders) == 1:
+        return run_page(replace(runs[0], name=name or runs[0].name)) if runs else evaluation_page(evaluations[0][1])
+    return comparison_page(runs, evaluations)
+
+
+def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Write that page; by default to a free name in `reports/`.
+
+    Raises:
+        AdapterError: a folder is neither an adapter nor an evaluation, or a file in it cannot be read.
+        OutputError: the file exists, or cannot be written.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise AdapterError(f"There is no folder {folder}. Name adapter folders, or what lora-dpo eval wrote.")
+        if not is_evaluation(folder):
+            check_folder(folder)
+    text = report_of(folders)
+    stem = folders[0].resolve().name if len(folders) == 1 else "comparison"
+    names = [f"{stem}.html", *(f"{stem}-{number}.html" for number in range(2, 10000))]
+    target = output or next(place for place in map(REPORTS.joinpath, names) if not place.exists())
+    with atomic_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return target

@@ -1,0 +1,123 @@
+"""One page about several runs or evaluations: what differs in their settings, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_dpo.report import page, svg
+from lora_dpo.report.evaluation import NAMES
+from lora_dpo.report.run import ANSWERS, PAIRS, flat
+from lora_dpo.report.stored import StoredRun, number
+
+HIDDEN = ("output",)
+"""Settings that differ between any two runs."""
+
+
+def comparison_page(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The whole page; either list may be empty."""
+    names = [run.name for run in runs] + [name for name, _ in evaluations]
+    return page.page(
+        "Comparison",
+        [
+            page.heading(f"{len(names)} side by side", ", ".join(names)),
+            page.section("What differs", page.table(("setting", *(run.name for run in runs)), differences(runs))),
+            page.section("Results on held-out data", page.table(("run", *_columns()), _results(runs))),
+            page.section("Health", *_health(runs)),
+            page.section("Training", page.plots(*_curves(runs))),
+            page.section("Evaluations", *_evaluations(evaluations)),
+            page.section("The same prompts", _answers(runs, evaluations)),
+        ],
+    )
+
+
+def differences(runs: Sequence[StoredRun]) -> list[tuple[str, ...]]:
+    """Rows `(setting, value of each run)` of settings that are not the same in all runs."""
+    settings = [dict(flat(run.recipe)) for run in runs]
+    keys = list(dict.fromkeys(key for one in settings for key in one))
+    rows = [(key, *(one.get(key, "default") for one in settings)) for key in keys if key not in HIDDEN]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _columns() -> list[str]:
+    return [label for _, label, _ in (*PAIRS, *ANSWERS)]
+
+
+def _results(runs: Sequence[StoredRun]) -> list[tuple[str, ...]]:
+    rows = []
+    for run in runs:
+        cells = []
+        for kind, known in (("pairs", PAIRS), ("answers", ANSWERS)):
+            metrics = run.metrics("after", kind)
+            cells += [form.format(metrics[key]) if metrics.get(key) is not None else "" for key, _, form in known]
+        rows.append((run.name, *cells))
+    return rows
+
+
+def _health(runs: Sequence[StoredRun]) -> list[str]:
+    found = [(run.name, run.measured.get("health", {}).get("sentence")) for run in runs]
+    return [page.box(f"{name}: {sentence}", "warn") for name, sentence in found if sentence]
+
+
+def _curves(runs: Sequence[StoredRun]) -> list[str]:
+    def of(key: str, by_beta: bool = False) -> list[svg.Series]:
+        return [
+            svg.Series(
+                run.name,
+                [row["step"] for row in run.trained],
+                [number(row, key, 1 / run.beta if by_beta else 1.0) for row in run.trained],
+            )
+            for run in runs
+        ]
+
+    return [
+        svg.lines(of("loss"), title="loss"),
+        svg.lines(of("rewards/margins"), title="reward margin", level=0.0),
+        svg.lines(of("rewards/accuracies"), title="reward accuracy (batch)", level=0.5),
+        svg.lines(of("rewards/chosen", by_beta=True), title="chosen log-ratio (nats)", level=0.0),
+        svg.lines(of("rewards/rejected", by_beta=True), title="rejected log-ratio (nats)", level=0.0),
+    ]
+
+
+def _evaluations(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    if not evaluations:
+        return []
+    names = [name for name in NAMES if any(name in one["numbers"] for _, one in evaluations)]
+    rows = [(NAMES[name], *(_interval(one["numbers"].get(name)) for _, one in evaluations)) for name in names]
+    head = ("", *(name for name, _ in evaluations))
+    figures = []
+    for key in ("win-rate", "win-rate-lc", "accuracy", "kl"):
+        points = [
+            (name, one["numbers"][key]["value"], one["numbers"][key]["low"], one["numbers"][key]["high"])
+            for name, one in evaluations
+            if key in one["numbers"] and one["numbers"][key]["low"] is not None
+        ]
+        figures.append(svg.intervals(points, title=NAMES[key], level=None if key == "kl" else 0.5))
+    verdicts = [page.paragraph(f"{name}: {one['verdict']}") for name, one in evaluations]
+    return [*verdicts, page.table(head, rows), page.plots(*figures)]
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if found["low"] is None or found["high"] is None:
+        return f"{found['value']:.3g}"
+    return f"{found['value']:.3g} ({found['low']:.3g} to {found['high']:.3g})"
+
+
+def _answers(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Prompts that all of them answered, with each one's answer."""
+    columns: list[tuple[str, dict[str, str]]] = []
+    for run in runs:
+        rows = run.measured.get("answers", [])
+        if rows and not columns:
+            columns.append(("before", {row["prompt"]: row["before"]["text"] for row in rows}))
+        columns.append((run.name, {row["prompt"]: row["after"]["text"] for row in rows}))
+    for name, one in evaluations:
+        columns.append((name, {row["prompt"]: row["adapter"] for row in one["rows"]}))
+    columns = [column for column in columns if column[1]]
+    if len(columns) < 2:
+        return ""
+    shared = [prompt for prompt in columns[0][1] if all(prompt in answers for _, answers in columns)]
+    rows_ = [[prompt, *(answers[prompt] for _, answers in columns)] for prompt in shared]
+    return page.answers(["prompt", *(name for name, _ in columns)], rows_)

@@ -1,0 +1,147 @@
+"""The page of one evaluation, from what its `eval.json` holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lora_dpo.report import page, svg
+
+Stored = Mapping[str, Any]
+
+NAMES = {
+    "accuracy": "reward accuracy",
+    "accuracy-lc": "reward accuracy, length taken out",
+    "learned": "accuracy on training pairs at first sight",
+    "margin": "reward margin",
+    "win-rate": "win rate",
+    "win-rate-lc": "win rate, length taken out",
+    "kl": "KL from the reference (nats a token)",
+    "length": "answer length (tokens)",
+    "length-change": "change of length (tokens)",
+    "finished": "answers that end by themselves",
+    "repetition": "repeated three-word sequences",
+    "refusals": "refusals",
+    "perplexity-ratio": "perplexity on plain text, × that of the base",
+}
+SHARES = ("accuracy", "accuracy-lc", "learned", "win-rate", "win-rate-lc", "finished", "refusals")
+OF_BOTH = {"length": "tokens", "finished": "finished", "repetition": "repetition", "refusals": "refusals"}
+
+
+def number_rows(stored: Stored) -> list[tuple[str, str, str, str]]:
+    """Rows `(name, value, interval, from)`; the other model's value stands beside the adapter's."""
+    other = stored["answers"].get(stored["against"], {})
+    rows = []
+    for name, interval in stored["numbers"].items():
+        value = _number(name, interval["value"])
+        if name in OF_BOTH and OF_BOTH[name] in other:
+            value += f" ({stored['against']} {_number(name, other[OF_BOTH[name]]['value'])})"
+        known = interval["low"] is not None and interval["high"] is not None
+        ends = f"{_number(name, interval['low'])} to {_number(name, interval['high'])}" if known else "not known"
+        rows.append((NAMES[name], value, ends, str(interval["n"])))
+    return rows
+
+
+def evaluation_page(stored: Stored) -> str:
+    """The whole page."""
+    kind = {"better": "good", "worse": "bad"}.get(stored["called"], "warn")
+    return page.page(
+        f"Evaluation of {stored['adapter']}",
+        [
+            page.heading(f"Evaluation of {stored['adapter']}", _under(stored)),
+            page.box(stored["verdict"], kind),
+            *(page.paragraph(text) for text in remarks(stored)),
+            page.section(
+                "Numbers", page.table(("", "value", "95% interval", "from"), number_rows(stored)), _explained(stored)
+            ),
+            page.section("At a glance", page.plots(_rates(stored), log_ratios(stored["pairs"]["log_ratios"]))),
+            page.section(
+                "The same prompts, answered by both",
+                page.answers(
+                    ("prompt", stored["against"], "adapter"),
+                    [(row["prompt"], row["against"], row["adapter"]) for row in stored["rows"]],
+                ),
+            ),
+            page.section("How it was measured", page.keys(_how(stored))),
+        ],
+    )
+
+
+def remarks(stored: Stored) -> Iterator[str]:
+    """What the numbers mean together, in words."""
+    numbers = stored["numbers"]
+    contest = stored["contest"]
+    if contest:
+        yield (
+            f"{contest['wins']} won, {contest['ties']} tied, {contest['losses']} lost by {contest['judge']}; in "
+            f"{contest['contradicted']} the two orders contradicted each other, {contest['unjudged']} could not "
+            "be judged."
+        )
+        raw, controlled = numbers["win-rate"], numbers["win-rate-lc"]
+        if raw["low"] > 0.5 >= controlled["low"]:
+            yield "With length taken out the win is no longer certain: much of it is a matter of length."
+    change = numbers.get("perplexity-ratio")
+    if change and change["low"] is not None and change["low"] > 1.05:
+        yield f"Plain text became less likely (perplexity × {change['value']:.2f}): something was forgotten."
+    refusals = stored["answers"].get("adapter", {}).get("refusals")
+    before = stored["answers"].get(stored["against"], {}).get("refusals")
+    if refusals and before and refusals["low"] > before["high"]:
+        yield "It refuses more often than the other model."
+
+
+def log_ratios(ratios: Mapping[str, Any]) -> str:
+    """Histogram of log-ratios of held-out answers."""
+    groups = [(name, ratios[name]) for name in ("chosen", "rejected") if ratios.get(name)]
+    return svg.histogram(groups, title="log-ratio of held-out answers", unit="nats against the reference")
+
+
+def _rates(stored: Stored) -> str:
+    rows = [
+        (NAMES[name].replace(", length taken out", " (LC)"), value["value"], value["low"], value["high"])
+        for name, value in stored["numbers"].items()
+        if name in SHARES and value["low"] is not None
+    ]
+    short = [(name.replace("answers that end by themselves", "end by themselves"), *rest) for name, *rest in rows]
+    return svg.intervals(short, title="shares with 95% intervals; the dashed line is chance", level=0.5)
+
+
+def _under(stored: Stored) -> str:
+    return f"on {stored['base']}, against {stored['against']}, with {', '.join(stored['data'])}"
+
+
+def _explained(stored: Stored) -> str:
+    return page.paragraph(
+        "Shares have Wilson intervals, means Student's t, both over prompts. Length is taken out by a logistic "
+        "regression on the difference of lengths, read where it is 0 (after AlpacaEval 2). A number whose interval "
+        "holds 0.5 is no better than chance."
+    )
+
+
+def _how(stored: Stored) -> list[tuple[str, str]]:
+    rows = [
+        ("data", ", ".join(stored["data"])),
+        ("pairs", str(stored["pairs"]["pairs"])),
+        ("prompts answered", str(len(stored["rows"]))),
+        ("β of the margin", f"{stored['beta']:g}"),
+        ("took", f"{stored['seconds']:.0f} s"),
+    ]
+    if stored["text"]:
+        text = stored["text"]
+        rows.append(
+            (
+                "plain text",
+                f"{text['tokens']} tokens, perplexity {text['base']:.2f} (base), {text['adapter']:.2f} (adapter)",
+            )
+        )
+    if stored["cost"]:
+        rows.append(("judge", stored["cost"]))
+    return rows
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "not known"
+    if name in ("finished", "refusals", "repetition"):
+        return f"{value:.1%}"
+    return f"{value:.1f}" if name.startswith("length") else f"{value:.3f}"
