@@ -14,15 +14,15 @@ PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 LAYERS = (
     "errors config files events quiet journal improve_recipe",
     "data shared_prefix fetch lora_files package",
-    "model adapters probe library hub merging generate runs settings card memory reference_cache footprint",
-    "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
+    "model adapters probe library hub merging generate runs fields methods settings card memory reference_cache footprint",
+    "trainer answer_trainers engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
     "prompts samples judges policy pairs improve",
     "cli cli_adapters cli_data cli_export cli_pairs cli_plan console console_data terminal signals __init__ __main__",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
 # a class on top of TRL's and what it is made of, and pure tensors: imported only when training starts
-EAGER = {"trainer", "engine", "steps", "shared_prefix"}
+EAGER = {"trainer", "answer_trainers", "engine", "steps", "shared_prefix"}
 WITHOUT_TRAINING = ("merge", "generate", "evaluate", "chat", "verify", "library", "hub", "fidelity", "export", "mix")
 
 
