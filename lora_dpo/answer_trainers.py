@@ -44,7 +44,7 @@ class _OnOneBase:
             parameters[name].data = value.float()
             copy = parameters.get(name.replace(f".{POLICY}.", f".{REFERENCE}."))
             if copy is not None and f".{POLICY}." in name:
-                copy.data = value.float()
+                copy.data = value.to(torch.float32, copy=True)  # its own memory: the policy moves, it does not
 
     def close(self) -> None:
         """Take off the autocast that accelerate put around the model's forward pass for good."""
@@ -136,9 +136,7 @@ def answer_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> 
 
 def sft_rows(answers: Sequence[TokenAnswer]) -> list[dict[str, list[int]]]:
     """Whole sequences, with labels on the answer alone."""
-    return [
-        {"input_ids": one.prompt + one.answer, "labels": [-100] * len(one.prompt) + one.answer} for one in answers
-    ]
+    return [{"input_ids": one.prompt + one.answer, "labels": [-100] * len(one.prompt) + one.answer} for one in answers]
 
 
 def kto_rows(answers: Sequence[TokenAnswer]) -> list[dict[str, Any]]:

@@ -133,10 +133,7 @@ def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> R
     tokenizer = load_tokenizer(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     run = Run(recipe, output, emit, stop, tokenizer, settings)
     stop.output = output
-    if recipe.method == "dpo":
-        asked = _read_pairs(run)
-    else:
-        asked = _read_answers(run)
+    asked = _read_pairs(run) if recipe.method == "dpo" else _read_answers(run)
     unique = list(dict.fromkeys(json.dumps(prompt) for prompt in asked))
     spread = evenly(len(unique), recipe.evaluation.answers)  # files are often sorted by kind
     run.prompts = [tuple(json.loads(unique[index])) for index in spread]
@@ -267,7 +264,10 @@ def _reference_line(recipe: Recipe) -> tuple[str, str]:
     if recipe.method == "sft":
         start = "the base" if recipe.reference == "base" else recipe.reference
         return "start", f"{start}; nothing is held to it, log-ratios are told against it"
-    return "reference", "the base, adapter off" if recipe.reference == "base" else f"a frozen copy of {recipe.reference}"
+    return (
+        "reference",
+        "the base, adapter off" if recipe.reference == "base" else f"a frozen copy of {recipe.reference}",
+    )
 
 
 def _run_lines(run: Run) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 INTRO = """\
 # The recipe
 
-<!-- Made by scripts/make_docs.py from config.py, settings.py and methods.py in lora_dpo/. Change those, not this page. -->
+<!-- Made by scripts/make_docs.py from lora_dpo/: config.py, settings.py, methods.py. Change those, not this page. -->
 
 A recipe is one YAML file that says everything about a run. `lora-dpo recipe` prints the tables of settings below.
 

@@ -123,6 +123,9 @@ def test_crossed_answers_are_pairs_of_what_fits_and_what_does_not(write, tokeniz
     assert [one.up for one in answers] == [False, True]
     shown, _ = tokenize_answers(tokenizer, read_answers(write(*SHOWN[:2]), good_only=True)[0], max_length=None)
     pairs = crossed(shown)
-    assert [(bytes(pair.chosen[:-1]), bytes(pair.rejected[:-1])) for pair in pairs] == [(b"Two.", b"2"), (b"2", b"Two.")]
+    assert [(bytes(pair.chosen[:-1]), bytes(pair.rejected[:-1])) for pair in pairs] == [
+        (b"Two.", b"2"),
+        (b"2", b"Two."),
+    ]
     assert isinstance(pairs[0], TokenPair)
     assert isinstance(pairs[0].origin, Origin)

@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 LAYERS = (
     "errors config files events quiet journal improve_recipe",
     "data shared_prefix fetch lora_files package",
-    "model adapters probe library hub merging generate runs fields methods settings card memory reference_cache footprint",
-    "trainer answer_trainers engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
-    "prompts samples judges policy pairs improve",
+    "model adapters probe library hub merging generate runs fields methods settings card memory reference_cache "
+    "footprint",
+    "trainer answer_trainers engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting "
+    "plan trial prompts samples judges policy pairs improve",
     "cli cli_adapters cli_data cli_export cli_pairs cli_plan console console_data terminal signals __init__ __main__",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}

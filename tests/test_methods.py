@@ -99,7 +99,7 @@ def test_dpo_after_sft_starts_at_ln_2_against_the_sft_adapter_on_one_base(recipe
     base.model = detach(found.model)
     for name, value in base.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
-    with pytest.raises(ConfigError, match="lora .* comes from the reference adapter"):
+    with pytest.raises(ConfigError, match=r"lora .* comes from the reference adapter"):
         train(recipe("sft", reference=f"adapter:{first.folder}", lora={"rank": 2}), name="no")
 
 
@@ -195,7 +195,8 @@ def test_kto_needs_both_kinds_and_sft_a_good_one(recipe, tmp_path):
 def test_the_same_numbers_as_stock_trl_on_text(tiny_model_folder, write_pairs, tmp_path):
     """TRL tokenises, pairs and trains by itself; the template must not write what is no part of an answer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_end|>' + '\\n'", "'<|im_end|>'")
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")
+    assert "<|im_end|>' }}" in tokenizer.chat_template
     path = write_pairs(count=6)
     pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     votes = [
@@ -233,14 +234,15 @@ def test_kto_stops_at_a_policy_that_is_not_its_reference(tiny_model_folder, writ
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     model = attach_lora(AutoModelForCausalLM.from_pretrained(tiny_model_folder), LoraSection(rank=4), seed=3)
     rows = kto_rows(answers_of(write_pairs(count=3), tokenizer, good_only=False))
-    args = trl.KTOConfig(str(tmp_path / "kto"), report_to="none", bf16=False, use_cpu=True, per_device_train_batch_size=2,
-                         gradient_checkpointing=False, max_steps=1, save_strategy="no", disable_tqdm=True)  # fmt: skip
+    args = trl.KTOConfig(str(tmp_path / "kto"), report_to="none", bf16=False, use_cpu=True,
+                         per_device_train_batch_size=2, gradient_checkpointing=False,
+                         max_steps=1, save_strategy="no", disable_tqdm=True)  # fmt: skip
     trainer = KTOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     assert trainer.check_reference() < 1e-6
     for name, parameter in model.named_parameters():
         if "lora_B.default" in name:
             parameter.data.normal_(0, 0.1)
-    with pytest.raises(ReferenceMismatch, match="KTO's loss would not start at 0.5"):
+    with pytest.raises(ReferenceMismatch, match="loss would not start at"):
         trainer.train()
 
 

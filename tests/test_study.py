@@ -59,7 +59,11 @@ def test_with_lambda_1_returns_are_the_rewards_to_come_and_with_0_advantages_are
 
 def test_rewards_of_tokens_are_the_kl_penalty_and_the_score_at_the_end():
     found = maths.token_rewards(
-        t(2.0, 3.0), t([-1, -2, -9], [-1, -1, -1]), t([-2, -1, -9], [-1, -1, -3]), t([1, 1, 0], [1, 1, 1]), kl_weight=0.5
+        t(2.0, 3.0),
+        t([-1, -2, -9], [-1, -1, -1]),
+        t([-2, -1, -9], [-1, -1, -3]),
+        t([1, 1, 0], [1, 1, 1]),
+        kl_weight=0.5,
     )
     assert found.tolist() == [[-0.5, 0.5 + 2.0, 0.0], [0.0, 0.0, -1.0 + 3.0]]
 
@@ -228,7 +232,9 @@ def test_a_difference_on_the_same_prompts_has_a_narrower_interval():
 
 
 def test_no_method_trains_on_what_is_tested():
-    train, subject, family = (of_split(split, count) for split, count in (("train", 96), ("subject", 24), ("family", 40)))
+    train, subject, family = (
+        of_split(split, count) for split, count in (("train", 96), ("subject", 24), ("family", 40))
+    )
     texts = [one.text for one in openings()]
     assert len(set(texts)) == len(texts) == 160
     assert len(train) + len(subject) + len(family) == 160
@@ -359,7 +365,9 @@ def test_the_critic_does_not_move_the_policy(lab):
         rollouts = run._roll_out(0)
         nothing = torch.zeros_like(rollouts.advantages)
         before = {name: p.detach().clone() for name, p in run.adapter.items()}
-        run._step(type(rollouts)(rollouts.prompts, rollouts.answers, rollouts.old, nothing, rollouts.returns, 0.0), [0, 1])
+        run._step(
+            type(rollouts)(rollouts.prompts, rollouts.answers, rollouts.old, nothing, rollouts.returns, 0.0), [0, 1]
+        )
         assert all(torch.equal(p, before[name]) for name, p in run.adapter.items())
         assert run.critic.weight.abs().sum() > 0
 
@@ -392,7 +400,9 @@ def test_the_whole_study_in_pieces(tiny_model_folder, toy_reward, tmp_path, monk
 
 def test_lines_of_code_do_not_count_words(tmp_path):
     path = tmp_path / "x.py"
-    path.write_text('"""Doc."""\n\nimport os\n\n\ndef f(a):\n    """Doc\n    more."""\n    # why\n    return a\n\n\nx = 1\n')
+    path.write_text(
+        '"""Doc."""\n\nimport os\n\n\ndef f(a):\n    """Doc\n    more."""\n    # why\n    return a\n\n\nx = 1\n'
+    )
     assert report.code_lines(path) == 4
     assert report.code_lines(path, {"f"}) == 2
 
@@ -405,5 +415,3 @@ def test_the_page_says_what_the_results_say():
     if stored:
         latest = "full" if any(path.stem == "full" for path in stored) else stored[0].stem
         assert report.main([latest, "--check"]) == 0
-
-

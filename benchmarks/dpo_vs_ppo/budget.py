@@ -65,4 +65,5 @@ def plan_lines(preset: Preset, folder: Path) -> Iterator[str]:
         yield f"  {total.get(kind, 0):6d} {what:<44}{minutes}"
     if speed:
         whole = sum(total[kind] * speed[kind] for kind in total) / 60
-        yield f"  {whole:.0f} minutes at the speed of {measured.name} ({known['machine']['threads']} threads), all of it"
+        threads = known["machine"]["threads"]
+        yield f"  {whole:.0f} minutes in all, at the speed of results/{measured.name} (threads: {threads})"

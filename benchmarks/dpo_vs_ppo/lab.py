@@ -76,7 +76,9 @@ class Lab:
         finally:
             self.base.model = detach(model)
 
-    def sample(self, model: Any, prompts: Sequence[Sequence[int]], *, seed: int, temperature: float = 1.0) -> list[Answer]:
+    def sample(
+        self, model: Any, prompts: Sequence[Sequence[int]], *, seed: int, temperature: float = 1.0
+    ) -> list[Answer]:
         """One continuation a prompt, drawn from the whole distribution."""
         stops = stop_token_ids(bare(model), self.base.tokenizer)
         sampling = Sampling(max_new_tokens=self.longest, temperature=temperature, seed=seed)

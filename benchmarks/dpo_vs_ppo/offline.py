@@ -52,7 +52,9 @@ class DPOSettings:
         return {**_common(self.steps, self.pairs_per_step, self.learning_rate, self.seed), "beta": self.beta, **losses}
 
 
-def train_dpo(lab: Lab, pairs: Sequence[Pair], settings: DPOSettings, folder: Path, *, start: Path | None = None) -> None:
+def train_dpo(
+    lab: Lab, pairs: Sequence[Pair], settings: DPOSettings, folder: Path, *, start: Path | None = None
+) -> None:
     """Train on pairs and save the adapter; `start` is an adapter to begin with and to be held to, else the base is."""
     opened = lab.fresh(settings.seed) if start is None else lab.saved(start, trainable=True)
     rows = [{"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected} for pair in pairs]
@@ -69,7 +71,13 @@ def train_dpo(lab: Lab, pairs: Sequence[Pair], settings: DPOSettings, folder: Pa
 
 
 def train_sft(
-    lab: Lab, answers: Sequence[tuple[list[int], list[int]]], folder: Path, *, steps: int, learning_rate: float, seed: int
+    lab: Lab,
+    answers: Sequence[tuple[list[int], list[int]]],
+    folder: Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
 ) -> None:
     """Train on `(opening, continuation)` ids and save the adapter."""
     rows = [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in answers]
@@ -88,7 +96,8 @@ def train_sft(
 def pairs_of(prompts: Sequence[list[int]], pool: Sequence[Sequence[Answer]], chosen: Sequence[Any]) -> list[Pair]:
     """Pairs as ids: `chosen` holds `(prompt, better, worse)` numbers."""
     return [
-        Pair(prompts[number], pool[number][better].tokens, pool[number][worse].tokens) for number, better, worse in chosen
+        Pair(prompts[number], pool[number][better].tokens, pool[number][worse].tokens)
+        for number, better, worse in chosen
     ]
 
 

@@ -1,7 +1,7 @@
 """From finished pieces to results/PRESET.json, and from that to the tables, the plot and docs/study.md.
 
-    python -m benchmarks.dpo_vs_ppo.report quick           plot and page of the quick study's results
-    python -m benchmarks.dpo_vs_ppo.report quick --check   exit 1 if the page says something else than the results
+python -m benchmarks.dpo_vs_ppo.report quick           plot and page of the quick study's results
+python -m benchmarks.dpo_vs_ppo.report quick --check   exit 1 if the page says something else than the results
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def write_results(work: Path, folder: Path) -> Path:
     """Gather a finished study's pieces into one small file: numbers by prompt, costs, a few samples."""
     import torch
 
-    from .study import pieces, write_json
     from .presets import PRESETS
+    from .study import pieces, write_json
 
     stored = json.loads((work / "preset.json").read_text(encoding="utf-8"))
     preset = PRESETS[stored["preset"]["name"]]
@@ -109,10 +109,7 @@ class Study:
     def curve(self, method: str, draw: Draw) -> list[Point]:
         """The points of a method, the base first."""
         if method == "best-of-n":
-            points = [
-                (best_of_n_kl(n), float(self.best[n][draw].mean()))
-                for n in self.preset["best_of"]
-            ]
+            points = [(best_of_n_kl(n), float(self.best[n][draw].mean())) for n in self.preset["best_of"]]
         else:
             points = [self.point(form, draw) for form in self.forms(method)]
         return [self.origin(draw), *points]
@@ -133,7 +130,9 @@ class Study:
 METHODS = ("DPO", "PPO", "SFT", "best-of-n")
 
 
-def matched(study: Study) -> Iterator[tuple[float, tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]]:
+def matched(
+    study: Study,
+) -> Iterator[tuple[float, tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]]:
     """At KLs that both reach: reward of DPO's hull, of PPO's, and their difference, with intervals."""
     everything = np.arange(study.prompts)
     reach = min(hull(study.curve(method, everything))[-1][0] for method in ("DPO", "PPO"))
@@ -169,9 +168,7 @@ def frontier_table(study: Study) -> Iterator[str]:
                 f"| {_cost_cells(study, names)} |"
             )
     for n in study.preset["best_of"]:
-        low, mid, high = _swap(
-            study.interval(lambda draw, n=n: float(study.best[n][draw].mean()))
-        )
+        low, mid, high = _swap(study.interval(lambda draw, n=n: float(study.best[n][draw].mean())))
         best = study.best[n][half:].mean()
         yield (
             f"| best of {n} | at most {best_of_n_kl(n):.2f} | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | | {best:+.3f} "
@@ -207,7 +204,10 @@ def side_table(study: Study) -> Iterator[str]:
     rows = [(label, name) for label, name in rows if f"eval-{name}" in study.pieces]
     if len(rows) < 2:
         return
-    yield "| What differs (β " + f"{study.preset['side_beta']:g}, one seed) | KL from the base | reward [95%] | against the first row [95%] |"
+    yield (
+        "| What differs (β "
+        + f"{study.preset['side_beta']:g}, one seed) | KL from the base | reward [95%] | against the first row [95%] |"
+    )
     yield "|---|---|---|---|"
     for label, name in rows:
         low, mid, high = _swap(study.interval(lambda draw, name=name: study.reward(name)[draw].mean()))
@@ -237,7 +237,9 @@ def code_lines(path: Path, names: set[str] | None = None) -> int:
     tops = [node for node in tree.body if names is None or getattr(node, "name", None) in names]
     lines: set[int] = set()
     for top in tops:
-        lines |= set(range(min([top.lineno, *(d.lineno for d in getattr(top, "decorator_list", []))]), top.end_lineno + 1))
+        lines |= set(
+            range(min([top.lineno, *(d.lineno for d in getattr(top, "decorator_list", []))]), top.end_lineno + 1)
+        )
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             lines -= set(range(node.lineno, node.end_lineno + 1))
@@ -267,7 +269,8 @@ def _cost_cells(study: Study, names: Sequence[str]) -> str:
     if names[0].startswith("ppo") and not names[0].endswith(f"-i{last}"):
         return "part of the row below | |"
     sampled = fmean(cost["tokens"] for cost in costs) or study.pieces["pool"]["cost"]["tokens"]
-    return f"{fmean(cost['seconds'] for cost in costs):.0f} | {sampled:,.0f} | {fmean(cost['peak_gb'] for cost in costs):.2f}"
+    seconds, peak = (fmean(cost[key] for cost in costs) for key in ("seconds", "peak_gb"))
+    return f"{seconds:.0f} | {sampled:,.0f} | {peak:.2f}"
 
 
 # --- the plot -------------------------------------------------------------------------------------

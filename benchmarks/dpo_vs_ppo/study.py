@@ -90,7 +90,9 @@ class Piece:
 # --- what pieces do -------------------------------------------------------------------------------
 
 
-def sample_pool(study: Study, asked: Sequence[Opening], times: int, *, adapter: str | None, temperature: float) -> Result:
+def sample_pool(
+    study: Study, asked: Sequence[Opening], times: int, *, adapter: str | None, temperature: float
+) -> Result:
     """`times` answers to each opening."""
     lab, seed = study.lab, 7919
     ids = lab.ids([one.text for one in asked])

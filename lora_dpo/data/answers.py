@@ -117,7 +117,7 @@ def _is_demonstration(row: Row) -> bool:
 
 
 def _demonstration(row: Row, origin: Origin) -> Vote:
-    """`prompt` and `completion`; `instruction`, `input` and `output`; or a conversation, of which the last turn counts."""
+    """`prompt` and `completion`; `instruction`, `input`, `output`; or a conversation, of which the last turn counts."""
     whole = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
     if whole is not None:
         turns = conversation(whole, "messages")
