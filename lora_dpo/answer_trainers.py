@@ -15,7 +15,7 @@ import trl
 from datasets import Dataset
 
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.model import POLICY, REFERENCE, to_fp32_masters
+from lora_dpo.model import POLICY, REFERENCE
 from lora_dpo.settings import trainer_config
 from lora_dpo.trainer import TOLERANCE
 
@@ -37,11 +37,10 @@ class _OnOneBase:
 
     def __init__(self, model: PeftModel, **arguments: Any) -> None:
         exact = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(model, **arguments)
-        to_fp32_masters(self.model)
+        super().__init__(model, **arguments)  # type: ignore[call-arg]  # TRL's class is next in line
         parameters = dict(self.model.named_parameters())
         for name, value in exact.items():
-            parameters[name].data = value.float()
+            parameters[name].data = value.to(torch.float32)
             copy = parameters.get(name.replace(f".{POLICY}.", f".{REFERENCE}."))
             if copy is not None and f".{POLICY}." in name:
                 copy.data = value.to(torch.float32, copy=True)  # its own memory: the policy moves, it does not

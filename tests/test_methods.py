@@ -246,6 +246,24 @@ def test_kto_stops_at_a_policy_that_is_not_its_reference(tiny_model_folder, writ
         trainer.train()
 
 
+@pytest.mark.parametrize("method", ["sft", "kto"])
+def test_an_adapter_on_a_packed_4_bit_base_keeps_float32_values(recipe, tiny_model_folder, method):
+    base = load_base(str(tiny_model_folder), quantize="nf4", packed=True, dtype="float32")
+    events = []
+    before = {}
+
+    def remember(event):
+        if isinstance(event, Progress) and event.stage == "training" and not before:
+            before.update({name: p.dtype for name, p in base.model.named_parameters() if ".default." in name})
+        events.append(event)
+
+    changed = recipe(method, model={"quantize": "nf4", "packed": True}, trainer={"learning_rate": 1e-6})
+    run = train(changed, name="packed", base=base, on_event=remember)
+    assert set(before.values()) == {torch.float32}
+    moved = [p for name, p in run.model.named_parameters() if "lora_B.default" in name]
+    assert all(0 < float(p.abs().max()) < 1e-5 for p in moved)
+
+
 def test_the_kl_answers_are_the_neighbours(write_pairs, tokenizer):
     rows = kto_rows(answers_of(write_pairs(count=3), tokenizer, good_only=False))
     random.Random(0).shuffle(rows)

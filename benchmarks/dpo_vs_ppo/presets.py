@@ -53,13 +53,14 @@ PRESETS = {
         ),
         Preset(
             "quick", train_prompts=36, samples=4, test_prompts=16, test_answers=1, base_answers=4, best_of=(2, 4),
-            betas=(0.03, 0.1, 0.5), dpo_steps=9, pairs_a_prompt=2, kl_weights=(0.02, 0.2), iterations=6, keep=(3, 6),
+            betas=(0.03, 0.1, 0.5), dpo_steps=9, pairs_a_prompt=2, kl_weights=(0.05,), iterations=6, keep=(2, 4, 6),
             seeds=(0,), side_beta=0.1,
         ),
         Preset(
-            "full", train_prompts=64, samples=8, test_prompts=36, test_answers=1, base_answers=16,
+            "full", train_prompts=64, samples=8, test_prompts=24, test_answers=2, base_answers=16,
             best_of=(2, 4, 8, 16), betas=(0.03, 0.1, 0.3, 1.0), dpo_steps=24, pairs_a_prompt=3,
-            kl_weights=(0.01, 0.05, 0.2), iterations=16, keep=(8, 16), seeds=(0, 1, 2), side_beta=0.1, noise=(0.1, 0.2, 0.4), side=True,
+            kl_weights=(0.01, 0.05, 0.2), iterations=16, keep=(8, 16), seeds=(0, 1, 2), side_beta=0.1,
+            noise=(0.1, 0.2, 0.4), side=True,
         ),
     )
 }  # fmt: skip
