@@ -3,13 +3,15 @@
 # make demo    set everything up, then chat, vote, train and swap in a browser
 # make check   lint, types and tests: what CI runs
 # make bench   a step of ours and of stock TRL, side by side on three shapes of data (half an hour on 2 cores)
+# make study   DPO against PPO, SFT and best-of-n on one known reward (hours; goes on where it was stopped)
+# make study-quick   the same, small: the frontier's shape
 # make clean   remove what these made, but for trained adapters
 
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m
 
-.PHONY: train test demo check lint types bench setup clean
+.PHONY: train test demo check lint types bench study study-quick setup clean
 
 train: $(BIN)/lora-dpo $(MODEL)/config.json
 	$(BIN)/lora-dpo train configs/quickstart.yaml
@@ -32,6 +34,14 @@ types: $(BIN)/.dev
 
 bench: $(BIN)/.dev $(MODEL)/config.json
 	$(BIN)/python benchmarks/bench.py --pairs 16 --top 8
+
+study: $(BIN)/.dev $(MODEL)/config.json
+	$(BIN)/python -m benchmarks.dpo_vs_ppo.study full
+	$(BIN)/python -m benchmarks.dpo_vs_ppo.report full
+
+study-quick: $(BIN)/.dev $(MODEL)/config.json
+	$(BIN)/python -m benchmarks.dpo_vs_ppo.study quick
+	$(BIN)/python -m benchmarks.dpo_vs_ppo.report quick
 
 setup: $(BIN)/lora-dpo $(MODEL)/config.json
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lora_dpo.config import Recipe
+from lora_dpo.methods import TITLES
 
 if TYPE_CHECKING:
     from lora_dpo.adapters import Passport
@@ -35,16 +36,16 @@ def write_card(
         "base_model": passport.base,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "dpo", "preference-tuning", "lora-dpo"],
+        "tags": ["lora", recipe.method, *([] if recipe.method == "sft" else ["preference-tuning"]), "lora-dpo"],
     }
-    counts = ", ".join(f"{record['pairs']} {which} pairs" for which, record in passport.data.items())
+    counts = ", ".join(_count(which, record) for which, record in passport.data.items())
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         f"# {name}",
         "",
-        f"A LoRA adapter for `{passport.base}`, preference-tuned with Direct Preference Optimization by lora-dpo on "
+        f"A LoRA adapter for `{passport.base}`, {TITLES[recipe.method]} by lora-dpo on "
         f"{counts}. It is a small update: the base model is needed beside it.",
         "",
         *(_stopped_lines(passport.metrics["stopped"]) if "stopped" in passport.metrics else []),
@@ -119,8 +120,8 @@ def _base_line(passport: Passport) -> str:
     return f"4-bit NF4 with double quantisation, computed in {passport.dtype}"
 
 
-def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], *, beta: float) -> None:
-    """Plot loss, margin, reward accuracy and both log-ratios over the steps of `metrics.jsonl`.
+def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], *, beta: float, method: str = "dpo") -> None:
+    """Plot what tells most about a method over the steps of `metrics.jsonl`: loss, margin, accuracy, log-ratios.
 
     TRL logs rewards β·h(y); the log-ratios h(y) in nats are these divided by β.
     """
@@ -131,18 +132,7 @@ def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], *, beta: float) 
     steps = [row["step"] for row in trained]
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, margin, accuracy, ratios = figure.subplots(2, 2).flat
-    panels = (
-        (loss, "loss", [("loss", "loss", 1.0, "#335c81")]),
-        (margin, "reward margin", [("rewards/margins", "margin", 1.0, "#335c81")]),
-        (accuracy, "reward accuracy (batch)", [("rewards/accuracies", "accuracy", 1.0, "#335c81")]),
-        (
-            ratios,
-            "log-ratio to the reference (nats)",
-            [("rewards/chosen", "chosen", 1 / beta, "#2f7d4f"), ("rewards/rejected", "rejected", 1 / beta, "#b3432b")],
-        ),
-    )
-    for axes, title, series in panels:
+    for axes, (title, series) in zip(figure.subplots(2, 2).flat, _panels(method, beta), strict=True):
         for key, label, scale, colour in series:
             values = [row.get(key, float("nan")) * scale for row in trained]
             axes.plot(steps, values, label=label, color=colour, linewidth=1.6, marker="o", markersize=2.5)
@@ -150,7 +140,44 @@ def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], *, beta: float) 
         axes.set_xlabel("step", fontsize=9)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    accuracy.set_ylim(-0.03, 1.03)
-    ratios.axhline(0, color="#888888", linewidth=0.8)
-    ratios.legend(frameon=False, fontsize=9)
+        if "accuracy" in title:
+            axes.set_ylim(-0.03, 1.03)
+        if len(series) > 1:
+            axes.axhline(0, color="#888888", linewidth=0.8)
+            axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+Series = tuple[str, str, float, str]
+"""TRL's name of a logged number, its label, what it is multiplied by, its colour."""
+
+
+def _panels(method: str, beta: float) -> list[tuple[str, list[Series]]]:
+    """Titles and series of the four panels."""
+
+    def one(title: str, key: str) -> tuple[str, list[Series]]:
+        return title, [(key, title, 1.0, "#335c81")]
+
+    if method == "sft":
+        return [
+            one("loss (nats a token)", "loss"),
+            one("token accuracy (batch)", "mean_token_accuracy"),
+            one("entropy (nats a token)", "entropy"),
+            one("gradient norm", "grad_norm"),
+        ]
+    ratios: list[Series] = [
+        ("rewards/chosen", "chosen" if method == "dpo" else "good", 1 / beta, "#2f7d4f"),
+        ("rewards/rejected", "rejected" if method == "dpo" else "bad", 1 / beta, "#b3432b"),
+    ]
+    third = ("reward accuracy (batch)", "rewards/accuracies") if method == "dpo" else ("KL estimate (nats)", "kl")
+    return [
+        one("loss", "loss"),
+        one("reward margin", "rewards/margins"),
+        one(*third),
+        ("log-ratio to the reference (nats)", ratios),
+    ]
+
+
+def _count(which: str, record: Mapping[str, Any]) -> str:
+    unit = "answers" if "answers" in record else "pairs"
+    return f"{record[unit]} {which} {unit}"

@@ -258,6 +258,13 @@ class Recipe(Section):
 
     model: Annotated[ModelSection, Field(description="The base model, loaded once.")]
     lora: Annotated[LoraSection, Field(description="The adapter.")] = LoraSection()
+    method: Annotated[
+        Literal["dpo", "sft", "kto"],
+        Field(
+            description="dpo: learn from preference pairs. sft: imitate good answers. kto: learn from single answers "
+            "that are good or bad (docs/methods.md)."
+        ),
+    ] = "dpo"
     reference: Annotated[
         str,
         Field(
@@ -279,7 +286,10 @@ class Recipe(Section):
     ] = None
     trainer: Annotated[
         dict[str, Any],
-        Field(description="Any field of TRL's DPOConfig by its own name: beta, learning_rate, loss_type, …"),
+        Field(
+            description="Any field of TRL's DPOConfig (SFTConfig, KTOConfig for those methods) by its own name: beta, "
+            "learning_rate, loss_type, …"
+        ),
     ] = {}
 
     _home = field_validator("output")(_at_home)

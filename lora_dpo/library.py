@@ -335,7 +335,8 @@ def _metrics(passport: Passport) -> dict[str, str]:
 def _data_line(data: Mapping[str, Any]) -> str:
     hashes = data.get("sha256")
     names = ", ".join(f"{file} ({str(sha)[:12]})" for file, sha in hashes.items()) if isinstance(hashes, dict) else "?"
-    return f"{data.get('pairs')} pairs of {data.get('rows')} rows: {names}"
+    unit = "answers" if "answers" in data else "pairs"
+    return f"{data.get(unit)} {unit} of {data.get('rows')} rows: {names}"
 
 
 def _flat(folder: Path) -> dict[str, str]:

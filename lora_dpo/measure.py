@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import Message
 from lora_dpo.evaluate import AnswerMetrics, PairMetrics, answer_metrics, pair_metrics, score_pairs, write_json
@@ -81,10 +81,16 @@ def _answer_metrics(run: Run, texts: Sequence[Answer]) -> AnswerMetrics | None:
     split = len(run.prompts)
     return answer_metrics(
         texts[:split],
-        chosen_mean_tokens=fmean(len(pair.chosen) - 1 for pair in run.held_out) if run.held_out else 0.0,
+        chosen_mean_tokens=_yardstick(run),
         questions=run.questions,
         question_answers=texts[split:],
     )
+
+
+def _yardstick(run: Run) -> float:
+    """Mean length of the held-out answers that are good, without their end-of-turn token."""
+    good = [pair.chosen for pair in run.held_out] or [one.answer for one in run.held_out_answers if one.up]
+    return fmean(len(answer) - 1 for answer in good) if good else 0.0
 
 
 def comparison(before: Measured, after: Measured) -> Iterator[tuple[str, str, str]]:
@@ -113,3 +119,12 @@ def comparison(before: Measured, after: Measured) -> Iterator[tuple[str, str, st
                 if m.correct is not None
             ]
             yield "known answers right", counts[0], counts[1]
+
+
+def held_out_losses(run: Run, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """A row `(name, before, after)` of TRL's own loss on held-out single answers, if the log has both ends."""
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    last = max((row["step"] for row in rows if "loss" in row), default=0)
+    if run.held_out_answers and last and {0, last} <= losses.keys():
+        unit = " (nats a token)" if run.settings.get("loss_type", "nll") == "nll" and run.recipe.method == "sft" else ""
+        yield f"held-out loss{unit}", f"{losses[0]:.3f}", f"{losses[last]:.3f}"

@@ -142,6 +142,10 @@ def plan(
     """
     if card and (memory or measure):
         raise ConfigError(f"--card {card} is another machine: it goes without --memory and --measure.")
+    if recipe.method != "dpo":
+        raise ConfigError(
+            f"lora-dpo plan knows pairs, not method: {recipe.method}. Try a few steps: trainer.max_steps=5."
+        )
     notes: list[str] = []
 
     def emit(event: Any) -> None:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.adapters import check_folder
 from lora_dpo.config import Recipe
 from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair, read_pairs, tokenize_pairs
+from lora_dpo.data.answers import DEMONSTRATIONS, TokenAnswer, read_answers, tokenize_answers
+from lora_dpo.data.pairs import Dropped, Vote
+from lora_dpo.data.reading import outcomes
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.evaluate import Question, evenly, read_questions
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
@@ -63,6 +66,9 @@ class Run:
     weights: list[float] | None = None
     """What each training pair's gradient counts; None if all count alike."""
     held_out: list[TokenPair] = field(default_factory=list)
+    answers: list[TokenAnswer] = field(default_factory=list)
+    """What SFT and KTO train on, in place of `train`."""
+    held_out_answers: list[TokenAnswer] = field(default_factory=list)
     prompts: list[tuple[Message, ...]] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     reports: dict[str, ReadReport] = field(default_factory=dict)
@@ -74,19 +80,29 @@ class Run:
 
     @property
     def beta(self) -> float:
-        """DPO's β, TRL's default if the recipe names none."""
-        return float(self.settings.get("beta", 0.1))
+        """β of DPO and KTO, TRL's default if the recipe names none; 1 for SFT, whose margins are in plain nats."""
+        return 1.0 if self.recipe.method == "sft" else float(self.settings.get("beta", 0.1))
+
+    @property
+    def examples(self) -> int:
+        """Rows that are trained on: pairs, or single answers."""
+        return len(self.train) or len(self.answers)
+
+    @property
+    def unit(self) -> str:
+        """What these rows are called."""
+        return "pairs" if self.recipe.method == "dpo" else "answers"
 
     @property
     def batch(self) -> int:
-        """Pairs of an optimiser step."""
+        """Pairs (or answers) of an optimiser step."""
         return int(self.settings["per_device_train_batch_size"] * self.settings.get("gradient_accumulation_steps", 1))
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the run."""
         steps = self.settings.get("max_steps", -1)
-        per_epoch = -(-len(self.train) // self.batch)
+        per_epoch = -(-self.examples // self.batch)
         return int(steps if steps > 0 else ceil(per_epoch * self.settings["num_train_epochs"]))
 
     def progress(self, stage: str, total: int) -> Callable[[int], None]:
@@ -122,24 +138,72 @@ def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> R
     settings = trainer_settings(recipe)
     section = recipe.model
     dtype = pick_dtype(section.dtype, pick_device())
-    trainer_config(settings, output_dir=partial_of(output) / "checkpoints", dtype=dtype)  # TRL's own refusals, early
+    folder = partial_of(output) / "checkpoints"
+    trainer_config(settings, output_dir=folder, dtype=dtype, method=recipe.method)  # TRL's own refusals, early
     tokenizer = load_tokenizer(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     run = Run(recipe, output, emit, stop, tokenizer, settings)
     stop.output = output
-    pairs = _read(run, "train", recipe.data.train)
-    run.train = _tokenize(run, "train", pairs)
-    if recipe.data.pair_weight == "gap":
-        run.weights = gap_weights(run.train)
-    if recipe.data.eval is not None:
-        held_out = _read(run, "eval", recipe.data.eval)
-        _warn_of_leaks(run, pairs, held_out)
-        run.held_out = _tokenize(run, "eval", held_out)
-        unique = list(dict.fromkeys(json.dumps(pair.prompt) for pair in held_out))
-        spread = evenly(len(unique), recipe.evaluation.answers)  # files are often sorted by kind
-        run.prompts = [tuple(json.loads(unique[index])) for index in spread]
+    asked = _read_pairs(run) if recipe.method == "dpo" else _read_answers(run)
+    unique = list(dict.fromkeys(json.dumps(prompt) for prompt in asked))
+    spread = evenly(len(unique), recipe.evaluation.answers)  # files are often sorted by kind
+    run.prompts = [tuple(json.loads(unique[index])) for index in spread]
     if recipe.evaluation.questions:
         run.questions = read_questions(recipe.evaluation.questions)
     return run
+
+
+def _read_pairs(run: Run) -> list[tuple[Message, ...]]:
+    """Fill in the pairs of a DPO run; returns the held-out prompts."""
+    data = run.recipe.data
+    pairs = _read(run, "train", data.train)
+    run.train = _tokenize(run, "train", pairs)
+    if data.pair_weight == "gap":
+        run.weights = gap_weights(run.train)
+    if data.eval is None:
+        return []
+    held_out = _read(run, "eval", data.eval)
+    _warn_of_leaks(run, pairs, held_out)
+    run.held_out = _tokenize(run, "eval", held_out)
+    return [pair.prompt for pair in held_out]
+
+
+def _read_answers(run: Run) -> list[tuple[Message, ...]]:
+    """Fill in the single answers of an SFT or KTO run, and what pairs its held-out data has; returns the prompts."""
+    data = run.recipe.data
+    votes = _read_votes(run, "train", data.train)
+    run.answers = _tokenize_votes(run, "train", votes)
+    if data.eval is None:
+        return []
+    held_out = _read_votes(run, "eval", data.eval)
+    _warn_of_leaks(run, votes, held_out)
+    run.held_out_answers = _tokenize_votes(run, "eval", held_out)
+    if data.format != DEMONSTRATIONS:
+        sources = [data.eval] if isinstance(data.eval, str) else data.eval
+        found = [pair for one in sources for outcome in outcomes(one, form=data.format) for pair in outcome.pairs]
+        run.held_out, _ = tokenize_pairs(run.tokenizer, found, max_length=run.settings.get("max_length", 1024))
+    return [vote.prompt for vote in held_out]
+
+
+def _read_votes(run: Run, which: str, sources: str | list[str]) -> list[Vote]:
+    data = run.recipe.data
+    good_only = run.recipe.method == "sft"
+    votes, report = read_answers(sources, good_only=good_only, on_bad_row=data.on_bad_row, form=data.format)
+    run.reports[which] = report
+    kinds = {vote.up for vote in votes}
+    if not good_only and which == "train" and len(kinds) == 1:
+        raise DataError(
+            f"All {len(votes)} training answers are {'good' if True in kinds else 'bad'}: KTO needs both kinds. "
+            "Use method: sft for good answers alone."
+        )
+    return votes
+
+
+def _tokenize_votes(run: Run, which: str, votes: Sequence[Vote]) -> list[TokenAnswer]:
+    max_length = run.settings.get("max_length", 1024)
+    tick = run.progress(f"tokenising {which} answers", len(votes))
+    answers, dropped = tokenize_answers(run.tokenizer, votes, max_length=max_length, on_answer=tick)
+    _account_for(run, which, dropped, left=len(answers))
+    return answers
 
 
 def _read(run: Run, which: str, sources: str | list[str]) -> list[PreferencePair]:
@@ -154,11 +218,7 @@ def _tokenize(run: Run, which: str, pairs: Sequence[PreferencePair]) -> list[Tok
     max_length = run.settings.get("max_length", 1024)
     tick = run.progress(f"tokenising {which} pairs", len(pairs))
     tokens, dropped = tokenize_pairs(run.tokenizer, pairs, max_length=max_length, on_pair=tick)
-    if dropped and run.recipe.data.on_bad_row == "error":
-        raise DataError(f"{dropped[0].origin.source}, row {dropped[0].origin.row}: {dropped[0].reason}.")
-    run.reports[which].dropped.extend(dropped)
-    if not tokens:
-        raise DataError(f"No {which} pair is left: {run.reports[which].summary()}. Raise trainer.max_length?")
+    _account_for(run, which, dropped, left=len(tokens))
     return tokens
 
 
@@ -180,12 +240,24 @@ def gap_weights(pairs: Sequence[TokenPair]) -> list[float]:
     return [min(gap / mean, MAX_WEIGHT) for gap in gaps]
 
 
-def _warn_of_leaks(run: Run, pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair]) -> None:
-    known = {json.dumps(pair.prompt) for pair in pairs}
-    leaked = sum(json.dumps(pair.prompt) in known for pair in held_out)
+def _account_for(run: Run, which: str, dropped: Sequence[Dropped], *, left: int) -> None:
+    if dropped and run.recipe.data.on_bad_row == "error":
+        raise DataError(f"{dropped[0].origin.source}, row {dropped[0].origin.row}: {dropped[0].reason}.")
+    run.reports[which].dropped.extend(dropped)
+    if not left:
+        summary = run.reports[which].summary(run.unit)
+        raise DataError(f"No {which} {run.unit[:-1]} is left: {summary}. Raise trainer.max_length?")
+
+
+def _warn_of_leaks(
+    run: Run, rows: Sequence[PreferencePair] | Sequence[Vote], held_out: Sequence[PreferencePair] | Sequence[Vote]
+) -> None:
+    known = {json.dumps(row.prompt) for row in rows}
+    leaked = sum(json.dumps(row.prompt) in known for row in held_out)
     if leaked:
         text = (
-            f"{leaked} of {len(held_out)} held-out pairs have a prompt that is also trained on: results will flatter."
+            f"{leaked} of {len(held_out)} held-out {run.unit} have a prompt that is also trained on: "
+            "results will flatter."
         )
         run.emit(Note(text, warning=True))
 
@@ -215,25 +287,51 @@ def _model_lines(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[tuple[st
     yield "model", f"{recipe.model.name}, {total / 1e6:,.0f} M parameters"
     yield "device", torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     yield "weights", _weights_line(recipe, skeleton, device, dtype)
-    yield "reference", "the base, adapter off" if recipe.reference == "base" else f"a frozen copy of {recipe.reference}"
+    yield _reference_line(recipe)
+
+
+def _reference_line(recipe: Recipe) -> tuple[str, str]:
+    if recipe.method == "sft":
+        start = "the base" if recipe.reference == "base" else recipe.reference
+        return "start", f"{start}; nothing is held to it, log-ratios are told against it"
+    return (
+        "reference",
+        "the base, adapter off" if recipe.reference == "base" else f"a frozen copy of {recipe.reference}",
+    )
 
 
 def _run_lines(run: Run) -> Iterator[tuple[str, str]]:
     settings = run.settings
     for which, report in run.reports.items():
-        yield f"{which} data", f"{report.summary()}, read as {report.read_as}"
-    yield "tokens", _token_line(run.train)
+        yield f"{which} data", f"{report.summary(run.unit)}, read as {report.read_as}"
+    if run.train:
+        yield "tokens", _token_line(run.train)
+        lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in run.train]
+    else:
+        yield "tokens", _answers_line(run.answers)
+        lengths = [len(one.prompt) + len(one.answer) for one in run.answers]
     batch, steps = run.batch, run.steps
-    mean = fmean(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in run.train)
     yield (
         "steps",
-        f"{steps} of {batch} pairs ({steps * batch / len(run.train):.2f} passes over the data), "
-        f"about {mean * batch:,.0f} tokens a step",
+        f"{steps} of {batch} {run.unit} ({steps * batch / run.examples:.2f} passes over the data), "
+        f"about {fmean(lengths) * batch:,.0f} tokens a step",
     )
+    yield "objective", f"{_objective(run)}, learning rate {settings['learning_rate']:g}"
+    yield "output", str(run.output)
+
+
+def _objective(run: Run) -> str:
+    settings = run.settings
+    if run.recipe.method == "sft":
+        return f"{settings.get('loss_type', 'nll')} of good answers"
+    if run.recipe.method == "kto":
+        good = sum(one.up for one in run.answers)
+        weights = [settings.get(f"{kind}_weight", 1.0) for kind in ("desirable", "undesirable")]
+        counts = f"{good} good at weight {weights[0]:g}, {len(run.answers) - good} bad at {weights[1]:g}"
+        return f"{settings.get('loss_type', 'kto')}, β {run.beta:g}, {counts}"
     weights = settings.get("loss_weights") or [1.0] * len(settings["loss_type"])
     loss = " + ".join(f"{weight:g}·{name}" for name, weight in zip(settings["loss_type"], weights, strict=False))
-    yield "objective", f"{loss}, β {run.beta:g}, learning rate {settings['learning_rate']:g}"
-    yield "output", str(run.output)
+    return f"{loss}, β {run.beta:g}"
 
 
 def _weights_line(recipe: Recipe, skeleton: PreTrainedModel, device: torch.device, dtype: str) -> str:
@@ -258,12 +356,23 @@ def _lora_line(recipe: Recipe) -> str:
 
 
 def _token_line(pairs: Sequence[TokenPair]) -> str:
-    parts = []
-    for name, lengths in (
+    return _lengths_line(
         ("prompt", [len(pair.prompt) for pair in pairs]),
         ("chosen", [len(pair.chosen) for pair in pairs]),
         ("rejected", [len(pair.rejected) for pair in pairs]),
-    ):
-        parts.append(f"{name} {median(lengths):.0f} (longest {max(lengths)})")
-    cut = sum(pair.truncated for pair in pairs)
-    return "median " + ", ".join(parts) + (f"; {cut} pairs cut at max_length" if cut else "")
+        cut=f"{sum(pair.truncated for pair in pairs)} pairs",
+    )
+
+
+def _answers_line(answers: Sequence[TokenAnswer]) -> str:
+    return _lengths_line(
+        ("prompt", [len(one.prompt) for one in answers]),
+        ("good answer", [len(one.answer) for one in answers if one.up]),
+        ("bad answer", [len(one.answer) for one in answers if not one.up]),
+        cut=f"{sum(one.truncated for one in answers)} answers",
+    )
+
+
+def _lengths_line(*named: tuple[str, list[int]], cut: str) -> str:
+    parts = [f"{name} {median(lengths):.0f} (longest {max(lengths)})" for name, lengths in named if lengths]
+    return "median " + ", ".join(parts) + ("" if cut.startswith("0 ") else f"; {cut} cut at max_length")

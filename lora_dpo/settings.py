@@ -1,21 +1,18 @@
-"""The recipe's `trainer:` section as TRL's `DPOConfig`, with nothing ignored in silence."""
+"""The recipe's `trainer:` section as TRL's config object, with nothing ignored in silence.
+
+This file knows DPO; what other methods read is in `methods.py`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import typing
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import Any
 
 from lora_dpo.config import EvaluationSection, Recipe, nearest
 from lora_dpo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trl import DPOConfig
+from lora_dpo.fields import ELSEWHERE as COMMON_ELSEWHERE
+from lora_dpo.fields import NO_SECOND_MODEL, build_config, check_given, check_trackers
+from lora_dpo.methods import METHODS, answer_settings
 
 DEFAULTS: dict[str, Any] = {
     # TRL's 1e-6 is meant for whole models; an adapter needs more, and 2e-4 ruined a small model (docs/decisions.md).
@@ -37,37 +34,14 @@ DEFAULTS: dict[str, Any] = {
 }
 """What a recipe starts from; any of these can be set under `trainer:`."""
 
-NO_UPLOADS = "a run uploads nothing; share the adapter folder yourself when training is done"
-
 ELSEWHERE = {
-    "output_dir": "set output: instead",
-    "resume_from_checkpoint": "pass --resume instead",
-    "model_init_kwargs": "set model: instead",
-    "trust_remote_code": "set model.trust_remote_code instead",
-    "bf16": "set model.dtype: bfloat16 instead",
-    "fp16": "set model.dtype: float16 instead",
-    "bf16_full_eval": "set model.dtype instead",
-    "fp16_full_eval": "set model.dtype instead",
+    **COMMON_ELSEWHERE,
     "padding_free": "TRL ignores it in DPO",
     "truncation_mode": "answers are cut at their end when they are tokenised",
     "pad_token": "it comes from the tokenizer",
-    "disable_tqdm": "progress is drawn from the run's events",
-    "do_train": "a run always trains",
-    "do_eval": "held-out pairs are evaluated whenever data.eval is set",
-    "do_predict": "nothing is predicted in a run",
-    "sync_ref_model": "the reference is the same base, so there is no second model to move",
-    "ref_model_mixup_alpha": "the reference is the same base, so there is no second model to move",
-    "ref_model_sync_steps": "the reference is the same base, so there is no second model to move",
-    "remove_unused_columns": "rows are token ids already",
-    "dataset_num_proc": "rows are tokenised before training starts",
-    "use_cpu": "a GPU is used if there is one; hide it with CUDA_VISIBLE_DEVICES= before the command",
-    "push_to_hub": NO_UPLOADS,
-    "hub_always_push": NO_UPLOADS,
-    "hub_model_id": NO_UPLOADS,
-    "hub_private_repo": NO_UPLOADS,
-    "hub_revision": NO_UPLOADS,
-    "hub_strategy": NO_UPLOADS,
-    "hub_token": NO_UPLOADS,
+    "sync_ref_model": NO_SECOND_MODEL,
+    "ref_model_mixup_alpha": NO_SECOND_MODEL,
+    "ref_model_sync_steps": NO_SECOND_MODEL,
 }
 """Fields of DPOConfig that a run would ignore or that have another place: refused, with the reason."""
 
@@ -102,39 +76,33 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """Losses of chosen minus rejected, where the unknown β·log Z(x) of another divergence than reverse_kl cancels."""
 
-AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-ABOVE_ZERO = ("beta", "learning_rate", "num_train_epochs")
-
 
 def trainer_settings(recipe: Recipe) -> dict[str, Any]:
-    """Check the `trainer:` section against DPOConfig's fields and fill in the defaults.
+    """Check the `trainer:` section against the fields of the method's TRL config and fill in the defaults.
 
     Raises:
         ConfigError: an unknown field, a value of the wrong type, or a field that would do nothing.
     """
+    settings = _dpo_settings(recipe) if recipe.method == "dpo" else answer_settings(recipe)
+    _refuse_inert_sections(recipe, settings)
+    _refuse_head(recipe)
+    return settings
+
+
+def _dpo_settings(recipe: Recipe) -> dict[str, Any]:
     from trl import DPOConfig
 
-    fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
-    hints = typing.get_type_hints(DPOConfig)
     given = dict(recipe.trainer)
     if isinstance(given.get("loss_type"), str):
         given["loss_type"] = [given["loss_type"]]
-    for name, value in given.items():
-        if name not in fields:
-            raise ConfigError(f"trainer.{name} is not a field of TRL's DPOConfig.{nearest(name, fields)}")
-        if name in ELSEWHERE:
-            raise ConfigError(f"trainer.{name} has no effect here: {ELSEWHERE[name]}.")
-        _check_type(name, value, hints[name])
-        _check_number(name, value)
+    check_given(given, DPOConfig, ELSEWHERE)
     _check_loss_names(given)
     settings = {**DEFAULTS, **given}
     if "loss_type" in given and "loss_weights" not in given:
         settings.pop("loss_weights")  # the default weights belong to the default losses
     _check_losses(settings)
-    _check_trackers(settings)
+    check_trackers(settings)
     _refuse_inert(given, settings)
-    _refuse_inert_sections(recipe, settings)
-    _refuse_head(recipe)
     if recipe.lora.dropout > 0 and settings.get("disable_dropout", True):
         raise ConfigError(
             f"lora.dropout is {recipe.lora.dropout}, but TRL switches all dropout off: "
@@ -143,50 +111,24 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def trainer_config(settings: dict[str, Any], *, output_dir: Path, dtype: str) -> DPOConfig:
-    """TRL's `DPOConfig` for checked settings. Raises `ConfigError` with TRL's own reason."""
+def trainer_config(settings: dict[str, Any], *, output_dir: Path, dtype: str, method: str = "dpo") -> Any:
+    """TRL's config object (`DPOConfig`, `SFTConfig`, `KTOConfig`) for checked settings.
+
+    Raises:
+        ConfigError: TRL refuses them; with TRL's own reason.
+    """
     import torch
-    from trl import DPOConfig
+    import trl
 
-    cuda = torch.cuda.is_available()
-    # With the engine, checkpointing is allowed here and used only for steps that would not fit without it.
-    settings = {"gradient_checkpointing": True, "dataloader_pin_memory": cuda, **settings}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            config = DPOConfig(
-                output_dir=str(output_dir),
-                bf16=cuda and dtype == "bfloat16",
-                fp16=cuda and dtype == "float16",
-                use_cpu=not cuda,
-                disable_tqdm=True,
-                **settings,
-            )
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from error
-    if config.n_gpu > 1:
-        config._n_gpu = 1  # one base on one GPU; transformers would copy the model to every visible one
-    return config
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    try:
-        TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        allowed = " or ".join(dict.fromkeys(_plain(problem["msg"]) for problem in error.errors()))
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is {allowed}.") from None
-
-
-def _check_number(name: str, value: Any) -> None:
-    numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
-    if not all(map(math.isfinite, numbers)):
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is a finite number.")
-    if name in AT_LEAST_ONE and value < 1:
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is 1 or more.")
-    if name in ABOVE_ZERO and value <= 0:
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is a number above 0.")
-    if name == "label_smoothing" and not 0 <= value < 0.5:
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is 0 or more, and below 0.5.")
+    if method == "dpo":
+        # With the engine, checkpointing is allowed here and used only for steps that would not fit without it.
+        settings = {"gradient_checkpointing": True, **settings}
+        return build_config(trl.DPOConfig, settings, output_dir=output_dir, dtype=dtype)
+    settings = {"gradient_checkpointing": torch.cuda.is_available(), **settings}
+    if method == "sft":
+        settings["dataset_kwargs"] = {"skip_prepare_dataset": True}  # rows are token ids and labels already
+    kind = getattr(trl, METHODS[method].config)
+    return build_config(kind, settings, output_dir=output_dir, dtype=dtype)
 
 
 def _check_loss_names(given: dict[str, Any]) -> None:
@@ -222,20 +164,6 @@ def _check_losses(settings: dict[str, Any]) -> None:
         )
 
 
-def _check_trackers(settings: dict[str, Any]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    asked, known = settings["report_to"] or [], (*INTEGRATION_TO_CALLBACK, "all", "none")
-    for tracker in [asked] if isinstance(asked, str) else asked:
-        if tracker not in known:
-            raise ConfigError(
-                f"trainer.report_to has {tracker!r}: allowed are {', '.join(known)}.{nearest(tracker, known)}"
-            )
-        if tracker not in (*get_available_reporting_integrations(), "all", "none"):
-            raise ConfigError(f"trainer.report_to has {tracker!r}, which is not installed. Install it, or use none.")
-
-
 def _refuse_head(recipe: Recipe) -> None:
     targets = recipe.lora.targets
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
@@ -243,10 +171,6 @@ def _refuse_head(recipe: Recipe) -> None:
             "lora.targets has lm_head, but TRL multiplies with that layer's own weight, so an adapter on it would "
             "never be trained. Remove it."
         )
-
-
-def _plain(message: str) -> str:
-    return message.removeprefix("Input should be ").removeprefix("Input should ")
 
 
 def _refuse_inert(given: dict[str, Any], settings: dict[str, Any]) -> None:

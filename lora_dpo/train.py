@@ -19,13 +19,14 @@ from lora_dpo.adapters import attach_adapter, make_passport, restore_adapter, wr
 from lora_dpo.card import write_card, write_curves
 from lora_dpo.config import Recipe, dump_recipe
 from lora_dpo.data import ReadReport, TokenPair
+from lora_dpo.data.answers import crossed
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.evaluate import evenly, to_json
 from lora_dpo.events import Answered, Compared, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.guard_callback import add_guard
-from lora_dpo.measure import Measured, comparison, measure_after, measure_before
+from lora_dpo.measure import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.model import POLICY, Base, attach_lora, load_base
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 Look = Callable[[int, int, "PeftModel"], None]
 """Called with the step, the number of steps, and the model in training, to ask it something."""
+Rows = list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
         raise ModelError("Training ended in NaN or infinite weights. Lower trainer.learning_rate and start again.")
     model.eval()
     after = measure_after(run, model, pad, ref_scores)
-    _report(run, before, after)
-    _save(run, base, model, log, before, after, outcome)
+    rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
+    _report(run, before, after, rows)
+    _save(run, base, model, log, before, after, rows, outcome)
     return TrainResult(run.output, base, model, before, after, outcome)
 
 
@@ -122,27 +125,43 @@ def _optimise(
     run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None, guard: Guard, look: Look | None
 ) -> None:
     """The training loop: TRL's, from the checkpoint if there is one. Raises `Stopped` if asked to."""
-    from datasets import Dataset
+    callback = _make_callback(run, log)
+    if run.recipe.method == "dpo":
+        trainer: Any = _dpo_trainer(run, model, dtype=base.dtype, callback=callback)
+    else:
+        from lora_dpo.answer_trainers import answer_trainer
 
-    from lora_dpo.trainer import DPOTrainer
-
-    trainer = DPOTrainer(
-        model,
-        args=trainer_config(run.settings, output_dir=run.partial / "checkpoints", dtype=base.dtype),
-        train_dataset=_training_set(run),
-        eval_dataset=Dataset.from_list([_columns(pair) for pair in run.held_out]) if run.held_out else None,
-        processing_class=run.tokenizer,
-        callbacks=[_make_callback(run, log), *([_make_look(look)] if look else [])],
-        engine=run.recipe.engine,
-    )
+        trainer = answer_trainer(run, model, dtype=base.dtype, callback=callback)
     _drop_printing_callbacks(trainer)
+    if look is not None:
+        trainer.add_callback(_make_look(look))
     add_guard(trainer, guard, checkpoint)
     try:
+        if run.held_out_answers and not checkpoint:
+            trainer.evaluate()  # the loss before the first step, into the log
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if run.held_out_answers and not run.stop.requested:
+            trainer.evaluate()
     finally:
         trainer.close()
     if run.stop.requested:
         raise Stopped(run.output, step=trainer.state.global_step, resumable=True)
+
+
+def _dpo_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> Any:
+    from datasets import Dataset
+
+    from lora_dpo.trainer import DPOTrainer
+
+    return DPOTrainer(
+        model,
+        args=trainer_config(run.settings, output_dir=run.partial / "checkpoints", dtype=dtype),
+        train_dataset=_training_set(run),
+        eval_dataset=Dataset.from_list([_columns(pair) for pair in run.held_out]) if run.held_out else None,
+        processing_class=run.tokenizer,
+        callbacks=[callback],
+        engine=run.recipe.engine,
+    )
 
 
 # --- one base in memory ---------------------------------------------------------------------------
@@ -260,8 +279,8 @@ def _memory_errors() -> Iterator[None]:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def _report(run: Run, before: Measured, after: Measured) -> None:
-    run.emit(Compared(tuple(comparison(before, after))))
+def _report(run: Run, before: Measured, after: Measured, compared: Rows) -> None:
+    run.emit(Compared(tuple(compared)))
     shown = evenly(len(run.prompts), run.recipe.evaluation.show)
     rows = [(run.prompts[i][-1]["content"], before.texts[i].text, after.texts[i].text) for i in shown]
     if rows:
@@ -272,7 +291,14 @@ def _report(run: Run, before: Measured, after: Measured) -> None:
 
 
 def _save(
-    run: Run, base: Base, model: PeftModel, log: RunLog, before: Measured, after: Measured, outcome: Outcome
+    run: Run,
+    base: Base,
+    model: PeftModel,
+    log: RunLog,
+    before: Measured,
+    after: Measured,
+    compared: Rows,
+    outcome: Outcome,
 ) -> None:
     metrics: dict[str, Any] = {
         "before": {"pairs": to_json(before.pairs), "answers": to_json(before.answers)},
@@ -280,7 +306,7 @@ def _save(
     }
     if run.stop.kept_at is not None:
         metrics["stopped"] = {"step": run.stop.kept_at, "of": run.steps}
-    data = {which: _data_record(sources, run.reports[which]) for which, sources in _sources(run.recipe)}
+    data = {which: _data_record(sources, run.reports[which], run.unit) for which, sources in _sources(run.recipe)}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     settings = run.recipe.model_dump(mode="json")
     passport = make_passport(
@@ -291,12 +317,11 @@ def _save(
     with atomic_folder(run.output) as folder:
         model.save_pretrained(str(folder), selected_adapters=[POLICY])
         write_passport(folder, passport)
-        write_probe(folder, model, run.held_out or run.train, tokenizer=run.tokenizer)
+        write_probe(folder, model, run.held_out or run.train or crossed(run.answers), tokenizer=run.tokenizer)
         (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
         shutil.copyfile(log.path, folder / "metrics.jsonl")
-        write_curves(folder / "curves.png", log.rows, beta=run.beta)
-        rows = list(comparison(before, after))
-        write_card(folder / "README.md", run.recipe, passport, rows, samples, stopped=outcome.sentence)
+        write_curves(folder / "curves.png", log.rows, beta=run.beta, method=run.recipe.method)
+        write_card(folder / "README.md", run.recipe, passport, compared, samples, stopped=outcome.sentence)
         write_record(folder, record(run, before, after, outcome))
         (folder / PAGE).write_text(report_of([folder], name=run.output.name), encoding="utf-8")
     shutil.rmtree(run.partial, ignore_errors=True)
@@ -309,6 +334,6 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
             yield which, [sources] if isinstance(sources, str) else sources
 
 
-def _data_record(sources: list[str], report: ReadReport) -> dict[str, Any]:
+def _data_record(sources: list[str], report: ReadReport, unit: str) -> dict[str, Any]:
     hashes = {source: sha256_of(Path(source)) if Path(source).is_file() else None for source in sources}
-    return {"sha256": hashes, "rows": report.rows, "pairs": report.kept, "dropped": dict(report.reasons())}
+    return {"sha256": hashes, "rows": report.rows, unit: report.kept, "dropped": dict(report.reasons())}

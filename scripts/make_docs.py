@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lora_dpo.config import Recipe, describe_fields
+from lora_dpo.methods import METHODS
 from lora_dpo.settings import DEFAULTS, ELSEWHERE, NEEDS_LOSS
 
 Field = tuple[str, str, str]
@@ -25,7 +26,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 INTRO = """\
 # The recipe
 
-<!-- Made by scripts/make_docs.py from lora_dpo/config.py and lora_dpo/settings.py. Change those, not this page. -->
+<!-- Made by scripts/make_docs.py from lora_dpo/: config.py, settings.py, methods.py. Change those, not this page. -->
 
 A recipe is one YAML file that says everything about a run. `lora-dpo recipe` prints the tables of settings below.
 
@@ -64,6 +65,16 @@ NEEDS_LOSS_INTRO = """\
 These are refused unless one of the losses that read them is in `loss_type`:
 """
 
+METHODS_INTRO = """\
+## `trainer:` with `method: sft` and `method: kto`
+
+The fields are those of TRL's `SFTConfig` and `KTOConfig`. What [the methods](methods.md) start from:
+"""
+
+METHODS_ELSEWHERE_INTRO = """\
+Refused with `method: {}`, beside those above that it has:
+"""
+
 
 def page() -> str:
     """The whole text of `docs/recipe.md`."""
@@ -86,10 +97,19 @@ def _lines() -> Iterator[str]:
     rows = [(f"`{name}`", f"`{_yaml_value(value)}`") for name, value in DEFAULTS.items()]
     yield from _table(("Field", "Default"), rows)
     yield ELSEWHERE_INTRO
-    yield from _table(("Field", "Why"), _by_reason())
+    yield from _table(("Field", "Why"), _by_reason(ELSEWHERE))
     yield NEEDS_LOSS_INTRO
     rows = [(f"`{name}`", ", ".join(users)) for name, users in NEEDS_LOSS.items()]
     yield from _table(("Field", "Losses"), rows)
+    yield METHODS_INTRO
+    fields = dict.fromkeys(name for method in METHODS.values() for name in method.defaults)
+    cells = [(name, [method.defaults.get(name) for method in METHODS.values()]) for name in fields]
+    rows = [(f"`{name}`", *(f"`{_yaml_value(value)}`" for value in values)) for name, values in cells]
+    yield from _table(("Field", *METHODS), rows)
+    for name, method in METHODS.items():
+        yield METHODS_ELSEWHERE_INTRO.format(name)
+        own = {field: why for field, why in method.elsewhere.items() if ELSEWHERE.get(field) != why}
+        yield from _table(("Field", "Why"), _by_reason(own))
 
 
 def _by_section() -> list[tuple[str, list[Field]]]:
@@ -100,10 +120,10 @@ def _by_section() -> list[tuple[str, list[Field]]]:
     return sorted(groups.items(), key=lambda group: group[0] == "")
 
 
-def _by_reason() -> list[tuple[str, str]]:
+def _by_reason(refused: dict[str, str]) -> list[tuple[str, str]]:
     """Refused fields; those with the same reason share a row."""
     groups: dict[str, list[str]] = {}
-    for name, reason in ELSEWHERE.items():
+    for name, reason in refused.items():
         groups.setdefault(reason, []).append(f"`{name}`")
     return [(", ".join(names), reason) for reason, names in groups.items()]
 

@@ -92,7 +92,7 @@ class ReadReport:
         """Reasons with their counts, the most frequent first."""
         return Counter(dropped.reason for dropped in self.dropped).most_common()
 
-    def summary(self) -> str:
-        """`250 pairs read, 2 dropped (2 empty chosen answer)`."""
+    def summary(self, what: str = "pairs") -> str:
+        """`250 pairs read, 2 dropped (2 empty chosen answer)`; `what` names other things that rows become."""
         why = ", ".join(f"{count} {reason}" for reason, count in self.reasons())
-        return f"{self.kept} pairs read, {len(self.dropped)} dropped" + (f" ({why})" if why else "")
+        return f"{self.kept} {what} read, {len(self.dropped)} dropped" + (f" ({why})" if why else "")

@@ -1,0 +1,354 @@
+"""From finished pieces to results/PRESET.json, and from that to the tables, the plot and docs/study.md.
+
+python -m benchmarks.dpo_vs_ppo.report quick           plot and page of the quick study's results
+python -m benchmarks.dpo_vs_ppo.report quick --check   exit 1 if the page says something else than the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from .maths import Point, best_of_n_kl, bootstrap, expected_best, hull, reward_at
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent.parent / "docs"
+PAGE = DOCS / "study.md"
+
+Results = dict[str, Any]
+Draw = np.ndarray
+"""`[N]` indices of test prompts."""
+
+
+# --- one file of results --------------------------------------------------------------------------
+
+
+def write_results(work: Path, folder: Path) -> Path:
+    """Gather a finished study's pieces into one small file: numbers by prompt, costs, a few samples."""
+    import torch
+
+    from .presets import PRESETS
+    from .study import pieces, write_json
+
+    stored = json.loads((work / "preset.json").read_text(encoding="utf-8"))
+    preset = PRESETS[stored["preset"]["name"]]
+    found = {}
+    for piece in pieces(preset):
+        result = json.loads((work / f"{piece.name}.json").read_text(encoding="utf-8"))
+        found[piece.name] = _slim(piece.name, result)
+    machine = {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "vaderSentiment")}
+    target = folder / f"{preset.name}.json"
+    write_json(target, {**stored, "machine": machine, "versions": versions, "pieces": found})
+    return target
+
+
+def _slim(name: str, result: Results) -> Results:
+    if "answers" in result:
+        scores = [[answer["reward"] for answer in of_prompt] for of_prompt in result["answers"]]
+        return {"scores": scores if name == "test-base" else fmean(map(fmean, scores)), "cost": _short(result["cost"])}
+    return {key: _short(value) for key, value in result.items()}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    return {key: _short(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+class Study:
+    """The results as arrays: for each measured policy reward and KL by test prompt."""
+
+    def __init__(self, results: Results) -> None:
+        self.results, self.preset = results, results["preset"]
+        self.pieces: dict[str, Results] = results["pieces"]
+        self.base = np.array([[*scores] for scores in self.pieces["test-base"]["scores"]])
+        self.prompts = len(self.base)
+        self.best = {n: np.array([expected_best(row, n) for row in self.base.tolist()]) for n in self.preset["best_of"]}
+
+    def reward(self, name: str) -> np.ndarray:
+        """`[N]`."""
+        return np.array(self.pieces[f"eval-{name}"]["reward"])
+
+    def kl(self, name: str) -> np.ndarray:
+        """`[N]`."""
+        return np.array(self.pieces[f"eval-{name}"]["kl"])
+
+    def seeds(self, form: str) -> list[str]:
+        """The policies of one setting, one a seed: `form` has a place for the seed."""
+        return [form.format(seed) for seed in self.preset["seeds"]]
+
+    def point(self, form: str, draw: Draw) -> Point:
+        """Mean KL and reward over seeds and the drawn prompts."""
+        names = self.seeds(form)
+        return (
+            float(np.mean([self.kl(name)[draw].mean() for name in names])),
+            float(np.mean([self.reward(name)[draw].mean() for name in names])),
+        )
+
+    def origin(self, draw: Draw) -> Point:
+        """The base itself."""
+        return 0.0, float(self.base[draw].mean())
+
+    def curve(self, method: str, draw: Draw) -> list[Point]:
+        """The points of a method, the base first."""
+        if method == "best-of-n":
+            points = [(best_of_n_kl(n), float(self.best[n][draw].mean())) for n in self.preset["best_of"]]
+        else:
+            points = [self.point(form, draw) for form in self.forms(method)]
+        return [self.origin(draw), *points]
+
+    def forms(self, method: str) -> list[str]:
+        """Names of a method's policies, with a place for the seed."""
+        if method == "DPO":
+            return [f"dpo-b{beta:g}-s{{}}" for beta in self.preset["betas"]]
+        if method == "SFT":
+            return ["sft-s{}"]
+        return [f"ppo-w{w:g}-s{{}}-i{k}" for w in self.preset["kl_weights"] for k in self.preset["keep"]]
+
+    def interval(self, statistic: Callable[[Draw], float]) -> tuple[float, float, float]:
+        """A statistic with its 95% interval over prompts."""
+        return bootstrap(statistic, self.prompts, seed=0)
+
+
+METHODS = ("DPO", "PPO", "SFT", "best-of-n")
+
+
+def matched(
+    study: Study,
+) -> Iterator[tuple[float, tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]]:
+    """At KLs that both reach: reward of DPO's hull, of PPO's, and their difference, with intervals."""
+    everything = np.arange(study.prompts)
+    reach = min(hull(study.curve(method, everything))[-1][0] for method in ("DPO", "PPO"))
+    for share in (0.25, 0.5, 1.0):
+        kl = share * reach
+        one = [study.interval(lambda draw, m=m, kl=kl: reward_at(study.curve(m, draw), kl)) for m in ("DPO", "PPO")]
+        both = study.interval(
+            lambda draw, kl=kl: reward_at(study.curve("DPO", draw), kl) - reward_at(study.curve("PPO", draw), kl)
+        )
+        yield kl, one[0], one[1], both
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def frontier_table(study: Study) -> Iterator[str]:
+    """Every policy of the frontier."""
+    yield "| Policy | KL (nats) | reward [95%] | seeds' spread | unseen families | seconds | tokens sampled | peak GB |"
+    yield "|---|---|---|---|---|---|---|---|"
+    half = study.prompts // 2
+    low, mid, high = _swap(study.interval(lambda draw: study.origin(draw)[1]))
+    unseen = study.base[half:].mean()
+    yield f"| the base | 0 | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | | {unseen:+.3f} | | | |"
+    for method in ("DPO", "PPO", "SFT"):
+        for form in study.forms(method):
+            names = study.seeds(form)
+            low, mid, high = _swap(study.interval(lambda draw, form=form: study.point(form, draw)[1]))
+            kl = study.point(form, np.arange(study.prompts))[0]
+            spread = f"{stdev([study.reward(name).mean() for name in names]):.3f}" if len(names) > 1 else "one seed"
+            unseen = np.mean([study.reward(name)[half:].mean() for name in names])
+            yield (
+                f"| {_label(form)} | {kl:.2f} | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | {spread} | {unseen:+.3f} "
+                f"| {_cost_cells(study, names)} |"
+            )
+    for n in study.preset["best_of"]:
+        low, mid, high = _swap(study.interval(lambda draw, n=n: float(study.best[n][draw].mean())))
+        best = study.best[n][half:].mean()
+        yield (
+            f"| best of {n} | at most {best_of_n_kl(n):.2f} | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | | {best:+.3f} "
+            f"| no training | {n} answers each time | |"
+        )
+
+
+def matched_table(study: Study) -> Iterator[str]:
+    """DPO against PPO at the same KL."""
+    yield "| KL (nats) | DPO's reward [95%] | PPO's reward [95%] | difference [95%] |"
+    yield "|---|---|---|---|"
+    for kl, *found in matched(study):
+        cells = " | ".join(f"{mid:+.3f} [{low:+.3f}, {high:+.3f}]" for mid, low, high in found)
+        yield f"| {kl:.2f} | {cells} |"
+
+
+def side_table(study: Study) -> Iterator[str]:
+    """The side experiments, each against plain DPO at the same β on the whole pool; empty if they were not run."""
+    start = f"dpo-b{study.preset['side_beta']:g}-s{study.preset['seeds'][0]}"
+    rows = [("clean labels, all pairs", start)]
+    for noise in study.preset["noise"]:
+        rows += [(f"{noise:.0%} wrong labels, {loss} loss", f"dpo-{loss}-noise{noise:g}") for loss in
+                 ("plain", "smoothed", "robust")]  # fmt: skip
+    rows += [
+        ("a quarter of the prompts", "dpo-quarter"),
+        ("off-policy pairs (temperature 1.5), held to the base", "dpo-hot"),
+        ("SFT on their preferred answers", "sft-hot"),
+        ("the same pairs, held to that SFT adapter", "dpo-hot-after-sft"),
+        ("on-policy pairs, held to SFT on preferred", "dpo-after-sft"),
+        ("round 1: half of the prompts, half of the steps", "dpo-round1"),
+        ("round 2: new pairs of that policy, held to it", "dpo-round2"),
+    ]
+    rows = [(label, name) for label, name in rows if f"eval-{name}" in study.pieces]
+    if len(rows) < 2:
+        return
+    yield (
+        "| What differs (β "
+        + f"{study.preset['side_beta']:g}, one seed) | KL from the base | reward [95%] | against the first row [95%] |"
+    )
+    yield "|---|---|---|---|"
+    for label, name in rows:
+        low, mid, high = _swap(study.interval(lambda draw, name=name: study.reward(name)[draw].mean()))
+        gain = study.interval(lambda draw, name=name: (study.reward(name) - study.reward(start))[draw].mean())
+        against = "" if name == start else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
+        yield f"| {label} | {study.kl(name).mean():.2f} | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | {against} |"
+
+
+def lines_table() -> Iterator[str]:
+    """How much code each method is, without comments, docstrings and blank lines."""
+    yield "| What | lines of code |"
+    yield "|---|---|"
+    yield f"| PPO: `ppo.py`, and `gae`, `token_rewards`, `whiten`, `clipped_loss` of `maths.py` | {_ppo_lines()} |"
+    dpo = code_lines(HERE / "offline.py", {"DPOSettings", "train_dpo", "_common", "_run"})
+    yield f"| DPO: `DPOSettings` and `train_dpo` of `offline.py`, on TRL's trainer | {dpo} |"
+
+
+def _ppo_lines() -> int:
+    parts = {"gae", "token_rewards", "whiten", "clipped_loss", "masked_mean"}
+    return code_lines(HERE / "ppo.py") + code_lines(HERE / "maths.py", parts)
+
+
+def code_lines(path: Path, names: set[str] | None = None) -> int:
+    """Lines of a file (or of its named functions and classes) that are code."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    tops = [node for node in tree.body if names is None or getattr(node, "name", None) in names]
+    lines: set[int] = set()
+    for top in tops:
+        lines |= set(
+            range(min([top.lineno, *(d.lineno for d in getattr(top, "decorator_list", []))]), top.end_lineno + 1)
+        )
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    rows = text.split("\n")
+    return sum(bool(rows[number - 1].strip()) and not rows[number - 1].strip().startswith("#") for number in lines)
+
+
+def _swap(found: tuple[float, float, float]) -> tuple[float, float, float]:
+    mid, low, high = found
+    return low, mid, high
+
+
+def _label(form: str) -> str:
+    if form.startswith("dpo-b"):
+        return f"DPO, β {form.removeprefix('dpo-b').removesuffix('-s{}')}"
+    if form.startswith("ppo-w"):
+        weight, _, rest = form.removeprefix("ppo-w").partition("-s{}-i")
+        return f"PPO, KL weight {weight}, after {rest} iterations"
+    return "SFT on the best answers"
+
+
+def _cost_cells(study: Study, names: Sequence[str]) -> str:
+    """Mean seconds of training, tokens sampled for it, and peak memory; the pool's tokens count for what uses it."""
+    kinds = [re.sub(r"-i\d+$", "", name) for name in names]
+    costs = [study.pieces[kind]["cost"] for kind in kinds]
+    last = max(study.preset["keep"])
+    if names[0].startswith("ppo") and not names[0].endswith(f"-i{last}"):
+        return "part of the row below | |"
+    sampled = fmean(cost["tokens"] for cost in costs) or study.pieces["pool"]["cost"]["tokens"]
+    seconds, peak = (fmean(cost[key] for cost in costs) for key in ("seconds", "peak_gb"))
+    return f"{seconds:.0f} | {sampled:,.0f} | {peak:.2f}"
+
+
+# --- the plot -------------------------------------------------------------------------------------
+
+COLOURS = {"DPO": "#335c81", "PPO": "#b3432b", "SFT": "#7a6a2f", "best-of-n": "#2f7d4f"}
+
+
+def write_plot(study: Study, path: Path) -> None:
+    """Reward against KL, as in figure 2 (left) of the DPO paper; bars are 95% intervals over test prompts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    everything = np.arange(study.prompts)
+    for method in METHODS:
+        points = study.curve(method, everything)
+        line = hull(points)
+        colour = COLOURS[method]
+        axes.plot([x for x, _ in line], [y for _, y in line], color=colour, linewidth=1.4, alpha=0.8)
+        for number in range(1, len(points)):
+            mid, low, high = study.interval(lambda draw, m=method, n=number: study.curve(m, draw)[n][1])
+            axes.errorbar(points[number][0], mid, yerr=[[mid - low], [high - mid]], fmt="o", color=colour, markersize=5,
+                          capsize=3, linewidth=1, label=method if number == 1 else None)  # fmt: skip
+    axes.axhline(study.origin(everything)[1], color="#888888", linewidth=0.8, linestyle=":", label="the base")
+    axes.set_xlabel("KL from the base, nats an answer (best-of-n: its upper bound)")
+    axes.set_ylabel("true reward (VADER compound)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def tables(study: Study) -> dict[str, list[str]]:
+    """The generated parts of the page, by name."""
+    side = list(side_table(study)) or [f"The {study.preset['name']} study has no side experiments."]
+    return {
+        "frontier": list(frontier_table(study)),
+        "matched": list(matched_table(study)),
+        "side": side,
+        "lines": list(lines_table()),
+    }
+
+
+def filled(text: str, parts: dict[str, list[str]]) -> str:
+    """A page with its generated parts put between their marks."""
+    for name, lines in parts.items():
+        pattern = rf"(<!-- {name}: made by benchmarks/dpo_vs_ppo/report.py -->\n).*?(<!-- end -->)"
+        body = "\n".join(["", *lines, ""])
+        text, count = re.subn(pattern, lambda m, body=body: m[1] + body + "\n" + m[2], text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"The page has {count} places for {name}.")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
+    given = parser.parse_args(arguments)
+    path = HERE / "results" / f"{given.preset}.json"
+    if not path.is_file():
+        print(f"There is no {os.path.relpath(path)}: run the study first.", file=sys.stderr)
+        return 1
+    study = Study(json.loads(path.read_text(encoding="utf-8")))
+    page = PAGE.read_text(encoding="utf-8")
+    made = filled(page, tables(study))
+    if given.check:
+        return int(made != page)
+    PAGE.write_text(made, encoding="utf-8")
+    write_plot(study, DOCS / "study-frontier.png")
+    print(f"written: {os.path.relpath(PAGE)}, docs/study-frontier.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

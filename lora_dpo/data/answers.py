@@ -1,0 +1,176 @@
+"""Single answers, good or bad, for methods that need no pairs: votes, the two halves of pairs, demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.data.files import Row, files_of, read_rows
+from lora_dpo.data.forms import check_answer, check_prompt
+from lora_dpo.data.messages import BadRow, answer_of, conversation, prompt_of, tools_of, with_system
+from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
+from lora_dpo.data.shapes import alpaca_turn
+from lora_dpo.data.table import form_named, form_of
+from lora_dpo.data.tokens import TokenPair, tokenize_pair
+from lora_dpo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEMONSTRATIONS = "demonstrations"
+"""Name of the one form that only SFT can read: answers without any judgement."""
+
+_ANSWERS = ("completion", "output", "response", "answer")
+
+
+@dataclass(frozen=True)
+class TokenAnswer:
+    """One answer as ids; the model reads `prompt + answer` and is trained on the answer."""
+
+    prompt: list[int]
+    answer: list[int]
+    up: bool
+    origin: Origin
+    truncated: bool
+    """True if `max_length` cut the answer, so its end-of-turn token is gone."""
+
+
+def read_answers(
+    sources: str | Sequence[str],
+    *,
+    good_only: bool,
+    on_bad_row: str = "drop",
+    form: str | None = None,
+) -> tuple[list[Vote], ReadReport]:
+    """Read single answers from files, folders or hub data sets, in order.
+
+    A preference pair is two answers, the chosen one up and the rejected one down.
+
+    Args:
+        sources: one path or hub id, or several.
+        good_only: keep what should be imitated alone: chosen answers, thumbs up, and demonstrations (rows with a
+            prompt and an answer, or whole conversations, that nobody judged). Else demonstrations are no usable rows.
+        on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" raises at the first.
+        form: name of the form of all rows; None looks at each row.
+
+    Raises:
+        DataError: a source cannot be read, or no row of it is usable.
+        ConfigError: there is no form of that name.
+    """
+    if not sources:
+        raise DataError("The list of preference files is empty. Name at least one file or hub data set.")
+    answers: list[Vote] = []
+    report = ReadReport()
+    for source in [sources] if isinstance(sources, str) else sources:
+        before, dropped_before = len(answers), len(report.dropped)
+        for file in files_of(source):
+            for number, row in read_rows(file):
+                origin = Origin(file, number)
+                report.rows += 1
+                try:
+                    title, made = _read_row(row, origin, good_only=good_only, form=form)
+                except BadRow as bad:
+                    if on_bad_row == "error":
+                        raise DataError(f"{origin.source}, row {origin.row}: {bad}.") from None
+                    report.dropped.append(Dropped(origin, str(bad), bad.kind))
+                    continue
+                report.forms[title] += 1
+                report.surplus += len(made) - 1
+                answers.extend(made)
+        if len(answers) == before:
+            why = report.dropped[dropped_before].reason if len(report.dropped) > dropped_before else "no rows"
+            raise DataError(f"{source} holds no usable answer: {why}. See docs/methods.md for what is read.")
+    return answers, report
+
+
+def _read_row(row: Row, origin: Origin, *, good_only: bool, form: str | None) -> tuple[str, list[Vote]]:
+    """Title of the row's form, and its answers. Raises `BadRow`."""
+    if form == DEMONSTRATIONS or (form is None and not form_of(row).name and _is_demonstration(row)):
+        if not good_only:
+            raise BadRow("an answer that nobody judged, and this method needs good and bad ones", "vote")
+        return DEMONSTRATIONS, [_demonstration(row, origin)]
+    fits = form_named(form) if form is not None else form_of(row)
+    made = fits.read(row, origin)
+    read = [made] if isinstance(made, Vote) else list(_halves(made if isinstance(made, list) else [made]))
+    kept = [vote for vote in read if vote.up or not good_only]
+    if not kept:
+        raise BadRow("a thumb down, and this method learns from good answers alone", "vote")
+    return fits.title, kept
+
+
+def _halves(pairs: Sequence[PreferencePair]) -> Iterator[Vote]:
+    """Both answers of each pair; several pairs of one row share answers, and each is one answer only."""
+    seen: list[tuple[Any, bool]] = []
+    for pair in pairs:
+        for answer, up in ((pair.chosen, True), (pair.rejected, False)):
+            if (answer, up) not in seen:
+                seen.append((answer, up))
+                yield Vote(pair.prompt, answer, up, pair.origin, pair.tools)
+
+
+def _is_demonstration(row: Row) -> bool:
+    if row.get("messages") is not None or row.get("conversations") is not None:
+        return True
+    asked = any(row.get(name) is not None for name in ("prompt", "instruction"))
+    return asked and any(row.get(name) is not None for name in _ANSWERS)
+
+
+def _demonstration(row: Row, origin: Origin) -> Vote:
+    """`prompt` and `completion`; `instruction`, `input`, `output`; or a conversation, of which the last turn counts."""
+    whole = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if whole is not None:
+        turns = conversation(whole, "messages")
+        prompt, answer = turns[:-1], turns[-1:]
+    else:
+        prompt = (alpaca_turn(row),) if row.get("prompt") is None else prompt_of(row["prompt"])
+        said = next((row[name] for name in _ANSWERS if row.get(name) is not None), None)
+        if said is None:
+            raise BadRow("a demonstration without an answer", "missing")
+        answer = answer_of(said, "completion")
+    prompt = with_system(row, prompt, "system")
+    check_prompt(prompt)
+    check_answer(answer, "shown")
+    return Vote(prompt, answer, True, origin, tools_of(row))
+
+
+def tokenize_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    votes: Sequence[Vote],
+    *,
+    max_length: int | None,
+    on_answer: Callable[[int], None] | None = None,
+) -> tuple[list[TokenAnswer], list[Dropped]]:
+    """Tokenise through the chat template, exactly as one side of a pair; drop what `max_length` leaves no answer of.
+
+    Args:
+        max_length: longest sequence (prompt and answer) in tokens; answers are cut at their end.
+        on_answer: called with the number of answers done so far.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
+    kept: list[TokenAnswer] = []
+    dropped: list[Dropped] = []
+    for done, vote in enumerate(votes, start=1):
+        same = PreferencePair(vote.prompt, vote.answer, vote.answer, vote.origin, tools=vote.tools)
+        tokens = tokenize_pair(tokenizer, same, max_length=max_length)
+        if tokens.chosen:
+            kept.append(TokenAnswer(tokens.prompt, tokens.chosen, vote.up, vote.origin, tokens.truncated))
+        else:
+            dropped.append(Dropped(vote.origin, f"prompt fills max_length ({max_length} tokens)"))
+        if on_answer:
+            on_answer(done)
+    return kept, dropped
+
+
+def crossed(answers: Sequence[TokenAnswer]) -> list[TokenPair]:
+    """Pairs for an adapter to be checked with later: each good answer beside the next prompt's good one.
+
+    Data without pairs has no rejected answers; an answer to another question is a worse one.
+    """
+    good = [one for one in answers if one.up]
+    return [
+        TokenPair(one.prompt, one.answer, other.answer, one.origin, one.truncated or other.truncated)
+        for one, other in zip(good, [*good[1:], *good[:1]], strict=True)
+    ]
