@@ -124,6 +124,10 @@ def _refuse_inert(recipe: Recipe) -> None:
         raise ConfigError(
             f"engine.{changed[0]} changes nothing with method: {recipe.method}: the engine runs pairs. Remove it."
         )
+    if recipe.data.pair_weight != "equal":
+        raise ConfigError(
+            f"data.pair_weight changes nothing with method: {recipe.method}, which looks at each answer alone. Remove it."
+        )
     if recipe.data.min_gap is not None:
         raise ConfigError(
             f"data.min_gap changes nothing with method: {recipe.method}, which looks at each answer alone. Remove it."

@@ -288,6 +288,7 @@ def test_the_kl_answers_are_the_neighbours(write_pairs, tokenizer):
         ("sft", {"trainer": {"loss_type": ["nll"]}}, "trainer.loss_type is"),
         ("sft", {"engine": {"tokens": 512}}, "engine.tokens changes nothing with method: sft"),
         ("sft", {"data": {"min_gap": 1.0}}, "data.min_gap changes nothing with method: sft"),
+        ("kto", {"data": {"pair_weight": "gap"}}, "data.pair_weight changes nothing with method: kto"),
         ("sft", {"trainer": {"bf16": True}}, "set model.dtype: bfloat16 instead"),
         ("sft", {"trainer": {"learning_rate": 0.0}}, "a number above 0"),
         ("sft", {"trainer": {"report_to": "pigeon"}}, "report_to has 'pigeon'"),
