@@ -73,7 +73,7 @@ def evaluate(
 
         lora-dpo eval quickstart --data data/quickstart-eval.jsonl --judge 'rules:length<=40' --judge rules:finished
 
-        lora-dpo eval adapters/beta02 --data eval.jsonl --against adapters/beta01 --judge llm:qwen3:8b@http://my-server/v1
+        lora-dpo eval adapters/beta02 --data eval.jsonl --against adapters/beta01 --judge llm:qwen3:8b@http://server/v1
 
         lora-dpo eval quickstart --data eval.jsonl --require 'accuracy>0.7' --require 'kl<0.5' --json
     """

@@ -216,12 +216,12 @@ class HealthSection(Section):
     ] = "keep-best"
     every: Annotated[
         int | Literal["auto"],
-        Field(description="Steps between two looks at answers. auto: a third of the run, at least 8 and at most 50."),
+        Field(description="Steps between two looks at answers. auto: half of the run, at least 8 and at most 50."),
     ] = "auto"
     prompts: Annotated[
         int, Field(ge=0, description="Prompts that are answered at each look, held-out ones if there are any.")
     ] = 6
-    max_new_tokens: Annotated[int, Field(ge=8, description="Longest answer at a look, in tokens.")] = 48
+    max_new_tokens: Annotated[int, Field(ge=8, description="Longest answer at a look, in tokens.")] = 32
     judge: Annotated[
         str | list[str] | None,
         Field(

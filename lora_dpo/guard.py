@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.config import HealthSection, Recipe
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Alarmed, Note, Sampled
+from lora_dpo.generate import Answer
 from lora_dpo.health import Alarm, Checkup, Lengths, Monitor, Yardstick
 from lora_dpo.judges import open_judge
 from lora_dpo.judges.grammar import check_specs
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 STRIDE = 4
 """Steps between two kept states: an alarm of the numbers goes back 4 to 8 steps."""
 RARELY, OFTEN = 50, 8
-"""`health.every: auto` looks three times a run, at most every 8 and at least every 50 steps."""
+"""`health.every: auto` looks twice in a run, at most every 8 and at least every 50 steps."""
 HALVINGS = 3
 OF_ANSWERS = ("length collapse", "length growth", "repetition", "lost end of turn", "KL budget", "reference drift")
 BEYOND_REPAIR = ("not a number", "reference drift")
@@ -65,10 +66,14 @@ def check_health(recipe: Recipe) -> None:
 
 
 class Guard:
-    """One run's guard. Nothing of it is random, so a resumed run is guarded as an uninterrupted one."""
+    """One run's guard. Nothing of it is random, so a resumed run is guarded as an uninterrupted one.
 
-    def __init__(self, run: Run, model: PeftModel, log: RunLog) -> None:
-        self.run, self.model, self.log = run, model, log
+    Args:
+        before: the answers to the run's held-out prompts before training, if they are known.
+    """
+
+    def __init__(self, run: Run, model: PeftModel, log: RunLog, before: Sequence[Answer] = ()) -> None:
+        self.run, self.model, self.log, self.known = run, model, log, before
         self.section: HealthSection = run.recipe.health
         self.on = self.section.action != "none"
         chosen = fmean(len(pair.chosen) for pair in run.train) if run.train else 0.0
@@ -110,7 +115,7 @@ class Guard:
             stored = json.loads(path.read_text(encoding="utf-8"))
             self.looker.reference_before = stored["reference"]
             return Checkup.restored(stored["checkup"]) if stored["checkup"] else None
-        before = self.looker.first()
+        before = self.looker.first(self.known)
         stored = {"checkup": asdict(before) if before else None, "reference": self.looker.reference_before}
         path.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
         return before
@@ -246,7 +251,7 @@ class Guard:
 
 def every(section: HealthSection, total: int) -> int:
     """Steps between two looks, in a run of `total` steps."""
-    return min(RARELY, max(OFTEN, -(-total // 3))) if section.every == "auto" else section.every
+    return min(RARELY, max(OFTEN, -(-total // 2))) if section.every == "auto" else section.every
 
 
 def read_state(checkpoint: Path) -> Mapping[str, Any] | None:

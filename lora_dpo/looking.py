@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
@@ -31,20 +31,32 @@ class Looker:
     def __init__(self, run: Run, model: PeftModel) -> None:
         self.run, self.model = run, model
         self.limit = run.recipe.health.max_new_tokens
-        self.pairs = probes(run)
+        self._messages = {tuple(prompt_ids(run.tokenizer, prompt)): prompt for prompt in run.prompts}
+        self.pairs = probes(run, self._messages.keys())
         """The pairs whose prompts are answered."""
         self.judge: Judge | None = None
         self.reference_before: float | None = None
         """The reference's score before the first step."""
         self.seconds = 0.0
         """Spent so far."""
-        self._messages = {tuple(prompt_ids(run.tokenizer, prompt)): prompt for prompt in run.prompts}
 
-    def first(self) -> Checkup | None:
-        """The look before the first step, when the policy is the reference; None without prompts."""
+    def first(self, known: Sequence[Answer] = ()) -> Checkup | None:
+        """The look before the first step, when the policy is the reference; None without prompts.
+
+        Args:
+            known: greedy answers to the run's prompts that are there already; only other prompts are answered anew.
+        """
         with self._at_rest():
             self.reference_before = self._reference_score()
-            return self._answers(0) if self.pairs else None
+            if not self.pairs:
+                return None
+            if self.run.recipe.evaluation.max_new_tokens >= self.limit:
+                by_prompt = dict(zip(self._messages, known, strict=False))
+                found = [by_prompt.get(tuple(pair.prompt)) for pair in self.pairs]
+                answers = [self._cut(answer) for answer in found if answer is not None]
+                if len(answers) == len(self.pairs):
+                    return self._checkup(0, answers, None)
+            return self._answers(0)
 
     def look(self, step: int) -> Checkup:
         """Answer the prompts with the model as it is now."""
@@ -72,9 +84,20 @@ class Looker:
         answers = [as_answer(tokenizer, ids, stops) for ids in written]
         kl = None
         if step:  # before the first step the policy is the reference
-            sums = kl_to_reference(self.model, list(zip(prompts, written, strict=True)))
+            # Every second answer: scoring one costs as much as writing it.
+            sums = kl_to_reference(self.model, list(zip(prompts, written, strict=True))[::2])
             tokens = sum(count for _, count in sums)
             kl = sum(value for value, _ in sums) / tokens if tokens else None
+        return self._checkup(step, answers, kl)
+
+    def _cut(self, answer: Answer) -> Answer:
+        """A longer answer as it would have been at a look."""
+        if answer.tokens < self.limit:
+            return answer
+        ids = self.run.tokenizer.encode(answer.text, add_special_tokens=False)[: self.limit]
+        return Answer(str(self.run.tokenizer.decode(ids)).strip(), self.limit, False)
+
+    def _checkup(self, step: int, answers: Sequence[Answer], kl: float | None) -> Checkup:
         return Checkup(
             step=step,
             tokens=tuple(answer.tokens for answer in answers),
@@ -122,8 +145,13 @@ class Looker:
             self.seconds += time.perf_counter() - began
 
 
-def probes(run: Run) -> list[TokenPair]:
-    """Pairs for `health.prompts` prompts, spread over the held-out data if there is any, each prompt once."""
+def probes(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[TokenPair]:
+    """Pairs for `health.prompts` prompts, spread over the held-out data if there is any, each prompt once.
+
+    Args:
+        answered: prompts that are answered before training anyway: if there are any of them, no others are taken.
+    """
     unique = {tuple(pair.prompt): pair for pair in reversed(run.held_out or run.train)}
-    pairs = list(reversed(unique.values()))
+    pairs = [pair for prompt, pair in unique.items() if prompt in answered] or list(unique.values())
+    pairs.reverse()
     return [pairs[index] for index in evenly(len(pairs), run.recipe.health.prompts)]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lora_dpo.measure import Measured
     from lora_dpo.prepare import Run
 
-MOST_ROWS = 20_000
-"""Larger data is not looked at again for the report: the doctor's pass over it would take minutes."""
+MOST_ROWS = 5_000
+"""Larger data is not looked at again for the report: the doctor's pass over it would take too long."""
 
 
 @dataclass
@@ -48,8 +48,14 @@ class Stopwatch:
         return time.perf_counter() - self.began
 
 
-def record(run: Run, before: Measured, after: Measured, outcome: Outcome) -> dict[str, Any]:
-    """Everything that the report of a run shows and that no other file of its folder holds."""
+def record(
+    run: Run, before: Measured, after: Measured, outcome: Outcome, odd: list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Everything that the report of a run shows and that no other file of its folder holds.
+
+    Args:
+        odd: what `findings` gave before training, when the data was certainly there.
+    """
     watch = run.emit if isinstance(run.emit, Stopwatch) else None
     ratios = None
     if before.scores is not None and after.scores is not None:
@@ -64,7 +70,7 @@ def record(run: Run, before: Measured, after: Measured, outcome: Outcome) -> dic
         "format": 1,
         "answers": [{"prompt": prompt, "before": asdict(old), "after": asdict(new)} for prompt, old, new in answers],
         "log_ratios": ratios,
-        "findings": findings(run.recipe.data.train, run.reports["train"].rows, run.recipe.data.format),
+        "findings": odd,
         "health": asdict(outcome),
         "seconds": {name: round(value, 2) for name, value in watch.seconds.items()} if watch else {},
         "total_seconds": round(watch.total, 1) if watch else None,

@@ -30,7 +30,7 @@ from lora_dpo.measure import Measured, comparison, held_out_losses, measure_afte
 from lora_dpo.model import POLICY, Base, attach_lora, load_base
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.record import Stopwatch, record, write_record
+from lora_dpo.record import Stopwatch, findings, record, write_record
 from lora_dpo.report import PAGE, report_of
 from lora_dpo.runs import RunLog, checkpoints, choose_output, open_run, release
 from lora_dpo.settings import trainer_config
@@ -98,13 +98,14 @@ def train(
 
 
 def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
+    odd = findings(run.recipe.data.train, run.reports["train"].rows, run.recipe.data.format)
     base = base or _load(run)
     model = _attach(base, run.recipe, seed=run.settings["seed"])
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
     ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
     log = RunLog(run.partial / "metrics.jsonl", from_step=state.get("global_step", -1))
-    guard = Guard(run, model, log)
+    guard = Guard(run, model, log, before.texts[: len(run.prompts)])
     if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
         restore_adapter(model, checkpoint)  # only the measuring was interrupted
         guard.begin(checkpoint, state["global_step"])
@@ -117,7 +118,7 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     after = measure_after(run, model, pad, ref_scores)
     rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
     _report(run, before, after, rows)
-    _save(run, base, model, log, before, after, rows, outcome)
+    _save(run, base, model, log, (before, after), rows, record(run, before, after, outcome, odd))
     return TrainResult(run.output, base, model, before, after, outcome)
 
 
@@ -295,11 +296,11 @@ def _save(
     base: Base,
     model: PeftModel,
     log: RunLog,
-    before: Measured,
-    after: Measured,
+    measured: tuple[Measured, Measured],
     compared: Rows,
-    outcome: Outcome,
+    found: dict[str, Any],
 ) -> None:
+    before, after = measured
     metrics: dict[str, Any] = {
         "before": {"pairs": to_json(before.pairs), "answers": to_json(before.answers)},
         "after": {"pairs": to_json(after.pairs), "answers": to_json(after.answers)},
@@ -321,8 +322,8 @@ def _save(
         (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
         shutil.copyfile(log.path, folder / "metrics.jsonl")
         write_curves(folder / "curves.png", log.rows, beta=run.beta, method=run.recipe.method)
-        write_card(folder / "README.md", run.recipe, passport, compared, samples, stopped=outcome.sentence)
-        write_record(folder, record(run, before, after, outcome))
+        write_card(folder / "README.md", run.recipe, passport, compared, samples, stopped=found["health"]["sentence"])
+        write_record(folder, found)
         (folder / PAGE).write_text(report_of([folder], name=run.output.name), encoding="utf-8")
     shutil.rmtree(run.partial, ignore_errors=True)
     run.emit(Saved(run.output))

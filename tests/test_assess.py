@@ -280,7 +280,7 @@ def taught(tiny_model_folder, tmp_path_factory):
 
 
 def trained(taught, folder, *, seed, shuffled):
-    """An adapter trained on pairs that prefer the short answer, or on them with half of the labels swapped."""
+    """An adapter trained on pairs that prefer the short answer, or on these with half of the labels swapped."""
     data = write_taught_pairs(folder / f"{shuffled}{seed}.jsonl", range(10, 22), shuffled=seed if shuffled else None)
     recipe = {
         "model": {"name": str(taught), "quantize": "none", "dtype": "float32"},

@@ -104,6 +104,28 @@ def test_trackers_that_take_numbers_alone_get_no_texts(recipe, monkeypatch):
     assert not any(isinstance(value, str) for row in seen for value in row.values())
 
 
+@pytest.mark.parametrize("limit", [8, 9, 32])
+def test_answers_that_are_known_are_those_of_a_look(limit, taught, tmp_path):
+    from lora_dpo.generate import Sampling, generate
+    from lora_dpo.looking import Looker
+    from lora_dpo.model import LoraSection, attach_lora, load_base
+    from lora_dpo.prepare import prepare
+
+    held_out = write_taught_pairs(tmp_path / "eval.jsonl", range(50, 52))
+    settings = {
+        "model": {"name": str(taught), "quantize": "none", "dtype": "float32"},
+        "data": {"train": str(write_taught_pairs(tmp_path / "pairs.jsonl", range(10, 12))), "eval": str(held_out)},
+        "evaluation": {"answers": 8, "max_new_tokens": 48},
+        "health": {"max_new_tokens": limit},
+    }
+    run = prepare(check_recipe(settings), tmp_path / "out", lambda event: None, StopSignal())
+    model = attach_lora(load_base(str(taught), quantize="none").model, LoraSection(), seed=0)
+    known = generate(model, run.tokenizer, run.prompts, sampling=Sampling(max_new_tokens=48))
+    found, fresh = Looker(run, model).first(known), Looker(run, model).first()
+    assert len(found.tokens) == 6
+    assert found == fresh
+
+
 # --- alarms that act ------------------------------------------------------------------------------
 
 

@@ -46,8 +46,8 @@ def test_a_run_leaves_a_whole_adapter_folder_and_nothing_else(recipe, tmp_path):
     result = train(recipe(trainer__max_steps=2), name="tiny", on_event=events.append)
     assert result.folder.name == "tiny"
     assert sorted(path.name for path in result.folder.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "curves.png", "metrics.jsonl", "passport.json",
-        "recipe.yaml", "verify.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "curves.png", "measured.json", "metrics.jsonl",
+        "passport.json", "recipe.yaml", "report.html", "verify.json",
     ]  # fmt: skip
     assert sorted(path.name for path in result.folder.parent.iterdir()) == ["tiny"]
     assert (result.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
