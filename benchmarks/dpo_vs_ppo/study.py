@@ -34,7 +34,6 @@ from .presets import PRESETS, Preset
 from .prompts import Opening, of_split
 
 HERE = Path(__file__).resolve().parent
-DPO_RATE, SFT_RATE, PPO_RATE = 3e-4, 3e-4, 3e-4
 
 Result = dict[str, Any]
 
@@ -157,7 +156,9 @@ def run_sft(study: Study, name: str, *, pool: str, seed: int) -> Result:
         for prompt, of_prompt in zip(prompts, answers, strict=True)
     ]
     with costing(lab) as cost:
-        train_sft(lab, rows, study.folder / name, steps=study.preset.dpo_steps, learning_rate=SFT_RATE, seed=seed)
+        train_sft(
+            lab, rows, study.folder / name, steps=study.preset.dpo_steps, learning_rate=study.preset.dpo_rate, seed=seed
+        )
     return {"rows": len(rows), "cost": vars(cost)}
 
 
@@ -189,7 +190,7 @@ def pieces(preset: Preset) -> list[Piece]:
     ]
     for seed in preset.seeds:
         for beta in preset.betas:
-            settings = DPOSettings(beta, preset.dpo_steps, learning_rate=DPO_RATE, seed=seed)
+            settings = DPOSettings(beta, preset.dpo_steps, learning_rate=preset.dpo_rate, seed=seed)
             found += _dpo(f"dpo-b{beta:g}-s{seed}", Recipe(settings))
         for weight in preset.kl_weights:
             found += _ppo(preset, weight, seed)
@@ -204,7 +205,7 @@ def _dpo(name: str, recipe: Recipe) -> list[Piece]:
 
 def _ppo(preset: Preset, weight: float, seed: int) -> list[Piece]:
     name = f"ppo-w{weight:g}-s{seed}"
-    settings = PPOSettings(weight, preset.iterations, preset.rollouts, learning_rate=PPO_RATE, seed=seed)
+    settings = PPOSettings(weight, preset.iterations, preset.rollouts, learning_rate=preset.ppo_rate, seed=seed)
     evals = [_eval(f"{name}/iteration{number}") for number in preset.keep]
     return [Piece(name, lambda s: run_ppo(s, name, settings)), *evals]
 
@@ -218,7 +219,7 @@ def _side(preset: Preset) -> list[Piece]:
     beta, steps, seed = preset.side_beta, preset.dpo_steps, preset.seeds[0]
 
     def settings(**changes: Any) -> DPOSettings:
-        return DPOSettings(**{"beta": beta, "steps": steps, "learning_rate": DPO_RATE, "seed": seed, **changes})
+        return DPOSettings(**{"beta": beta, "steps": steps, "learning_rate": preset.dpo_rate, "seed": seed, **changes})
 
     found: list[Piece] = []
     for noise in preset.noise:
