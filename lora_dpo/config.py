@@ -210,8 +210,8 @@ class HealthSection(Section):
         Literal["keep-best", "stop", "lower-lr", "warn", "none"],
         Field(
             description="On an alarm. keep-best: stop, and go back to the best state that was healthy. stop: stop "
-            "there. lower-lr: halve the learning rate, at most three times, then keep-best. warn: say so. none: do not "
-            "look."
+            "there. lower-lr: halve the learning rate, at most three times, then keep-best. warn: say so, which is all "
+            "that keep-best does with method: sft or kto. none: do not look."
         ),
     ] = "keep-best"
     every: Annotated[

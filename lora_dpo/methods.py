@@ -126,7 +126,8 @@ def _refuse_inert(recipe: Recipe) -> None:
         )
     if recipe.data.pair_weight != "equal":
         raise ConfigError(
-            f"data.pair_weight changes nothing with method: {recipe.method}, which looks at each answer alone. Remove it."
+            f"data.pair_weight changes nothing with method: {recipe.method}, which looks at each answer alone. "
+            "Remove it."
         )
     if recipe.data.min_gap is not None:
         raise ConfigError(

@@ -186,7 +186,7 @@ def _refuse_inert(given: dict[str, Any], settings: dict[str, Any]) -> None:
 
 
 def _refuse_inert_sections(recipe: Recipe, settings: dict[str, Any]) -> None:
-    sorting = sorted({"aot", "aot_unpaired"} & set(settings["loss_type"]))
+    sorting = sorted({"aot", "aot_unpaired"} & set(settings["loss_type"])) if recipe.method == "dpo" else []
     if recipe.data.pair_weight != "equal" and sorting:
         raise ConfigError(
             f"data.pair_weight weights pairs, but the loss {sorting[0]} compares answers across pairs. "

@@ -111,8 +111,8 @@ def test_a_run_leaves_the_same_adapter_folder_as_dpo(recipe, method):
     events = []
     run = train(recipe(method), name=method, on_event=events.append)
     assert sorted(path.name for path in run.folder.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "curves.png", "metrics.jsonl", "passport.json",
-        "recipe.yaml", "verify.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "curves.png", "measured.json", "metrics.jsonl",
+        "passport.json", "recipe.yaml", "report.html", "verify.json",
     ]  # fmt: skip
     passport = read_passport(run.folder)
     assert passport.recipe["method"] == method
