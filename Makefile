@@ -2,7 +2,7 @@
 # make test    set everything up, then run the tests
 # make demo    set everything up, then chat, vote, train and swap in a browser
 # make check   lint, types and tests: what CI runs
-# make bench   a step of ours and of stock TRL, side by side on three shapes of data (half an hour on 2 cores)
+# make bench   a step of ours and of stock TRL, side by side on three shapes of data (an hour on 2 cores, by estimate)
 # make study   DPO against PPO, SFT and best-of-n on one known reward (hours; goes on where it was stopped)
 # make study-quick   the same, small: the frontier's shape
 # make clean   remove what these made, but for trained adapters
@@ -33,7 +33,7 @@ types: $(BIN)/.dev
 	$(BIN)/mypy
 
 bench: $(BIN)/.dev $(MODEL)/config.json
-	$(BIN)/python benchmarks/bench.py --pairs 16 --top 8
+	$(BIN)/python benchmarks/bench.py --pairs 16 --top 8 --tuned-batch 2
 
 study: $(BIN)/.dev $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.dpo_vs_ppo.study full

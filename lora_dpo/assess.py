@@ -81,24 +81,25 @@ def assess(
     began = time.perf_counter()
     run = _Work(policy, plan, emit)
     with quiet_libraries():
+        pieces, contest = run.pieces(), run.votes()  # first, so that a wrong path costs nothing
         pairs, tokens = run.read(data)
         run.load_other()
-        pair_part = run.score(tokens)
+        scored = run.score(tokens)
         asked = list(prompts) if prompts is not None else _prompts_of(pairs)
         asked = [asked[index] for index in evenly(len(asked), plan.answers)]
         ours = run.answer(asked, "answers of the adapter")
         with run.other():
             theirs = run.answer(asked, f"answers of {run.against}")
-        contest = run.contest(asked, ours, theirs, judge)
+        contest = contest or run.contest(asked, ours, theirs, judge)
         kl = run.kl(asked)
-        text = run.perplexity()
+        text = run.perplexity(pieces)
     return Assessment(
         adapter=str(policy.adapter),
         base=policy.base.name,
         against=run.against,
         data=tuple(data),
         beta=beta_of(policy.adapter),
-        pairs=pair_part,
+        pairs=scored,
         ours=describe(ours),
         theirs=describe(theirs),
         length_change=mean([float(a.tokens - b.tokens) for a, b in zip(ours, theirs, strict=True)]) if ours else None,
@@ -188,9 +189,6 @@ class _Work:
     def contest(
         self, asked: Sequence[Prompt], ours: Sequence[Answer], theirs: Sequence[Answer], judge: Judge | None
     ) -> Contest | None:
-        if self.plan.votes is not None:
-            assert self.policy.adapter is not None  # noqa: S101 - checked by `assess`
-            return voted(self.plan.votes, us=self.policy.adapter.resolve().name, against=self.against)
         if judge is None or not asked:
             return None
         on_prompt = self.tick("judging", len(asked))
@@ -207,13 +205,26 @@ class _Work:
         drawn = draw(model, tokenizer, chosen, sampling, on_done=self.tick("answers to measure KL on", len(chosen)))
         return ratio_interval(kl_to_reference(model, drawn, on_done=self.tick("KL", len(chosen))))
 
-    def perplexity(self) -> TextPart | None:
-        if self.plan.text is None:
+    def votes(self) -> Contest | None:
+        if self.plan.votes is None:
             return None
-        tokenizer, model = self.policy.base.tokenizer, self.policy.model
-        pieces = list(windows(tokenizer.encode(_read_text(self.plan.text), add_special_tokens=False), WINDOW))
-        if not pieces:
+        assert self.policy.adapter is not None  # noqa: S101 - checked by `assess`
+        return voted(self.plan.votes, us=self.policy.adapter.resolve().name, against=self.against)
+
+    def pieces(self) -> list[Sequence[int]]:
+        """The plain text, in pieces of token ids."""
+        if self.plan.text is None:
+            return []
+        ids = self.policy.base.tokenizer.encode(_read_text(self.plan.text), add_special_tokens=False)
+        found = list(windows(ids, WINDOW))
+        if not found:
             raise DataError(f"{self.plan.text} has fewer than two tokens. Give a longer text.")
+        return found
+
+    def perplexity(self, pieces: Sequence[Sequence[int]]) -> TextPart | None:
+        if not pieces:
+            return None
+        model = self.policy.model
         ours = text_losses(model, pieces, on_done=self.tick("text, adapter", len(pieces)))
         with model.disable_adapter():
             theirs = text_losses(model, pieces, on_done=self.tick("text, base", len(pieces)))

@@ -6,13 +6,10 @@ import shutil
 
 import pytest
 import torch
-from taught import teach
-from taught import write_pairs as write_taught_pairs
 from transformers import PreTrainedModel
 
 from lora_dpo.assess import AssessPlan, assess, pair_part, ratio_interval
 from lora_dpo.cli import main
-from lora_dpo.config import check_recipe
 from lora_dpo.data import Origin, TokenPair
 from lora_dpo.data.template import prompt_ids
 from lora_dpo.errors import AdapterError, DataError
@@ -20,7 +17,6 @@ from lora_dpo.generate import Sampling, generate, stop_token_ids
 from lora_dpo.judges import open_judge
 from lora_dpo.policy import load_policy
 from lora_dpo.token_laws import as_answer, draw, kl_to_reference, text_losses, windows
-from lora_dpo.train import train
 
 QUICK = AssessPlan(answers=4, kl_answers=3, sampling=Sampling(max_new_tokens=8))
 ASKED = [[{"role": "user", "content": text}] for text in ("Say it.", "Now, please, say it once more.")]
@@ -267,43 +263,3 @@ def test_mistakes_are_one_line(place, options, says, capsys, tmp_path):
 def test_a_missing_file_is_one_line(place, capsys):
     assert main(["eval", "mine", "--data", "nowhere.jsonl"]) == 1
     assert "does not exist" in capsys.readouterr().err
-
-
-# --- what is called better ------------------------------------------------------------------------
-
-SEEDS = range(5)
-
-
-@pytest.fixture(scope="module")
-def taught(tiny_model_folder, tmp_path_factory):
-    return teach(tiny_model_folder, tmp_path_factory.mktemp("taught") / "model")
-
-
-def trained(taught, folder, *, seed, shuffled):
-    """An adapter trained on pairs that prefer the short answer, or on these with half of the labels swapped."""
-    data = write_taught_pairs(folder / f"{shuffled}{seed}.jsonl", range(10, 22), shuffled=seed if shuffled else None)
-    recipe = {
-        "model": {"name": str(taught), "quantize": "none", "dtype": "float32"},
-        "lora": {"rank": 4},
-        "data": {"train": str(data)},
-        "trainer": {"max_steps": 24, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": seed,
-                    "save_strategy": "no"},
-        "output": str(folder / f"adapter-{shuffled}-{seed}"),
-    }  # fmt: skip
-    return train(check_recipe(recipe)).folder
-
-
-@pytest.mark.parametrize("shuffled", [False, True], ids=["real-labels", "shuffled-labels"])
-def test_shuffled_labels_are_no_better_than_chance_and_real_ones_are_better(shuffled, taught, tmp_path):
-    held_out = str(write_taught_pairs(tmp_path / "held-out.jsonl", range(50, 56)))
-    plan = AssessPlan(answers=60, kl_answers=0, sampling=Sampling(max_new_tokens=48))
-    calls = []
-    for seed in SEEDS:
-        policy = load_policy(adapter=trained(taught, tmp_path, seed=seed, shuffled=shuffled))
-        found = assess(policy, [held_out], plan=plan, judge=open_judge(["rules:chars<=12"]))
-        calls.append((found.called, found.contest.win_rate, found.pairs.accuracy, found.learned))
-        print(found.verdict())
-    wanted = {"no better than chance", "worse"} if shuffled else {"better"}
-    assert {one[0] for one in calls} <= wanted, calls
-    if not shuffled:
-        assert all(one[1].low > 0.5 for one in calls)

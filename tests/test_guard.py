@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from taught import teach
-from taught import write_pairs as write_taught_pairs
 
 from lora_dpo.config import check_recipe
 from lora_dpo.errors import ConfigError, ModelError
@@ -80,7 +78,7 @@ def test_samples_go_to_the_events_the_log_and_the_trackers(recipe, monkeypatch):
     result = train(settings, name="tiny", on_event=events.append)
     sampled = [event for event in events if isinstance(event, Sampled)]
     assert [event.step for event in sampled] == [2, 4]
-    assert all(len(event.rows) == 4 for event in sampled)  # four held-out prompts
+    assert all(len(event.rows) == 2 for event in sampled)  # those that are answered before training anyway
     assert {"health/answer_tokens", "health/finished", "health/kl"} <= set(sampled[0].numbers)
     at_two = next(row for row in tracked if "health/kl" in row)
     assert at_two["loss"] == losses(result.folder)[2]
@@ -102,28 +100,6 @@ def test_trackers_that_take_numbers_alone_get_no_texts(recipe, monkeypatch):
     train(recipe(trainer={"max_steps": 2}, health={"every": 1}), name="tiny")
     assert any("health/kl" in row for row in seen)
     assert not any(isinstance(value, str) for row in seen for value in row.values())
-
-
-@pytest.mark.parametrize("limit", [8, 9, 32])
-def test_answers_that_are_known_are_those_of_a_look(limit, taught, tmp_path):
-    from lora_dpo.generate import Sampling, generate
-    from lora_dpo.looking import Looker
-    from lora_dpo.model import LoraSection, attach_lora, load_base
-    from lora_dpo.prepare import prepare
-
-    held_out = write_taught_pairs(tmp_path / "eval.jsonl", range(50, 52))
-    settings = {
-        "model": {"name": str(taught), "quantize": "none", "dtype": "float32"},
-        "data": {"train": str(write_taught_pairs(tmp_path / "pairs.jsonl", range(10, 12))), "eval": str(held_out)},
-        "evaluation": {"answers": 8, "max_new_tokens": 48},
-        "health": {"max_new_tokens": limit},
-    }
-    run = prepare(check_recipe(settings), tmp_path / "out", lambda event: None, StopSignal())
-    model = attach_lora(load_base(str(taught), quantize="none").model, LoraSection(), seed=0)
-    known = generate(model, run.tokenizer, run.prompts, sampling=Sampling(max_new_tokens=48))
-    found, fresh = Looker(run, model).first(known), Looker(run, model).first()
-    assert len(found.tokens) == 6
-    assert found == fresh
 
 
 # --- alarms that act ------------------------------------------------------------------------------
@@ -322,29 +298,3 @@ def test_a_checkpoint_without_the_guards_state_is_resumed_all_the_same(recipe):
     for path in stopped.value.output.with_name("cut.partial").rglob("health.json"):
         path.unlink()
     assert train(recipe(trainer={"max_steps": 6}), name="cut", resume=True).outcome.kept == 6
-
-
-# --- healthy runs ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def taught(tiny_model_folder, tmp_path_factory):
-    return teach(tiny_model_folder, tmp_path_factory.mktemp("taught") / "model")
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_healthy_run_raises_no_alarm(seed, taught, tmp_path):
-    data = write_taught_pairs(tmp_path / "pairs.jsonl", range(10, 22))
-    held_out = write_taught_pairs(tmp_path / "eval.jsonl", range(50, 52))
-    settings = {
-        "model": {"name": str(taught), "quantize": "none", "dtype": "float32"},
-        "lora": {"rank": 4},
-        "data": {"train": str(data), "eval": str(held_out)},
-        "evaluation": {"answers": 8, "max_new_tokens": 48},
-        "trainer": {"max_steps": 30, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": seed},
-        "output": str(tmp_path / "adapter"),
-    }
-    result = train(check_recipe(settings))
-    assert result.outcome.alarms == ()
-    assert result.outcome.kept == 30
-    assert result.after.pairs.accuracy > 0.9

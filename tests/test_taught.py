@@ -1,0 +1,78 @@
+"""Runs of a small model that was taught two ways to answer: healthy ones, and ones on shuffled labels."""
+
+import pytest
+from taught import teach, write_pairs
+
+from lora_dpo.assess import AssessPlan, assess
+from lora_dpo.config import LoraSection, check_recipe
+from lora_dpo.generate import Sampling, generate
+from lora_dpo.intervals import call
+from lora_dpo.judges import open_judge
+from lora_dpo.looking import Looker
+from lora_dpo.model import attach_lora, load_base
+from lora_dpo.policy import load_policy
+from lora_dpo.prepare import StopSignal, prepare
+from lora_dpo.train import train
+
+SEEDS = range(5)
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_model_folder, tmp_path_factory):
+    return teach(tiny_model_folder, tmp_path_factory.mktemp("taught") / "model")
+
+
+@pytest.fixture
+def recipe(taught, tmp_path):
+    """Settings of a run on pairs that prefer the short answer, or on these with half of the labels swapped."""
+
+    def make(*, seed, shuffled):
+        data = write_pairs(tmp_path / "pairs.jsonl", range(10, 22), shuffled=seed if shuffled else None)
+        held_out = write_pairs(tmp_path / "eval.jsonl", range(50, 52))
+        return {
+            "model": {"name": str(taught), "quantize": "none", "dtype": "float32"},
+            "lora": {"rank": 4},
+            "data": {"train": str(data), "eval": str(held_out)},
+            "evaluation": {"answers": 8, "max_new_tokens": 48},
+            "trainer": {"max_steps": 24, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": seed,
+                        "save_strategy": "no"},
+            "output": str(tmp_path / "adapter"),
+        }  # fmt: skip
+
+    return make
+
+
+def called(folder, tmp_path):
+    held_out = str(write_pairs(tmp_path / "held-out.jsonl", range(60, 66)))
+    plan = AssessPlan(answers=60, kl_answers=0, sampling=Sampling(max_new_tokens=48))
+    return assess(load_policy(adapter=folder), [held_out], plan=plan, judge=open_judge(["rules:chars<=12"]))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_healthy_run_raises_no_alarm_and_is_called_better(seed, recipe, tmp_path):
+    result = train(check_recipe(recipe(seed=seed, shuffled=False)))
+    assert result.outcome.alarms == ()
+    assert result.outcome.kept == result.outcome.steps == 24
+    found = called(result.folder, tmp_path)
+    assert found.called == "better", found.verdict()
+    assert found.contest.win_rate.low > 0.5
+    assert found.verdict().startswith("Better than base: win rate against base 0.")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_on_shuffled_labels_is_called_no_better_than_chance(seed, recipe, tmp_path):
+    settings = {**recipe(seed=seed, shuffled=True), "health": {"action": "warn"}}
+    found = called(train(check_recipe(settings)).folder, tmp_path)
+    assert found.called in ("no better than chance", "worse"), found.verdict()
+    assert call(found.learned) != "better"
+
+
+@pytest.mark.parametrize("limit", [8, 9, 32])
+def test_answers_that_are_known_are_those_of_a_look(limit, taught, recipe, tmp_path):
+    settings = {**recipe(seed=0, shuffled=False), "health": {"max_new_tokens": limit}}
+    run = prepare(check_recipe(settings), tmp_path / "out", lambda event: None, StopSignal())
+    model = attach_lora(load_base(str(taught), quantize="none").model, LoraSection(), seed=0)
+    known = generate(model, run.tokenizer, run.prompts, sampling=Sampling(max_new_tokens=48))
+    found, fresh = Looker(run, model).first(known), Looker(run, model).first()
+    assert len(found.tokens) == 6
+    assert found == fresh
