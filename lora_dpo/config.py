@@ -213,7 +213,7 @@ class HealthSection(Section):
     ] = "auto"
     prompts: Annotated[
         int, Field(ge=0, description="Prompts that are answered at each look, held-out ones if there are any.")
-    ] = 6
+    ] = 4
     max_new_tokens: Annotated[int, Field(ge=8, description="Longest answer at a look, in tokens.")] = 32
     judge: Annotated[
         str | list[str] | None,
