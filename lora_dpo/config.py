@@ -213,7 +213,7 @@ class HealthSection(Section):
     ] = "auto"
     prompts: Annotated[
         int, Field(ge=0, description="Prompts that are answered at each look, held-out ones if there are any.")
-    ] = 4
+    ] = 6
     max_new_tokens: Annotated[int, Field(ge=8, description="Longest answer at a look, in tokens.")] = 32
     judge: Annotated[
         str | list[str] | None,
@@ -231,7 +231,7 @@ class HealthSection(Section):
     shortest: Annotated[
         float,
         Field(gt=0, lt=1, description="Alarm when answers are shorter than this share of what was to be expected."),
-    ] = 0.6
+    ] = 0.45
 
     @field_validator("every")
     @classmethod
