@@ -203,7 +203,7 @@ class _Work:
         )
         model, tokenizer = self.policy.model, self.policy.base.tokenizer
         drawn = draw(model, tokenizer, chosen, sampling, on_done=self.tick("answers to measure KL on", len(chosen)))
-        return ratio_interval(kl_to_reference(model, drawn, on_done=self.tick("KL", len(chosen))))
+        return ratio_interval(kl_to_reference(model, drawn, on_done=self.tick("KL", len(chosen)))).within(0.0, math.inf)
 
     def votes(self) -> Contest | None:
         if self.plan.votes is None:
@@ -270,7 +270,7 @@ def describe(answers: Sequence[Answer]) -> AnswerPart | None:
     return AnswerPart(
         tokens=mean([float(answer.tokens) for answer in answers]),
         finished=rate(sum(answer.finished for answer in answers), len(answers)),
-        repetition=mean([repetition(answer.text) for answer in answers]),
+        repetition=mean([repetition(answer.text) for answer in answers]).within(0.0, 1.0),
         refusals=rate(sum(refuses(answer.text) for answer in answers), len(answers)),
     )
 

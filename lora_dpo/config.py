@@ -238,7 +238,7 @@ class HealthSection(Section):
     shortest: Annotated[
         float,
         Field(gt=0, lt=1, description="Alarm when answers are shorter than this share of what was to be expected."),
-    ] = 0.6
+    ] = 0.45
 
     @field_validator("every")
     @classmethod

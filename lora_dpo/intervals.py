@@ -30,6 +30,10 @@ class Interval:
         """False where there are too few units for any interval."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    def within(self, low: float, high: float) -> Interval:
+        """The same with its ends inside what is possible, such as 0 and 1 for a mean of shares."""
+        return Interval(self.value, max(low, self.low), min(high, self.high), self.n) if self.known else self
+
     def to_json(self) -> dict[str, float | int | None]:
         """As plain values; null for what is not known."""
         parts = {"value": self.value, "low": self.low, "high": self.high}

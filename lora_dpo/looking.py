@@ -84,8 +84,8 @@ class Looker:
         answers = [as_answer(tokenizer, ids, stops) for ids in written]
         kl = None
         if step:  # before the first step the policy is the reference
-            # Every second answer: scoring one costs as much as writing it.
-            sums = kl_to_reference(self.model, list(zip(prompts, written, strict=True))[::2])
+            # Every third answer: scoring one costs as much as writing it.
+            sums = kl_to_reference(self.model, list(zip(prompts, written, strict=True))[::3])
             tokens = sum(count for _, count in sums)
             kl = sum(value for value, _ in sums) / tokens if tokens else None
         return self._checkup(step, answers, kl)

@@ -49,6 +49,13 @@ def test_a_single_value_has_no_interval():
     assert found.to_json() == {"value": 4.0, "low": None, "high": None, "n": 1}
 
 
+def test_ends_stay_inside_what_is_possible():
+    assert mean([0.0, 0.1, 0.0]).low < 0
+    assert mean([0.0, 0.1, 0.0]).within(0.0, 1.0).low == 0
+    assert mean([0.0, 0.1, 0.0]).within(0.0, 1.0).value == mean([0.0, 0.1, 0.0]).value
+    assert not mean([0.5]).within(0.0, 1.0).known
+
+
 @pytest.mark.parametrize("estimate", [lambda: rate(0, 0), lambda: mean([]), lambda: length_controlled([], [])])
 def test_nothing_has_no_estimate(estimate):
     with pytest.raises(ValueError, match="of nothing"):
