@@ -541,7 +541,7 @@ def test_votes_are_used_once_and_remember_both_rows(tmp_path):
 def test_rows_of_several_forms_in_one_folder_are_each_recognised(tmp_path):
     (tmp_path / "deep").mkdir()
     write(tmp_path / "a.jsonl", CASES["orca"].rows[0], CASES["trl-text"].rows[0])
-    (tmp_path / "deep" / "b.json.gz").write_bytes(gzip.compress(json.dumps(CASES["shp"].rows).encode()))
+    (tmp_path / "deep" / "b.json.gz").write_bytes(gzip.compress(json.dumps(CASES["shp"].rows).encode(), mtime=0))
     (tmp_path / "notes.txt").write_text("no data")
     (tmp_path / ".hidden.jsonl").write_text("{")
     pairs, report = read_pairs(str(tmp_path))
@@ -637,7 +637,7 @@ def test_a_gzip_of_each_kind_reads_like_the_file(tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(lines))
     for kind in ("parquet", "json", "jsonl", "csv"):
         packed = tmp_path / f"a.{kind}.gz"
-        packed.write_bytes(gzip.compress((tmp_path / f"a.{kind}").read_bytes()))
+        packed.write_bytes(gzip.compress((tmp_path / f"a.{kind}").read_bytes(), mtime=0))
         pairs, _ = read_pairs(str(packed))
         assert [(list(pair.prompt), list(pair.chosen), list(pair.rejected)) for pair in pairs] == CASES[
             "trl-text"
@@ -648,11 +648,11 @@ def test_a_gzip_of_each_kind_reads_like_the_file(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl.gz", b"not gzip", "broken gzip"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": 1}\n' * 999)[:-9], "broken gzip"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": \n'), "line 1: broken JSON"),
-        ("a.txt.gz", gzip.compress(b"x"), "unknown kind of file"),
-        ("a.parquet.gz", gzip.compress(b"x"), "broken Parquet"),
-        ("a.csv.gz", gzip.compress(b"caf\xe9"), "is not UTF-8 text (byte 3)"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": 1}\n' * 999, mtime=0)[:-9], "broken gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": \n', mtime=0), "line 1: broken JSON"),
+        ("a.txt.gz", gzip.compress(b"x", mtime=0), "unknown kind of file"),
+        ("a.parquet.gz", gzip.compress(b"x", mtime=0), "broken Parquet"),
+        ("a.csv.gz", gzip.compress(b"caf\xe9", mtime=0), "is not UTF-8 text (byte 3)"),
     ],
 )
 def test_a_broken_gzip_says_so(tmp_path, name, content, message):
