@@ -309,7 +309,8 @@ def use_it(me, tmp_path, steps, votes, pairs):
 PWN = "window.pwned=(window.pwned||0)+1"
 EVIL = (
     f"<script>{PWN}</script><img src=x onerror='{PWN}'><svg onload='{PWN}'></svg>"
-    f'[link](javascript:{PWN}) <a href="javascript:{PWN}">a</a> <iframe srcdoc="<script>parent.{PWN}</script>"></iframe>'
+    f'[link](javascript:{PWN}) <a href="javascript:{PWN}">a</a>'
+    f'<iframe srcdoc="<script>parent.{PWN}</script>"></iframe>'
     "${" + PWN + "} {{" + PWN + "}} <details open ontoggle='" + PWN + "'>d</details> <math><mtext></form><form>"
     f"<mglyph><style></math><img src onerror='{PWN}'>"
 )

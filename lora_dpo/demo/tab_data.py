@@ -96,9 +96,7 @@ def _layout(desk: Desk) -> Parts:
     return Parts(name, load, take, file, doctor, search, (table, count), *_editor())
 
 
-Editor = tuple[
-    gr.Column, gr.HTML, tuple[gr.Textbox, gr.Textbox, gr.Textbox], tuple[gr.Button, gr.Button, gr.Button]
-]
+Editor = tuple[gr.Column, gr.HTML, tuple[gr.Textbox, gr.Textbox, gr.Textbox], tuple[gr.Button, gr.Button, gr.Button]]
 
 
 def _editor() -> Editor:
