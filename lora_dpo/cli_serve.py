@@ -84,7 +84,7 @@ def serve(
         with opened:
             _say(host, sock.getsockname()[1], opened.names())
             try:
-                run(build_app(opened, api_key=api_key, max_new_tokens=max_new_tokens), sock)
+                run(build_app(opened, api_key=api_key, max_new_tokens=max_new_tokens), sock, opened)
             except KeyboardInterrupt:
                 out.print("Stopped.")
 

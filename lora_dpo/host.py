@@ -205,11 +205,15 @@ class Host:
         if self.job is not None and self.job.running:
             self.job.interrupt()
             self.job.wait()
+        self.stop_answering()
+        self._thread.join()
+
+    def stop_answering(self) -> None:
+        """Take no more requests: those who wait are told, and an answer ends at its next token."""
         self._closing = True
         for work in self._turns.close():
             if isinstance(work, Ticket):
                 work.deliver(Busy("The model is being shut down."))
-        self._thread.join()
 
     def __enter__(self) -> Host:
         return self

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lora_dpo.config import nearest
 from lora_dpo.data import Message
@@ -52,9 +52,17 @@ class _TextPart(_Strict):
     text: str
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class _Turn(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
+    content: Annotated[list[_TextPart], BeforeValidator(_as_parts)]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -79,7 +87,7 @@ class _Body(_Strict):
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Annotated[Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(_as_list)] = None
     user: str | None = None
 
 
@@ -114,7 +122,7 @@ def read_request(content: bytes, *, max_new_tokens: int) -> ChatRequest:
         )
     if body.stream_options is not None and not body.stream:
         raise RequestRefused("stream_options needs stream: true.", param="stream_options")
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop = tuple(body.stop or ())
     if "" in stop:
         raise RequestRefused("A stop text is empty: it would end every answer at once.", param="stop")
     return ChatRequest(
@@ -136,6 +144,9 @@ def read_request(content: bytes, *, max_new_tokens: int) -> ChatRequest:
 def _checked(content: bytes) -> _Body:
     try:
         given = json.loads(content)
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestRefused("The body holds half of a character (a lone surrogate). Cut text by characters.") from None
     except (ValueError, RecursionError):
         raise RequestRefused("The body is not JSON.") from None
     if not isinstance(given, dict):
@@ -156,7 +167,7 @@ def _refusal(error: ValidationError) -> RequestRefused:
     """Pydantic's first complaint, as a sentence."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
-    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("str", "list[")))
+    where = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return RequestRefused(f"There is no parameter {name}.{nearest(name, _Body.model_fields)}", param=name)
     if first["type"] == "missing":
@@ -167,8 +178,8 @@ def _refusal(error: ValidationError) -> RequestRefused:
 
 
 def _message(turn: _Turn) -> Message:
-    content = turn.content if isinstance(turn.content, str) else "".join(part.text for part in turn.content)
-    return Message(role="system" if turn.role == "developer" else turn.role, content=content)
+    role = "system" if turn.role == "developer" else turn.role
+    return Message(role=role, content="".join(part.text for part in turn.content))
 
 
 # --- what is sent back ----------------------------------------------------------------------------

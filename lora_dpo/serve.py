@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -70,10 +71,22 @@ def build_app(host: Host, *, api_key: str | None = None, max_new_tokens: int = 1
     return _Door(app, api_key)
 
 
-def run(app: ASGIApp, sock: Any) -> None:
-    """Serve on a listening socket until Ctrl-C or SIGTERM."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[sock])
+def run(app: ASGIApp, sock: socket.socket, host: Host) -> None:
+    """Serve on a listening socket until Ctrl-C or SIGTERM; then answers end at their next token."""
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
+    _Server(config, host).run(sockets=[sock])
+
+
+class _Server(uvicorn.Server):
+    """Ends the answers before it waits for the connections to end."""
+
+    def __init__(self, config: uvicorn.Config, host: Host) -> None:
+        super().__init__(config)
+        self._host = host
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._host.stop_answering()
+        await super().shutdown(sockets)
 
 
 class _Api:

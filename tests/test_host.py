@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_dpo.config import check_recipe
@@ -89,7 +90,7 @@ def test_a_second_tree_has_the_same_weights_and_a_life_of_its_own(tiny_model_fol
     assert any(p.grad is not None for p in policy.parameters())
     assert not any(p.grad is not None or p.requires_grad for p in base.model.parameters())
     assert not base.model.training
-    assert not base.model.is_gradient_checkpointing
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in base.model.modules())
     assert not any("lora_" in name for name, _ in base.model.named_modules())
     with torch.no_grad():
         assert torch.equal(base.model(input_ids=ids).logits, before)
@@ -453,7 +454,10 @@ def test_after_a_training_its_memory_is_free(host, recipe):
     assert trainable() <= before
 
 
-def test_closing_keeps_a_checkpoint_to_go_on_from(base, adapters, recipe):
+def test_closing_keeps_a_checkpoint_to_go_on_from(base, adapters, recipe_dict):
+    def recipe(**trainer):
+        return check_recipe(recipe_dict(trainer=trainer))
+
     with Host(base, adapters) as host:
         whole = host.start_training(recipe(max_steps=8), "whole")
         assert whole.wait(120)
@@ -468,7 +472,8 @@ def test_closing_keeps_a_checkpoint_to_go_on_from(base, adapters, recipe):
         again = host.start_training(recipe(max_steps=8), "cut", resume=True)
         assert again.wait(120)
         assert again.state == "done", again.error
-        assert weights(again.folder) == weights(whole.folder)
+        one, other = (load_file(job.folder / "adapter_model.safetensors") for job in (again, whole))
+        assert all(torch.allclose(one[name], other[name], atol=1e-7) for name in other)
 
 
 def test_the_recipe_of_another_model_is_refused(host, recipe, tmp_path, tiny_model_folder):

@@ -252,7 +252,7 @@ def raw(port, method="POST", path="/v1/chat/completions", body=b"", **headers):
         (b'{"model": "base", "temperature": NaN, "messages": [{"role": "user", "content": "hi"}]}', "temperature: "),
         (b'{"model": "base", "max_tokens": "9", "messages": [{"role": "user", "content": "hi"}]}', "max_tokens: "),
         (b'{"model": "base", "seed": 1e400, "messages": [{"role": "user", "content": "hi"}]}', "seed: "),
-        (b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}', "messages"),
+        (b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}', "half of a character"),
     ],
 )
 def test_a_broken_body_is_refused(port, body, said):
@@ -429,7 +429,8 @@ def test_twenty_clients_at_once_each_get_their_own_answers(port, host, base):
     assert host.waiting() == 0
 
 
-def test_clients_are_answered_while_a_training_goes_on(port, client, host, recipe_dict, adapters):
+def test_clients_are_answered_while_a_training_goes_on(port, client, host, recipe_dict, adapters, monkeypatch):
+    monkeypatch.setattr("lora_dpo.job.SLICE", 0.05)
     job = host.start_training(check_recipe(recipe_dict(trainer={"max_steps": 8})), "fresh")
     answers = 0
     while job.running:

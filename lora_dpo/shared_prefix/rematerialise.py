@@ -107,7 +107,8 @@ class Rematerialiser:
         original = noted[0]() if noted else None
         if noted is None or original is None or original.numel() != tensor.numel() or not tensor.is_contiguous():
             self._count(tensor)
-            return tensor
+            # Not itself: a pass that saves its own result would hold itself, and without a backward pass stay for good.
+            return tensor.detach()
         return noted[1], tensor.shape
 
     def _unpack(self, packed: Any) -> torch.Tensor:
