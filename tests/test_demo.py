@@ -247,7 +247,7 @@ def test_with_a_password_nobody_comes_in_without_it(desk):
         urllib.request.urlopen(f"{guarded}config")
     assert refused.value.code == 401
     for login in (None, ("me", "wrong")):
-        with pytest.raises(Exception, match=r"[Aa]uth|credentials|401"):
+        with pytest.raises(Exception, match=r"login|[Aa]uth|credentials|401"):
             gradio_client.Client(guarded, auth=login, verbose=False).predict(api_name="/models")
     inside = gradio_client.Client(guarded, auth=("me", "secret"), verbose=False)
     assert "base" in inside.predict(api_name="/models")

@@ -155,6 +155,17 @@ def test_many_threads_and_processes_lose_nothing(tmp_path):
     assert len(read_pairs(str(path), on_bad_row="error")[0]) == 40 + 4 * 20
 
 
+def test_a_vote_waits_while_the_file_is_written_anew(tmp_path):
+    book = VoteBook(tmp_path / "votes.jsonl")
+    voter = threading.Thread(target=vote, args=(book,))
+    with VoteBook(book.path).held():  # another process holds it as well
+        voter.start()
+        voter.join(0.3)
+        assert not book.path.exists()
+    voter.join(10)
+    assert book.count() == (1, 0)
+
+
 def test_rewriting_changes_removes_and_leaves_the_rest_to_the_byte(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n":1}\nno row\n{"n": 2}\n{"n":3}')

@@ -177,6 +177,23 @@ def test_watched_prompts_are_answered_before_during_and_after_and_change_nothing
     assert weights(host.adapters_dir / "mine") == weights(alone.folder)
 
 
+def test_a_look_sees_the_model_in_eval_mode_and_leaves_each_part_as_it_was():
+    from types import SimpleNamespace
+
+    import torch
+
+    from lora_dpo.train import _make_look
+
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5)).train()
+    model[1].eval()
+    seen = []
+    look = _make_look(lambda step, total, shown: seen.append((step, total, [part.training for part in shown.modules()])))
+    state = SimpleNamespace(global_step=2, max_steps=5)
+    look.on_step_end(None, state, None, model=model)
+    assert seen == [(2, 5, [False, False, False])]
+    assert [part.training for part in model.modules()] == [True, True, False]
+
+
 def test_looks_are_spread_over_the_run():
     assert looks_of(36) == {0, 12, 24, 36}
     assert looks_of(1) == {0, 1}

@@ -105,6 +105,8 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 #vote-buttons button { min-width: 118px; flex: 1 1 118px; }
 @media (max-width: 640px) {
   .gradio-container .fillable { padding: 8px !important; }
+  dl.facts { grid-template-columns: 1fr; gap: 1px; }
+  dl.facts dd { margin-bottom: 6px; }
   .bar { flex-wrap: wrap !important; }
   .bar > .form { flex-basis: 100% !important; }
   .gradio-container .tab-container button { padding: 0 9px; font-size: .9rem; }
