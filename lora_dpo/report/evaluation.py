@@ -26,6 +26,13 @@ NAMES = {
     "perplexity-ratio": "perplexity on plain text, × that of the base",
 }
 SHARES = ("accuracy", "accuracy-lc", "learned", "win-rate", "win-rate-lc", "finished", "refusals")
+SHORT = {
+    "accuracy-lc": "accuracy, no length",
+    "learned": "accuracy at first sight",
+    "win-rate-lc": "win rate, no length",
+    "finished": "end by themselves",
+}
+"""Names that fit beside a plot."""
 OF_BOTH = {"length": "tokens", "finished": "finished", "repetition": "repetition", "refusals": "refusals"}
 
 
@@ -98,12 +105,11 @@ def log_ratios(ratios: Mapping[str, Any]) -> str:
 
 def _rates(stored: Stored) -> str:
     rows = [
-        (NAMES[name].replace(", length taken out", " (LC)"), value["value"], value["low"], value["high"])
+        (SHORT.get(name, NAMES[name]), value["value"], value["low"], value["high"])
         for name, value in stored["numbers"].items()
         if name in SHARES and value["low"] is not None
     ]
-    short = [(name.replace("answers that end by themselves", "end by themselves"), *rest) for name, *rest in rows]
-    return svg.intervals(short, title="shares with 95% intervals; the dashed line is chance", level=0.5)
+    return svg.intervals(rows, title="shares with 95% intervals; the dashed line is chance", level=0.5)
 
 
 def _under(stored: Stored) -> str:

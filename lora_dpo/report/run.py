@@ -189,7 +189,7 @@ def _data(run: StoredRun) -> Iterator[str]:
 def _cost(run: StoredRun) -> Iterator[tuple[str, str]]:
     total = run.measured.get("total_seconds")
     if total:
-        yield "whole run", f"{total / 60:.1f} min"
+        yield "whole run, since it was last started", f"{total / 60:.1f} min"
     for stage, seconds in run.measured.get("seconds", {}).items():
         yield stage, f"{seconds:.1f} s"
     looking = run.measured.get("health", {}).get("seconds")
