@@ -52,7 +52,8 @@ PRESETS = {
         Preset(
             "smoke", train_prompts=8, samples=2, test_prompts=4, test_answers=1, base_answers=4, best_of=(2, 4),
             betas=(0.1, 1.0), dpo_steps=2, dpo_rate=1e-2, pairs_a_prompt=1, kl_weights=(0.05,), ppo_rate=1e-2,
-            iterations=2, keep=(1, 2), seeds=(0,), side_beta=0.1, noise=(0.5,), side=True, longest=6, rank=2, layers="all",
+            iterations=2, keep=(1, 2), seeds=(0,), side_beta=0.1, noise=(0.5,), side=True, longest=6, rank=2,
+            layers="all",
         ),
         Preset(
             "quick", train_prompts=36, samples=4, test_prompts=16, test_answers=1, base_answers=4, best_of=(2, 4),
