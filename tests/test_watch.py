@@ -187,7 +187,9 @@ def test_a_look_sees_the_model_in_eval_mode_and_leaves_each_part_as_it_was():
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5)).train()
     model[1].eval()
     seen = []
-    look = _make_look(lambda step, total, it: seen.append((step, total, [part.training for part in it.modules()])))
+    look = _make_look(
+        lambda step, total, shown: seen.append((step, total, [part.training for part in shown.modules()]))
+    )
     state = SimpleNamespace(global_step=2, max_steps=5)
     look.on_step_end(None, state, None, model=model)
     assert seen == [(2, 5, [False, False, False])]
