@@ -150,7 +150,7 @@ def hold_out(pairs: Sequence[PreferencePair], *, seed: int) -> tuple[list[Prefer
 
 def settings_text(recipe: Recipe) -> str:
     """The sections of a recipe that may be changed on the page, as YAML."""
-    return dump_settings(recipe, hidden={"model", "data", "output", "reference", "engine"})
+    return dump_settings(recipe, hidden=set(Recipe.model_fields) - set(CHANGEABLE))
 
 
 def with_settings(recipe: Recipe, text: str) -> Recipe:

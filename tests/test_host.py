@@ -335,7 +335,7 @@ def test_training_between_answers_gives_the_same_adapter_bit_for_bit(host, adapt
     assert len(during & set(range(1, 6))) >= 3, "the answers did not come between the steps: nothing is proved"
     assert weights(job.folder) == weights(quiet.folder)
     losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
         for folder in (job.folder, quiet.folder)
     ]
     assert losses[0] == losses[1]
