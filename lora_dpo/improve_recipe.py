@@ -105,6 +105,8 @@ class ImproveRecipe(Section):
             "evaluation": {"questions": self.improve.questions, "max_new_tokens": self.improve.max_new_tokens},
             "output": str(output),
             "trainer": self.trainer,
+            # The judge measures each round on held-out answers and decides which is kept; alarms are said.
+            "health": {"action": "warn"},
         }
         if reference == "base":
             settings["lora"] = self.lora
