@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from lora_dpo.config import (
-    HealthSection,
     LoraSection,
     ModelSection,
     Recipe,
@@ -78,12 +77,11 @@ class ImproveRecipe(Section):
     output: Annotated[
         str | None, Field(description="Round N's adapter is OUTPUT-roundN. Default: adapters/RECIPE-NAME.")
     ] = None
-    health: Annotated[HealthSection, Field(description="What watches over each round's training.")] = HealthSection()
     trainer: Annotated[
         dict[str, Any], Field(description="Any field of TRL's DPOConfig, for each round's training.")
     ] = {}  # noqa: RUF012 - pydantic copies it
 
-    _empty_section = field_validator("model", "lora", "health", "trainer", mode="before")(
+    _empty_section = field_validator("model", "lora", "trainer", mode="before")(
         lambda value: {} if value is None else value
     )
 
@@ -106,7 +104,6 @@ class ImproveRecipe(Section):
             "data": {"train": str(pairs)},
             "evaluation": {"questions": self.improve.questions, "max_new_tokens": self.improve.max_new_tokens},
             "output": str(output),
-            "health": self.health,
             "trainer": self.trainer,
             # The judge measures each round on held-out answers and decides which is kept; alarms are said.
             "health": {"action": "warn"},

@@ -49,7 +49,6 @@ def settings(tiny_model_folder):
         found = {
             "model": {"name": str(tiny_model_folder), "quantize": "none", "dtype": "float32"},
             "lora": {"rank": 8},
-            "health": {"action": "none"},  # random letters are no answers that a guard could judge
             "improve": {
                 "prompts": "prompts.txt",
                 "held_out": "held.txt",
