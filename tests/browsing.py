@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from contextlib import contextmanager
 
@@ -22,6 +23,13 @@ def chromium():
             browser.close()
 
 
+def playwright_timeout():
+    """The error of a wait that was too long."""
+    from playwright.sync_api import TimeoutError as TooLong
+
+    return TooLong
+
+
 class Visitor:
     """One person at the page: notes what goes wrong while they use it."""
 
@@ -38,7 +46,7 @@ class Visitor:
         self.page.on("dialog", lambda dialog: (self.errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         self.page.on("request", lambda request: self._request(request, address))
         self.page.on("response", self._response)
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(90_000)  # tests share a busy machine
         self.page.goto(address)
         self.page.wait_for_selector("#chat-box textarea")
         self.page.wait_for_function("document.querySelector('#chat-left input')?.value")
@@ -68,11 +76,16 @@ class Visitor:
         """Unfold an accordion of the tab that is shown."""
         self.page.locator("button.label-wrap:visible", has_text=label).first.click()
 
-    def say(self, text, seconds=30):
+    def say(self, text, seconds=120):
         """Send a chat message and wait for the whole answer."""
         self.page.fill("#chat-box textarea", text)
-        self.page.keyboard.press("Enter")
-        self.page.wait_for_function("document.querySelector('#chat-box textarea').value === ''")
+        for _ in range(4):  # on a busy machine the box can be typed into before the page listens to it
+            self.page.press("#chat-box textarea", "Enter")
+            with contextlib.suppress(playwright_timeout()):
+                self.page.wait_for_function("document.querySelector('#chat-box textarea').value === ''", timeout=20_000)
+                break
+        else:
+            raise AssertionError("the message was never sent")
         self.page.get_by_role("button", name="Send", exact=True).wait_for(timeout=1000 * seconds)
         self.page.wait_for_timeout(200)
 
@@ -83,7 +96,7 @@ class Visitor:
     def text(self, place):
         return self.page.inner_text(f"#{place}")
 
-    def wait_for(self, place, part, seconds=60):
+    def wait_for(self, place, part, seconds=180):
         self.page.wait_for_function(
             "([place, part]) => document.getElementById(place)?.innerText.includes(part)",
             arg=[place, part],

@@ -121,7 +121,7 @@ def test_the_whole_loop(browser, served, tmp_path):
     page.click("#train-plan")
     me.wait_for("train-planned", "4 of 4 pairs")
     page.click("#train-start")
-    me.wait_for("train-state", "Done: mine", 120)
+    me.wait_for("train-state", "Done: mine", 300)
     assert page.locator("#train-curves svg").count() == 4
     assert "after 4 steps" in me.text("train-samples")
 
