@@ -77,7 +77,13 @@ class Engine:
         """Bytes that a stream token keeps for the backward pass, measured on the shortest pair of a batch."""
         lengths = pair_lengths(inputs)
         part = select(inputs, [lengths.index(min(lengths))])
-        with self.forward.count_kept() as kept, self.trainer.compute_loss_context_manager(), self.forward.log(False):
+        # A resumed run measures again: what dropout draws for it must not shift what the steps draw.
+        with (
+            torch.random.fork_rng(),
+            self.forward.count_kept() as kept,
+            self.trainer.compute_loss_context_manager(),
+            self.forward.log(False),
+        ):
             output = bare(self.trainer.model)(**model_inputs(part.inputs))
         del output
         return sum(kept.values()) / min(lengths)

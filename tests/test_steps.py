@@ -67,6 +67,18 @@ def test_any_split_has_the_gradient_the_loss_and_the_metrics_of_the_whole(option
     assert_close(parts[0], whole[0])
 
 
+def test_measuring_the_memory_draws_no_random_numbers(tiny_model_folder, tmp_path):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=0.5)
+    trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, lora=lora, disable_dropout=False)
+    batch = trainer._prepare_inputs(trainer.data_collator(columns(PAIRS)))
+    before = torch.get_rng_state()
+    trainer.compute_loss(trainer.model, batch)
+    assert not torch.equal(torch.get_rng_state(), before)  # a pass does draw
+    before = torch.get_rng_state()
+    assert trainer.engine.kept_bytes(batch) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 WEIGHTS = [0.25, 2.0, 0.0, 1.75]
 
 

@@ -107,53 +107,64 @@ def _chatbot(side: int) -> gr.Chatbot:
 
 
 class Tab:
-    """The tab's handlers. Gradio fills in events and requests by annotations, so settings are named one by one:
-    a the talk, b and c the models, d the system prompt, e to h the numbers.
-    """
+    """The tab's handlers. Gradio fills in events and requests by annotations, so settings are named one by one."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
 
     def send(
-        self, text: str, a: Talk, b: str, c: str, d: str, e: float, f: float, g: float, h: float, request: gr.Request
+        self,
+        text: str,
+        talk: Talk,
+        left: str,
+        right: str,
+        system: str,
+        temperature: float,
+        top_p: float,
+        longest: float,
+        seed: float,
+        request: gr.Request,
     ) -> Iterator[State]:
         """Answer what was written."""
-        yield from self._answer(text, False, (a, b, c, d, e, f, g, h), request)
+        chosen = (talk, left, right, system, temperature, top_p, longest, seed)
+        yield from self._answer(text, False, chosen, request)
 
     @told
     def retry(
         self,
         data: gr.RetryData,
-        a: Talk,
-        b: str,
-        c: str,
-        d: str,
-        e: float,
-        f: float,
-        g: float,
-        h: float,
+        talk: Talk,
+        left: str,
+        right: str,
+        system: str,
+        temperature: float,
+        top_p: float,
+        longest: float,
+        seed: float,
         request: gr.Request,
     ) -> Iterator[State]:
         """Answer the same words with another seed."""
-        yield from self._answer(a.forget_from(_exchange(data.index)), True, (a, b, c, d, e, f, g, h), request)
+        chosen = (talk, left, right, system, temperature, top_p, longest, seed)
+        yield from self._answer(talk.forget_from(_exchange(data.index)), True, chosen, request)
 
     @told
     def edit(
         self,
         data: gr.EditData,
-        a: Talk,
-        b: str,
-        c: str,
-        d: str,
-        e: float,
-        f: float,
-        g: float,
-        h: float,
+        talk: Talk,
+        left: str,
+        right: str,
+        system: str,
+        temperature: float,
+        top_p: float,
+        longest: float,
+        seed: float,
         request: gr.Request,
     ) -> Iterator[State]:
         """Answer other words in their place."""
-        a.forget_from(_exchange(data.index))
-        yield from self._answer(str(data.value), False, (a, b, c, d, e, f, g, h), request)
+        talk.forget_from(_exchange(data.index))
+        chosen = (talk, left, right, system, temperature, top_p, longest, seed)
+        yield from self._answer(str(data.value), False, chosen, request)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that is being written; what was said so far stays."""
