@@ -12,11 +12,10 @@ from pathlib import Path
 
 from lora_dpo.intervals import Interval, rate
 from lora_dpo.report.stored import read_run
+from lora_dpo.settings import DEFAULTS
 
 FEWEST = 8
 """Pairs; of fewer nothing is said."""
-BATCH = 4
-"""Default of trainer.per_device_train_batch_size."""
 UNMOVED = 1e-4
 """Margin up to which policy and reference are still the same but for rounding, so that TRL's accuracy is a coin."""
 
@@ -27,8 +26,8 @@ def at_first_sight(folder: Path) -> Interval | None:
     None without a log of rewards: another method or tool, or too few pairs.
     """
     run = read_run(folder)
-    trainer = run.recipe.get("trainer") or {}
-    batch = trainer.get("per_device_train_batch_size", BATCH) * trainer.get("gradient_accumulation_steps", 1)
+    settings = {**DEFAULTS, **(run.recipe.get("trainer") or {})}
+    batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
     right, pairs, before = 0.0, 0, 0
     for row in run.trained:
         steps, before = row["step"] - before, row["step"]

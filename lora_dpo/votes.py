@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lora_dpo import intervals
 from lora_dpo.data import Message, Origin
 from lora_dpo.data.files import Row, read_rows
 from lora_dpo.data.forms import checked_pair
@@ -29,8 +29,6 @@ from lora_dpo.files import disk_errors
 
 Verdict = Literal["a", "b", "both good", "both bad", "skip"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-Z95 = 1.959963984540054
-"""The normal quantile of a two-sided 95% interval."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,11 @@ class Record:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of `rate`."""
-        return wilson(self.wins, self.decided)
+        """95% interval of `rate`; `(0, 1)` without any decided vote."""
+        if not self.decided:
+            return 0.0, 1.0
+        found = intervals.rate(self.wins, self.decided)
+        return found.low, found.high
 
 
 class VoteBook:
@@ -156,20 +157,6 @@ class VoteBook:
     def count(self) -> tuple[int, int]:
         """Votes that are pairs, and others."""
         return _lines(self.path), _lines(self.other)
-
-
-def wilson(wins: int, votes: int) -> tuple[float, float]:
-    """95% score interval of a share (Wilson 1927); `(0, 1)` without votes.
-
-    It stays inside 0 and 1, and is honest for a handful of votes, where the usual p ± 1.96·s is not.
-    """
-    if votes == 0:
-        return 0.0, 1.0
-    p, z2 = wins / votes, Z95**2
-    middle = (p + z2 / (2 * votes)) / (1 + z2 / votes)
-    half = Z95 / (1 + z2 / votes) * math.sqrt(p * (1 - p) / votes + z2 / (4 * votes**2))
-    # At 0 and at all of them the formula gives 0 and 1 but for rounding.
-    return (0.0 if wins == 0 else max(0.0, middle - half)), (1.0 if wins == votes else min(1.0, middle + half))
 
 
 def append_durably(path: Path, row: Row) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.votes import Candidate, Record, VoteBook, rewrite_durably, wilson
+from lora_dpo.votes import Candidate, Record, VoteBook, rewrite_durably
 
 PROMPT = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -178,21 +178,11 @@ def test_rewriting_changes_removes_and_leaves_the_rest_to_the_byte(tmp_path):
 # --- who wins -------------------------------------------------------------------------------------
 
 
-def test_wilson_worked_examples():
+def test_a_record_has_the_interval_of_its_decided_votes():
     # 7 of 10: centre (0.7 + z²/20) / (1 + z²/10) = 0.6445, half 0.2478 with z = 1.96 (by hand)
-    low, high = wilson(7, 10)
-    assert low == pytest.approx(0.3968, abs=2e-4)
-    assert high == pytest.approx(0.8922, abs=2e-4)
-    assert wilson(0, 5) == (0.0, pytest.approx(0.4345, abs=2e-4))  # z² / (n + z²)
-    assert wilson(5, 5) == (pytest.approx(0.5655, abs=2e-4), 1.0)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-def test_wilson_against_its_definition():
-    # The ends are the shares whose own normal approximation just reaches the data: |p - end| = z·sqrt(end(1-end)/n).
-    for wins, votes in ((1, 3), (10, 40), (39, 40), (250, 1000)):
-        for end in wilson(wins, votes):
-            assert abs(wins / votes - end) == pytest.approx(1.959964 * (end * (1 - end) / votes) ** 0.5, rel=1e-5)
+    assert Record("a", "b", 7, 3, 9, 9, 9).interval == pytest.approx((0.3968, 0.8922), abs=2e-4)
+    assert Record("a", "b", 0, 5, 0, 0, 0).interval == (0.0, pytest.approx(0.4345, abs=2e-4))  # z² / (n + z²)
+    assert Record("a", "b", 0, 0, 1, 0, 0).interval == (0.0, 1.0)
 
 
 def test_the_table_counts_each_pair_of_models_with_the_base_second(tmp_path):
@@ -206,7 +196,6 @@ def test_the_table_counts_each_pair_of_models_with_the_base_second(tmp_path):
         vote(book, verdict, a, b, number)
     assert book.records() == [Record("mine", "base", 3, 1, 1, 1, 1), Record("mine", "zeta", 0, 1, 0, 0, 0)]
     assert book.records()[0].rate == 0.75
-    assert book.records()[0].interval == wilson(3, 4)
 
 
 def test_rows_that_are_no_votes_do_not_count_and_do_not_stop_the_table(tmp_path):
