@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,8 +29,8 @@ SIZES = {
 }
 
 
-def random_nf4(size: str) -> Any:
-    """A random Llama of that size on the GPU, its linear layers quantised one by one as they are made."""
+def random_nf4(size: str, device: str = "cuda") -> Any:
+    """A random Llama of that size on the device, its linear layers quantised one by one as they are made."""
     import bitsandbytes
 
     config = LlamaConfig(
@@ -48,42 +47,38 @@ def random_nf4(size: str) -> Any:
                 )
                 values = torch.randn(part.out_features, part.in_features, dtype=torch.bfloat16) * 0.02
                 packed.weight = bitsandbytes.nn.Params4bit(values, requires_grad=False, quant_type="nf4")
-                setattr(parent, name, packed.to("cuda"))
+                setattr(parent, name, packed.to(device))
     for part in model.modules():  # what is left on the meta device: embeddings, norms, the head
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_meta:
-                drawn = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * 0.02
+                drawn = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
                 setattr(part, name, torch.nn.Parameter(drawn, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device="cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
     model.tie_weights()
     model.is_loaded_in_4bit = True
     return model.requires_grad_(False).eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(device: str = "cuda") -> None:
+    parser = bench.options_parser()
+    parser.description = __doc__
     parser.add_argument("--size", choices=SIZES, default="1b")
-    parser.add_argument("--shape", choices=SHAPES, action="append")
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
+    parser.set_defaults(pairs=64, rounds=3, quantize="nf4", dtype="bfloat16")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("This script measures a GPU, and there is none here. On a CPU: make bench")
     warnings.filterwarnings("ignore")
     tokenizer = AutoTokenizer.from_pretrained(fetch_model("smollm2-135m"))  # only for its pad token
-    made = lambda: SimpleNamespace(model=random_nf4(options.size), tokenizer=tokenizer)  # noqa: E731
+    made = lambda: SimpleNamespace(model=random_nf4(options.size, device), tokenizer=tokenizer)  # noqa: E731
     bench.bases = lambda _: (made, made)
-    options = argparse.Namespace(
-        **vars(options), model=f"random Llama {options.size}", quantize="nf4", dtype="bfloat16", top=0, ablate=False
-    )
+    options.model = f"random Llama {options.size}"
     for shape in options.shape or SHAPES:
         rows = draw(SHAPES[shape], options.pairs, vocabulary=40000)
         title = f"{SHAPES[shape].title}: {len(rows)} pairs in steps of {options.batch}, {options.model}"
         bench.compare(options, shape, title, rows, Console())
         gc.collect()
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ README.md        the model card
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import warnings
@@ -81,8 +80,8 @@ def make_passport(
         quantize=base.quantize,
         packed=base.packed,
         dtype=base.dtype,
-        tokenizer_sha256=tokenizer_hash(base.tokenizer),
-        chat_template_sha256=template_hash(base.tokenizer),
+        tokenizer_sha256=base.tokenizer_sha256,
+        chat_template_sha256=base.chat_template_sha256,
         reference=reference,
         data=data,
         metrics=metrics,
@@ -161,6 +160,11 @@ def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False, n
     """
     folder = Path(folder)
     check_adapter(base, folder)
+    return put_adapter(base, folder, trainable=trainable, name=name)
+
+
+def put_adapter(base: Base, folder: Path, *, trainable: bool = False, name: str = POLICY) -> PeftModel:
+    """The second half of `attach_adapter`, for a folder that `check_adapter` has passed. Raises `AdapterError`."""
     with quiet_libraries():  # peft brings bitsandbytes in, which has advice to give
         from peft import PeftModel, get_peft_model_state_dict
 
@@ -231,9 +235,9 @@ def check_base(passport: Passport, base: Base, folder: Path) -> None:
     found = []
     if passport.quantize != base.quantize:
         found.append(f"it was trained on weights quantised as {passport.quantize}, here they are {base.quantize}")
-    if passport.tokenizer_sha256 != tokenizer_hash(base.tokenizer):
+    if passport.tokenizer_sha256 != base.tokenizer_sha256:
         found.append("the tokenizer has another vocabulary")
-    if passport.chat_template_sha256 != template_hash(base.tokenizer):
+    if passport.chat_template_sha256 != base.chat_template_sha256:
         found.append("the chat template is another one")
     if found:
         warn_of_base(folder, base.name, found)
@@ -294,21 +298,6 @@ def licence_of(name: str) -> str | None:
         lines = [line.strip() for line in licence.read_text("utf-8", "replace").splitlines() if line.strip()]
         return " ".join(lines[:2]) if lines else None
     return None
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the vocabulary with its ids: equal tokenizers read text alike."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return _sha256(json.dumps(vocabulary))
-
-
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the chat template."""
-    return _sha256(str(tokenizer.chat_template))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _known_adapters() -> str:

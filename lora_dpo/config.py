@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lora_dpo.errors import ConfigError
+from lora_dpo.yaml_text import dump_yaml, parse_yaml
 
 Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -313,35 +313,6 @@ class Recipe(Section):
         return None if self.reference == "base" else Path(self.reference.removeprefix("adapter:"))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with two repairs: `5e-7` is a number (YAML 1.1 reads text), a repeated key is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here and not where values are made: by then `<<` has mixed in the keys of another mapping.
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"A key on line {line} is a list or a mapping. Write a name before the colon.")
-            if key.value in seen:
-                raise ConfigError(f"The key {key.value!r} appears twice (line {line}). Keep one of them.")
-            seen.add(key.value)
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text that `_Loader` would read as a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|[-+]?\.\d+[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `key=value` overrides with dotted keys.
 
@@ -369,7 +340,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r} is not a setting. Write key=value, such as trainer.beta=0.2.")
-        _set_dotted(settings, key, _parse_yaml(value, where=override))
+        _set_dotted(settings, key, parse_yaml(value, where=override))
     return settings
 
 
@@ -391,7 +362,7 @@ def check_settings(kind: type[AnySection], settings: dict[str, Any], *, where: s
 
 def parse_settings(text: str, *, where: str) -> dict[str, Any]:
     """The plain settings in a text of YAML; they are not checked yet. Raises `ConfigError` if there are none."""
-    settings = _parse_yaml(text, where=where)
+    settings = parse_yaml(text, where=where)
     if not isinstance(settings, dict):
         raise ConfigError(f"{where} is not a recipe: expected settings such as 'model:' and 'data:'.")
     return settings
@@ -406,7 +377,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def dump_settings(section: Section, *, hidden: set[str]) -> str:
     """A section as YAML, every setting written out but the hidden ones."""
     settings = section.model_dump(mode="json", exclude=hidden)
-    return str(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    return dump_yaml(settings)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -428,19 +399,8 @@ def describe_fields(section: type[Section] = Recipe, prefix: str = "") -> Iterat
         if isinstance(kind, type) and issubclass(kind, Section):
             yield from describe_fields(kind, f"{prefix}{name}.")
         else:
-            default = "required" if info.is_required() else yaml.safe_dump(info.default).split("\n")[0]
+            default = "required" if info.is_required() else dump_yaml(info.default).split("\n")[0]
             yield f"{prefix}{name}", default, info.description or ""
-
-
-def _parse_yaml(text: str, *, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
-    except (ValueError, RecursionError) as error:  # such as the date 2020-99-99
-        raise ConfigError(f"{where}: a value is not valid YAML ({error}). Quote it if it is meant as text.") from None
 
 
 def _set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:

@@ -33,8 +33,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     the block ran, the temporary folder stays and the message names it: it may hold hours of work.
     """
     refuse_existing(target)
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(target):
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     kept = False
     try:
@@ -67,12 +66,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises `OutputError` when `target` exists or the disk refuses the write.
     """
     refuse_existing(target)
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        except FileNotFoundError as error:  # such as /proc: a folder that takes no files
-            raise OutputError(f"Cannot write {target}: no file can be made there. Choose another folder.") from error
+    with _beside(target):
+        number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         os.close(number)
     temporary = Path(name)
     try:
@@ -90,6 +85,17 @@ def refuse_existing(target: Path) -> None:
     """Raise `OutputError` if `target` is already there."""
     if target.exists():
         raise OutputError(f"{target} already exists and is never overwritten. Choose another name, or remove it first.")
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[None]:
+    """Make the parent folder; what the block makes in it may be refused as `disk_errors` says."""
+    with disk_errors(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield
+        except FileNotFoundError as error:  # such as /proc: a folder that takes no files
+            raise OutputError(f"Cannot write {target}: nothing can be made there. Choose another folder.") from error
 
 
 @contextmanager

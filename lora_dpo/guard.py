@@ -98,7 +98,7 @@ class Guard:
         self.step = step
         if not self.on:
             return
-        if self.section.judge is not None and self.looker.pairs:
+        if self.section.judge is not None and self.looker.probes:
             self.looker.judge = open_judge(self.section.judges)
         before = self._before(resumed=checkpoint is not None)
         if before is not None:
@@ -126,7 +126,7 @@ class Guard:
     def after_step(self, step: int, total: int) -> bool:
         """After an optimiser step: look at answers where it is time. True if the run is to end here."""
         self.step = step
-        if not (self.on and self.looker.pairs) or (step % every(self.section, total) and step != total):
+        if not (self.on and self.looker.probes) or (step % every(self.section, total) and step != total):
             return False
         checkup = self.looker.look(step)
         self._tell(checkup)
@@ -215,7 +215,7 @@ class Guard:
         if slots.best is not None and slots.best.step <= chosen.step:  # a later one may score well and be ruined
             chosen = slots.best
         put(self.model, chosen)
-        if chosen.step > checked.step and self.looker.pairs and not self._answers_well(chosen):
+        if chosen.step > checked.step and self.looker.probes and not self._answers_well(chosen):
             chosen = checked
             put(self.model, chosen)
         return chosen.step

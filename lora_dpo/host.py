@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,7 @@ from lora_dpo.request import Asked, Outcome, Reply, Stream, Ticket
 from lora_dpo.runs import ADAPTERS_DIR
 from lora_dpo.shelf import BASE, Shelf
 from lora_dpo.train import Look
-from lora_dpo.turns import Turns
+from lora_dpo.turns import OWN, Chore, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,17 @@ class Host:
         self._shelf = Shelf(base, adapters_dir)
         self._lock = threading.Lock()
         self._closing = False
+        self._warming = False
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
+        self._warm_up()
 
     def names(self) -> list[str]:
         """`base`, then every adapter in the adapters' folder that fits it, as they are on the disk now."""
-        return self._shelf.names()
+        names = self._shelf.names()
+        if self._shelf.cold():
+            self._warm_up()
+        return names
 
     def waiting(self) -> int:
         """Requests that wait for their turn."""
@@ -231,6 +237,24 @@ class Host:
                 work.run()
             except Exception:  # the one thread that computes must go on for the others
                 logger.exception("A turn failed.")
+
+    def _warm_up(self) -> None:
+        """Put adapters into memory between the answers, one a turn, so that nobody's first answer waits for that."""
+        with self._lock:
+            if self._warming or self._closing:
+                return
+            self._warming = True
+        with suppress(Busy):  # it is closing
+            self._turns.put(OWN, Chore(self._warm_one))
+
+    def _warm_one(self) -> None:
+        more = False
+        try:
+            more = self._shelf.warm_up()
+        finally:
+            self._warming = False
+        if more:
+            self._warm_up()
 
     def _answer(self, ticket: Ticket) -> None:
         outcome: Outcome

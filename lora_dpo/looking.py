@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_dpo.data import TokenPair
+    from lora_dpo.data.answers import TokenAnswer
     from lora_dpo.prepare import Run
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt to answer, and how long a good answer to it is; both in tokens."""
+
+    prompt: list[int]
+    good: int
 
 
 class Looker:
@@ -32,8 +41,8 @@ class Looker:
         self.run, self.model = run, model
         self.limit = run.recipe.health.max_new_tokens
         self._messages = {tuple(prompt_ids(run.tokenizer, prompt)): prompt for prompt in run.prompts}
-        self.pairs = probes(run, self._messages.keys())
-        """The pairs whose prompts are answered."""
+        self.probes = probes(run, self._messages.keys())
+        """What is answered at each look."""
         self.judge: Judge | None = None
         self.reference_before: float | None = None
         """The reference's score before the first step."""
@@ -48,13 +57,13 @@ class Looker:
         """
         with self._at_rest():
             self.reference_before = self._reference_score()
-            if not self.pairs:
+            if not self.probes:
                 return None
             if self.run.recipe.evaluation.max_new_tokens >= self.limit:
                 by_prompt = dict(zip(self._messages, known, strict=False))
-                found = [by_prompt.get(tuple(pair.prompt)) for pair in self.pairs]
+                found = [by_prompt.get(tuple(probe.prompt)) for probe in self.probes]
                 answers = [self._cut(answer) for answer in found if answer is not None]
-                if len(answers) == len(self.pairs):
+                if len(answers) == len(self.probes):
                     return self._checkup(0, answers, None)
             return self._answers(0)
 
@@ -69,14 +78,14 @@ class Looker:
 
     def asked(self) -> list[str]:
         """The prompts as text."""
-        return [self._text_of(pair) for pair in self.pairs]
+        return [self._text_of(probe.prompt) for probe in self.probes]
 
     def chosen_tokens(self) -> tuple[int, ...]:
-        """Length of each prompt's chosen answer, cut as the answers are."""
-        return tuple(min(len(pair.chosen) - 1, self.limit) for pair in self.pairs)
+        """Length of each prompt's good answer, cut as the answers are."""
+        return tuple(min(probe.good, self.limit) for probe in self.probes)
 
     def _answers(self, step: int) -> Checkup:
-        tokenizer, prompts = self.run.tokenizer, [pair.prompt for pair in self.pairs]
+        tokenizer, prompts = self.run.tokenizer, [probe.prompt for probe in self.probes]
         stops = stop_token_ids(self.model, tokenizer)
         written: list[list[int]] = [[] for _ in prompts]
         for row, token in decode(self.model, prompts, stops, Sampling(max_new_tokens=self.limit)):
@@ -111,8 +120,8 @@ class Looker:
         if self.judge is None:
             return None
         scores = []
-        for number, (pair, answer) in enumerate(zip(self.pairs, answers, strict=True), start=1):
-            messages = self._messages.get(tuple(pair.prompt))
+        for number, (probe, answer) in enumerate(zip(self.probes, answers, strict=True), start=1):
+            messages = self._messages.get(tuple(probe.prompt))
             if messages is not None:
                 scores += self.judge.score(Prompt(messages, "health", number), [answer])
         known = [score for score in scores if score is not None]
@@ -128,11 +137,11 @@ class Looker:
             chosen, rejected = score_pairs(self.model, [pair], pad_id=pad if pad is not None else 0)
         return (chosen[0] + rejected[0]) / (len(pair.chosen) + len(pair.rejected))
 
-    def _text_of(self, pair: TokenPair) -> str:
-        messages = self._messages.get(tuple(pair.prompt))
+    def _text_of(self, prompt: list[int]) -> str:
+        messages = self._messages.get(tuple(prompt))
         if messages is not None:
             return messages[-1]["content"]
-        return str(self.run.tokenizer.decode(pair.prompt, skip_special_tokens=True))
+        return str(self.run.tokenizer.decode(prompt, skip_special_tokens=True))
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
@@ -145,13 +154,25 @@ class Looker:
             self.seconds += time.perf_counter() - began
 
 
-def probes(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[TokenPair]:
-    """Pairs for `health.prompts` prompts, spread over the held-out data if there is any, each prompt once.
+def probes(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[Probe]:
+    """`health.prompts` prompts, spread over the held-out data if there is any, each prompt once.
 
     Args:
         answered: prompts that are answered before training anyway: if there are any of them, no others are taken.
     """
-    unique = {tuple(pair.prompt): pair for pair in reversed(run.held_out or run.train)}
-    pairs = [pair for prompt, pair in unique.items() if prompt in answered] or list(unique.values())
-    pairs.reverse()
-    return [pairs[index] for index in evenly(len(pairs), run.recipe.health.prompts)]
+    good = _good_answers(run.held_out, run.held_out_answers) or _good_answers(run.train, run.answers)
+    unique: dict[tuple[int, ...], Probe] = {}
+    for prompt, answer in good:
+        # less one: the end of turn, which answers are counted without
+        unique.setdefault(tuple(prompt), Probe(prompt, len(answer) - 1))
+    found = [probe for prompt, probe in unique.items() if prompt in answered] or list(unique.values())
+    return [found[index] for index in evenly(len(found), run.recipe.health.prompts)]
+
+
+def _good_answers(
+    pairs: Sequence[TokenPair], answers: Sequence[TokenAnswer]
+) -> list[tuple[list[int], list[int]]]:
+    """Prompts, each with an answer that is known to be good."""
+    if pairs:
+        return [(pair.prompt, pair.chosen) for pair in pairs]
+    return [(one.prompt, one.answer) for one in answers if one.up]

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +52,17 @@ class Base:
         """Where the input embeddings are."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """A hash of the vocabulary with its ids: equal tokenizers read text alike."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return _sha256(json.dumps(vocabulary))
+
+    @property
+    def chat_template_sha256(self) -> str:
+        """A hash of the chat template."""
+        return _sha256(str(self.tokenizer.chat_template))
 
 
 def load_base(
@@ -409,3 +421,7 @@ def _load_errors(name: str) -> Iterator[None]:
             f"The model {name} could not be loaded: {reason} "
             "Give a model folder, a hub id (with network), or a name of: lora-dpo models list"
         ) from error
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

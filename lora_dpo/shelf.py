@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters import PASSPORT, attach_adapter, check_adapter
+from lora_dpo.adapters import PASSPORT, check_adapter, put_adapter
 from lora_dpo.config import nearest
 from lora_dpo.errors import AdapterError
 from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
@@ -23,6 +23,9 @@ BASE = "base"
 
 KEPT = 8
 """Adapters that stay in memory; the one that was used longest ago goes first."""
+
+AHEAD = 256 << 20
+"""Bytes of adapters that are put into memory before anyone asks for them."""
 
 State = tuple[tuple[int, int, int] | None, ...]
 """Of the files of an adapter: another state, another adapter."""
@@ -73,11 +76,35 @@ class Shelf:
         state = _state(folder)
         known = self._trees.pop(name, None)
         if known is None or known[0] != state:
-            known = (state, attach_adapter(share_weights(self.base), folder))
+            check_adapter(self.base, folder)
+            known = (state, put_adapter(share_weights(self.base), folder))
         self._trees[name] = known  # at the end: the last one is the one that was used last
         while len(self._trees) > KEPT:
             del self._trees[next(iter(self._trees))]
         return known[1]
+
+    def cold(self) -> list[str]:
+        """Adapters that fit and are not in memory, newest first, as long as all are few and small. From any thread."""
+        held = {name: state for name, (state, _) in list(self._trees.items())}
+        fit = {name: seen.state for name, seen in self._look().items() if seen.reason is None}
+        size = sum(_bytes(state) for state in held.values())
+        room, found = KEPT - len(held), []
+        for name in sorted(fit, key=lambda name: _written(fit[name]), reverse=True):
+            size += 0 if held.get(name) == fit[name] else _bytes(fit[name])
+            if held.get(name) != fit[name] and len(found) < room and size <= AHEAD:
+                found.append(name)
+        return found
+
+    def warm_up(self) -> bool:
+        """Put one more adapter into memory; False if `cold` has none. From one thread alone."""
+        for name in self.cold()[:1]:
+            try:
+                self.tree(name)
+            except AdapterError as error:  # it passed the checks, and still peft cannot take it
+                with self._lock:
+                    self._seen[name] = _Seen(_state(self.folder / name), str(error))
+            return True
+        return False
 
     def _look(self) -> dict[str, _Seen]:
         """The adapter folders on the disk; one that has not changed is not checked again."""
@@ -110,3 +137,11 @@ def _state(folder: Path) -> State:
         else:
             found.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
     return tuple(found)
+
+
+def _written(state: State) -> int:
+    return state[0][0] if state[0] else 0
+
+
+def _bytes(state: State) -> int:
+    return state[0][1] if state[0] else 0

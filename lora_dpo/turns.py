@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from lora_dpo.errors import Busy
@@ -17,6 +18,13 @@ class Work(Protocol):
 
     def run(self) -> None:
         """Do it; called by the one thread that computes."""
+
+
+class Chore:
+    """A function as a piece of work."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run = run
 
 
 class Turns:

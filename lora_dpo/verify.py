@@ -12,7 +12,7 @@ from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.data import TokenPair
 from lora_dpo.errors import AdapterError
 from lora_dpo.evaluate import evenly, score_pairs
-from lora_dpo.model import Base, load_base, reference
+from lora_dpo.model import Base, load_base
 from lora_dpo.probe import PROBE, Probe, Sides, read_probe, save_probe
 from lora_dpo.quiet import quiet_libraries
 
@@ -62,7 +62,7 @@ def write_probe(
     chosen = [pairs[index] for index in evenly(len(pairs), PAIRS)]
     pad = pad_of(tokenizer)
     policy = score_pairs(model, chosen, pad_id=pad)
-    with reference(model):
+    with model.disable_adapter():  # not a reference adapter: who gets the folder may not have that one
         base = score_pairs(model, chosen, pad_id=pad)
     save_probe(folder, Probe(chosen, policy, base))
 

@@ -222,6 +222,19 @@ def test_verify_rescores_what_the_adapter_carries(place, capsys):
     assert row.state.startswith("verified 20")
 
 
+def test_an_adapter_that_was_trained_against_another_verifies_where_that_one_is_not(place, recipe_dict):
+    from lora_dpo.config import check_recipe
+    from lora_dpo.train import train
+
+    settings = recipe_dict(model={"name": "smollm2-135m"}, reference="adapter:adapters/mine")
+    second = train(check_recipe(settings), name="second").folder
+    shutil.rmtree(place / "adapters" / "mine")
+    found = verify(second)
+    assert found.ok
+    assert found.base_drift < 1e-5
+    assert found.accuracy == found.stored_accuracy
+
+
 def test_verify_says_whether_base_or_adapter_changed(place, capsys):
     adapter = place / "adapters" / "mine"
     scale_weights(place / "models" / "smollm2-135m", 1.5)

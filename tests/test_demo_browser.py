@@ -197,6 +197,53 @@ def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
     assert time.monotonic() - began < 20  # the abandoned answer would go on for a minute
 
 
+def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
+    desk, address = served
+    me = Visitor(browser, address)
+    page = me.page
+    me.tab("Data")
+    pairs = [{"prompt": prompt, "chosen": "One word.", "rejected": "Many more words."} for prompt in PROMPTS]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    page.set_input_files(UPLOAD_PAIRS, tmp_path / "few.jsonl")
+    me.wait_for("data-doctor", "10 pairs read")
+    me.tab("Train")
+    me.open("Settings")
+    page.locator("#train-pairs input").first.check()
+
+    def start(name):
+        page.fill("#train-name textarea, #train-name input", name)
+        page.click("#train-plan")
+        page.wait_for_selector("#train-start:not([disabled])")
+        text = page.input_value("#train-recipe textarea")
+        assert text.count("max_steps: 10\n") == 1
+        page.fill("#train-recipe textarea", text.replace("max_steps: 10\n", "max_steps: 3000\n"))
+        page.click("#train-plan")
+        me.wait_for("train-planned", "3000")
+        page.click("#train-start")
+        me.wait_for("train-state", "step ")
+
+    start("kept")
+    page.click("#train-pause")
+    me.wait_for("train-state", "paused at")
+    page.wait_for_timeout(2000)  # the page looks every second and a half
+    paused = me.text("train-state")
+    assert page.inner_text("#train-pause") == "Continue"
+    page.wait_for_timeout(3000)
+    assert me.text("train-state") == paused
+    page.click("#train-pause")
+    page.wait_for_function("was => document.getElementById('train-state').innerText !== was", arg=paused)
+    page.click("#train-keep")
+    me.wait_for("train-state", "Done: kept")
+    assert "kept" in desk.names()
+
+    start("gone")
+    page.click("#train-discard")
+    me.wait_for("train-state", "Nothing was kept")
+    assert "gone" not in desk.names()
+    assert not [path.name for path in (tmp_path / "adapters").iterdir() if "gone" in path.name]
+    assert me.errors == []
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_nothing_is_cut_off(browser, served, width, dark):
     _, address = served

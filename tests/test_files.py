@@ -314,5 +314,6 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
 
 
 def test_a_place_where_no_file_can_be_made_is_an_output_error():
-    with pytest.raises(OutputError, match="no file can be made there"), atomic_file(Path("/proc/pairs.jsonl")):
-        pytest.fail("nothing can be written there")
+    for make, place in ((atomic_file, "/proc/x"), (atomic_file, "/proc/x/y"), (atomic_folder, "/proc/x/y")):
+        with pytest.raises(OutputError, match="nothing can be made there"), make(Path(place)):
+            pytest.fail("nothing can be written there")

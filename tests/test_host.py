@@ -55,7 +55,15 @@ def adapters(shelf, tmp_path, monkeypatch):
 @pytest.fixture
 def host(base, adapters):
     with Host(base, adapters, max_waiting=8) as opened:
+        wait_until_warm(opened)
         yield opened
+
+
+def wait_until_warm(host):
+    deadline = time.monotonic() + 60
+    while host._shelf.cold() or host._warming:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def alone(tiny_model_folder, folder, text, sampling=SHORT):
@@ -133,6 +141,42 @@ def test_an_adapter_that_was_replaced_on_the_disk_is_read_again(host, adapters):
 def test_what_is_no_name_of_a_model_is_refused(host, name):
     with pytest.raises(AdapterError, match="There is no model"):
         host.answer(name, ask("hi"), SHORT, client="a")
+
+
+def test_adapters_are_in_memory_before_anyone_asks_for_them(host, adapters):
+    assert sorted(host._shelf._trees) == ["alpha", "beta"]
+    shutil.copytree(adapters / "beta", adapters / ".coming")
+    (adapters / ".coming").rename(adapters / "coming")
+    assert "coming" in host.names()  # a page that lists the names is enough
+    wait_until_warm(host)
+    assert "coming" in host._shelf._trees
+
+
+def test_few_bytes_of_adapters_are_put_into_memory_ahead_newest_first(base, adapters, monkeypatch):
+    weights = adapters / "alpha" / "adapter_model.safetensors"
+    os.utime(weights, (2e9, 2e9))
+    monkeypatch.setattr("lora_dpo.shelf.AHEAD", weights.stat().st_size)
+    with Host(base, adapters) as host:
+        wait_until_warm(host)
+        assert list(host._shelf._trees) == ["alpha"]
+
+
+def test_an_adapter_that_cannot_be_put_on_is_tried_once_and_says_why(base, adapters, monkeypatch):
+    from lora_dpo import shelf
+
+    tried = []
+
+    def refuse(view, folder):
+        tried.append(folder.name)
+        raise AdapterError(f"peft cannot take {folder.name}")
+
+    monkeypatch.setattr(shelf, "put_adapter", refuse)
+    with Host(base, adapters) as host:
+        wait_until_warm(host)
+        assert host.names() == ["base"]
+        with pytest.raises(AdapterError, match="peft cannot take alpha"):
+            host.answer("alpha", ask("hi"), SHORT, client="a")
+    assert sorted(tried) == ["alpha", "beta"]
 
 
 def test_many_adapters_do_not_fill_the_memory(host, adapters):
@@ -236,6 +280,7 @@ def test_an_answer_that_nobody_wants_ends_at_its_next_token(host):
 
 def test_closing_tells_those_who_wait(base, adapters, monkeypatch):
     host = Host(base, adapters)
+    wait_until_warm(host)
     gate = Gate(host, monkeypatch)
     streams = [host.stream("base", ask(str(n)), SHORT, client="a") for n in range(3)]
     assert gate.reached.wait(20)

@@ -16,7 +16,7 @@ from lora_dpo.answer_trainers import KTOTrainer, SFTTrainer, kto_rows, sft_rows
 from lora_dpo.config import LoraSection, check_recipe, read_recipe
 from lora_dpo.data.answers import read_answers, tokenize_answers
 from lora_dpo.errors import ConfigError, DataError, ReferenceMismatch
-from lora_dpo.events import Compared, Progress, Resolved
+from lora_dpo.events import Compared, Progress, Resolved, Sampled
 from lora_dpo.model import attach_lora, detach, load_base
 from lora_dpo.plan import plan
 from lora_dpo.prepare import Stopped, StopSignal
@@ -177,6 +177,28 @@ def test_sft_on_conversations_alone_has_a_held_out_loss_and_no_pairs(recipe, tmp
     rows = next(event.rows for event in events if isinstance(event, Compared))
     assert rows[-1][0] == "held-out loss (nats a token)"
     assert verify(run.folder).ok
+
+
+@pytest.mark.parametrize("method", ["sft", "kto"])
+def test_the_guard_looks_at_answers_where_no_data_is_a_pair(recipe, tmp_path, method):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Say {n}."}],
+            "completion": [{"role": "assistant", "content": f"Here: {n}."}],
+            "label": n % 2 == 0,
+        }
+        for n in range(12)
+    ]
+    for name, part in (("votes.jsonl", rows[:6]), ("held.jsonl", rows[6:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    for held_out, asked in (("held.jsonl", {"Say 6.", "Say 8.", "Say 10."}), (None, {"Say 0.", "Say 2.", "Say 4."})):
+        events = []
+        data = {"train": "votes.jsonl", "eval": held_out}
+        health = {"action": "warn", "every": 2}
+        train(recipe(method, data=data, health=health), name=f"looked-{held_out}", on_event=events.append)
+        [look] = [event for event in events if isinstance(event, Sampled)]
+        assert look.step == 2
+        assert {prompt.split("\n")[-1].strip() for prompt, _, _ in look.rows} >= asked
 
 
 def test_kto_needs_both_kinds_and_sft_a_good_one(recipe, tmp_path):

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_dpo.data.tokens import common_prefix_length
+
 if TYPE_CHECKING:
     import torch
 
@@ -136,8 +138,4 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the longest common prefix that leaves each side at least one token of its own."""
-    limit = min(len(left), len(right)) - 1
-    for index in range(limit):
-        if left[index] != right[index]:
-            return index
-    return limit
+    return min(common_prefix_length(left, right), len(left) - 1, len(right) - 1)
