@@ -33,7 +33,7 @@ types: $(BIN)/.dev
 	$(BIN)/mypy
 
 bench: $(BIN)/.dev $(MODEL)/config.json
-	$(BIN)/python benchmarks/bench.py --pairs 16 --top 8 --tuned-batch 2
+	$(BIN)/python benchmarks/bench.py --pairs 16 --top 8 --tuned-batch 2 --output benchmarks/results/mine.json
 
 study: $(BIN)/.dev $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.dpo_vs_ppo.study full

@@ -12,14 +12,14 @@ from lora_dpo.shared_prefix import layout as layout_module
 from lora_dpo.shared_prefix import model as forward_module
 
 
-def ablations(options: argparse.Namespace, full: Variant) -> list[Variant]:
+def ablations(full: Variant) -> list[Variant]:
     """The engine with one part switched off; the first is the whole engine, references known."""
     trainer = full.trainer
     forward = trainer.engine.forward
     found = [Variant("whole engine", trainer, full.batches)]
 
-    def off(name: str, switch: Switch) -> None:
-        found.append(Variant(name, trainer, full.batches, switch=switch))
+    def off(name: str, switch: Switch, *, whole: bool = True) -> None:
+        found.append(Variant(name, trainer, full.batches, switch=switch, whole=whole))
 
     off("without sharing prefixes", lambda: patched(layout_module, "common_prefix", lambda left, right: 0))
     off(
@@ -27,10 +27,17 @@ def ablations(options: argparse.Namespace, full: Variant) -> list[Variant]:
         lambda: patched(forward_module, "head_values", trl_head),
     )
     off("entropy, mean logits and top-1 in every step", lambda: patched(trainer, "_logs_next_step", lambda: True))
-    off("without rematerialising", lambda: patched(forward, "rematerialiser", None))
+    # the hooks stay, and count what is kept; they only note no recipe
+    off("without rematerialising", lambda: patched(forward.rematerialiser, "_note", lambda *nothing: None))
     off("every layer checkpointed", lambda: checkpointed(trainer))
-    off("one pair at a time", lambda: patched(trainer.engine.whole_step.budget, "tokens", 1))
-    off("the two branches of a pair apart", lambda: patched(trainer.engine.whole_step, "split_pairs", True))
+    off(
+        "parts no longer than the longest pair",
+        lambda: patched(trainer.engine.whole_step.budget, "tokens", 1),
+        whole=False,
+    )
+    off(
+        "the two branches of a pair apart", lambda: patched(trainer.engine.whole_step, "split_pairs", True), whole=False
+    )
     return found
 
 

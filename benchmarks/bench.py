@@ -143,14 +143,15 @@ def table(title: str, found: list[Variant], against: list[Variant]) -> Table:
             f"{median(b / v for b, v in zip(base.seconds, variant.seconds, strict=True)):.2f}" for base in against
         ]
         flops = f"{variant.flops / 1e12:.2f}" if variant.flops else "-"
-        numbers = [f"{variant.tokens:,}", flops, f"{variant.kept / GB:.2f}"]
+        kept = f"{variant.kept / GB:.2f}" if variant.kept else "-"
+        numbers = [f"{variant.tokens:,}", flops, kept]
         drawn.add_row(variant.name, *ratios, *numbers, f"{variant.peak / GB:.2f}")
     return drawn
 
 
 def record(options: argparse.Namespace, shape: str, rows: list[Row], found: list[Variant]) -> dict[str, Any]:
     """What one table says, with the machine and the versions."""
-    skip = ("trainer", "batches", "steps", "before", "switch")
+    skip = ("trainer", "batches", "steps", "before", "switch", "whole")
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -185,7 +186,7 @@ def compare(options: argparse.Namespace, shape: str, title: str, rows: list[Row]
     found = variants(options, rows)
     against = found[:2]
     if options.ablate:
-        found = ablations(options, found[3])
+        found = ablations(found[3])
         against = found[:1]
     measure(found, options.rounds, console, quick=options.quick)
     console.print(table(title, found, against))

@@ -3,13 +3,13 @@
     python benchmarks/gpu.py --size 1b --output benchmarks/results/gpu.json
     python benchmarks/gpu.py --size 8b
 
-Speed does not depend on the weights' values, so no model has to be downloaded. Each variant gets a model of its
+Speed does not depend on the weights' values, so no large model has to be downloaded; the tokenizer is that of the
+quickstart's model, which is fetched if it is not here. Each variant gets a model of its
 own, so the card has to hold three of them: for 8B that is 24 GB and more.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import warnings
 from types import SimpleNamespace

@@ -38,6 +38,8 @@ class Variant:
     before: Callable[[], None] = lambda: None
     switch: Switch = contextlib.nullcontext
     """Under which all of it runs."""
+    whole: bool = True
+    """Whether a step runs at once: what it keeps is counted over the whole of it."""
     seconds: list[float] = field(default_factory=list)
     steps: list[list[Row]] = field(default_factory=list)
     """The optimiser steps that `batches` make up, where a step does not fit at once."""
@@ -69,6 +71,7 @@ def run(variant: Variant) -> None:
     for batch in variant.batches:
         trainer = variant.trainer
         trainer.training_step(trainer.model, trainer.data_collator(batch))
+        trainer.state.global_step += 1  # so that one step of ten is logged, as in a run
         trainer.model.zero_grad(set_to_none=True)
         trainer._metrics["train"].clear()
 
@@ -143,7 +146,8 @@ def count(variant: Variant, unchecked: Any, *, quick: bool = False) -> None:
     with FlopCounterMode(display=False) as counter:
         run(variant)
     variant.flops = float(counter.get_total_flops())
-    variant.kept = fmean(kept_bytes(variant.trainer, step) for step in steps)
+    if variant.whole:
+        variant.kept = fmean(kept_bytes(variant.trainer, step) for step in steps)
 
 
 def unknown(batch: list[Row]) -> list[Row]:

@@ -32,7 +32,6 @@ from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 PASSPORT = "passport.json"
 MAX_PASSPORT = 4 << 20

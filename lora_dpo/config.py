@@ -170,7 +170,8 @@ class EngineSection(Section):
     split_pairs: Annotated[
         bool,
         Field(
-            description="Run a pair's two answers one after the other: least memory, a third more computing. The "
+            description="Run a pair's two answers one after the other: least memory, half as much computing again, and "
+            "the prompt twice. The "
             "gradient stays the same."
         ),
     ] = False

@@ -5,6 +5,7 @@ Shape suffixes: B pairs, R = 2B rows (chosen, then rejected), T columns.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_dpo.config import EngineSection
-from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget, free_bytes
+from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget, free_bytes, give_back_memory, out_of_memory
 from lora_dpo.model import bare, reference
 from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
 from lora_dpo.shared_prefix import PairForward
 from lora_dpo.shared_prefix.layout import pack
 from lora_dpo.shared_prefix.model import rows_of
-from lora_dpo.shared_prefix.trunk import TrunkCache, decoder_layers
+from lora_dpo.shared_prefix.trunk import TrunkCache, decoder_layers, lowest_adapted_layer
 from lora_dpo.steps import Inputs, WholeStep, merge_batches, model_inputs, pair_lengths, select
 
 if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -43,12 +46,14 @@ class Engine:
         weighting = ("log_sum_sq_probs",) if trainer.use_weighting else ()
         self.forward = PairForward(base, weighting, trunk=_trunk_cache(trainer, settings))
         self.references = ReferenceCache(_cache_folder(settings), reference_name(trainer.model, compute))
-        layers = decoder_layers(base)
+        self.scoring_tokens = self.usual_tokens if settings.tokens == "auto" else settings.tokens
+        """Most stream tokens of the reference at once; halved when memory runs out."""
+        layers = decoder_layers(base)[lowest_adapted_layer(base) :]  # those below keep nothing
         budget = Budget(
             layers=len(layers),
             may_checkpoint=trainer.args.gradient_checkpointing,
             checkpoint_bytes=base.config.hidden_size * compute.itemsize,
-            cap=self.usual_tokens if settings.tokens == "auto" else settings.tokens,
+            cap=self.scoring_tokens,
             free=lambda: free_bytes(self.device),
             set_checkpointing=lambda count: _checkpoint_lowest(layers, count),
         )
@@ -58,6 +63,8 @@ class Engine:
         """Give the model back its own forward pass."""
         self.whole_step.budget.set_checkpointing(0)
         self.forward.close()
+        if self.forward.trunk is not None:
+            self.forward.trunk.close()
 
     def step(self, model: Any, *, logged: bool) -> torch.Tensor:
         """Forward and backward of the gathered batches as one; the loss, detached.
@@ -105,22 +112,41 @@ class Engine:
 
     def _score(self, inputs: Inputs, pairs: list[int]) -> dict[int, PairLogps]:
         """The reference's log-probabilities of some pairs of a batch, by index."""
+        lengths = pair_lengths(inputs)
+        longest = max(lengths[index] for index in pairs)
+        scored: dict[int, PairLogps] = {}
+        while len(scored) < len(pairs):
+            left = [index for index in pairs if index not in scored]
+            try:
+                self._score_in_parts(inputs, left, [lengths[index] for index in left], scored)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not out_of_memory(error) or self.scoring_tokens <= longest:
+                    raise
+                self.scoring_tokens = max(longest, self.scoring_tokens // 2)
+            else:
+                break
+            # Here, outside the except block, nothing holds the failed pass's tensors any more.
+            logger.warning("Memory ran out: the reference scores at most %d tokens at once.", self.scoring_tokens)
+            give_back_memory()
+        return scored
+
+    def _score_in_parts(
+        self, inputs: Inputs, pairs: list[int], lengths: list[int], scored: dict[int, PairLogps]
+    ) -> None:
+        """Score some pairs of a batch, and note each part as it is done."""
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
-        lengths = pair_lengths(inputs)
-        scored: dict[int, PairLogps] = {}
         was_training = model.training
         model.eval()  # dropout would make the reference another one at each pass
         try:
             with torch.no_grad(), reference(model), self.forward.log(False), trainer.compute_loss_context_manager():
-                for part in pack([lengths[index] for index in pairs], self.usual_tokens):
+                for part in pack(lengths, self.scoring_tokens):
                     chosen = [pairs[index] for index in part]
                     batch = select(inputs, chosen).inputs
                     sums = answer_sums(model(**model_inputs(batch)).log_probs, batch["completion_mask"])
                     scored.update(zip(chosen, sums, strict=True))
         finally:
             model.train(was_training)
-        return scored
 
 
 def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairLogps]:

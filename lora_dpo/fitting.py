@@ -99,6 +99,7 @@ class Memory:
     checkpointed: int
     """Layers whose activations are computed again."""
     layers: int
+    """Layers with an adapter, and any between them: those that keep anything."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def memory_of(
     batches: Sequence[Sequence[PairShape]] = (),
 ) -> Memory:
     """The peak of a run over `batches`; without them, of its longest pair alone."""
-    machine, layers = costs.machine, len(cost.layers)
+    machine, layers = costs.machine, len(cost.layers) - cost.depth
     adapter = cost.trainable * _bytes_per_trainable(costs.run)
     held = machine.libraries + cost.weight_bytes + adapter
     longest = max(shapes, key=lambda shape: shape.stream)

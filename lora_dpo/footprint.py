@@ -135,10 +135,11 @@ class Footprint:
         """Bytes that one pair keeps for its backward pass.
 
         Args:
-            checkpointed: so many of the lowest layers keep their input alone; one of them at a time is run again.
+            checkpointed: so many of the lowest adapted layers keep their input alone; one of them at a time is run
+                again.
         """
         active = self.layers[self.depth :]
-        again = min(len(active), max(0, checkpointed - self.depth))
+        again = min(len(active), checkpointed)
         kept = float(self.outside_bytes * pair.stream + again * self.hidden * self.itemsize * pair.stream)
         kept += 0.0 if self.softcap else self.mask_bytes(pair)
         each = [self.layer_bytes(layer, pair) for layer in active]
@@ -159,7 +160,7 @@ class Footprint:
                 flops += forward * below
                 continue
             flops += 2 * forward + 6 * layer.adapter * pair.stream + 0.5 * self._attention_flops(layer, pair)
-            flops += forward * (number < checkpointed)
+            flops += forward * (number - self.depth < checkpointed)
         return flops
 
     def forward_flops(self, pair: PairShape, *, below: bool = True) -> float:

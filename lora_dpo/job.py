@@ -18,7 +18,6 @@ from typing import Literal
 from lora_dpo.config import Recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.events import Event, OnEvent, Progress, Saved
-from lora_dpo.memory import out_of_memory
 from lora_dpo.model import Base, share_weights
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.runs import partial_of
@@ -205,10 +204,5 @@ class _Slices:
 
 
 def _sentence(error: Exception) -> str:
-    if out_of_memory(error):
-        return (
-            "Memory ran out in training. Lower trainer.per_device_train_batch_size (and raise "
-            "trainer.gradient_accumulation_steps), or lower trainer.max_length."
-        )
     first = (str(error).strip().splitlines() or ["no reason given"])[0]
     return f"Training failed unexpectedly ({type(error).__name__}: {first}). The whole error is in the log."

@@ -169,9 +169,7 @@ def probes(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[Probe]:
     return [found[index] for index in evenly(len(found), run.recipe.health.prompts)]
 
 
-def _good_answers(
-    pairs: Sequence[TokenPair], answers: Sequence[TokenAnswer]
-) -> list[tuple[list[int], list[int]]]:
+def _good_answers(pairs: Sequence[TokenPair], answers: Sequence[TokenAnswer]) -> list[tuple[list[int], list[int]]]:
     """Prompts, each with an answer that is known to be good."""
     if pairs:
         return [(pair.prompt, pair.chosen) for pair in pairs]

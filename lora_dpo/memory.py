@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CPU_TOKENS, CUDA_TOKENS = 4096, 65536
@@ -14,14 +18,37 @@ SHARE = 0.6
 
 
 def free_bytes(device: Any) -> int:
-    """Memory that is free for this process: on the GPU, or of the machine."""
+    """Memory that is free for this process: on the GPU, or its share of the machine's (or the container's)."""
     import psutil
     import torch
 
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + cached)
-    return int(psutil.virtual_memory().available)
+    free = min(psutil.virtual_memory().available, container_bytes())
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torch's launchers set it
+
+
+def container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """Memory that is free under this control group's own limit (cgroup v2); infinite without one."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        if limit == "max":
+            return math.inf
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        counted = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(0, int(limit) - used + int(counted.get("inactive_file", 0)))  # file caches are given back
+    except (OSError, ValueError):
+        return math.inf
+
+
+def give_back_memory() -> None:
+    """Let go of what nothing refers to any more."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -29,6 +56,16 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_advice(method: str) -> str:
+    """What to change in a recipe whose training ran out of memory."""
+    if method == "dpo":  # how many pairs run at once is decided already: fewer a step would need no less
+        return "Lower trainer.max_length, or set engine.split_pairs=true; lora-dpo plan RECIPE names settings that fit."
+    return (
+        "Lower trainer.per_device_train_batch_size (and raise trainer.gradient_accumulation_steps), lower "
+        "trainer.max_length, or set trainer.gradient_checkpointing=true."
+    )
 
 
 def fit(

@@ -239,7 +239,7 @@ def _choice(costs: Costs) -> Choice:
         max_length=settings.get("max_length", 1024),
         quantize=recipe.model.quantize,
         packed=packed,
-        checkpointing=settings.get("gradient_checkpointing", machine.kind == "cuda"),
+        checkpointing=settings.get("gradient_checkpointing", True),  # as settings.trainer_config
         split_pairs=recipe.engine.split_pairs,
     )
 
@@ -280,6 +280,8 @@ def _notes(costs: Costs) -> Iterator[str]:
     recipe = costs.run.recipe
     if costs.unsupported:
         yield f"TRL's own passes will run ({costs.unsupported}): what they keep is not predicted. Use --measure."
+    if costs.machine.kind == "cpu":
+        yield "On a CPU the peak is predicted too low: up to twice as much was measured. --measure shows yours."
     if recipe.lora.dora:
         yield "DoRA keeps more for its backward pass than is predicted here. Use --measure."
 

@@ -105,6 +105,8 @@ class ReferenceCache:
                     query = f"SELECT pair, row, crc FROM logps WHERE pair IN ({marks})"  # noqa: S608 - only marks
                     found += database.execute(query, part).fetchall()
         except sqlite3.DatabaseError as error:
+            if "no such table" in str(error):  # begun by a run that was killed, or that is about to write
+                return []
             self._give_up(path, error)
         return found
 
@@ -164,7 +166,8 @@ def reference_name(model: Any, compute_dtype: torch.dtype) -> str:
     parts = [FORMAT, str(compute_dtype), config]
     if named is not None:
         adapter = model.peft_config[named]
-        parts.append([adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora, adapter.rank_pattern])
+        parts.append([adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora])
+        parts.append([adapter.rank_pattern, adapter.alpha_pattern])
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         if f".{POLICY}" in name or (f".{REFERENCE}" in name and named is None):

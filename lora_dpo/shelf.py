@@ -88,7 +88,8 @@ class Shelf:
         held = {name: state for name, (state, _) in list(self._trees.items())}
         fit = {name: seen.state for name, seen in self._look().items() if seen.reason is None}
         size = sum(_bytes(state) for state in held.values())
-        room, found = KEPT - len(held), []
+        room = KEPT - len(held)
+        found: list[str] = []
         for name in sorted(fit, key=lambda name: _written(fit[name]), reverse=True):
             size += 0 if held.get(name) == fit[name] else _bytes(fit[name])
             if held.get(name) != fit[name] and len(found) < room and size <= AHEAD:

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dpo.memory import Budget, out_of_memory
+from lora_dpo.memory import Budget, give_back_memory, out_of_memory
 from lora_dpo.shared_prefix.layout import pack, stream_length
 from lora_dpo.shared_prefix.model import rows_of
 
@@ -86,7 +85,7 @@ class WholeStep:
                 trainer._metrics[mode].clear()
                 trainer._metrics[mode].update({name: list(v) for name, v in values.items()})
             trainer._total_train_tokens = seen
-            _free()
+            give_back_memory()
             _set_random_state(random)
 
     def _attempt(self, model: Any, inputs: Inputs) -> torch.Tensor:
@@ -249,9 +248,3 @@ def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -27,6 +27,7 @@ from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.guard_callback import add_guard
 from lora_dpo.measure import Measured, comparison, held_out_losses, measure_after, measure_before
+from lora_dpo.memory import memory_advice, out_of_memory
 from lora_dpo.model import POLICY, Base, attach_lora, load_base
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
@@ -89,7 +90,7 @@ def train(
         run = prepare(recipe, output, emit, stop or StopSignal())
     checkpoint = open_run(recipe, output, resume=resume)
     try:
-        with disk_errors(output), _memory_errors(), quiet_libraries():
+        with disk_errors(output), _memory_errors(recipe.method), quiet_libraries():
             return _execute(run, base, checkpoint, look)
     finally:
         release(run.partial)
@@ -265,16 +266,13 @@ def _drop_printing_callbacks(trainer: Any) -> None:
 
 
 @contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    import torch
-
+def _memory_errors(method: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            "The GPU's memory ran out. Lower trainer.per_device_train_batch_size (and raise "
-            "trainer.gradient_accumulation_steps), lower trainer.max_length, or set trainer.gradient_checkpointing."
-        ) from error
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not out_of_memory(error):
+            raise
+        raise ModelError(f"Memory ran out. {memory_advice(method)}") from error
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from peft import LoraConfig, PeftModel
 from lora_dpo.config import EngineSection
 from lora_dpo.engine import Engine
 from lora_dpo.errors import ConfigError, ReferenceMismatch
+from lora_dpo.memory import give_back_memory
 from lora_dpo.model import POLICY, REFERENCE, bare, pick_device, pick_dtype, to_fp32_masters
 from lora_dpo.shared_prefix import unsupported_reason
 
@@ -58,6 +60,7 @@ class DPOTrainer(trl.DPOTrainer):
 
     reference_guard: bool = True
     ref_model: Any
+    eval_dataset: Any
     accelerator: Any
     loss_weights: list[float]
     _metrics: dict[str, Any]
@@ -82,7 +85,8 @@ class DPOTrainer(trl.DPOTrainer):
             args.bf16, args.fp16 = False, fast == "float16"
             args.mixed_precision = "fp16" if args.fp16 else "no"
         self.engine: Engine | None = None
-        self._precompute: list[Any] = []
+        self._precompute: dict[str, tuple[Any, int]] = {}
+        self._constructing = True
         settings = engine or EngineSection()
         exact = _trainable_values(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, ref_model, args, *rest, **kwargs)
@@ -96,12 +100,9 @@ class DPOTrainer(trl.DPOTrainer):
             self.precompute_ref_logps = True  # TRL's loss reads the reference from the batch
         elif not settings.fallback:
             raise ConfigError(f"engine.fallback is false, but {reason}. Set it to true to train with TRL's own passes.")
-        elif self._precompute:
-            raise ConfigError(f"precompute_ref_log_probs is not possible here: {reason}. Set it to false.")
         else:
             logger.warning("Training with TRL's own forward pass (slower, the same result): %s.", reason)
-        for dataset in self._precompute:
-            self.score_references(dataset)
+        self._score_ahead()
         if "pair_weight" in (getattr(self.train_dataset, "column_names", None) or ()):
             if self.engine is None:
                 raise ConfigError(
@@ -123,6 +124,10 @@ class DPOTrainer(trl.DPOTrainer):
         for adapter in self.model.peft_config.values():
             if not isinstance(adapter, LoraConfig) or getattr(adapter, "alora_invocation_tokens", None):
                 return f"the adapter is of another kind than LoRA ({type(adapter).__name__})"
+            if adapter.bias != "none":
+                return "the adapter trains biases of the base, which then is no fixed reference"
+        if "lomo" in str(getattr(self.args.optim, "value", self.args.optim)):
+            return f"{self.args.optim} updates the weights within the backward pass"
         return unsupported_reason(bare(self.model))
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -155,17 +160,41 @@ class DPOTrainer(trl.DPOTrainer):
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if isinstance(self.model, PeftModel) and self.ref_model is None:
-            # TRL's constructor asks for it before the engine is there; later, references are scored as they come.
-            self._precompute.append(dataset)
+        ours = isinstance(self.model, PeftModel) and self.ref_model is None and isinstance(dataset, Dataset)
+        if ours and self._constructing:  # TRL's constructor asks for it before it is known whether the engine runs
+            self._precompute[name] = (dataset, batch_size)
             return dataset
+        if ours and self.engine is not None:
+            return dataset  # scored as they come
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _score_ahead(self) -> None:
+        """What TRL's constructor asked for: into the cache, or by TRL's own passes into the data."""
+        self._constructing = False
+        asked, self._precompute = self._precompute, {}
+        for name, (dataset, batch_size) in asked.items():
+            if self.engine is not None:
+                with _bar(f"Reference log-probabilities of the {name} data", len(dataset)) as show:
+                    self.score_references(dataset, show)
+                continue
+            scored = super()._precompute_ref_logps(dataset, name, batch_size)
+            if name == "train":
+                self.train_dataset = scored
+            elif isinstance(self.eval_dataset, dict):
+                self.eval_dataset[name] = scored
+            else:
+                self.eval_dataset = scored
 
     def score_references(self, dataset: Any, on_pair: Callable[[int], None] | None = None) -> None:
         """Score every pair of a dataset of token ids with the reference, ahead of training, into the cache.
 
+        Several processes share the work where they share a cache on the disk.
+
         Args:
             on_pair: called with the number of pairs done so far.
+
+        Raises:
+            ConfigError: this model trains with TRL's own passes.
         """
         if self.engine is None:
             raise ConfigError("The references cannot be scored ahead: this model trains with TRL's own passes.")
@@ -173,10 +202,14 @@ class DPOTrainer(trl.DPOTrainer):
             (dataset[index] for index in range(len(dataset))),
             key=lambda row: len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]),
         )
-        for start in range(0, len(rows), 32):
-            self.engine.with_reference(self._prepare_inputs(self.data_collator(rows[start : start + 32])))
+        shared = self.accelerator.num_processes > 1 and self.engine.references.path is not None
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes] if shared else rows
+        for start in range(0, len(mine), 32):
+            self.engine.with_reference(self._prepare_inputs(self.data_collator(mine[start : start + 32])))
             if on_pair:
-                on_pair(min(start + 32, len(rows)))
+                on_pair(min(start + 32, len(mine)))
+        if shared:
+            self.accelerator.wait_for_everyone()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """TRL's step; with the engine, the last batch of an optimiser step runs all its batches as one."""
@@ -187,12 +220,19 @@ class DPOTrainer(trl.DPOTrainer):
         if len(self.engine.gathered) < self.current_gradient_accumulation_steps:
             return torch.zeros((), device=self.args.device)
         model.train()
-        return self.engine.step(model, logged=self._logs_next_step())
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers, as in transformers
+            self.optimizer.train()
+        loss = self.engine.step(model, logged=self._logs_next_step())
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            give_back_memory()
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss; with the engine, the reference comes from the cache."""
+        inputs = {name: value for name, value in inputs.items() if name != "pair_weight"}  # the model has no use for it
         if self.engine is not None:
             inputs = self.engine.with_reference(inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -262,6 +302,7 @@ class DPOTrainer(trl.DPOTrainer):
             return 0.0
         rows = [self.train_dataset[index] for index in range(min(pairs, len(self.train_dataset)))]
         batch = self._prepare_inputs(self.data_collator(rows))
+        batch.pop("pair_weight", None)  # TRL would hand it to the model
         was_training = self.model.training
         self.model.eval()
         ref_model, self.ref_model = self.ref_model, self.model
@@ -340,6 +381,19 @@ class WithWeights:
         if "pair_weight" in rows[0]:
             batch["pair_weight"] = torch.tensor([row["pair_weight"] for row in rows], dtype=torch.float32)
         return batch
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar, where TRL shows one."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(total=total, desc=title, disable=bool(os.environ.get("TQDM_DISABLE", ""))) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield show
 
 
 _OF_THE_WHOLE_BATCH = ("_metrics", "_total_train_tokens", "accelerator", "loss_weights")

@@ -16,6 +16,7 @@ from lora_dpo.data import TokenPair
 from lora_dpo.errors import ModelError
 from lora_dpo.events import OnEvent, Progress
 from lora_dpo.footprint import PairShape
+from lora_dpo.memory import out_of_memory
 from lora_dpo.model import attach_lora, load_base
 from lora_dpo.prepare import Run
 from lora_dpo.settings import trainer_config
@@ -72,7 +73,9 @@ def try_steps(run: Run, shapes: Sequence[PairShape], *, on_event: OnEvent) -> Tr
     with tempfile.TemporaryDirectory(prefix="lora-dpo-plan-") as folder:
         try:
             return _train(run, model, pairs, base.dtype, Path(folder), on_event)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not out_of_memory(error):
+                raise
             raise ModelError(
                 f"Memory ran out on the {len(pairs)} longest pairs. Run lora-dpo plan without --measure: it names "
                 "settings that fit."

@@ -52,7 +52,8 @@ Any field of TRL's `DPOConfig` can stand under `trainer:`. A recipe starts from 
 defaults. The default weights go with the default losses: with a `loss_type` of your own, `loss_weights` is 1 for each
 unless you set it.
 
-`gradient_checkpointing` is on with a GPU and off without one. A `warmup_steps` below 1 is a share of all steps.
+`gradient_checkpointing` is allowed, and used only in steps that would not fit without it. A `warmup_steps` below 1 is
+a share of all steps.
 """
 
 ELSEWHERE_INTRO = """\

@@ -455,7 +455,7 @@ def test_one_training_at_a_time_under_a_free_name(host, recipe):
 @pytest.mark.parametrize(
     ("crash", "said"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "memory ran out"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "Memory ran out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "Memory ran out"),
         (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
     ],

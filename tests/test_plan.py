@@ -241,6 +241,25 @@ def test_the_budget_parts_a_step(recipe_dict):
     assert planned.memory.part_tokens <= max(150, planned.tokens.longest["pair"])
 
 
+def test_checkpointing_is_planned_as_training_does_it(recipe_dict):
+    from lora_dpo.settings import trainer_config, trainer_settings
+
+    settings = recipe_dict()
+    settings["trainer"].pop("gradient_checkpointing", None)
+    given = check_recipe(settings)
+    args = trainer_config(trainer_settings(given), output_dir="nowhere", dtype="float32")
+    named = {**settings, "trainer": {**settings["trainer"], "gradient_checkpointing": args.gradient_checkpointing}}
+    whole = plan(given).memory
+    held = whole.libraries + whole.weights + whole.adapter
+    checkpointed = set()
+    for share in (2.0, 0.5, 0.25):
+        small = f"{(held + share * (whole.total - held)) / (1 << 20)}MB"
+        planned = plan(given, memory=small).memory
+        assert planned == plan(check_recipe(named), memory=small).memory
+        checkpointed.add(planned.checkpointed)
+    assert len(checkpointed) > 1
+
+
 def test_what_does_not_fit_gets_settings_that_fit(recipe_dict):
     changes = dict(lora={"rank": 64}, trainer={"gradient_checkpointing": False, "per_device_train_batch_size": 6})
     recipe = check_recipe(recipe_dict(**changes))

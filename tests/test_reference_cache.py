@@ -202,3 +202,12 @@ def test_where_the_cache_is(monkeypatch, tmp_path, run, own_cache):
     monkeypatch.delenv("LORA_DPO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_folder() == tmp_path / "xdg" / "lora-dpo" / "references"
+
+
+def test_a_file_that_was_only_begun_is_an_empty_cache(tmp_path, caplog):
+    (tmp_path / "base.sqlite").touch()
+    cache = ReferenceCache(tmp_path, "base")
+    assert cache.get([b"a"]) == {}
+    cache.put({b"a": LOGPS})
+    assert ReferenceCache(tmp_path, "base").get([b"a"]) == {b"a": LOGPS}
+    assert caplog.text == ""

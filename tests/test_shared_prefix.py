@@ -8,11 +8,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from tiny import CONFIGS, PAIRS, SIZES, Stock, columns, one_step, pair, tiny
+from tiny import CONFIGS, LORA, PAIRS, SIZES, Stock, assert_close, build, columns, gradients_of, one_step, pair, tiny
 from transformers import AutoTokenizer
 from trl import DPOConfig
 
 from lora_dpo import DPOTrainer
+from lora_dpo.data import Origin, PreferencePair, read_pairs, tokenize_pairs
 from lora_dpo.evaluate import _padded_logps, _stream_logps, score_pairs
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
@@ -112,6 +113,23 @@ def test_scores_equal_those_of_whole_padded_rows(kind):
     assert model.config._attn_implementation == own_attention
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_log_probabilities_of_every_sequence_are_stock_trls(kind, tiny_model_folder, tmp_path):
+    stock = build(Stock, tiny(kind), tiny_model_folder, tmp_path)
+    stock.model.eval()
+    batch = stock._prepare_inputs(stock.data_collator(columns(PAIRS)))
+    with torch.no_grad():
+        stock.ref_model = stock.model  # a given one is scored as it is: the policy itself
+        policy = stock.compute_ref_log_probs(stock.model, batch)
+        stock.ref_model = None
+        reference = stock.compute_ref_log_probs(stock.model, batch)
+    for ours, theirs in zip(score_pairs(stock.model, PAIRS, pad_id=0), policy, strict=True):
+        assert ours == pytest.approx(theirs.tolist(), rel=1e-6)
+    with stock.model.disable_adapter():
+        for ours, theirs in zip(score_pairs(stock.model, PAIRS, pad_id=0), reference, strict=True):
+            assert ours == pytest.approx(theirs.tolist(), rel=1e-6)
+
+
 def test_scores_do_not_depend_on_the_order_or_the_split():
     model = tiny("llama")
     together = _stream_logps(model, PAIRS, 0)[0]
@@ -133,6 +151,50 @@ def assert_same_as_stock(kind, folder, tmp_path, **options):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_loss_gradients_and_metrics_equal_stock_trl(kind, tiny_model_folder, tmp_path):
     assert_same_as_stock(kind, tiny_model_folder, tmp_path)
+
+
+def real_pairs(tokenizer):
+    """Ragged rows of a file, in bytes, and text that is not ASCII."""
+    read, _ = read_pairs("data/quickstart.jsonl")
+    spoken = [({"role": "user", "content": "Où est Zürich ? 🙂"},), *[({"role": "assistant", "content": text},)
+              for text in ("À côté du lac 🏔️.", "Je ne sais pas — désolé… 你好")]]  # fmt: skip
+    foreign = PreferencePair(*spoken, Origin("unicode", 1))
+    return tokenize_pairs(tokenizer, [*read[:5], foreign], max_length=120)[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_real_ragged_pairs_have_stock_trls_log_probabilities_and_gradients(
+    kind, tokenizer, tiny_model_folder, tmp_path
+):
+    pairs = real_pairs(tokenizer)
+    assert len({len(p.chosen) for p in pairs}) > 3
+    found = []
+    for trainer_class in (DPOTrainer, Stock):
+        trainer = build(trainer_class, tiny(kind), tiny_model_folder, tmp_path, pairs=pairs)
+        batch = trainer._prepare_inputs(trainer.data_collator(columns(pairs)))
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        found.append((loss.item(), gradients_of(trainer), trainer))
+    (ours, gradients, _), (theirs, their_gradients, stock) = found
+    assert ours == pytest.approx(theirs, rel=2e-6)
+    assert_close(gradients, their_gradients)
+    stock.model.eval()
+    with torch.no_grad():
+        reference = stock.compute_ref_log_probs(stock.model, stock.data_collator(columns(pairs)))
+    with stock.model.disable_adapter():
+        for mine, yours in zip(score_pairs(stock.model, pairs, pad_id=0), reference, strict=True):
+            assert mine == pytest.approx(yours.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [["sigmoid", "sft"], ["ipo"]])
+def test_identical_answers_and_a_prompt_of_one_token_equal_stock_trl(loss, tiny_model_folder, tmp_path):
+    same = [PAIRS[0], pair([1], [7, 8, 2], [7, 8, 2]), pair([1], [9], [11])]
+    found = []
+    for trainer_class in (DPOTrainer, Stock):
+        trainer = build(trainer_class, tiny("llama"), tiny_model_folder, tmp_path, pairs=same, loss_type=loss)
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(columns(same)))).backward()
+        found.append(gradients_of(trainer))
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "discopop"])
@@ -278,3 +340,28 @@ def test_an_architecture_that_cannot_is_said_once_and_trains_with_trls_forward(t
     assert trainer.engine is None
     assert [record for record in caplog.records if "gpt_neox" in record.message]
     assert trainer.check_reference() < 1e-5
+
+
+def test_references_scored_ahead_where_trls_own_passes_run(tiny_model_folder, tmp_path):
+    config = transformers.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if "key_value" not in k})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    trainer = build(DPOTrainer, model, tiny_model_folder, tmp_path, precompute_ref_log_probs=True)
+    assert trainer.engine is None
+    assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(trainer.train_dataset.column_names)
+    assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(trainer.eval_dataset.column_names)
+
+
+@pytest.mark.parametrize(
+    ("lora", "options", "reason"),
+    [
+        ({"bias": "lora_only"}, {}, "trains biases of the base"),
+        ({}, {"optim": "lomo"}, "updates the weights within the backward pass"),
+    ],
+)
+def test_what_the_engine_would_get_wrong_is_left_to_trl(lora, options, reason, tiny_model_folder, tmp_path, caplog):
+    config = LoraConfig(**{**LORA.to_dict(), **lora})
+    with caplog.at_level(logging.WARNING, logger="lora_dpo"):
+        trainer = build(DPOTrainer, tiny("qwen2"), tiny_model_folder, tmp_path, lora=config, **options)
+    assert trainer.engine is None
+    assert reason in caplog.text

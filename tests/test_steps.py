@@ -14,7 +14,8 @@ from peft import LoraConfig
 from tiny import LORA, PAIRS, Stock, assert_close, build, columns, gradients_of, pair, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
-from lora_dpo.memory import Budget, fit
+from lora_dpo.evaluate import score_pairs
+from lora_dpo.memory import Budget, container_bytes, fit
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import lay_out
 from lora_dpo.shared_prefix.layout import pack, stream_length
@@ -165,12 +166,17 @@ def test_twenty_steps_follow_stock_trls_trajectory(tiny_model_folder, tmp_path):
         assert torch.allclose(ours[1][name], value, atol=1e-4), name
 
 
-def test_a_4bit_base_gives_stock_trls_gradients(tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text"])
+def test_a_4bit_base_gives_stock_trls_gradients(architecture, tokenizer, tmp_path):
     from lora_dpo.model import load_base, to_fp32_masters
 
-    found = []
+    folder = tmp_path / architecture
+    wide = {"head_dim": 16} if architecture != "llama" else {}
+    tiny(architecture, hidden_size=64, intermediate_size=128, **wide).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found, scored = [], []
     for kind in (DPOTrainer, Stock):
-        trainer = build(kind, load_base(str(tiny_model_folder), packed=True).model, tiny_model_folder, tmp_path)
+        trainer = build(kind, load_base(str(folder), packed=True).model, folder, tmp_path)
         to_fp32_masters(trainer.model)  # stock TRL rounds the adapter to bf16 first
         torch.manual_seed(1)
         for name, parameter in trainer.model.named_parameters():
@@ -179,12 +185,17 @@ def test_a_4bit_base_gives_stock_trls_gradients(tiny_model_folder, tmp_path):
         inputs = trainer._prepare_inputs(trainer.data_collator(columns(PAIRS)))
         trainer.compute_loss(trainer.model, inputs).backward()
         found.append(gradients_of(trainer))
+        scored.append([values.tolist() for values in trainer.compute_ref_log_probs(trainer.model, inputs)])
     assert_close(*found)
+    with trainer.model.disable_adapter():
+        trainer.model.eval()
+        for ours, theirs in zip(score_pairs(trainer.model, PAIRS, pad_id=0), scored[1], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 tokens = st.integers(3, 60)
 answers = st.lists(tokens, min_size=1, max_size=9)
-triples = st.tuples(st.lists(tokens, min_size=1, max_size=9), answers, answers).filter(lambda t: t[1] != t[2])
+triples = st.tuples(st.lists(tokens, max_size=9), answers, answers).filter(lambda t: t[1] != t[2])
 
 
 @given(st.lists(triples, min_size=1, max_size=5), st.integers(1, 60), st.randoms())
@@ -218,13 +229,13 @@ def test_what_is_only_logged_is_computed_only_when_logged(tiny_model_folder, tmp
 # --- memory ----------------------------------------------------------------------------------------
 
 
-def out_of_memory_above(trainer, limit, in_backward=False):
+def out_of_memory_above(trainer, limit, in_backward=False, always=False):
     """The forward pass, or the backward pass, of more than `limit` tokens runs out of memory."""
     hidden = trainer.engine.forward._hidden
 
     def limited(layout, rows):
         result = hidden(layout, rows)
-        if len(layout.ids_S) > limit and torch.is_grad_enabled():
+        if len(layout.ids_S) > limit and (always or torch.is_grad_enabled()):
             if not in_backward:
                 raise torch.OutOfMemoryError("no more")
 
@@ -260,6 +271,62 @@ def test_when_memory_runs_out_the_step_is_redone_exactly(options, in_backward, t
     assert short.engine.whole_step.budget.tokens == 13  # learnt
     step(short)
     assert len(caplog.records) == 1
+
+
+def test_when_memory_runs_out_for_the_reference_it_is_scored_in_smaller_parts(tiny_model_folder, tmp_path, caplog):
+    clean, short = (build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path,
+                          engine=EngineSection(reference_cache="off")) for _ in range(2))  # fmt: skip
+    out_of_memory_above(short, 20, always=True)
+    batch = clean._prepare_inputs(clean.data_collator(columns(PAIRS)))
+    with caplog.at_level(logging.WARNING, logger="lora_dpo"):
+        found = short.engine.with_reference(batch)
+    expected = clean.engine.with_reference(batch)
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert torch.allclose(found[name], expected[name], rtol=1e-6)
+    assert short.engine.scoring_tokens <= 20
+    assert "the reference scores at most" in caplog.text
+    out_of_memory_above(short, 3, always=True)
+    short.engine.references._known.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        short.engine.with_reference(batch)
+
+
+def test_memory_under_a_containers_limit(tmp_path):
+    assert container_bytes(tmp_path) == float("inf")
+    for name, text in (("current", "700\n"), ("stat", "anon 500\ninactive_file 150\n"), ("max", "1000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert container_bytes(tmp_path) == 1000 - 700 + 150
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_bytes(tmp_path) == float("inf")
+
+
+def test_checkpointing_is_spread_over_the_layers_that_keep_anything(tiny_model_folder, tmp_path):
+    top = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], layers_to_transform=[2, 3])
+    trainer = build(DPOTrainer, tiny("llama", num_hidden_layers=4), tiny_model_folder, tmp_path, lora=top,
+                    gradient_checkpointing=True)  # fmt: skip
+    budget = trainer.engine.whole_step.budget
+    assert budget.layers == 2
+    budget._checkpoint(1)
+    layers = trainer.model.get_base_model().model.layers
+    assert [bool(layer.gradient_checkpointing) for layer in layers][2:] == [True, False]
+
+
+def test_schedule_free_optimizers_are_told_that_training_goes_on(tiny_model_folder, tmp_path):
+    trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path)
+    told = []
+    trainer.optimizer = type("ScheduleFree", (), {"train": lambda self: told.append(True)})()
+    step(trainer)
+    assert told == [True]
+
+
+def test_the_guard_scores_weighted_pairs_without_trls_passes(tiny_model_folder, tmp_path, caplog):
+    trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, weights=[1.0, 2.0, 0.5, 0.5])
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B.default" in name:
+            parameter.data.zero_()
+    with caplog.at_level(logging.WARNING, logger="lora_dpo"):
+        assert trainer.check_reference() < 1e-5
+    assert caplog.text == ""
 
 
 def test_memory_that_cannot_suffice_is_an_error(tiny_model_folder, tmp_path):
@@ -381,7 +448,9 @@ if rank == 0:
 def test_two_processes_have_the_gradient_of_one(tiny_model_folder, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # accelerate starts several processes only with this option; without a GPU they are CPU processes all the same
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launch = [sys.executable, *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launch, str(script), str(tiny_model_folder), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -57,6 +57,8 @@ def test_the_layers_below_run_once_a_pair(where, tiny_model_folder, tmp_path):
     assert_close(found[2], found[0], rtol=1e-6)
     if where == "disk":
         assert len(list((tmp_path / "trunk").glob("*.safetensors"))) == 4
+        trainer.close()
+        assert not (tmp_path / "trunk").exists()
 
 
 def test_a_part_of_known_and_new_pairs_is_right(tiny_model_folder, tmp_path):

@@ -71,7 +71,9 @@ class Rematerialiser:
 
         def note_product(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             if self._recipes is not None:
-                gate, up = seen.pop("gate"), seen.pop("up")
+                gate, up = seen.pop("gate", None), seen.pop("up", None)
+                if gate is None or up is None:
+                    return  # another forward pass was put into this module, such as a fused kernel's
                 self._note(inputs[0], lambda: act(gate) * up, gate, up)
 
         self._removable.append(up_source.register_forward_hook(note_up))

@@ -57,6 +57,16 @@ class TrunkCache:
             return hidden_SE
         return self._held.get(key)
 
+    def close(self) -> None:
+        """Forget everything, on the disk too: what is kept is of this run's trunk."""
+        self._held.clear()
+        for path in self._stored.values():
+            path.unlink(missing_ok=True)
+        self._stored.clear()
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
     def put(self, key: bytes, hidden_SE: torch.Tensor) -> None:
         """Note a pair's output if there is room."""
         size = hidden_SE.nbytes
