@@ -53,7 +53,7 @@ def random_nf4(size: str, device: str = "cuda") -> Any:
             if parameter.is_meta:
                 drawn = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
                 setattr(part, name, torch.nn.Parameter(drawn, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.tie_weights()
     model.is_loaded_in_4bit = True
     return model.requires_grad_(False).eval()

@@ -278,10 +278,10 @@ def _measured(planned: Plan, costs: Costs, choice: Choice, emit: OnEvent) -> Pla
 
 def _notes(costs: Costs) -> Iterator[str]:
     recipe = costs.run.recipe
-    if costs.unsupported:
-        yield f"TRL's own passes will run ({costs.unsupported}): what they keep is not predicted. Use --measure."
     if costs.machine.kind == "cpu":
         yield "On a CPU the peak is predicted too low: up to twice as much was measured. --measure shows yours."
+    if costs.unsupported:
+        yield f"TRL's own passes will run ({costs.unsupported}): what they keep is not predicted. Use --measure."
     if recipe.lora.dora:
         yield "DoRA keeps more for its backward pass than is predicted here. Use --measure."
 

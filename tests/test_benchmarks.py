@@ -45,8 +45,9 @@ def test_each_part_of_the_engine_switched_off(measured):
     assert len(rows) == 8
     whole = rows.pop("whole engine")
     assert rows["without sharing prefixes"]["tokens"] > whole["tokens"]
-    for name in ("with TRL's head", "every layer checkpointed"):
-        assert rows[name]["flops"] > whole["flops"], name
+    assert rows["every layer checkpointed"]["flops"] > whole["flops"]
+    # (of TRL's head the counter misses the products that are written into a buffer)
+    assert rows["the two branches of a pair apart"]["flops"] > 1.3 * whole["flops"]
     assert rows["without rematerialising"]["kept"] > whole["kept"]
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -578,3 +579,21 @@ def in_a_child(work, after=None):
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return None if after is not None or status == 0 else f"status {status}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("models/smollm2-135m/config.json").is_file(), reason="the real model is not here")
+def test_switching_between_the_real_models_adapters_takes_no_time():
+    folder = Path("adapters")
+    with open_host("smollm2-135m", folder) as host:
+        wait_until_warm(host)
+        one = Sampling(max_new_tokens=1)
+        times = {"same": [], "other": []}
+        before = ""
+        for who in ("base", "base", "quickstart", "quickstart") * 3:
+            began = time.monotonic()
+            host.answer(who, ask("Hi"), one, client="a")
+            times["same" if who == before else "other"].append(time.monotonic() - began)
+            before = who
+        assert min(times["other"]) - min(times["same"]) < 0.2
+        assert host.load_count == 1
