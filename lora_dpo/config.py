@@ -170,8 +170,7 @@ class EngineSection(Section):
     split_pairs: Annotated[
         bool,
         Field(
-            description="Run a pair's two answers one after the other: least memory, half as much computing again, and "
-            "the prompt twice. The "
+            description="Run a pair's two answers one after the other: least memory, about twice the computing. The "
             "gradient stays the same."
         ),
     ] = False
