@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CPU_TOKENS, CUDA_TOKENS = 4096, 65536
-"""Most stream tokens at once: beyond these more tokens only cost memory (on a CPU, caches)."""
+CPU_TOKENS, CUDA_TOKENS = 1024, 65536
+"""Most stream tokens at once: more only cost memory. On a CPU parts of at most 426 tokens are as fast as one of 1,979
+(docs/decisions.md); on a GPU it is a guess."""
 
 SHARE = 0.6
 """Share of the free memory that a part may keep for its backward pass; the rest is for its working space."""
