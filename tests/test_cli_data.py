@@ -112,6 +112,7 @@ def test_control_characters_of_a_text_do_not_reach_the_terminal(run, tiny_model_
         _, said, _ = run(*arguments)
         assert "\\x1b]0;title\\x07 \\x9b31m" in said
         assert not set(said) & {"\x1b", "\x07", "\x9b", "\r"}
+    assert not set(run("show", source, "2")[2]) & {"\x1b", "\x07", "\x9b", "\r"}
     assert "tab\nline\n" in run("show", source)[1]  # rich writes the tab as spaces
 
 

@@ -47,7 +47,7 @@ def pair_from_row(row: Row, origin: Origin) -> PreferencePair:
     """
     for side in ("chosen", "rejected"):
         if row.get(side) is None:
-            raise BadRow(f"without '{side}' {_columns(row)}", "missing")
+            raise BadRow(f"without '{side}' {columns_of(row)}", "missing")
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, first, second = _split_text(row, chosen, rejected)
@@ -177,5 +177,7 @@ def _split_text(row: Row, chosen: str, rejected: str) -> tuple[Messages, Message
     return (message("user", start.rstrip(), "prompt"),), rest[0], rest[1]
 
 
-def _columns(row: Row) -> str:
-    return f"(columns: {', '.join(sorted(map(str, row))) or 'none'})"
+def columns_of(row: Row) -> str:
+    """`(columns: a, b)`, for a message; names that could paint a terminal are written escaped."""
+    names = (name if name.isprintable() else ascii(name) for name in map(str, row))
+    return f"(columns: {', '.join(sorted(names)) or 'none'})"

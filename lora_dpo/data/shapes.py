@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_dpo.data.files import Row
-from lora_dpo.data.forms import checked_pair, scores_of
+from lora_dpo.data.forms import checked_pair, columns_of, scores_of
 from lora_dpo.data.messages import (
     BadRow,
     Messages,
@@ -164,7 +164,7 @@ def _answered(row: Row, origin: Origin, prompt: Messages) -> PreferencePair:
     sides = []
     for side in ("chosen", "rejected"):
         if row.get(side) is None:
-            raise BadRow(f"without '{side}' (columns: {', '.join(sorted(map(str, row)))})", "missing")
+            raise BadRow(f"without '{side}' {columns_of(row)}", "missing")
         sides.append(answer_of(row[side], side))
     return checked_pair(prompt, sides[0], sides[1], origin, scores=scores_of(row), tools=tools_of(row))
 
