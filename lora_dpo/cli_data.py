@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from lora_dpo.errors import ConfigError
+from lora_dpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,9 @@ def check(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON, all row numbers included.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 if there are errors.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with status 1 if there are errors, or no pair.")
+    ] = False,
     fix: Annotated[
         Path | None,
         typer.Option("--fix", help="Write clean pairs here (.jsonl), removed rows to the same name + .dropped.jsonl."),
@@ -70,9 +72,11 @@ def check(
     """
     from lora_dpo.console_data import diagnosis_view, fixed_view
     from lora_dpo.data.doctor import examine
+    from lora_dpo.data.files import refuse_twice
     from lora_dpo.data.write import check_name, write_fixed
     from lora_dpo.files import refuse_existing
 
+    refuse_twice(files)
     if fix is not None:
         check_name(fix)
         refuse_existing(fix)
@@ -94,6 +98,10 @@ def check(
         with err.status(f"writing {fix}"):
             fixed = write_fixed(files, diagnosis, fix, form=format, min_gap=min_gap)
         fixed_view(fixed, err if as_json else out)
+    if strict and not diagnosis.pairs:
+        raise DataError(
+            f"{', '.join(files)}: no pair to train on in {diagnosis.report.rows} rows. Read what was found."
+        )
     if strict and diagnosis.errors:
         raise typer.Exit(1)
 
@@ -211,6 +219,8 @@ def mix_files(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.jsonl). Must not exist.")],
     size: Annotated[int | None, typer.Option("--size", min=1, help="Pairs in all; default as many as fit.")] = None,
     seed: Seed = 0,
+    format: Format = None,
+    min_gap: MinGap = None,
 ) -> None:
     """Mix sources in given shares, without repeating a pair, shuffled.
 
@@ -218,14 +228,19 @@ def mix_files(
 
         lora-dpo data mix mine.jsonl:0.7 public.jsonl:0.3 --output mixed.jsonl
     """
+    from lora_dpo.console_data import read_view
     from lora_dpo.data.reading import read_pairs
     from lora_dpo.data.write import check_name, mix, write_pairs
 
     check_name(output)
     named = [_share(part) for part in parts]
     with err.status("reading"):
-        read = [(read_pairs(source)[0], share) for source, share in named]
-        count = write_pairs(mix(read, size=size, seed=seed), output)
+        read = [(*read_pairs(source, form=format, min_gap=min_gap), share) for source, share in named]
+        count = write_pairs(mix([(pairs, share) for pairs, _, share in read], size=size, seed=seed), output)
+    for (source, _), (_, report, _) in zip(named, read, strict=True):
+        out.print(f"\n{source}", highlight=False, markup=False, soft_wrap=True)
+        read_view(report, out)
+    out.print()
     out.print(f"{count} pairs written to {output}", highlight=False, soft_wrap=True)
 
 

@@ -177,7 +177,9 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def improve(
-    recipe: Annotated[Path, typer.Argument(help="A recipe with an improve: section, such as configs/improve.yaml.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe with an improve: section, such as configs/improve/quickstart.yaml.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dots: improve.rounds=2"),
@@ -191,9 +193,9 @@ def improve(
 
     Examples:
 
-        lora-dpo improve configs/improve.yaml
+        lora-dpo improve configs/improve/quickstart.yaml
 
-        lora-dpo improve configs/improve.yaml improve.rounds=1 'improve.judge=rules:sentences<=1' output=adapters/short
+        lora-dpo improve configs/improve/quickstart.yaml improve.rounds=1 output=adapters/short
     """
     from lora_dpo.console import RunView
     from lora_dpo.improve import improve as run_rounds

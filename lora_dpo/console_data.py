@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -18,7 +19,13 @@ from lora_dpo.data.view import PairView, Piece
 from lora_dpo.data.write import Fixed
 
 ROWS_SHOWN = 8
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 STYLE = {"prompt": ("cyan", "bright_cyan"), "chosen": ("green", "bright_green"), "rejected": ("red", "bright_red")}
+
+
+def harmless(text: str) -> str:
+    r"""Text of a data set for a terminal: control characters, which could repaint it, are written as `\x1b`."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def diagnosis_view(diagnosis: Diagnosis, console: Console) -> None:
@@ -51,7 +58,9 @@ def _finding_view(finding: Finding, console: Console) -> None:
         console.print(Padding(Text(f"rows {rows_text(finding.rows)}"), (0, 0, 0, 2), expand=False))
     for origin, text in finding.examples:
         place = f"row {origin.row}: " if origin.row else ""
-        console.print(Padding(Text(f"{place}{' '.join(text.split())}", style="dim"), (0, 0, 0, 4), expand=False))
+        console.print(
+            Padding(Text(harmless(f"{place}{' '.join(text.split())}"), style="dim"), (0, 0, 0, 4), expand=False)
+        )
     console.print(Padding(Text(f"{check.meaning} {check.advice}\n"), (0, 0, 0, 2), expand=False))
 
 
@@ -112,13 +121,14 @@ def read_view(report: ReadReport, console: Console) -> None:
     console.print(
         f"[bold cyan]{'read':<14}[/]{report.rows:,} rows, as {escape(report.read_as or 'no form')}", highlight=False
     )
-    console.print(f"[bold cyan]{'pairs':<14}[/]{escape(report.summary())}", highlight=False)
+    console.print(f"[bold cyan]{'pairs':<14}[/]{escape(harmless(report.summary()))}", highlight=False)
 
 
 def fixed_view(fixed: Fixed, console: Console) -> None:
     """What a cleaning wrote."""
     console.print(
-        f"{fixed.kept} pairs written to {fixed.out}, {fixed.removed} removed with their reasons to {fixed.dropped}",
+        f"{fixed.rows} rows read: {fixed.rows - fixed.removed} became {fixed.pairs} pairs, written to {fixed.out}; "
+        f"{fixed.removed} removed with their reasons to {fixed.dropped}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -131,7 +141,7 @@ def messages_view(pair: PreferencePair, console: Console) -> None:
     for part, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
         console.print(f"[bold {STYLE[part][0]}]{part}[/]")
         for said in messages:
-            console.print(Text(f"  {said['role']}: {_spoken(said)}", style=STYLE[part][0]))
+            console.print(Text(harmless(f"  {said['role']}: {_spoken(said)}"), style=STYLE[part][0]))
     console.print("[dim]--model NAME shows the tokens.[/]")
 
 
@@ -160,7 +170,7 @@ def _coloured(pieces: Sequence[Piece], shades: tuple[str, str]) -> Text:
             cutting = True
             text.append(" ✂ cut here: ", style="bold yellow")
         style = shades[number % 2] + (" bold" if piece.special else "") + (" strike dim" if piece.cut else "")
-        text.append(piece.text, style=style)
+        text.append(harmless(piece.text), style=style)
     return text
 
 
@@ -169,7 +179,7 @@ def _heading(pair: PreferencePair, console: Console) -> None:
     if pair.gap is not None:
         console.print(f"scores {pair.chosen_score:g} and {pair.rejected_score:g}", highlight=False)
     for key, value in (pair.provenance or {}).items():
-        console.print(Text(f"  {key}: {value}", style="dim"))
+        console.print(Text(harmless(f"  {key}: {value}"), style="dim"))
 
 
 def _spoken(said: Message) -> str:

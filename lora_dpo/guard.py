@@ -15,7 +15,7 @@ from lora_dpo.events import Alarmed, Note, Sampled
 from lora_dpo.generate import Answer
 from lora_dpo.health import Alarm, Checkup, Lengths, Monitor, Yardstick
 from lora_dpo.judges import open_judge
-from lora_dpo.judges.grammar import check_specs
+from lora_dpo.judges.grammar import check_specs, is_implicit
 from lora_dpo.keeping import Kept, Slots, keep, put
 from lora_dpo.looking import Looker
 
@@ -57,7 +57,7 @@ def check_health(recipe: Recipe) -> None:
     if section.judge is None:
         return
     check_specs(section.judges)
-    if any(spec.endswith("implicit") for spec in section.judges):
+    if any(map(is_implicit, section.judges)):
         raise ConfigError("health.judge is implicit, which changes with training itself. Name another judge.")
     if recipe.data.eval is None or section.prompts == 0 or section.action == "none":
         raise ConfigError(

@@ -31,12 +31,12 @@ from lora_dpo.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.journal import alone, write_new
 from lora_dpo.judges import Judge, Means, open_judge
 from lora_dpo.judges.endpoint import EndpointSettings
-from lora_dpo.judges.grammar import check_specs
+from lora_dpo.judges.grammar import check_specs, is_implicit
 from lora_dpo.model import Base, detach, load_base
 from lora_dpo.pairs import Selection, make_pairs
 from lora_dpo.policy import Policy
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.prompts import Prompt, read_prompts
+from lora_dpo.prompts import Prompt, accepted_hash, prompts_hash, read_prompts
 from lora_dpo.runs import ADAPTERS_DIR, checkpoints, partial_of
 from lora_dpo.samples import SamplePlan
 from lora_dpo.settings import trainer_settings
@@ -167,7 +167,7 @@ def improve(
 def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) -> _Rounds:
     section = recipe.improve
     check_specs(section.judges)
-    if any(spec.endswith("implicit") for spec in section.judges):
+    if any(map(is_implicit, section.judges)):
         raise ConfigError(
             "The implicit judge changes with every round, so its scores cannot show whether rounds help. Use another "
             "judge, or lora-dpo pairs --judge implicit for one round."
@@ -183,8 +183,8 @@ def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) 
             f"{section.held_out} holds {len(held_out)} prompts: too few to see whether a round helped. "
             f"Give at least {FEWEST_HELD_OUT}."
         )
-    asked = {prompt.messages[-1]["content"] for prompt in prompts}
-    leaked = [prompt for prompt in held_out if prompt.messages[-1]["content"] in asked]
+    asked = set(map(_asked, prompts))
+    leaked = [prompt for prompt in held_out if _asked(prompt) in asked]
     if leaked:
         raise DataError(
             f"{len(leaked)} of the {len(held_out)} held-out prompts are trained on, too (the first is "
@@ -192,6 +192,11 @@ def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) 
         )
     output = Path(recipe.output) if recipe.output else ADAPTERS_DIR / name
     return _Rounds(recipe, output, emit, stop, prompts, held_out)
+
+
+def _asked(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """The conversation, without regard to case and white space."""
+    return tuple((said["role"], " ".join(said["content"].casefold().split())) for said in prompt.messages)
 
 
 def _claim(run: _Rounds) -> None:
@@ -267,14 +272,20 @@ def _train(run: _Rounds, number: int) -> None:
 def _measured(run: _Rounds, number: int) -> Measurement:
     """The round's held-out answers and scores: from the disk, or made now."""
     path = run.folder / f"round{number}.heldout.json"
+    asked = {"prompts_sha256": prompts_hash(run.held_out), "accepted_sha256": accepted_hash(run.held_out)}
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
+        if any(stored.get(name) != value for name, value in asked.items()):
+            raise OutputError(
+                f"{path} holds answers to other held-out prompts: {run.recipe.improve.held_out} has changed since. Put "
+                "it back as it was, or set another output."
+            )
         found = Measurement(
             number, tuple(Answer(**answer) for answer in stored["answers"]), tuple(stored["scores"]), stored["pairs"]
         )
     else:
         found = _measure(run, number)
-        text = {"answers": [asdict(a) for a in found.answers], "scores": found.scores, "pairs": found.pairs}
+        text = {**asked, "answers": [asdict(a) for a in found.answers], "scores": found.scores, "pairs": found.pairs}
         write_new(path, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
     run.tell(RoundsMeasured(tuple(_table([*run.measured, found]))))
     return found
@@ -301,7 +312,7 @@ def _measure(run: _Rounds, number: int) -> Measurement:
         run.tell(Progress(f"judging held-out answers, round {number}", index + 1, total))
     if all(score is None for score in scores):
         raise DataError(f"The judge {judge.spec} scored no held-out answer. Give prompts that it can judge.")
-    pairs = len(run.pairs(number).read_text(encoding="utf-8").splitlines()) if number else 0
+    pairs = run.pairs(number).read_bytes().count(b"\n") if number else 0
     return Measurement(number, tuple(answers), tuple(scores), pairs)
 
 

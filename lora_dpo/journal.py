@@ -104,7 +104,8 @@ def alone(path: Path) -> Iterator[None]:
 
 def _parsed(content: bytes, path: Path) -> list[Row]:
     try:
-        rows = [json.loads(line) for line in content.decode("utf-8").splitlines()]
+        # By line feeds alone: str.splitlines also parts at U+2028 and the like, which stand unescaped in an answer.
+        rows = [json.loads(line) for line in content.decode("utf-8").removesuffix("\n").split("\n")]
     except ValueError as error:
         raise OutputError(f"{path} cannot be read ({error}). Move it away, or choose another output.") from error
     if not all(isinstance(row, dict) for row in rows):

@@ -22,7 +22,7 @@ from lora_dpo.files import refuse_existing
 from lora_dpo.generate import Answer
 from lora_dpo.journal import Journal, Row, alone, write_new
 from lora_dpo.judges import Judge
-from lora_dpo.prompts import Prompt
+from lora_dpo.prompts import Prompt, accepted_hash
 from lora_dpo.samples import Sample, SamplePlan, sample_answers
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ def judge_answers(
     """The judge's scores of all answers; continues if the journal holds some already."""
     texts = [[sample.answer.text for sample in samples] for samples in answers]
     settings = {"judge": judge.spec, "facts": dict(judge.facts), "answers_sha256": _hash(texts)}
+    if any(prompt.accepted for prompt in prompts):
+        settings["accepted_sha256"] = accepted_hash(prompts)
     log = Journal(journal, settings)
     found = {row["prompt"]: row["scores"] for row in log.rows}
     for index, (prompt, samples) in enumerate(zip(prompts, answers, strict=True)):

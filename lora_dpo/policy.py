@@ -13,7 +13,7 @@ from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import sha256_of
 from lora_dpo.judges import Judge, Means, open_judge
 from lora_dpo.judges.endpoint import EndpointSettings
-from lora_dpo.judges.grammar import check_specs
+from lora_dpo.judges.grammar import check_specs, is_implicit
 from lora_dpo.model import POLICY, REFERENCE, Base, load_base
 
 
@@ -88,7 +88,7 @@ def load_with_judge(
         LoraDPOError: as `load_policy` and `open_judge` do. What needs no model is refused before one is loaded.
     """
     check_specs(specs)
-    implicit = any(spec.endswith("implicit") for spec in specs)
+    implicit = any(map(is_implicit, specs))
     if implicit and adapter is None:
         raise ConfigError("The implicit judge compares an adapter with its reference. Give one with --adapter.")
     policy = load_policy(model, adapter=adapter, quantize=quantize)

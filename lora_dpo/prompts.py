@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.data import Message, read_pairs
-from lora_dpo.data.files import read_rows
+from lora_dpo.data import Message, Origin
+from lora_dpo.data.files import Row, files_of, read_rows
+from lora_dpo.data.forms import check_prompt
+from lora_dpo.data.messages import BadRow, asked_in_transcript, is_transcript, prompt_of, tools_of, with_system
+from lora_dpo.data.table import form_of
 from lora_dpo.errors import DataError
 from lora_dpo.evaluate import evenly
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,18 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     """Read prompts in order, each once.
 
     - `.txt`: one prompt a line; empty lines are skipped.
-    - rows with `prompt` (text or messages) or `messages`, and perhaps `accepted` (a text or a list of them);
-      row by row in any file that preference data may have, or a hub data set.
-    - preference data in any form that training reads: its prompts.
+    - preference data and votes in any form that training reads: their prompts. Rows that are no pair and have no
+      `prompt` of their own are left out, as in training.
+    - other rows with `prompt` (text or messages) or `messages`, and perhaps `system`.
+
+    Rows come from any file that preference data may have, a folder, or a hub data set. They may have `accepted` (a text
+    or a list of them).
 
     Args:
         limit: keep this many prompts, spread evenly over the source.
 
     Raises:
-        DataError: the source cannot be read, or has no prompt.
+        DataError: the source cannot be read or has no prompt, or a row has one that cannot be asked.
     """
     found = _text_prompts(Path(source)) if source.lower().endswith(".txt") else _row_prompts(source)
     first: dict[str, Prompt] = {}
@@ -64,9 +68,14 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest()
 
 
+def accepted_hash(prompts: Sequence[Prompt]) -> str:
+    """A hash of the known answers, in order."""
+    return hashlib.sha256(json.dumps([prompt.accepted for prompt in prompts]).encode()).hexdigest()
+
+
 def _text_prompts(path: Path) -> list[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. Give a file of prompts.") from None
     except UnicodeDecodeError as error:
@@ -81,35 +90,52 @@ def _text_prompts(path: Path) -> list[Prompt]:
 
 
 def _row_prompts(source: str) -> list[Prompt]:
-    found = []
-    for number, row in read_rows(source):
-        value = row.get("prompt") if row.get("prompt") is not None else row.get("messages")
-        if value is None:
-            if number == 1:  # another form of preference data: its own reader knows where the prompt is
-                pairs, _ = read_pairs(source)
-                return [Prompt(pair.prompt, pair.origin.source, pair.origin.row) for pair in pairs]
-            raise DataError(f"{source}, row {number}: without 'prompt'. Each row needs one.")
-        accepted = _accepted(row.get("accepted"), source, number)
-        found.append(Prompt(_messages(value, source, number), source, number, accepted))
+    found, no_pairs = [], []
+    for file in files_of(source):
+        for number, row in read_rows(file):
+            try:
+                messages = _prompt_of(row, Origin(file, number))
+            except _NoPair as bad:
+                no_pairs.append(f"{file}, row {number}: {bad}")
+            except BadRow as bad:
+                raise DataError(
+                    f"{file}, row {number}: {bad}. A prompt is text, or messages that end where an answer is to follow."
+                ) from None
+            else:
+                found.append(Prompt(messages, file, number, _accepted(row.get("accepted"), file, number)))
+    if not found and no_pairs:
+        raise DataError(f"{source} holds no prompt: {no_pairs[0]}. See docs/data.md for the forms that are read.")
     return found
 
 
-def _messages(value: Any, source: str, number: int) -> tuple[Message, ...]:
-    where = f"{source}, row {number}"
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: 'prompt' is neither text nor a list of messages.")
-    found = []
-    for item in value:
-        if not isinstance(item, dict) or not isinstance(item.get("content"), str) or item.get("role") not in ROLES:
-            raise DataError(f"{where}: a message needs a 'role' ({', '.join(ROLES)}) and a 'content' of text.")
-        found.append(Message(role=item["role"], content=item["content"]))
-    if found[-1]["role"] == "assistant":
-        raise DataError(f"{where}: the prompt ends with the assistant. It must end where an answer is to follow.")
-    if not found[-1]["content"].strip():
-        raise DataError(f"{where}: the prompt is empty. Remove the row.")
-    return tuple(found)
+class _NoPair(Exception):
+    """A row of preference data that training would leave out, too, and without a column of its own for the prompt."""
+
+
+def _prompt_of(row: Row, origin: Origin) -> tuple[Message, ...]:
+    """The prompt of a row, as the reader of its form makes it; else of its column `prompt` or `messages`.
+
+    Raises:
+        BadRow: there is none, or it cannot be asked.
+    """
+    if tools_of(row):
+        raise BadRow("it has tools, which are not offered to the model while sampling: remove the column 'tools'")
+    form = form_of(row)
+    value = row.get("prompt") if row.get("prompt") is not None else row.get("messages")
+    if form.name:
+        try:
+            made = form.read(row, origin)
+        except BadRow as bad:
+            if value is None:
+                raise _NoPair(str(bad)) from bad
+        else:  # several pairs of one row follow one prompt
+            return (made[0] if isinstance(made, list) else made).prompt
+    if value is None:
+        raise BadRow("without 'prompt'", "missing")
+    messages = asked_in_transcript(value) if is_transcript(value) else prompt_of(value)
+    messages = with_system(row, messages, "system", "system_prompt")
+    check_prompt(messages)
+    return messages
 
 
 def _accepted(value: Any, source: str, number: int) -> tuple[str, ...]:

@@ -130,8 +130,9 @@ def batch_seed(seed: int, batch: int) -> int:
 
 
 def conversation(prompt: Prompt, system: str | None) -> list[Message]:
-    """What the model is asked: the prompt, after the plan's system turn if there is one."""
-    turns = [Message(role="system", content=system)] if system else []
+    """What the model is asked: the prompt, after the plan's system turn unless it has one of its own."""
+    own = prompt.messages[0]["role"] == "system"
+    turns = [Message(role="system", content=system)] if system and not own else []
     return [*turns, *prompt.messages]
 
 

@@ -66,6 +66,14 @@ def test_demonstrations_in_their_usual_shapes(write, form):
     assert report.read_as == "demonstrations"
 
 
+def test_a_conversation_that_waits_for_its_answer_finds_it_in_a_column(write):
+    asked = [{"role": "user", "content": "Why?"}]
+    whole = [*asked, {"role": "assistant", "content": "So: 42."}]
+    rows = [{"messages": asked, "response": "Because."}, {"messages": whole, "answer": "42"}]
+    votes, _ = read_answers(write(*rows), good_only=True)
+    assert said(votes) == [("Why?", "Because.", True), ("Why?", "So: 42.", True)]
+
+
 def test_kto_does_not_take_a_demonstration_for_a_vote(write):
     votes, report = read_answers(write(UP, DOWN, SHOWN[0]), good_only=False)
     assert len(votes) == 2

@@ -85,6 +85,37 @@ def test_strict_fails_on_errors_alone(run, bad, status):
     assert run("check", source, "--strict")[0] == status
 
 
+@pytest.mark.parametrize(
+    "rows", [[], [{"prompt": "Hi", "completion": "a", "label": True}]], ids=["no-rows", "votes-of-one-kind"]
+)
+def test_strict_fails_without_any_pair(run, rows):
+    Path("a.csv").write_text("prompt,chosen,rejected\n")
+    source = write("a.jsonl", *rows) if rows else "a.csv"
+    assert run("check", source)[0] == 0
+    status, said, complaint = run("check", source, "--strict", "--json")
+    assert status == 1
+    assert json.loads(said)["pairs"] == 0
+    assert f"{source}: no pair to train on in {len(rows)} rows" in complaint
+
+
+def test_the_same_file_twice_is_refused(run):
+    status, _, complaint = run("check", write("a.jsonl", *ORCA), ".")
+    assert status == 1
+    assert "a.jsonl is named twice, by itself or through a folder" in complaint
+
+
+def test_control_characters_of_a_text_do_not_reach_the_terminal(run, tiny_model_folder):
+    bad = "\x1b]0;title\x07 \x9b31m\r<s>\ttab\nline"
+    row = {"prompt": f"<s>{bad}", "chosen": bad, "rejected": "No.", "origin": {"by\x1b": bad}}
+    source = write("a.jsonl", row, {bad: 1})
+    for arguments in (["check", source], ["show", source], ["show", source, "--model", str(tiny_model_folder)]):
+        _, said, _ = run(*arguments)
+        assert "\\x1b]0;title\\x07 \\x9b31m" in said
+        assert not set(said) & {"\x1b", "\x07", "\x9b", "\r"}
+    assert not set(run("show", source, "2")[2]) & {"\x1b", "\x07", "\x9b", "\r"}
+    assert "tab\nline\n" in run("show", source)[1]  # rich writes the tab as spaces
+
+
 def test_json_is_all_that_is_printed(run):
     status, said, complaints = run("check", write("a.jsonl", *ORCA, *ORCA), "--json")
     found = json.loads(said)
@@ -118,7 +149,10 @@ def test_fix_writes_both_files_and_says_how_many(run):
     source = write("a.jsonl", *ORCA, {**ORCA[0], "rejected": None}, ORCA[0])
     status, said, _ = run("check", source, "--fix", "clean.jsonl")
     assert status == 0
-    assert "8 pairs written to clean.jsonl, 2 removed with their reasons to clean.jsonl.dropped.jsonl" in said
+    assert (
+        "10 rows read: 8 became 8 pairs, written to clean.jsonl; 2 removed with their reasons to clean.jsonl.dropped"
+        in said
+    )
     assert len(load("clean.jsonl")) == 8
     assert [(row["row"], row["reason"]) for row in load("clean.jsonl.dropped.jsonl")] == [
         (9, "without 'rejected' (columns: chosen, question, rejected, system)"),
@@ -183,6 +217,16 @@ def test_show_says_why_a_row_is_no_pair(run):
     status, _, complaint = run("show", write("a.jsonl", ORCA[0], {"question": "Why?"}), "2")
     assert status == 1
     assert "a.jsonl, row 2 is no pair: without 'chosen' (columns: question)" in complaint
+
+
+def test_a_row_of_another_file_is_not_shown_for_this_one(run):
+    votes = [{"prompt": f"{n}?", "completion": "ab"[up], "label": bool(up)} for n in range(3) for up in (1, 0)]
+    assert run("convert", write("votes.jsonl", *votes), "pairs.jsonl")[0] == 0
+    assert "2?" in run("show", "votes.jsonl", "6")[1]  # the second vote of a pair
+    assert "1?" in run("show", "pairs.jsonl", "2")[1]  # not the pair whose second vote was row 2 of votes.jsonl
+    status, _, complaint = run("show", "pairs.jsonl", "6")
+    assert status == 1
+    assert "pairs.jsonl has no row 6: 3 rows were read" in complaint
 
 
 def test_show_with_a_model_shows_every_token_and_the_cut(run, tiny_model_folder):
@@ -280,6 +324,20 @@ def test_a_mixture_has_the_shares_and_repeats_nothing(run):
     write("a.jsonl", *ORCA)
     status, said, _ = run("mix", "a.jsonl:3", write("b.jsonl", ORCA[0]) + ":1", "-o", "out.jsonl")
     assert (status, "4 pairs written to out.jsonl" in said) == (0, True)
+
+
+def test_mix_reads_as_the_other_commands_and_says_what_was_dropped(run):
+    scored = [{**row, "chosen_score": gap, "rejected_score": 0} for gap, row in enumerate(ORCA, start=1)]
+    other = write("b.jsonl", ORCA[0] | {"chosen_score": 9, "rejected_score": 1}, ORCA[1])
+    status, said, _ = run("mix", write("a.jsonl", *scored) + ":1", other + ":1", "-o", "out.jsonl", "--min-gap", "3")
+    assert status == 0
+    assert "6 pairs read, 2 dropped (2 score gap below 3)" in said
+    assert "1 pairs read, 1 dropped (1 without scores, and a least gap is asked for)" in said
+    assert said.index("a.jsonl") < said.index("b.jsonl")
+    assert "2 pairs written to out.jsonl" in said
+    status, _, complaint = run("mix", "a.jsonl:1", "-o", "more.jsonl", "--format", "shp")
+    assert status == 1
+    assert "without text in" in complaint or "labels" in complaint
 
 
 def test_stats_describe_and_judge_nothing(run):

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_dpo.data import Origin, PreferencePair, ReadReport, read_pairs
+from lora_dpo.data.files import read_rows
 from lora_dpo.data.forms import pair_from_row
 from lora_dpo.data.messages import ROLES, BadRow
 from lora_dpo.errors import DataError
@@ -126,10 +127,39 @@ def test_a_csv_answer_may_be_longer_than_the_csv_modules_default_limit(tmp_path)
 
 def test_a_short_csv_row_is_dropped_for_what_it_lacks(tmp_path):
     path = tmp_path / "pairs.csv"
-    path.write_text("prompt,chosen,rejected\nHi,Yes\nHi,Yes,No,surplus\n")
+    path.write_text("prompt,chosen,rejected\nHi,Yes\nHi,Yes,No\nHo,Yes,No,\n")  # a comma at the end is no cell
     pairs, report = read_pairs(str(path))
-    assert len(pairs) == 1
+    assert len(pairs) == 2
     assert "without 'rejected'" in report.dropped[0].reason
+
+
+def test_a_csv_row_with_an_unquoted_comma_is_never_read_as_other_answers(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\nHi,Yes,No\nWhy?,Yes, of course,No\nHo,Yes,No\n")
+    with pytest.raises(DataError, match=r"pairs\.csv, row 2: more cells than columns: quote texts that hold commas"):
+        read_pairs(str(path))
+    told = []
+    rows = list(read_rows(str(path), on_broken=lambda *broken: told.append(broken)))
+    assert [number for number, _ in rows] == [1, 3]
+    assert told == [(2, "more cells than columns: quote texts that hold commas", '["Why?", "Yes", " of course", "No"]')]
+
+
+def test_items_of_a_json_list_that_are_no_objects_are_told(tmp_path):
+    path, told = tmp_path / "a.json", []
+    path.write_text('[{"prompt": "Hi"}, null, ["x"]]')
+    rows = list(read_rows(str(path), on_broken=lambda *broken: told.append(broken)))
+    assert rows == [(1, {"prompt": "Hi"})]
+    assert told == [(2, "expected an object, found NoneType", "null"), (3, "expected an object, found list", '["x"]')]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_one_bad_byte_breaks_one_line(tmp_path, name):
+    path, told = tmp_path / name, []
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xbc"}\n{"a": "caf\xe9"}\n\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    rows = list(read_rows(str(path), on_broken=lambda *broken: told.append(broken)))
+    assert rows == [(1, {"a": "ü"}), (4, {"a": 2})]  # a byte order mark is one at the file's start only
+    assert told[0] == (2, "not UTF-8 text (byte 25 of the file). Save it as UTF-8", '{"a": "caf\\xe9"}')
+    assert [number for number, _, _ in told] == [2, 3]
 
 
 def test_sources_are_read_in_the_order_given(tmp_path):
@@ -153,6 +183,23 @@ def test_a_name_that_is_no_file_is_asked_from_the_hub_with_its_split(monkeypatch
     pairs, _ = read_pairs("owner/pairs:test_prefs")
     assert asked == [("owner/pairs", "train"), ("owner/pairs", "test_prefs")]
     assert pairs[0].origin == Origin("owner/pairs:test_prefs", 1)
+
+
+def test_a_configuration_of_a_hub_data_set_is_named_before_the_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*names: str, split: str) -> list[dict[str, str]]:
+        asked.append((*names, split))
+        if len(names) == 1:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']")
+        return [TEXT_ROW]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    read_pairs("owner/pairs/en:test")
+    read_pairs("owner/pairs/v1.0")
+    assert asked == [("owner/pairs", "en", "test"), ("owner/pairs", "v1.0", "train")]
+    with pytest.raises(DataError, match=r"Config name is missing\.+\)\. Name one as owner/name/CONFIGURATION\."):
+        read_pairs("owner/pairs")
 
 
 def test_a_hub_failure_is_a_data_error_in_one_line(monkeypatch):
@@ -182,7 +229,7 @@ def test_a_hub_failure_is_a_data_error_in_one_line(monkeypatch):
         ("a.json", b'[{"prompt": "Hi"}, null]', "a.json, row 2: expected an object, found NoneType"),
         ("a.csv", b'prompt,chosen,rejected\n"a,b\n', "a.csv: broken CSV"),
         ("a.parquet", b"PAR1 but not really", "a.parquet: broken Parquet"),
-        ("a.jsonl", b'{"prompt": "caf\xe9"}\n', "a.jsonl is not UTF-8"),
+        ("a.jsonl", b'{"prompt": "caf\xe9"}\n', "a.jsonl, line 1: not UTF-8 text (byte 15 of the file)"),
         ("a.csv", "prompt,chosen\n".encode("utf-16"), "a.csv is not UTF-8"),
         ("a.tsv", b"prompt\tchosen\n", "a.tsv: unknown kind of file. Known are .csv, .json, .jsonl, .parquet"),
         ("a", b"text", "a: unknown kind of file"),
@@ -190,7 +237,8 @@ def test_a_hub_failure_is_a_data_error_in_one_line(monkeypatch):
         ("a.jsonl", b"\n \n", "a.jsonl holds no usable pair: no rows"),
         ("a.json", b"[]", "a.json holds no usable pair: no rows"),
         ("a.csv", b"prompt,chosen,rejected\n", "a.csv holds no usable pair: no rows"),
-        ("a.csv", b"text\nHi,surplus\n", "a.csv holds no usable pair: without 'chosen' (columns: text)"),
+        ("a.csv", b"text\nHi,surplus\n", "a.csv, row 1: more cells than columns"),
+        ("a.csv", b"text\nHi\n", "a.csv holds no usable pair: without 'chosen' (columns: text)"),
         ("a.jsonl", b'{"question": "Hi"}\n', "a.jsonl holds no usable pair: without 'chosen' (columns: question)"),
     ],
 )
@@ -270,6 +318,60 @@ def test_every_form_means_the_same_pair(row):
 def test_text_that_only_looks_like_json_messages_stays_text():
     for text in ('[{"a": 1}]', '[{"role": "user"', "[1, 2]", '[{"role": "user"}, 3]'):
         assert pair_of({**TEXT_ROW, "chosen": text})[1] == [assistant(text)]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        json.dumps([assistant("Yes")], indent=2),
+        '[ {"role": "assistant", "content": "Yes"}]',
+        str([assistant("Yes")]),
+        " [\n  {'content': 'Yes', 'role': 'assistant', 'weight': None}]",
+        "[{'from': 'gpt', 'value': 'Yes'}]",
+    ],
+    ids=["indented", "a-space", "pandas", "pandas-none", "sharegpt"],
+)
+def test_messages_in_a_cell_are_read_however_they_were_written(cell):
+    assert pair_of({**TEXT_ROW, "chosen": cell})[1] == [assistant("Yes")]
+    assert pair_of({**TEXT_ROW, "prompt": cell.replace("assistant", "user").replace("gpt", "human")})[0] == [
+        user("Yes")
+    ]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'Yes'}]",  # what numpy prints
+        '[{"role": "assistant", "content": "Yes',  # a cell that a spreadsheet cut
+        "[{'role': 'assistant', 'content': 'Yes', []: 1}]",
+        "[{'role': 'assistant', 'content': " + "(" * 300 + ")" * 300 + "}]",
+    ],
+    ids=["numpy", "cut", "unhashable", "deep"],
+)
+def test_messages_in_a_cell_that_cannot_be_read_never_become_text(cell):
+    with pytest.raises(BadRow, match="neither JSON nor a Python list: write them as JSON"):
+        pair_of({**TEXT_ROW, "chosen": cell})
+
+
+def test_a_python_list_that_is_no_messages_stays_text():
+    for text in ("[{'a': 1}]", "[{'role': 'x'", "[{'role': 3}, 'content']", "[ {x}]"):
+        assert pair_of({**TEXT_ROW, "chosen": text})[1] == [assistant(text)]
+
+
+def test_a_system_column_beside_the_prompt_is_its_first_turn():
+    row = {**TEXT_ROW, "system": "Be brief."}
+    assert pair_of(row)[0] == [system("Be brief."), user("Hi")]
+    assert pair_of({**row, "prompt": [system("Own."), user("Hi")]})[0] == [system("Own."), user("Hi")]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("{}", {}), ("", {}), (None, {}), ({}, {}), ('{"day": 1}', {"day": 1}), ("[]", {}), ("Monday", "Monday")],
+)
+def test_arguments_of_a_call_are_an_object(given, read):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "rain", "arguments": given}}]}
+    made = pair_of({**TEXT_ROW, "chosen": [call]})[1][0]["tool_calls"][0]["function"]["arguments"]
+    assert made == read
 
 
 def test_extra_keys_of_a_message_are_left_out():

@@ -293,6 +293,48 @@ def test_every_row_of_a_contradiction_is_named_and_duplicates_count_from_the_sec
     assert rows_of(write(tmp_path / "b.jsonl", BASE, BASE, BASE)) == {"duplicate": [2, 3]}
 
 
+def calling(day: str, **more: Any) -> list[dict[str, Any]]:
+    call = {"function": {"name": "rain", "arguments": {"day": day}}}
+    return [{"role": "assistant", "content": "", "tool_calls": [call], **more}]
+
+
+def test_calls_and_tools_are_part_of_what_is_compared(tmp_path):
+    tool = [{"name": "rain", "parameters": {}}]
+    first = {"prompt": "Rain?", "chosen": calling("Monday"), "rejected": calling("Sunday"), "tools": tool}
+    others = [
+        {**first, "chosen": calling("Friday")},
+        {**first, "rejected": calling("Monday", content="One moment.")},
+        {**first, "tools": [{"name": "rain", "parameters": {"type": "object"}}]},
+    ]
+    found = rows_of(write(tmp_path / "a.jsonl", first, *others, first))
+    assert found["duplicate"] == [5]
+    assert "contradiction" not in found
+    flipped = {**first, "chosen": first["rejected"], "rejected": first["chosen"]}
+    assert rows_of(write(tmp_path / "b.jsonl", first, flipped))["contradiction"] == [1, 2]
+
+
+@pytest.mark.parametrize("max_length", [None, 30, 1024])
+def test_answers_that_the_template_makes_equal_are_equal_and_not_cut(tokenizer, tmp_path, max_length):
+    import copy
+
+    trims = copy.deepcopy(tokenizer)
+    trims.chat_template = trims.chat_template.replace("message['content']", "message['content'] | trim")
+    source = write(tmp_path / "a.jsonl", {**BASE, "rejected": "Oak. "}, {**BASE, "prompt": "Hi"})
+    assert rows_of(source, tokenizer=trims, max_length=max_length) in (
+        {"equal": [1]},
+        {"equal": [1], "prompt-fills": [1]},
+    )
+
+
+def test_broken_rows_of_every_kind_of_file_are_findings(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([BASE, None, BASE]))
+    (tmp_path / "b.json").write_text(json.dumps(BASE) + "\n{\n" + json.dumps(BASE))
+    (tmp_path / "c.csv").write_text("prompt,chosen,rejected\nHi,a,b\nHi,a, or c,b\n")
+    (tmp_path / "d.jsonl").write_bytes(json.dumps(BASE).encode() + b"\n\xff\n")
+    for name in ("a.json", "b.json", "c.csv", "d.jsonl"):
+        assert rows_of(str(tmp_path / name))["unreadable"] == [2]
+
+
 def test_a_leak_is_found_whatever_the_case_and_space(tmp_path):
     held_out = write(tmp_path / "eval.jsonl", {**BASE, "prompt": " name  a TREE."})
     other = {**BASE, "prompt": "Name a fish.", "chosen": "Pike."}
@@ -428,7 +470,7 @@ def test_cleaning_loses_nothing_and_leaves_no_errors(tmp_path):
     fixed = write_fixed([str(path)], found, out)
     kept, dropped = list(lines(out)), list(lines(fixed.dropped))
     before = path.read_text(encoding="utf-8").splitlines()
-    assert (fixed.kept, fixed.removed) == (len(kept), len(dropped))
+    assert (fixed.rows, fixed.pairs, fixed.removed) == (len(before), len(kept), len(dropped))
     assert sorted([row["origin"]["row"] for row in kept] + [row["row"] for row in dropped]) == [
         *range(1, len(before) + 1)
     ]
@@ -451,6 +493,40 @@ def test_votes_that_were_not_paired_are_kept_as_votes(tmp_path):
     assert row["content"]["label"] is True
     again, _ = read_pairs(write(tmp_path / "b.jsonl", row["content"], {**votes[1], "prompt": "Hi"}))
     assert again[0].chosen[0]["content"] == "c"
+
+
+def test_both_votes_of_a_removed_pair_are_accounted_for(tmp_path):
+    votes = [
+        {"prompt": prompt, "completion": text, "label": up}
+        for prompt in ("Hi", "<s>Hi")
+        for text, up in (("a", True), ("b", False))
+    ]
+    source, out = write(tmp_path / "a.jsonl", *votes), tmp_path / "clean.jsonl"
+    fixed = write_fixed([source], examine([source]), out)
+    assert (fixed.rows, fixed.pairs, fixed.removed) == (4, 1, 2)
+    assert [(row["row"], row["content"]["completion"][0]["content"]) for row in lines(fixed.dropped)] == [
+        (3, "a"),
+        (4, "b"),
+    ]
+
+
+def test_a_row_of_several_pairs_is_removed_as_one(tmp_path):
+    from test_forms import TEA, feedback
+
+    tree = [*TEA[:3], {**TEA[2], "id": "x", "content": "Water."}]
+    bad = [{**TEA[0], "content": "<s>Tea?"}, *tree[1:]]
+    source = write(tmp_path / "a.jsonl", feedback(1, "b", tree, ["m"]), feedback(1, "b", bad, ["m"]))
+    fixed = write_fixed([source], examine([source]), tmp_path / "clean.jsonl")
+    assert (fixed.rows, fixed.pairs, fixed.removed) == (2, 2, 1)
+    assert [row["row"] for row in lines(fixed.dropped)] == [2]
+
+
+def test_cleaning_a_file_twice_at_once_is_refused(tmp_path):
+    source = write(tmp_path / "a.jsonl", BASE)
+    for twice in ([source, source], [source, str(tmp_path)]):
+        with pytest.raises(ConfigError, match=r"a\.jsonl is named twice, by itself or through a folder"):
+            write_fixed(twice, examine(twice), tmp_path / "clean.jsonl")
+    assert not (tmp_path / "clean.jsonl").exists()
 
 
 def test_nothing_is_written_if_nothing_would_be_left(tmp_path):

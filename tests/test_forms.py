@@ -469,6 +469,38 @@ def test_what_is_no_finite_number_is_no_score(tmp_path, score):
     assert (pairs[0].chosen_score, pairs[0].gap) == (None, None)
 
 
+PAIRED = {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "scores"),
+    [
+        ({"rating": [3.0, 4.5]}, (4.5, 3.0)),  # distilabel's order is that of the generations
+        ({"ratings": "[5, 1]"}, (5, 1)),
+        ({"rating": [3, 4, 5]}, (None, None)),
+        ({"rating": [3, None]}, (None, None)),
+        ({"rating": 4}, (None, None)),
+        ({"rating": [1, 2], "chosen_score": 9, "rejected_score": 8}, (9, 8)),
+        ({"rating": [1, 2], "chosen_score": 9}, (2, 1)),
+        ({"chosen_score": 9}, (9, None)),
+        ({"agreement": 0.75}, (0.75, 0.25)),
+        ({"agreement": "1"}, (1, 0)),
+        ({"agreement": 0.3}, (None, None)),  # not a share of those who preferred the chosen one
+        ({"agreement": 80}, (None, None)),
+        ({"agreement": 0.75, "rating": [1, 2]}, (2, 1)),
+    ],
+)
+def test_ratings_and_agreement_are_scores(tmp_path, columns, scores):
+    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", {**PAIRED, **columns}))
+    assert (pair.chosen_score, pair.rejected_score) == scores
+
+
+@pytest.mark.parametrize("columns", [{"rating": [4, 4]}, {"agreement": 0.5}])
+def test_equal_ratings_and_an_even_vote_are_ties(tmp_path, columns):
+    _, report = read_pairs(write(tmp_path / "a.jsonl", PAIRED, {**PAIRED, **columns}))
+    assert report.reasons() == [("tie: both answers have the same score", 1)]
+
+
 def test_a_least_gap_drops_what_is_closer_and_what_has_no_scores(tmp_path):
     row = {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}
     scored = [{**row, "chosen_score": score, "rejected_score": 1.0} for score in (4, 1.5, 2.5, 1, 0.5)]
@@ -522,6 +554,29 @@ def test_one_rating_against_several_siblings_makes_several_pairs(tmp_path):
     assert (report.rows, report.kept, report.surplus) == (1, 2, 1)
 
 
+def test_a_rated_turn_of_sharegpt_is_compared_with_its_sibling(tmp_path):
+    tree = [TEA[0], {"id": "b", "parentId": "a", "from": "gpt", "value": "Tea."}, TEA[2]]
+    tree.append({**TEA[2], "id": "x", "content": "Tea."})  # the same words: no comparison
+    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", feedback(1, "b", tree, ["m"])))
+    assert (pair.chosen, pair.rejected) == ((bot("Tea."),), (bot("Coffee, surely."),))
+
+
+@pytest.mark.parametrize("history", [5, "5", {"a": 1}, [["one"]]])
+def test_a_history_of_another_kind_drops_the_row(tmp_path, history):
+    row = {"instruction": "Hi", "chosen": "Yes", "rejected": "No"}
+    _, report = read_pairs(write(tmp_path / "a.jsonl", row, {**row, "history": history}))
+    assert report.reasons() == [("history is not a list of [question, answer]", 1)]
+
+
+@pytest.mark.parametrize("form", [None, "kto"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_vote_may_have_its_prompt_as_messages_and_its_answer_in_a_column(tmp_path, form, column):
+    asked = [system("Be brief."), user("Why?")]
+    rows = [{column: asked, "completion": text, "label": up} for text, up in (("So.", True), ("Dunno.", False))]
+    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", *rows), form=form)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (tuple(asked), (bot("So."),), (bot("Dunno."),))
+
+
 def test_a_chat_that_goes_in_a_circle_is_dropped(tmp_path):
     tree = [said("a", "user", "Hi", "b"), said("b", "assistant", "Yes", "a")]
     with pytest.raises(DataError, match="goes in a circle"):
@@ -544,6 +599,15 @@ def test_rows_of_several_forms_in_one_folder_are_each_recognised(tmp_path):
     (tmp_path / "deep" / "b.json.gz").write_bytes(gzip.compress(json.dumps(CASES["shp"].rows).encode(), mtime=0))
     (tmp_path / "notes.txt").write_text("no data")
     (tmp_path / ".hidden.jsonl").write_text("{")
+    for name in ("dataset_infos.json", "deep/dataset_info.json", "deep/state.json"):
+        (tmp_path / name).write_text('{"description": "no rows"}')
+    for name in (
+        "a.jsonl.dropped.jsonl",
+        "p.jsonl.gz.dropped.jsonl.gz",
+        "p.jsonl.samples.jsonl",
+        "p.jsonl.scores.jsonl",
+    ):
+        (tmp_path / name).write_text("{")
     pairs, report = read_pairs(str(tmp_path))
     assert [str(pair.origin) for pair in pairs] == [
         f"{tmp_path}/a.jsonl:1",

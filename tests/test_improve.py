@@ -351,6 +351,29 @@ def test_held_out_prompts_that_are_trained_on_are_refused(recipe):
         rounds.improve(recipe())
 
 
+def test_a_leak_is_a_whole_conversation_whatever_its_case_and_space(recipe):
+    other = [{"role": "system", "content": "Shout."}, {"role": "user", "content": "Say 3."}]
+    same = [{"role": "user", "content": " say  3."}]
+    held = [{"prompt": f"Tell {number}."} for number in range(8)]
+    Path("held.jsonl").write_text("\n".join(map(json.dumps, [*held, {"prompt": other}, {"prompt": same}])))
+    with pytest.raises(DataError, match=r"1 of the 10 held-out prompts are trained on, too \(the first is .* row 10"):
+        rounds.improve(recipe(improve={"held_out": "held.jsonl"}))
+
+
+@pytest.mark.parametrize("change", ["fewer", "accepted"])
+def test_answers_to_other_held_out_prompts_are_not_compared(recipe, change):
+    rows = [{"prompt": f"Tell {number}.", "accepted": "x"} for number in range(9)]
+    Path("held.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = recipe(improve={"rounds": 1, "held_out": "held.jsonl"})
+    rounds.improve(settings)
+    rows = rows[:8] if change == "fewer" else [{**row, "accepted": "y"} for row in rows]
+    Path("held.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        OutputError, match=r"round0\.heldout\.json holds answers to other held-out prompts: held\.jsonl"
+    ):
+        rounds.improve(settings)
+
+
 def test_too_few_held_out_prompts_are_refused(recipe):
     Path("held.txt").write_text("One?\nTwo?\n")
     with pytest.raises(DataError, match="holds 2 prompts: too few"):

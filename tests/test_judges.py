@@ -13,7 +13,7 @@ from lora_dpo.evaluate import score_pairs
 from lora_dpo.generate import Answer
 from lora_dpo.judges import Means, open_judge
 from lora_dpo.judges.base import Judge
-from lora_dpo.judges.grammar import check_specs
+from lora_dpo.judges.grammar import check_specs, is_implicit
 from lora_dpo.judges.rules import last_number
 from lora_dpo.model import attach_lora, load_base, reference
 from lora_dpo.prompts import Prompt
@@ -106,6 +106,8 @@ def test_the_last_number(text, number):
         ("rules:length<=0", "allows no answer"),
         ("rules:regex=(", "no regular expression"),
         ("rules:regex", "'rules:regex="),
+        ("rules:keywords=,", "'rules:keywords=please,thanks'"),
+        ("rules:no-keywords= , ", "'rules:no-keywords=please,thanks'"),
         ("json", "is no judge"),
         ("length<=40", "Did you mean rules:length<=40?"),
         ("llm:gpt", "llm:MODEL@URL"),
@@ -122,6 +124,14 @@ def test_a_spec_that_means_nothing_is_refused_before_any_model_is_loaded(spec, s
         check_specs([spec])
     with pytest.raises(ConfigError, match=re.escape(says)):
         open_judge([spec])
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_it"),
+    [("implicit", True), (" 0.5*implicit", True), ("my_judge:implicit", False), ("2*my_judge:not_implicit", False)],
+)
+def test_which_judge_is_the_implicit_one(spec, is_it):
+    assert is_implicit(spec) is is_it
 
 
 def test_a_mistyped_kind_looks_like_a_module_and_is_named():
@@ -164,6 +174,9 @@ def test_a_function_of_a_users_own_module_is_a_judge(tmp_path, monkeypatch):
         (lambda prompt, answers: [1], "1 scores for 2 answers"),
         (lambda prompt, answers: [1, float("nan")], "a finite number, or None"),
         (lambda prompt, answers: [1, "2"], "a finite number, or None"),
+        (lambda prompt, answers: [(1, "good"), (0, "bad")], r"gave the score \(1, 'good'\)"),
+        (lambda prompt, answers: [torch.ones(2), 1], "a finite number, or None"),
+        (lambda prompt, answers: [10**400, 1], "a finite number, or None"),
         (lambda prompt, answers: [1 / 0], "ZeroDivisionError: division by zero"),
         (lambda prompt, answers: None, "TypeError"),
         (lambda prompt: [], "TypeError"),

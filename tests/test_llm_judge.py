@@ -316,6 +316,27 @@ def test_what_repeating_will_not_change_is_said_at_once(server, paused, status, 
     assert len(server.requests) == 1
 
 
+def test_a_model_with_a_temperature_of_its_own_is_asked_without_one(server, paused):
+    refusal = b"Unsupported value: 'temperature' does not support 0 with this model."
+    server.replies = [(400, {}, refusal)]
+    endpoint = Endpoint("m", server.url, EndpointSettings(attempts=1), pause=paused.append)
+    for text in "xz":
+        endpoint.ask(comparison_messages(PROMPT, text, "yy", criterion=""))
+    endpoint.close()
+    assert ["temperature" in body for body in server.requests] == [True, False, False]
+    assert (endpoint.usage.requests, endpoint.usage.repeated, paused) == (3, 0, [])
+    server.replies = [(400, {}, refusal), (400, {}, refusal)]
+    with pytest.raises(JudgeError, match="refused with status 400"):
+        ask(server, paused)
+
+
+def test_a_damaged_compressed_reply_is_asked_for_again(server, paused):
+    server.replies = [(200, {"Content-Encoding": "gzip"}, b"not gzip")]
+    reply, usage = ask(server, paused)
+    assert read_verdict(reply) is not None
+    assert (usage.requests, usage.repeated) == (2, 1)
+
+
 def test_a_redirect_is_not_followed(server, paused):
     server.replies = [(307, {"Location": "http://127.0.0.1:9/v1/chat/completions"}, b"")]
     with pytest.raises(JudgeError, match="status 307"):

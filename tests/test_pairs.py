@@ -23,8 +23,8 @@ from lora_dpo.judges.base import Judge
 from lora_dpo.model import attach_lora, load_base
 from lora_dpo.pairs import Selection, choose, make_pairs
 from lora_dpo.policy import Policy, attach_reference, load_policy, load_with_judge
-from lora_dpo.prompts import read_prompts
-from lora_dpo.samples import SamplePlan, batch_seed, sample_answers
+from lora_dpo.prompts import Prompt, read_prompts
+from lora_dpo.samples import SamplePlan, batch_seed, conversation, sample_answers
 
 PLAN = SamplePlan(answers=3, sampling=Sampling(max_new_tokens=10, temperature=1.0, seed=5), batch_size=4)
 
@@ -89,6 +89,68 @@ def test_preference_data_gives_its_prompts(write_pairs):
     assert read_prompts("implicit.jsonl")[0].messages == tuple(implicit)
 
 
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+BEFORE = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Why?"},
+]
+CALLS = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "rain", "arguments": "{}"}}]},
+    {"role": "tool", "content": "3 mm", "name": "rain"},
+]
+CALLED = [{"type": "function", "function": {"name": "rain", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": BEFORE, "answers": [{"answer": a, "rank": r} for a, r in (("b", 1), ("c", 2))]}, TURNS),
+        ({"prompt": BEFORE, "answers": [{"answer": a, "rank": 1} for a in "bc"]}, TURNS),  # a tie, but a prompt
+        ({"prompt": BEFORE, "chosen": " So.", "rejected": " Dunno."}, TURNS),
+        ({"prompt": BEFORE}, TURNS),
+        ({"prompt": json.dumps(ASKED)}, ASKED),
+        ({"prompt": str(ASKED), "chosen": "So.", "rejected": "Dunno."}, ASKED),
+        ({"prompt": "Why?", "system": "Be brief."}, ASKED),
+        ({"prompt": "Why?", "system": "Be brief.", "chosen": "So.", "rejected": "Dunno."}, ASKED),
+        ({"messages": [*ASKED, {"role": "assistant", "content": "So."}], "label": False}, ASKED),
+        ({"messages": ASKED, "completion": "So.", "label": True}, ASKED),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]}, ASKED[1:]),
+        ({"prompt": CALLS}, [CALLS[0], {**CALLS[1], "tool_calls": CALLED}, CALLS[2]]),
+        ({"prompt": "Why?", "answers": ["So."]}, ASKED[1:]),  # a column of the user's own
+        ({"prompt": "Why?", "chosen": "a", "rejected": "a"}, ASKED[1:]),
+        ({"prompt": "What does '\n\nHuman: Hi\n\nAssistant:' mean?"}, None),
+    ],
+)
+def test_a_prompt_is_what_its_form_says(row, messages):
+    Path("p.jsonl").write_text(json.dumps(row))
+    [found] = read_prompts("p.jsonl")
+    assert list(found.messages) == (messages or [{"role": "user", "content": row["prompt"]}])
+
+
+def test_rows_that_are_no_pair_and_have_no_prompt_of_their_own_are_left_out():
+    rows = [{"question": f"{answer}?", "chosen": answer, "rejected": "no"} for answer in ("yes", "no", "sure")]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [(prompt.text, prompt.row) for prompt in read_prompts("p.jsonl")] == [("yes?", 1), ("sure?", 3)]
+
+
+def test_a_folder_of_prompts_is_read_file_by_file():
+    Path("p").mkdir()
+    Path("p/b.jsonl").write_text(json.dumps({"prompt": "Two?"}))
+    Path("p/a.csv").write_text("prompt,accepted\nOne?,1\n")
+    assert [(prompt.text, prompt.source, prompt.accepted) for prompt in read_prompts("p")] == [
+        ("One?", "p/a.csv", ("1",)),
+        ("Two?", "p/b.jsonl", ()),
+    ]
+
+
+def test_a_line_of_text_is_one_prompt_whatever_is_in_it():
+    Path("p.txt").write_bytes("One\u2028line?\r\nTwo\x85?\n".encode())
+    assert [prompt.text for prompt in read_prompts("p.txt")] == ["One\u2028line?", "Two\x85?"]
+
+
 def test_a_limit_is_spread_over_the_file():
     Path("p.txt").write_text("\n".join(map(str, range(10))))
     assert [prompt.text for prompt in read_prompts("p.txt", limit=4)] == ["0", "2", "5", "7"]
@@ -102,11 +164,26 @@ def test_a_limit_is_spread_over_the_file():
         ("empty.txt", b" \n\n", "holds no prompt"),
         ("latin.txt", b"caf\xe9", "not UTF-8 text (byte 3)"),
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "p.jsonl, row 2: without 'prompt'"),
-        ("p.jsonl", b'{"prompt": 3}', "row 1: 'prompt' is neither text"),
-        ("p.jsonl", b'{"prompt": []}', "row 1: 'prompt' is neither text"),
-        ("p.jsonl", b'{"prompt": " "}', "row 1: the prompt is empty"),
-        ("p.jsonl", b'{"prompt": [{"role": "bot", "content": "a"}]}', "row 1: a message needs a 'role'"),
+        ("p.jsonl", b'{"prompt": 3}', "p.jsonl, row 1: prompt is neither text"),
+        ("p.jsonl", b'{"prompt": []}', "p.jsonl, row 1: empty prompt. A prompt is text, or messages that end where"),
+        ("p.jsonl", b'{"prompt": " "}', "p.jsonl, row 1: empty prompt"),
+        ("p.jsonl", b'{"prompt": "\\ud83d"}', "p.jsonl, row 1: prompt holds half of a character"),
+        (
+            "p.jsonl",
+            b'{"prompt": [{"role": "bot", "content": "a"}]}',
+            "prompt has a message with an unknown role ('bot')",
+        ),
         ("p.jsonl", b'{"prompt": [{"role": "assistant", "content": "a"}]}', "ends with the assistant"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "tools": [{"name": "f"}]}',
+            "p.jsonl, row 1: it has tools, which are not offered",
+        ),
+        (
+            "p.jsonl",
+            b'{"question": "a", "chosen": "b", "rejected": "b"}',
+            "holds no prompt: p.jsonl, row 1: chosen equals",
+        ),
         ("p.jsonl", b'{"prompt": "a", "accepted": {"b": 1}}', "row 1: 'accepted' must be"),
     ],
 )
@@ -216,6 +293,12 @@ def test_a_system_turn_is_asked_and_not_kept(policy, prompts):
     assert loud != texts(sample(policy, prompts, name="plain.jsonl"))
 
 
+def test_a_prompt_with_a_system_turn_keeps_its_own():
+    own = Prompt(tuple(ASKED), "p", 1)
+    assert conversation(own, "Shout.") == ASKED
+    assert conversation(Prompt((ASKED[1],), "p", 1), "Shout.")[0] == {"role": "system", "content": "Shout."}
+
+
 # --- the journal ----------------------------------------------------------------------------------
 
 
@@ -225,6 +308,12 @@ def test_a_file_that_is_no_journal_is_left_alone(content):
     with pytest.raises(OutputError):
         Journal(Path("j"), {"a": 1})
     assert Path("j").read_bytes() == content
+
+
+def test_a_journal_of_answers_with_line_separators_goes_on():
+    rows = [{"text": text} for text in ("a\u2028b", "c\u2029d", "e\x85f\x0bg")]
+    Journal(Path("j"), {"a": "x\u2028y"}).append(rows)
+    assert Journal(Path("j"), {"a": "x\u2028y"}).rows == rows
 
 
 def test_two_processes_never_write_to_one_place():
@@ -312,6 +401,17 @@ def test_answers_can_be_judged_anew_without_sampling(policy, prompts, monkeypatc
     assert report.chosen_longer == 0
 
 
+def test_scores_by_other_known_answers_are_not_used_again(policy, prompts):
+    from dataclasses import replace
+
+    known = [replace(prompt, accepted=("x",)) for prompt in prompts]
+    make_pairs(known, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
+    Path("p.jsonl").unlink()
+    corrected = [replace(prompt, accepted=("y",)) for prompt in prompts]
+    with pytest.raises(OutputError, match=r"scores\.jsonl was begun with other settings \(accepted_sha256 was"):
+        make_pairs(corrected, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
+
+
 def test_without_a_pair_nothing_is_written_and_the_reasons_are_counted(policy, prompts):
     alike = Judge("mine:alike", lambda prompt, answers: [1 for _ in answers])
     with pytest.raises(DataError, match=r"No prompt gave a pair \(\d with answers scored alike"):
@@ -378,6 +478,15 @@ def test_the_implicit_reward_of_a_continued_adapter_is_against_the_adapter_it_co
 def test_without_a_model_there_is_no_policy():
     with pytest.raises(AdapterError, match="--model or --adapter"):
         load_policy()
+
+
+def test_a_function_called_implicit_is_not_the_implicit_judge(tiny_model_folder):
+    Path("my_own_judge.py").write_text("def implicit(prompt, answers):\n    return [1.0 for _ in answers]\n")
+    options = {"cache": Path("c"), "model": str(tiny_model_folder), "quantize": "none"}
+    _, judge = load_with_judge(["my_own_judge:implicit"], **options)
+    assert judge.spec == "my_own_judge:implicit"
+    with pytest.raises(ConfigError, match="--adapter"):
+        load_with_judge(["0.5*implicit"], **options)
 
 
 def test_the_implicit_judge_is_refused_before_a_model_is_loaded():

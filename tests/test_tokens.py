@@ -234,6 +234,13 @@ def test_a_template_that_refuses_the_messages_is_quoted(tokenizer):
         tokenize_pair(strict, make_pair([*turns("system", "S"), *turns("user", "Hi")]), max_length=None)
 
 
+def test_a_row_that_the_template_refuses_is_named(tokenizer):
+    strict = with_template(tokenizer, "{{ raise_exception('no system turn') }}")
+    says = r"pairs\.jsonl, row 7: The model's chat template refuses .*no system turn\. lora-dpo data check --model"
+    with pytest.raises(ModelError, match=says):
+        tokenize_pairs(strict, [make_pair(row=7)], max_length=None)
+
+
 def test_render_leaves_the_turn_to_the_assistant_only_when_asked(tokenizer):
     text = render(tokenizer, turns("user", "Hi"))
     assert text == "<|im_start|>user\nHi<|im_end|>\n"

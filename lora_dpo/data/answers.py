@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.files import Row, files_of, read_rows
 from lora_dpo.data.forms import check_answer, check_prompt
-from lora_dpo.data.messages import BadRow, answer_of, conversation, prompt_of, tools_of, with_system
+from lora_dpo.data.messages import BadRow, tools_of
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
-from lora_dpo.data.shapes import alpaca_turn
+from lora_dpo.data.shapes import ANSWERS, prompt_and_answer
 from lora_dpo.data.table import form_named, form_of
-from lora_dpo.data.tokens import TokenPair, tokenize_pair
+from lora_dpo.data.tokens import TokenPair, tokenize_row
 from lora_dpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 DEMONSTRATIONS = "demonstrations"
 """Name of the one form that only SFT can read: answers without any judgement."""
-
-_ANSWERS = ("completion", "output", "response", "answer")
 
 
 @dataclass(frozen=True)
@@ -113,22 +111,12 @@ def _is_demonstration(row: Row) -> bool:
     if row.get("messages") is not None or row.get("conversations") is not None:
         return True
     asked = any(row.get(name) is not None for name in ("prompt", "instruction"))
-    return asked and any(row.get(name) is not None for name in _ANSWERS)
+    return asked and any(row.get(name) is not None for name in ANSWERS)
 
 
 def _demonstration(row: Row, origin: Origin) -> Vote:
     """`prompt` and `completion`; `instruction`, `input`, `output`; or a conversation, of which the last turn counts."""
-    whole = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
-    if whole is not None:
-        turns = conversation(whole, "messages")
-        prompt, answer = turns[:-1], turns[-1:]
-    else:
-        prompt = (alpaca_turn(row),) if row.get("prompt") is None else prompt_of(row["prompt"])
-        said = next((row[name] for name in _ANSWERS if row.get(name) is not None), None)
-        if said is None:
-            raise BadRow("a demonstration without an answer", "missing")
-        answer = answer_of(said, "completion")
-    prompt = with_system(row, prompt, "system")
+    prompt, answer = prompt_and_answer(row)
     check_prompt(prompt)
     check_answer(answer, "shown")
     return Vote(prompt, answer, True, origin, tools_of(row))
@@ -148,13 +136,13 @@ def tokenize_answers(
         on_answer: called with the number of answers done so far.
 
     Raises:
-        ModelError: the tokenizer has no chat template.
+        ModelError: the tokenizer has no chat template, or it refuses a row, which is named.
     """
     kept: list[TokenAnswer] = []
     dropped: list[Dropped] = []
     for done, vote in enumerate(votes, start=1):
         same = PreferencePair(vote.prompt, vote.answer, vote.answer, vote.origin, tools=vote.tools)
-        tokens = tokenize_pair(tokenizer, same, max_length=max_length)
+        tokens = tokenize_row(tokenizer, same, max_length=max_length)
         if tokens.chosen:
             kept.append(TokenAnswer(tokens.prompt, tokens.chosen, vote.up, vote.origin, tokens.truncated))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,9 +34,9 @@ _CHECKS = (
     Check(
         "unreadable",
         "error",
-        "lines that are no JSON object",
+        "rows that are no object, or not whole",
         "A run stops at the first of them.",
-        "Repair or remove these lines.",
+        "Repair or remove these rows.",
         removes=True,
     ),
     Check(
@@ -237,7 +238,7 @@ _REFUSES = re.compile(
 
 @dataclass(frozen=True)
 class Texts:
-    """The words of a pair, without roles."""
+    """The words of a pair, tool calls as JSON, without roles."""
 
     prompt: str
     chosen: str
@@ -265,7 +266,16 @@ def ends_with_marker(text: str) -> bool:
 
 
 def _joined(messages: Sequence[Message]) -> str:
-    return messages[0]["content"] if len(messages) == 1 else "\n\n".join(said["content"] for said in messages)
+    return _words(messages[0]) if len(messages) == 1 else "\n\n".join(map(_words, messages))
+
+
+def _words(said: Message) -> str:
+    """What a turn says and calls: two calls that differ are two answers."""
+    calls = said.get("tool_calls")
+    if not calls:
+        return said["content"]
+    written = json.dumps([call["function"] for call in calls], ensure_ascii=False, sort_keys=True)
+    return f"{said['content']}\n{written}" if said["content"] else written
 
 
 def _roles(pair: PreferencePair, texts: Texts) -> str | None:

@@ -5,6 +5,7 @@ Memory grows by about a kilobyte a pair, whatever its length: texts are hashed a
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -208,7 +209,7 @@ class _Doctor:
         self.origins.append(pair.origin)
         for name, evidence in text_findings(pair, texts):
             self.note(name, pair.origin, evidence)
-        self._compare(index, texts, pair.origin)
+        self._compare(index, texts, pair)
         self.marked.append(ends_with_marker(texts.chosen))
         self.found.languages[language_of(texts.chosen) or "none"] += 1
         self.found.scored += pair.gap is not None
@@ -221,15 +222,16 @@ class _Doctor:
         for part, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
             self.found.lengths[part].append(length)
 
-    def _compare(self, index: int, texts: Texts, origin: Origin) -> None:
+    def _compare(self, index: int, texts: Texts, pair: PreferencePair) -> None:
         """With earlier pairs and with held-out prompts."""
+        origin, tools = pair.origin, json.dumps(pair.tools, sort_keys=True) if pair.tools else ""
         key = prompt_key(texts.prompt)
         self.prompts.add(key)
         if key in self.held_out:
             self.note("leak", origin, texts.prompt)
         sides = hash(texts.chosen), hash(texts.rejected)
         direction = int(sides[0] < sides[1])
-        comparison = hash((texts.prompt, min(sides), max(sides)))
+        comparison = hash((texts.prompt, tools, min(sides), max(sides)))
         first = self.judged.setdefault(comparison, 2 * index + direction)
         near = self.near.add(texts)
         if first >> 1 != index:
@@ -250,6 +252,9 @@ class _Doctor:
         bos = tokenizer.bos_token_id
         if bos is not None and tokens.prompt[:2] == [bos, bos]:
             self.note("double-bos", pair.origin, tokenizer.decode(tokens.prompt[:8]))
+        if tokens.chosen == tokens.rejected:
+            self.note("equal", pair.origin, "the same once written for the model")
+            return
         if self.max_length is None:
             return
         room = self.max_length - len(tokens.prompt)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lora_dpo.errors import DataError
+from lora_dpo.errors import ConfigError, DataError
 
 Row = dict[str, Any]
 
 
 OnBroken = Callable[[int, str, str], None]
-"""Called with the line number, the reason and the line's text."""
+"""Called with the row number, the reason and the row's text."""
+
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What `datasets` writes beside the rows."""
+_BESIDE = re.compile(r"\.jsonl(\.gz)?\.(dropped|samples|scores)\.jsonl(\.gz)?$", re.IGNORECASE)
+"""What lora-dpo itself writes beside pairs: no pairs."""
 
 
 def files_of(source: str) -> list[str]:
     """The files of a folder that rows can be read from, by name, with those of folders in it; else the source itself.
+
+    Descriptions of a data set, and the journals that lora-dpo writes beside pairs, hold no rows and are left out.
 
     Raises:
         DataError: the folder holds none.
@@ -30,17 +39,29 @@ def files_of(source: str) -> list[str]:
     if not path.is_dir():
         return [source]
     inside = sorted(item for item in path.rglob("*") if item.is_file() and _kind(item) in _READERS)
-    found = [str(item) for item in inside if not any(part.startswith(".") for part in item.relative_to(path).parts)]
+    rows = [item for item in inside if item.name not in NO_DATA and not _BESIDE.search(item.name)]
+    found = [str(item) for item in rows if not any(part.startswith(".") for part in item.relative_to(path).parts)]
     if not found:
         raise DataError(f"{source} is a folder without a preference file in it. Known are {_known()}.")
     return found
+
+
+def refuse_twice(sources: Sequence[str]) -> None:
+    """Raise `ConfigError` for a file that is named twice, by itself or through a folder: its rows have one name."""
+    seen: set[Path] = set()
+    for file in (file for source in sources for file in files_of(source)):
+        path = Path(file).resolve()
+        if path in seen:
+            raise ConfigError(f"{file} is named twice, by itself or through a folder. Name it once.")
+        seen.add(path)
 
 
 def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
     """Yield `(row number, row)` of a file or a hub data set, numbered from 1 (lines in JSONL).
 
     Args:
-        on_broken: told of each line of a JSONL file that is no JSON object, in place of an error.
+        on_broken: told of each row that is none, in place of an error: a line that is no JSON object or no UTF-8, an
+            item of a JSON list that is no object, a CSV row with more cells than columns.
 
     Raises:
         DataError: the file is missing, empty or broken (with file and line), or the hub refuses.
@@ -59,7 +80,7 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
         raise DataError(f"{source} is empty. It should hold rows with prompt, chosen and rejected.")
     try:
         with _open(path) as file:
-            yield from _jsonl_rows(file, path, on_broken) if reader is _jsonl_rows else reader(file, path)
+            yield from reader(file, path, on_broken)
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 text (byte {_first_bad_byte(path)}). Save it as UTF-8.") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -86,54 +107,85 @@ def _text(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
 
 
+def _tell(on_broken: OnBroken | None, error: DataError, path: Path, number: int, text: str) -> None:
+    """Tell of a broken row if somebody listens; else the error stands."""
+    if on_broken is None:
+        raise error
+    on_broken(number, str(error).removeprefix(f"{path}, ").partition(": ")[2].rstrip("."), text)
+
+
 def _jsonl_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(_text(file), start=1):
-        if not line.strip():
-            continue
+    start = 0
+    for number, content in enumerate(file, start=1):  # bytes are split at line feeds alone
+        mark = len(codecs.BOM_UTF8) if number == 1 and content.startswith(codecs.BOM_UTF8) else 0
         try:
-            row = _as_row(_parse_json(line.rstrip("\r\n"), path, number), path, number)
+            line = _decoded(content[mark:], path, number, start + mark).rstrip("\r\n")
+            row = _as_row(_parse_json(line, path, number), path, number) if line.strip() else None
         except DataError as error:
-            if on_broken is None:
-                raise
-            on_broken(number, str(error).removeprefix(f"{path}, ").partition(": ")[2].rstrip("."), line.rstrip("\r\n"))
+            _tell(on_broken, error, path, number, content.decode("utf-8", "backslashreplace").rstrip("\r\n"))
+        else:
+            if row is not None:
+                yield number, row
+        start += len(content)
+
+
+def _decoded(content: bytes, path: Path, line: int, start: int) -> str:
+    """The text of a line that starts at byte `start` of the file."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 text (byte {start + error.start} of the file). Save it as UTF-8."
+        ) from error
+
+
+def _json_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
+    content = file.read()
+    if _is_json_lines(content):
+        yield from _jsonl_rows(io.BytesIO(content), path, on_broken)
+        return
+    parsed = _parse_json(content.decode("utf-8-sig"), path, None)
+    if not isinstance(parsed, list):
+        raise DataError(f"{path} holds one {type(parsed).__name__}, not a list of rows.")
+    for number, item in enumerate(parsed, start=1):
+        try:
+            row = _as_row(item, path, number)
+        except DataError as error:
+            _tell(on_broken, error, path, number, json.dumps(item))
         else:
             yield number, row
 
 
-def _json_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Row]]:
-    text = _text(file).read()
-    if _is_json_lines(text):
-        yield from _jsonl_rows(io.BytesIO(text.encode("utf-8")), path)
-        return
-    parsed = _parse_json(text, path, None)
-    if not isinstance(parsed, list):
-        raise DataError(f"{path} holds one {type(parsed).__name__}, not a list of rows.")
-    for number, row in enumerate(parsed, start=1):
-        yield number, _as_row(row, path, number)
-
-
-def _is_json_lines(text: str) -> bool:
+def _is_json_lines(content: bytes) -> bool:
     """Many files that end in `.json` hold one object a line."""
-    lines = [line for line in text[: 1 << 20].split("\n", 3) if line.strip()]
-    if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines[:2]):
-        return False
+    start = content[: 1 << 20].removeprefix(codecs.BOM_UTF8)
+    lines = [line for line in start.split(b"\n", 3) if line.strip()][:2]
+    return len(lines) == 2 and all(line.lstrip().startswith(b"{") for line in lines) and any(map(_is_json, lines))
+
+
+def _is_json(content: bytes) -> bool:
     try:
-        json.loads(lines[0])
+        json.loads(content)
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def _csv_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Row]]:
+def _csv_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(1 << 30)  # answers are longer than the 128 KiB that the module allows
     try:
         for number, row in enumerate(csv.DictReader(_text(file, newline=""), strict=True), start=1):
-            yield number, {key: value for key, value in row.items() if key is not None}
+            surplus = row.pop(None, [])
+            if any(cell.strip() for cell in surplus):  # a comma at the line's end alone is no cell of anybody's
+                error = DataError(f"{path}, row {number}: more cells than columns: quote texts that hold commas.")
+                _tell(on_broken, error, path, number, json.dumps([*row.values(), *surplus], ensure_ascii=False))
+            else:
+                yield number, row
     except csv.Error as error:
         raise DataError(f"{path}: broken CSV ({error}).") from error
 
 
-def _parquet_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -149,16 +201,18 @@ def _parquet_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
-    """`owner/name`, or `owner/name:split` for another split than `train`."""
+    """`owner/name`, with `/configuration` and `:split` where it is not the only one and not `train`."""
     import datasets
 
-    name, _, split = source.partition(":")
+    path, _, split = source.partition(":")
+    owner_name, configuration = path.split("/")[:2], path.split("/")[2:]
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        rows = datasets.load_dataset("/".join(owner_name), *configuration, split=split or "train")
     except Exception as error:  # the hub client raises a dozen unrelated types
+        hint = " Name one as owner/name/CONFIGURATION." if str(error).startswith("Config name is missing") else ""
         raise DataError(
             f"{source} is neither a file here nor a data set that could be loaded from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}).{hint}"
         ) from error
     for number, row in enumerate(rows, start=1):
         yield number, dict(row)
@@ -192,7 +246,7 @@ def _as_row(value: Any, path: Path, number: int) -> Row:
     return value
 
 
-_READERS: dict[str, Callable[[IO[bytes], Path], Iterator[tuple[int, Row]]]] = {
+_READERS: dict[str, Callable[[IO[bytes], Path, OnBroken | None], Iterator[tuple[int, Row]]]] = {
     ".jsonl": _jsonl_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,

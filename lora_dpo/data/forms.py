@@ -23,6 +23,7 @@ from lora_dpo.data.messages import (
     shared_length,
     split_shared_prefix,
     tools_of,
+    with_system,
 )
 from lora_dpo.data.pairs import Origin, PreferencePair
 
@@ -46,7 +47,7 @@ def pair_from_row(row: Row, origin: Origin) -> PreferencePair:
     """
     for side in ("chosen", "rejected"):
         if row.get(side) is None:
-            raise BadRow(f"without '{side}' {_columns(row)}", "missing")
+            raise BadRow(f"without '{side}' {columns_of(row)}", "missing")
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, first, second = _split_text(row, chosen, rejected)
@@ -56,6 +57,7 @@ def pair_from_row(row: Row, origin: Origin) -> PreferencePair:
             prompt, first, second = split_shared_prefix(first, second)
         else:
             prompt, first, second = without_prompt(prompt_of(row["prompt"]), first, second)
+            prompt = with_system(row, prompt, "system", "system_prompt")
     provenance = from_json(row.get("origin"))
     return checked_pair(
         prompt,
@@ -116,11 +118,29 @@ def check_answer(messages: Messages, side: str) -> None:
 
 
 def scores_of(row: Row) -> tuple[float | None, float | None]:
-    """Both scores of a row, from the first pair of columns that has them."""
-    for ours, theirs in SCORES:
-        if ours in row or theirs in row:
-            return number(row.get(ours)), number(row.get(theirs))
+    """Both scores of a row: from the first pair of columns that has them, distilabel's ratings, or an agreement."""
+    named = [
+        (number(row.get(ours)), number(row.get(theirs))) for ours, theirs in SCORES if ours in row or theirs in row
+    ]
+    found = [*named, _rated(row), _agreed(row)]
+    return next((two for two in found if None not in two), found[0])
+
+
+def _rated(row: Row) -> tuple[float | None, float | None]:
+    """distilabel's `rating` of the two generations; its order is theirs, and the chosen one had the higher."""
+    for column in ("rating", "ratings"):
+        rated = from_json(row.get(column))
+        if isinstance(rated, list) and len(rated) == 2:
+            known = [score for score in map(number, rated) if score is not None]
+            if len(known) == 2:
+                return max(known), min(known)
     return None, None
+
+
+def _agreed(row: Row) -> tuple[float | None, float | None]:
+    """`agreement`, the share of raters who preferred the chosen answer; below a half it is another measure."""
+    share = number(row.get("agreement"))
+    return (share, 1 - share) if share is not None and 0.5 <= share <= 1 else (None, None)
 
 
 def without_prompt(prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -157,5 +177,7 @@ def _split_text(row: Row, chosen: str, rejected: str) -> tuple[Messages, Message
     return (message("user", start.rstrip(), "prompt"),), rest[0], rest[1]
 
 
-def _columns(row: Row) -> str:
-    return f"(columns: {', '.join(sorted(map(str, row))) or 'none'})"
+def columns_of(row: Row) -> str:
+    """`(columns: a, b)`, for a message; names that could paint a terminal are written escaped."""
+    names = (name if name.isprintable() else ascii(name) for name in map(str, row))
+    return f"(columns: {', '.join(sorted(names)) or 'none'})"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,6 +30,9 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
 }
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant|System):[ \t]*")
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{\s*['\"]")
+_SPEAKER = re.compile(r"['\"](?:role|from)['\"]\s*:")
+_SPOKEN = re.compile(r"['\"](?:content|value)['\"]\s*:")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 
@@ -79,6 +84,12 @@ def transcript(text: str, part: str) -> Messages:
     return tuple(message(_TRANSCRIPT_ROLES[role], said.strip(), part) for role, said in zip(roles, texts, strict=True))
 
 
+def asked_in_transcript(text: str, part: str = "prompt") -> Messages:
+    r"""The turns of a transcript that ends with `Assistant:`, where the answer is to follow."""
+    turns = transcript(text, part)
+    return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"] else turns
+
+
 def is_transcript(value: Any) -> bool:
     """True for text that starts with a Human turn and has an Assistant turn."""
     return isinstance(value, str) and value[:16].lstrip().startswith("Human:") and "\n\nAssistant:" in value
@@ -103,11 +114,33 @@ def shared_length(left: Sequence[Any], right: Sequence[Any]) -> int:
 
 
 def listed(value: Any) -> list[Any] | None:
-    """Messages from a CSV cell, which can hold them only as JSON text: a list of objects with a role, else None."""
-    parsed = from_json(value) if isinstance(value, str) and value.lstrip().startswith('[{"') else None
+    """Messages from a CSV cell, which can hold them only as text: a list of objects with a role, else None.
+
+    JSON is read, and what Python prints of such a list: pandas' `to_csv` writes that.
+
+    Raises:
+        BadRow: a text that begins as such a list does and is neither.
+    """
+    if not isinstance(value, str) or not _LIST_OF_OBJECTS.match(value):
+        return None
+    parsed = from_json(value)
+    if parsed is None and _SPEAKER.search(value):
+        parsed = _from_python(value)
+        if parsed is None and _SPOKEN.search(value):
+            raise BadRow("messages that are neither JSON nor a Python list: write them as JSON")
     if not isinstance(parsed, list):
         return None
     return parsed if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in parsed) else None
+
+
+def _from_python(text: str) -> Any:
+    """What a text holds as a Python literal, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # a backslash in somebody's text
+            return ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def from_json(value: Any) -> Any:
@@ -234,8 +267,9 @@ def _tool_calls(calls: Any, part: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(f"{part} has a tool call without a function name")
-        given = function.get("arguments") or {}
-        arguments = from_json(given) or given  # OpenAI writes them as JSON text
+        given = function.get("arguments")
+        parsed = from_json(given)  # OpenAI writes them as JSON text
+        arguments = (given if parsed is None else parsed) or {}
         made.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not _is_clean(made):
         raise BadRow(f"{part} holds half of a character (a lone surrogate)")

@@ -18,13 +18,17 @@ from lora_dpo.errors import DataError
 class Outcome:
     """What one row became, or the votes that were counted together: pairs, or a reason for each row."""
 
-    rows: int
+    read: tuple[tuple[Origin, Any], ...]
+    """Each row with its place: as it was read, its text if it is broken, or the vote."""
     pairs: tuple[PreferencePair, ...] = ()
     dropped: tuple[Dropped, ...] = ()
     title: str | None = None
     """Title of the form; None for a line that is no row."""
-    content: Any = None
-    """The row as it was read, the line if it is no row, or the votes."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that went into it."""
+        return len(self.read)
 
 
 def read_pairs(
@@ -74,12 +78,18 @@ def pair_at(source: str, row: int | None, *, form: str | None = None) -> Prefere
     for outcome in outcomes(source, form=form, tolerant=True):
         rows += outcome.rows
         for pair in outcome.pairs:
-            if row is None or row in (pair.origin.row, (pair.provenance or {}).get("rejected_row")):
+            if row is None or row in (pair.origin.row, _rejected_row(pair)):
                 return pair
         for bad in outcome.dropped:
             if bad.origin.row == row:
                 raise DataError(f"{bad.origin.source}, row {row} is no pair: {bad.reason}.")
     raise DataError(f"{source} has no {'pair' if row is None else f'row {row}'}: {rows} rows were read.")
+
+
+def _rejected_row(pair: PreferencePair) -> Any:
+    """The row of a pair's second vote; what `data convert` wrote down is a row of another file."""
+    made = pair.provenance or {}
+    return made.get("rejected_row") if made.get("file") == pair.origin.source else None
 
 
 def account(report: ReadReport, outcome: Outcome) -> None:
@@ -97,7 +107,7 @@ def outcomes(
     """What each row of a source became; votes come at the end, when all are known.
 
     Args:
-        tolerant: lines of JSONL files that are no rows are dropped, in place of an error.
+        tolerant: what `read_rows` finds broken is dropped, in place of an error.
 
     Raises:
         DataError: a file cannot be read.
@@ -110,7 +120,7 @@ def outcomes(
 
         def on_broken(line: int, reason: str, text: str, file: str = file, broken: list[Outcome] = broken) -> None:
             dropped = Dropped(Origin(file, line), f"unreadable: {reason}", "unreadable")
-            broken.append(Outcome(1, dropped=(dropped,), content=text))
+            broken.append(Outcome(((dropped.origin, text),), dropped=(dropped,)))
 
         for number, row in read_rows(file, on_broken=on_broken if tolerant else None):
             yield from broken
@@ -135,7 +145,7 @@ def outcomes(
             for vote in votes:
                 yield _dropped(vote.origin, problem, title, vote_row(vote))
         elif isinstance(result, PreferencePair):
-            yield Outcome(len(votes), (result,), title=title, content=[vote_row(vote) for vote in votes])
+            yield Outcome(tuple((vote.origin, vote_row(vote)) for vote in votes), (result,), title=title)
 
 
 def vote_row(vote: Vote) -> Row:
@@ -148,11 +158,11 @@ def _pairs(made: list[PreferencePair], origin: Origin, form: Form, min_gap: floa
     kept = tuple(pair for pair, problem in zip(made, problems, strict=True) if problem is None)
     if not kept and problems[0] is not None:
         return _dropped(origin, problems[0], form.title, row)
-    return Outcome(1, kept, title=form.title, content=row)
+    return Outcome(((origin, row),), kept, title=form.title)
 
 
 def _dropped(origin: Origin, bad: BadRow, title: str, content: Row) -> Outcome:
-    return Outcome(1, dropped=(Dropped(origin, str(bad), bad.kind),), title=title, content=content)
+    return Outcome(((origin, content),), dropped=(Dropped(origin, str(bad), bad.kind),), title=title)
 
 
 def _gap_problem(pair: PreferencePair, min_gap: float | None) -> BadRow | None:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_dpo.data.files import Row
-from lora_dpo.data.forms import checked_pair, scores_of
+from lora_dpo.data.forms import checked_pair, columns_of, scores_of
 from lora_dpo.data.messages import (
     BadRow,
     Messages,
     answer_of,
+    asked_in_transcript,
     conversation,
     from_json,
     is_transcript,
@@ -41,9 +42,35 @@ def alpaca_turn(row: Row) -> Any:
     return message("user", f"{text}\n{extra}" if isinstance(extra, str) and extra else text, "instruction")
 
 
+ANSWERS = ("completion", "output", "response", "answer")
+"""Columns that hold one answer."""
+
+
+def prompt_and_answer(row: Row) -> tuple[Messages, Messages]:
+    """The two parts of a row with one answer: `prompt` or `instruction` with an answer column, or a conversation.
+
+    A conversation that ends with the assistant is both, and its last turn is the answer; else it is the prompt of an
+    answer column.
+    """
+    said = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
+    whole = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if whole is not None:
+        prompt = conversation(whole, "messages")
+        if said is None or (prompt and prompt[-1]["role"] == "assistant"):
+            return with_system(row, prompt[:-1], "system"), prompt[-1:]
+    else:
+        prompt = (alpaca_turn(row),) if row.get("prompt") is None else prompt_of(row["prompt"])
+    if said is None:
+        raise BadRow("without an answer", "missing")
+    return with_system(row, prompt, "system"), answer_of(said, "completion")
+
+
 def _history(row: Row) -> Messages:
     turns: list[Any] = []
-    for exchange in from_json(row.get("history")) or []:
+    history = from_json(row.get("history"))
+    if history is not None and not isinstance(history, list):
+        raise BadRow("history is not a list of [question, answer]")
+    for exchange in history or []:
         if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
             raise BadRow("history is not a list of [question, answer]")
         turns += [message("user", exchange[0], "history"), message("assistant", exchange[1], "history")]
@@ -102,11 +129,7 @@ def nectar(row: Row, origin: Origin) -> PreferencePair:
     if not isinstance(answers, list) or not all(isinstance(item, dict) for item in answers):
         raise BadRow("answers is not a list of {answer, rank}")
     prompt = row.get("prompt")
-    if is_transcript(prompt):
-        turns = transcript(str(prompt), "prompt")
-        messages = turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"] else turns
-    else:
-        messages = prompt_of(prompt)
+    messages = asked_in_transcript(str(prompt)) if is_transcript(prompt) else prompt_of(prompt)
     ranks = [number(item.get("rank")) for item in answers]
     scored = [(None if rank is None else -rank, item.get("answer")) for item, rank in zip(answers, ranks, strict=True)]
     return _best_and_worst(messages, scored, origin)
@@ -141,7 +164,7 @@ def _answered(row: Row, origin: Origin, prompt: Messages) -> PreferencePair:
     sides = []
     for side in ("chosen", "rejected"):
         if row.get(side) is None:
-            raise BadRow(f"without '{side}' (columns: {', '.join(sorted(map(str, row)))})", "missing")
+            raise BadRow(f"without '{side}' {columns_of(row)}", "missing")
         sides.append(answer_of(row[side], side))
     return checked_pair(prompt, sides[0], sides[1], origin, scores=scores_of(row), tools=tools_of(row))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair
 from lora_dpo.data.template import Message, encode, render
+from lora_dpo.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,12 +47,12 @@ def tokenize_pairs(
         on_pair: called with the number of pairs done so far.
 
     Raises:
-        ModelError: the tokenizer has no chat template.
+        ModelError: the tokenizer has no chat template, or it refuses a row, which is named.
     """
     kept: list[TokenPair] = []
     dropped: list[Dropped] = []
     for done, pair in enumerate(pairs, start=1):
-        tokens = tokenize_pair(tokenizer, pair, max_length=max_length)
+        tokens = tokenize_row(tokenizer, pair, max_length=max_length)
         if max_length is not None and len(tokens.prompt) >= max_length:
             dropped.append(Dropped(pair.origin, f"prompt fills max_length ({max_length} tokens)"))
         elif tokens.chosen == tokens.rejected:
@@ -62,6 +63,19 @@ def tokenize_pairs(
         if on_pair:
             on_pair(done)
     return kept, dropped
+
+
+def tokenize_row(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None) -> TokenPair:
+    """As `tokenize_pair`; what the chat template refuses is said with the row it is in."""
+    try:
+        return tokenize_pair(tokenizer, pair, max_length=max_length)
+    except ModelError as error:
+        if not tokenizer.chat_template:
+            raise
+        where = f"{pair.origin.source}, row {pair.origin.row}"
+        raise ModelError(
+            f"{where}: {str(error).rstrip('.')}. lora-dpo data check --model MODEL finds all such rows."
+        ) from error
 
 
 def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None) -> TokenPair:

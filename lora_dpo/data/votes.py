@@ -9,19 +9,9 @@ from typing import Any
 
 from lora_dpo.data.files import Row
 from lora_dpo.data.forms import check_answer, check_prompt, checked_pair
-from lora_dpo.data.messages import (
-    BadRow,
-    Messages,
-    answer_of,
-    conversation,
-    message,
-    number,
-    prompt_of,
-    tools_of,
-    with_system,
-)
+from lora_dpo.data.messages import BadRow, Messages, conversation, message, number, tools_of
 from lora_dpo.data.pairs import Origin, PreferencePair, Vote
-from lora_dpo.data.shapes import alpaca_turn
+from lora_dpo.data.shapes import prompt_and_answer
 
 LABELS = ("label", "kto_tag")
 
@@ -29,17 +19,8 @@ LABELS = ("label", "kto_tag")
 def kto(row: Row, origin: Origin) -> Vote:
     """TRL's and LLaMA-Factory's unpaired form: `prompt` and `completion`, or one conversation, and a yes or no."""
     label = next((row[name] for name in LABELS if row.get(name) is not None), None)
-    whole = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
-    if whole is not None:
-        turns = conversation(whole, "messages")
-        prompt, answer = turns[:-1], turns[-1:]
-    else:
-        prompt = (alpaca_turn(row),) if row.get("prompt") is None else prompt_of(row["prompt"])
-        said = next((row[name] for name in ("completion", "output", "response") if row.get(name) is not None), None)
-        if said is None:
-            raise BadRow("a vote without an answer", "missing")
-        answer = answer_of(said, "completion")
-    return _checked_vote(with_system(row, prompt, "system"), answer, _is_up(label), origin, row)
+    prompt, answer = prompt_and_answer(row)
+    return _checked_vote(prompt, answer, _is_up(label), origin, row)
 
 
 def open_webui(row: Row, origin: Origin) -> list[PreferencePair] | Vote:
@@ -70,7 +51,7 @@ def open_webui(row: Row, origin: Origin) -> list[PreferencePair] | Vote:
         content = other.get("content")
         if _dict(other.get("annotation")).get("rating") or not isinstance(content, str) or not content.strip():
             continue
-        if content == rated["content"]:
+        if content == answer["content"]:
             continue
         sides = ((answer,), (_said(other),)) if up else ((_said(other),), (answer,))
         pairs.append(checked_pair(prompt, *sides, origin))

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -16,19 +16,23 @@ from typing import IO, Any
 
 from lora_dpo.data.checks import Texts
 from lora_dpo.data.doctor import Diagnosis
-from lora_dpo.data.files import Row
-from lora_dpo.data.pairs import PreferencePair
-from lora_dpo.data.reading import outcomes
+from lora_dpo.data.files import Row, refuse_twice
+from lora_dpo.data.pairs import Origin, PreferencePair
+from lora_dpo.data.reading import Outcome, outcomes
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import atomic_file, refuse_existing
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """What a cleaning wrote."""
+    """What a cleaning wrote. `rows - removed` rows became the pairs: one vote and its opposite are one of them."""
 
-    kept: int
+    rows: int
+    """Rows that were read."""
+    pairs: int
+    """Pairs written to `out`."""
     removed: int
+    """Rows written to `dropped`, each with its reason."""
     out: Path
     dropped: Path
 
@@ -83,28 +87,37 @@ def write_fixed(
 
     Raises:
         OutputError, ConfigError, DataError: as `write_pairs`.
+        ConfigError: a file is named twice, so a row's place would name two rows.
     """
+    refuse_twice(sources)
     removals = diagnosis.removals()
     dropped = out.with_name(f"{out.name}.dropped.jsonl")
-    kept = removed = 0
+    rows = kept = removed = 0
     with ExitStack() as stack:
         refuse_existing(dropped)
         clean, rest = stack.enter_context(_writer(out)), stack.enter_context(_writer(dropped))
         for source in sources:
             for outcome in outcomes(source, form=form, min_gap=min_gap, tolerant=True):
-                for bad in outcome.dropped:
-                    _line(rest, _removed_row(bad.origin, bad.reason, outcome.content))
-                for pair in outcome.pairs:
-                    reason = removals.get(pair.origin)
-                    if reason is None:
+                rows += outcome.rows
+                reason = _reason(outcome, removals)
+                if reason is None:
+                    for pair in outcome.pairs:
                         _line(clean, canonical_row(pair))
-                    else:
-                        _line(rest, _removed_row(pair.origin, reason, outcome.content))
-                    kept, removed = kept + (reason is None), removed + (reason is not None)
-                removed += len(outcome.dropped)
+                    kept += len(outcome.pairs)
+                else:
+                    for origin, content in outcome.read:
+                        _line(rest, _removed_row(origin, reason, content))
+                    removed += outcome.rows
         if not kept:
             raise DataError(f"No pair is left after cleaning, so {out} was not written. Read what was found above.")
-    return Fixed(kept, removed, out, dropped)
+    return Fixed(rows, kept, removed, out, dropped)
+
+
+def _reason(outcome: Outcome, removals: Mapping[Origin, str]) -> str | None:
+    """Why the rows of an outcome are removed, or None. All pairs of one row have one origin, so they go together."""
+    if outcome.dropped:
+        return outcome.dropped[0].reason
+    return removals.get(outcome.pairs[0].origin)
 
 
 def split_by_prompt(
@@ -179,7 +192,7 @@ def _prompt_hash(pair: PreferencePair, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}\n{text}".encode(), digest_size=12).digest()
 
 
-def _removed_row(origin: Any, reason: str, content: Any) -> Row:
+def _removed_row(origin: Origin, reason: str, content: Any) -> Row:
     return {"file": origin.source, "row": origin.row, "reason": reason, "content": content}
 
 

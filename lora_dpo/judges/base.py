@@ -61,12 +61,19 @@ class Judge:
             raise JudgeError(f"{where} gave {len(scores)} scores for {len(answers)} answers. It must give one each.")
         checked: list[float | None] = []
         for value in scores:
-            # numpy's and torch's numbers are fine, too: whatever float() takes, but not text.
-            number = None if value is None else math.nan if isinstance(value, str) else float(value)
+            number = None if value is None else _as_number(value)
             if number is not None and not math.isfinite(number):
                 raise JudgeError(f"{where} gave the score {value!r}. It must be a finite number, or None.")
             checked.append(number)
         return checked
+
+
+def _as_number(value: Any) -> float:
+    """Whatever float() takes, so numpy's and torch's numbers, too, but no text; NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except Exception:  # torch raises RuntimeError for a tensor of two numbers, others whatever they like
+        return math.nan
 
 
 def add_up(judges: Sequence[tuple[float, Judge]]) -> Judge:

@@ -111,9 +111,11 @@ class Endpoint:
         self._pause = pause or self._closed.wait
         self._lock = threading.Lock()
         self._next_start = 0.0
+        self._own_temperature = False
+        """True once the endpoint refused a temperature: reasoning models have one of their own."""
 
     def ask(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The model's reply, at temperature 0.
+        """The model's reply, at temperature 0 if it takes one.
 
         Raises:
             JudgeError: no usable reply after all attempts, or one that repeating will not change.
@@ -139,16 +141,14 @@ class Endpoint:
 
         problem, wait = "", 0.0
         for attempt in range(self.settings.attempts):
-            self._wait_for_turn()
             with self._lock:
-                self.usage.requests += 1
                 self.usage.repeated += attempt > 0
             wait = min(60.0, 2.0**attempt)
             try:
-                status, headers, content = self._post(body)
+                status, headers, content = self._answered(body)
             except (httpx2.TimeoutException, TimeoutError):
                 problem = f"no answer within {self.settings.timeout:g} s"
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:  # a broken connection, or a damaged compressed body
                 problem = f"{type(error).__name__}: {error}"
             else:
                 if status == 200:
@@ -168,8 +168,24 @@ class Endpoint:
             "Run the same command again to go on: answered questions are kept."
         )
 
+    def _answered(self, body: Mapping[str, Any]) -> tuple[int, httpx2.Headers, bytes]:
+        """What the endpoint says to `body`, or without its temperature if that is what it refuses."""
+        without = {name: value for name, value in body.items() if name != "temperature"}
+        if not self._own_temperature:
+            status, headers, content = self._post(body)
+            if status != 400 or b"temperature" not in content.lower():
+                return status, headers, content
+            self._own_temperature = True
+        return self._post(without)
+
     def _post(self, body: Mapping[str, Any]) -> tuple[int, httpx2.Headers, bytes]:
-        """One request. The time limit holds for all of it: a server may also send a byte a minute for ever."""
+        """One request, when its turn has come.
+
+        The time limit holds for all of it: a server may also send a byte a minute for ever.
+        """
+        self._wait_for_turn()
+        with self._lock:
+            self.usage.requests += 1
         started, content = time.monotonic(), b""
         with self._client.stream("POST", self.url, json=body) as response:
             for part in response.iter_bytes():

@@ -83,6 +83,11 @@ def check_specs(specs: Sequence[str]) -> None:
             raise ConfigError("The judge is 'reward:' without a model. Write reward:FOLDER or reward:HUB/ID.")
 
 
+def is_implicit(spec: str) -> bool:
+    """True for the implicit judge, weighted or not; a function of that name in a user's module is another judge."""
+    return _split_weight(spec.strip())[1] == "implicit"
+
+
 def _weighted(spec: str, means: Means) -> tuple[float, Judge]:
     weight, text = _split_weight(spec)
     return weight, _open(text, means)

@@ -67,8 +67,9 @@ def _parse(text: str) -> Rule:
     name, equals, value = text.partition("=")
     if equals and value and name in ("regex", "no-regex"):
         return _regex_rule(value, wanted=name == "regex")
-    if equals and value and name in ("keywords", "no-keywords"):
-        return _keyword_rule([word.strip() for word in value.split(",") if word.strip()], wanted=name == "keywords")
+    words = [word.strip() for word in value.split(",") if word.strip()]
+    if equals and words and name in ("keywords", "no-keywords"):
+        return _keyword_rule(words, wanted=name == "keywords")
     if text in _PLAIN:
         return _PLAIN[text]
     name = re.split(r"[<>=]", text)[0].strip()
