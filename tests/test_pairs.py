@@ -365,9 +365,8 @@ def test_the_implicit_reward_of_a_continued_adapter_is_against_the_adapter_it_co
     # its own copy as the reference: the policy is its reference, and every reward is 0
     import types
 
-    monkeypatch.setattr(
-        "lora_dpo.policy.read_passport", lambda folder: types.SimpleNamespace(reference=f"adapter:{adapter}")
-    )
+    own = types.SimpleNamespace(reference=f"adapter:{adapter}", reference_sha256=None)
+    monkeypatch.setattr("lora_dpo.policy.read_passport", lambda folder: own)
     attach_reference(policy)
     assert judge.score(prompts[0], answers) == pytest.approx([0, 0], abs=1e-5)
     monkeypatch.setattr("lora_dpo.policy.read_passport", lambda folder: types.SimpleNamespace(reference="adapter:gone"))
