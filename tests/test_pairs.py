@@ -392,6 +392,13 @@ def command(model, *more, judge="rules:chars>=9"):
     return [*common, "--max-new-tokens", "8", "--answers", "3", "-o", "p.jsonl", *more]
 
 
+def test_strict_refuses_a_base_that_is_not_quite_the_adapters(adapter, tiny_model_folder, prompts, capsys):
+    given = command(tiny_model_folder, "--adapter", str(adapter))
+    assert main([*given, "--strict"]) == 1  # it has no passport
+    assert "unverified" in capsys.readouterr().err
+    assert main(given) == 0
+
+
 def test_the_command_writes_pairs_and_accounts_for_every_prompt(tiny_model_folder, prompts, capsys):
     assert main(command(tiny_model_folder)) == 0
     said = capsys.readouterr().out
