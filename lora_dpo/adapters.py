@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.errors import AdapterError, BaseDiffers
-from lora_dpo.fetch import PACKAGED_MODELS
+from lora_dpo.fetch import PACKAGED_MODELS, is_hub_id
 from lora_dpo.files import sha256_of
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config, read_json
 from lora_dpo.model import POLICY, Base, resolve_model
@@ -59,6 +59,8 @@ class Passport:
     recipe: dict[str, Any] = field(default_factory=dict)
     adapter_sha256: str | None = None
     """Of `adapter_model.safetensors`: a passport belongs to one file of weights."""
+    reference_sha256: str | None = None
+    """Of the reference adapter's weights, where `reference` is an adapter."""
     format: int = 2
 
 
@@ -86,8 +88,9 @@ def make_passport(
         metrics=metrics,
         versions={name: version(name) for name in PACKAGES},
         created=created,
-        base_licence=licence_of(base.name),
+        base_licence=licence_of(base.name, base.revision),
         recipe=recipe or {},
+        reference_sha256=_sha256_of_reference(reference),
     )
 
 
@@ -165,23 +168,46 @@ def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False, n
 def put_adapter(base: Base, folder: Path, *, trainable: bool = False, name: str = POLICY) -> PeftModel:
     """The second half of `attach_adapter`, for a folder that `check_adapter` has passed. Raises `AdapterError`."""
     with quiet_libraries():  # peft brings bitsandbytes in, which has advice to give
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import PeftModel
 
-        try:
+        with _peft_errors(folder, base.name):
             model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, is_trainable=trainable)
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-            # target modules that are not there, a config that peft refuses
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise AdapterError(f"The adapter {folder} does not fit {base.name}: {plain(reason, 300)}") from error
-        live = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+        _check_names(model, folder, name, base.name)
+    model.eval()
+    return model
+
+
+def put_beside(model: PeftModel, folder: Path, *, name: str, base: str) -> None:
+    """Put one more adapter on a model that has one, switched off, for a folder that `check_adapter` has passed.
+
+    Raises:
+        AdapterError: its config does not fit the base called `base`.
+    """
+    with _peft_errors(folder, base):
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    _check_names(model, folder, name, base)
+
+
+def _check_names(model: PeftModel, folder: Path, name: str, base: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    live = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     stored = set(read_adapter_names(folder))
     if odd := sorted(live ^ stored):
         where = "is in the file and not on the model" if odd[0] in stored else "is missing in the file"
         raise AdapterError(
-            f"The adapter {folder} does not fit {base.name}: {plain(odd[0])} {where}. Take it from its source again."
+            f"The adapter {folder} does not fit {base}: {plain(odd[0])} {where}. Take it from its source again."
         )
-    model.eval()
-    return model
+
+
+@contextmanager
+def _peft_errors(folder: Path, base: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        # target modules that are not there, a config that peft refuses
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise AdapterError(f"The adapter {folder} does not fit {base}: {plain(reason, 300)}") from error
 
 
 def check_adapter(base: Base, folder: Path) -> None:
@@ -194,7 +220,7 @@ def check_adapter(base: Base, folder: Path) -> None:
     check_fit(folder, config, tensors, base.model, base.name)
     check_finite(folder)
     if passport is None:
-        warn_unverified(folder, base.name)
+        warn_unverified(folder, base.name, quantize=base.quantize)
 
 
 def read_adapter_names(folder: Path) -> list[str]:
@@ -231,15 +257,31 @@ def check_base(passport: Passport, base: Base, folder: Path) -> None:
         BaseDiffers: the same base in another revision or quantisation, or with another tokenizer or template.
     """
     check_weights_of_base(passport, folder, name=base.name, revision=base.revision, fingerprint=base.fingerprint)
+    check_holding(
+        passport,
+        folder,
+        name=base.name,
+        quantize=base.quantize,
+        tokenizer=base.tokenizer_sha256,
+        template=base.chat_template_sha256,
+    )
+
+
+def check_holding(passport: Passport, folder: Path, *, name: str, quantize: str, tokenizer: str, template: str) -> None:
+    """The part of `check_base` that is about how the base is held and asked: `tokenizer`, `template` are SHA-256.
+
+    Warns:
+        BaseDiffers: another quantisation, tokenizer or chat template than the passport's.
+    """
     found = []
-    if passport.quantize != base.quantize:
-        found.append(f"it was trained on weights quantised as {passport.quantize}, here they are {base.quantize}")
-    if passport.tokenizer_sha256 != base.tokenizer_sha256:
+    if passport.quantize != quantize:
+        found.append(f"it was trained on weights quantised as {passport.quantize}, here they are {quantize}")
+    if passport.tokenizer_sha256 != tokenizer:
         found.append("the tokenizer has another vocabulary")
-    if passport.chat_template_sha256 != base.chat_template_sha256:
+    if passport.chat_template_sha256 != template:
         found.append("the chat template is another one")
     if found:
-        warn_of_base(folder, base.name, found)
+        warn_of_base(folder, name, found)
 
 
 def check_weights_of_base(
@@ -259,10 +301,12 @@ def check_weights_of_base(
         warn_of_base(folder, name, [f"its weights are another revision's (trained on {was}, here {now})"])
 
 
-def warn_unverified(folder: Path, name: str) -> None:
+def warn_unverified(folder: Path, name: str, *, quantize: str) -> None:
     """Issue `BaseDiffers` for an adapter without passport whose names and shapes fit."""
     text = f"The adapter {folder} has no passport, so it is unverified: its names and shapes fit {name}, but nothing "
-    warnings.warn(BaseDiffers(text + "says that it was made for it."), stacklevel=4)
+    text += "says that it was made for it"
+    text += "." if quantize == "none" else f", nor for weights quantised as {quantize}, as they are held here."
+    warnings.warn(BaseDiffers(text), stacklevel=4)
 
 
 def warn_of_base(folder: Path, name: str, found: list[str]) -> None:
@@ -282,21 +326,42 @@ def strictness(strict: bool) -> Iterator[None]:
 
 def is_public_name(name: str) -> bool:
     """True for a hub id or a packaged model: names that mean the same model everywhere, unlike a folder."""
-    return name in PACKAGED_MODELS or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists())
+    return name in PACKAGED_MODELS or is_hub_id(name)
 
 
-def licence_of(name: str) -> str | None:
-    """The licence that a local model folder states: in its model card, else the first line of its LICENSE."""
-    folder = Path(resolve_model(name))
-    card, licence = folder / "README.md", folder / "LICENSE"
-    if card.is_file():
+def licence_of(name: str, revision: str | None = None) -> str | None:
+    """The licence that a model states: in its model card, else the first lines of its LICENSE."""
+    if (card := _model_file(name, "README.md", revision)) is not None:
         found = re.search(r"\A---\n.*?^license:\s*(\S+)", card.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL)
         if found:
             return found[1]
-    if licence.is_file():
+    if (licence := _model_file(name, "LICENSE", revision)) is not None:
         lines = [line.strip() for line in licence.read_text("utf-8", "replace").splitlines() if line.strip()]
         return " ".join(lines[:2]) if lines else None
     return None
+
+
+def _model_file(name: str, file: str, revision: str | None) -> Path | None:
+    """A small file of a model: in its folder, in the hub's cache, or on the hub. None if it is in none of them."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    path = resolve_model(name)
+    if Path(path).is_dir():
+        return Path(path) / file if (Path(path) / file).is_file() else None
+    if not is_public_name(path):
+        return None
+    cached = try_to_load_from_cache(path, file, revision=revision)
+    if cached is not None:  # a path, or the mark of a file that is known not to be there
+        return Path(cached) if isinstance(cached, str) else None
+    try:
+        return Path(hf_hub_download(path, file, revision=revision))
+    except (OSError, ValueError):  # no such file, no network: a licence is worth no failed training
+        return None
+
+
+def _sha256_of_reference(reference: str) -> str | None:
+    weights = Path(reference.removeprefix("adapter:")) / WEIGHTS
+    return sha256_of(weights) if reference.startswith("adapter:") and weights.is_file() else None
 
 
 def _known_adapters() -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lora_dpo.config import Recipe
+from lora_dpo.fetch import is_hub_id
 from lora_dpo.methods import TITLES
+from lora_dpo.package import PICTURE
 
 if TYPE_CHECKING:
     from lora_dpo.adapters import Passport
@@ -32,17 +34,10 @@ def write_card(
     """
     place = recipe.output or str(path.parent)
     name = Path(place).name
-    front = {
-        "base_model": passport.base,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", recipe.method, *([] if recipe.method == "sft" else ["preference-tuning"]), "lora-dpo"],
-    }
+    tags = ["lora", recipe.method, *([] if recipe.method == "sft" else ["preference-tuning"]), "lora-dpo"]
     counts = ", ".join(_count(which, record) for which, record in passport.data.items())
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
+        *front_matter(passport.base, tags),
         f"# {name}",
         "",
         f"A LoRA adapter for `{passport.base}`, {TITLES[recipe.method]} by lora-dpo on "
@@ -51,7 +46,7 @@ def write_card(
         *(_stopped_lines(passport.metrics["stopped"]) if "stopped" in passport.metrics else []),
         *([stopped, ""] if stopped else []),
         *(_comparison_lines(comparison) if comparison else []),
-        "![training curves](curves.png)",
+        PICTURE.decode().rstrip(),
         "",
         *(_answer_lines(samples) if samples else []),
         "## How it was made",
@@ -74,6 +69,13 @@ def write_card(
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def front_matter(base: str, tags: Sequence[str]) -> list[str]:
+    """The lines of a card that the hub reads; it refuses a `base_model` that is no hub id, so that is left out."""
+    front: dict[str, Any] = {"base_model": base} if is_hub_id(base) else {}
+    front |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": list(tags)}
+    return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---"]
 
 
 def _stopped_lines(stopped: Mapping[str, int]) -> list[str]:

@@ -127,6 +127,10 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; 0.7 is lively.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="How the base is held: nf4 or none. By default as the adapter was trained, else nf4."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help=STRICT)] = False,
 ) -> None:
     """Chat with an adapter; switch to its base and back on the one loaded model.
@@ -141,12 +145,21 @@ def chat(
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.chat import open_chat
+    from lora_dpo.config import one_of
     from lora_dpo.generate import Sampling
     from lora_dpo.terminal import compare_once, converse
 
+    if quantize is not None:
+        one_of("--quantize", quantize, ("nf4", "none"))
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed)
     with strictness(strict), err.status("loading the model"):
-        opened = open_chat(adapter, model=model, sampling=sampling, system=system)
+        opened = open_chat(
+            adapter,
+            model=model,
+            quantize=quantize,  # type: ignore[arg-type]
+            sampling=sampling,
+            system=system,
+        )
     if prompt is None:
         converse(opened, out, compare=compare)
     elif compare:
@@ -189,12 +202,15 @@ def merge(
     from lora_dpo.adapters import strictness
     from lora_dpo.config import one_of
     from lora_dpo.console import fidelity_table, stages
-    from lora_dpo.fidelity import fidelity, recommend
+    from lora_dpo.fidelity import check_pairs, fidelity, recommend
     from lora_dpo.merge import merge as run_merge
     from lora_dpo.probe import read_probe
 
     one_of("--into", into, ("base16", "trained-base", "both"))
     one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    comparable = pairs is not None or read_probe(adapter) is not None
+    if report and comparable:
+        check_pairs(adapter, pairs, model=model)
     with strictness(strict), stages(err) as stage:
         folder = run_merge(
             adapter,
@@ -207,7 +223,7 @@ def merge(
     out.print(f"[green]merged[/] {adapter} into {into}: [bold]{folder}[/] ({dtype})")
     if not report:
         return
-    if pairs is None and read_probe(adapter) is None:
+    if not comparable:
         out.print("No report: the adapter carries no pairs to compare on. Give some with --pairs FILE.")
         return
     both = ("base16", "trained-base")
@@ -216,6 +232,9 @@ def merge(
         warnings.simplefilter("ignore", BaseDiffers)  # said already, by the merge
         found = fidelity(adapter, merged, model=model, pairs=pairs, on_stage=stage)
     out.print(fidelity_table(found))
+    if found[0].pairs < found[0].given:
+        said = f"Compared on {found[0].pairs} of {found[0].given} pairs, evenly spaced: more would fill the disk."
+        out.print(said, highlight=False)
     out.print(recommend(found), soft_wrap=True, highlight=False)
 
 

@@ -172,11 +172,15 @@ def push(
 
         lora-dpo adapters push quickstart me/brief-smollm2
     """
+    from lora_dpo.hub import paths_told
     from lora_dpo.hub import push as run_push
     from lora_dpo.library import find_adapter
 
+    folder = find_adapter(name)
+    if told := paths_told(folder):
+        err.print(f"warning: {', '.join(told)} name a place on this machine.", highlight=False, soft_wrap=True)
     with err.status("uploading"):
-        address = run_push(find_adapter(name), repo, private=not public)
+        address = run_push(folder, repo, private=not public)
     out.print(f"pushed: {escape(address)}", highlight=False, soft_wrap=True)
 
 
@@ -191,10 +195,10 @@ def remove(
 
         lora-dpo adapters remove quickstart-2
     """
-    from lora_dpo.library import find_adapter
+    from lora_dpo.library import removable
     from lora_dpo.library import remove as run_remove
 
-    folder = find_adapter(name)
+    folder = removable(name)
     if not yes:
         typer.confirm(f"Remove {folder}?", abort=True)
     out.print(f"removed {escape(str(run_remove(name)))}", highlight=False)

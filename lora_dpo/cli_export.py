@@ -12,16 +12,33 @@ from rich.markup import escape
 out = Console()
 err = Console(stderr=True)
 
+_BASES = {
+    "base16": "the weights as they are stored",
+    "trained-base": "the NF4 values that 4-bit training computes with",
+}
+_NOT_ITS_BASE = {
+    "gguf-adapter": "It was trained on 4-bit weights and is itself only on their values: make that base with "
+    "lora-dpo export BASE --to gguf --into trained-base.",
+    "peft": "It was trained on 4-bit weights; a server that holds the base in 16 bits answers otherwise. What was "
+    "measured is served by the folder of: lora-dpo merge ADAPTER --into trained-base.",
+}
+
 
 def export(
-    source: Annotated[str, typer.Argument(help="An adapter folder; for gguf and ollama also a base model.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="An adapter: its folder, or its name in adapters/. For gguf and ollama also a base model."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write. Must not exist.")],
     to: Annotated[str, typer.Option(help="gguf-adapter, gguf, ollama or peft.")] = "gguf",
     kind: Annotated[
         str | None,
         typer.Option("--type", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default f16; f32 for gguf-adapter."),
     ] = None,
-    into: Annotated[str, typer.Option(help="What is merged into, as in merge: base16 or trained-base.")] = "base16",
+    into: Annotated[
+        str | None,
+        typer.Option(help="What is merged into, as in merge: base16 or trained-base. Default: what it was trained on."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a base that differs from the adapter's passport in any way.")
@@ -38,17 +55,20 @@ def export(
 
         lora-dpo export adapters/quickstart --to gguf-adapter --output quickstart-lora.gguf
 
-        lora-dpo export smollm2-135m --to gguf --output smollm2-135m.gguf
+        lora-dpo export smollm2-135m --to gguf --into trained-base --output smollm2-135m-nf4.gguf
 
         lora-dpo export adapters/quickstart --to ollama --output ollama/quickstart
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.config import one_of
     from lora_dpo.console import stages
+    from lora_dpo.export import adapter_of
     from lora_dpo.export import export as run_export
+    from lora_dpo.merging import trained_into
 
     one_of("--to", to, ("gguf-adapter", "gguf", "ollama", "peft"))
-    one_of("--into", into, ("base16", "trained-base"))
+    if into is not None:
+        one_of("--into", into, ("base16", "trained-base"))
     with strictness(strict), stages(err) as stage:
         path = run_export(
             source,
@@ -60,5 +80,11 @@ def export(
             on_tensor=lambda done, total: stage("exporting", done, total),
         )
     out.print(f"[green]exported[/] {escape(source)} as {to}: [bold]{escape(str(path))}[/]", soft_wrap=True)
+    adapter = adapter_of(source)
+    if to in ("gguf", "ollama"):
+        which = into or (trained_into(adapter) if adapter else "base16")
+        out.print(f"  {'merged into' if adapter else 'the weights are'} {which}: {_BASES[which]}", highlight=False)
+    elif adapter and trained_into(adapter) == "trained-base":
+        out.print(f"  {_NOT_ITS_BASE[to]}", highlight=False, soft_wrap=True)
     if to == "ollama":
         out.print(f"  ollama create {escape(path.name)} -f {escape(str(path / 'Modelfile'))}", soft_wrap=True)

@@ -52,6 +52,9 @@ def pairs(
     judge_prices: Annotated[
         str | None, typer.Option(help="IN,OUT: prices of a million tokens, to count an LLM judge's cost.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a base that differs from the adapter's passport in any way.")
+    ] = False,
 ) -> None:
     """Make preference pairs from a model's own answers.
 
@@ -66,6 +69,7 @@ def pairs(
 
         lora-dpo pairs p.jsonl --model smollm2-135m --judge my_judge:score --select gaps --min-gap 0.5 -o pairs.jsonl
     """
+    from lora_dpo.adapters import strictness
     from lora_dpo.console import RunView
     from lora_dpo.files import refuse_existing
     from lora_dpo.generate import Sampling
@@ -84,7 +88,7 @@ def pairs(
     asked = read_prompts(prompts, limit=limit)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     plan = SamplePlan(answers=answers, sampling=sampling, system=system, batch_size=batch_size)
-    with err.status("loading the model"):
+    with strictness(strict), err.status("loading the model"):
         policy, judged_by = load_with_judge(
             judge,
             cache=output.with_name(output.name + ".judge.sqlite"),

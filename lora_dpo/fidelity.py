@@ -10,16 +10,17 @@ import gc
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.data import TokenPair, read_pairs, tokenize_pairs
-from lora_dpo.errors import AdapterError
+from lora_dpo.errors import AdapterError, DataError
+from lora_dpo.evaluate import evenly
 from lora_dpo.files import disk_errors
 from lora_dpo.generate import Sampling, decode, stop_token_ids
-from lora_dpo.model import load_base
+from lora_dpo.model import load_base, load_tokenizer
 from lora_dpo.probe import PROBE, Sides, read_probe
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.verify import accuracy
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 REPORT = "fidelity.json"
 PROMPTS, ANSWER = 3, 48
 """Prompts that both models answer greedily, and the tokens of an answer."""
+MAX_STORED = 4 << 30
+"""Bytes of the live model's distributions that wait on disk."""
+CLOSE_DELTA, CLOSE_TOP1 = 0.1, 0.95
+"""What still counts as the adapter that was measured, though on another base: probabilities of tokens within about a
+tenth (e^0.1), and the same next token at 19 of 20 places. Reward accuracy alone cannot say so: it is over few pairs,
+and a model can rank pairs as before and write other answers."""
 
 OnStage = Callable[[str, int, int], None]
 
@@ -55,6 +62,10 @@ class Fidelity:
     """The merged model's, against the base that it was merged into."""
     same_answers: int
     answers: int
+    given: int = 0
+    """Pairs that there were to compare on; `pairs` of them, evenly spaced, fit on the disk."""
+    quantize: str = "nf4"
+    """How the live adapter's base is held."""
 
 
 def fidelity(
@@ -74,6 +85,8 @@ def fidelity(
 
     Raises:
         AdapterError: the adapter carries no pairs and none are given.
+        DataError: the pairs cannot be read, or none of them can be used.
+        OutputError: the disk is full.
     """
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +97,8 @@ def fidelity(
         passport = read_passport(adapter)
         quantize: Any = "none" if passport is not None and passport.quantize == "none" else "nf4"
         base = load_base(model or name, revision=None if model else revision, quantize=quantize)
-        held = _pairs(adapter, pairs, base.tokenizer)
+        given = _pairs(adapter, pairs, base.tokenizer)
+        held = thinned(given, base.model.config.get_text_config().vocab_size)
         prompts = [held[index].prompt for index in range(min(PROMPTS, len(held)))]
         live = attach_adapter(base, adapter)
         policy = _store(live, held, Path(scratch), lambda n: tick("live adapter", n, len(held)))
@@ -108,12 +122,24 @@ def fidelity(
             ticking = _ticker(tick, into, len(held))
             found.append(_compare(one, into, folder, held, Path(scratch), policy, ref, refs[into], ticking))
             same = sum(a == b for a, b in zip(answers, _answers(one, prompts, stops), strict=True))
-            found[-1] = Fidelity(**{**asdict(found[-1]), "same_answers": same, "answers": len(answers)})
+            found[-1] = replace(found[-1], same_answers=same, answers=len(answers), given=len(given), quantize=quantize)
             del one
             gc.collect()
     for one_found, folder in zip(found, merged.values(), strict=True):
         _write(folder, [one_found])
     return found
+
+
+def check_pairs(adapter: str | Path, pairs: str | Path | None = None, *, model: str | None = None) -> None:
+    """Read the pairs that `fidelity` would compare on, before the work of a merge. Raises as that does."""
+    name, revision = base_name(Path(adapter))
+    _pairs(Path(adapter), pairs, load_tokenizer(model or name, revision=None if model else revision))
+
+
+def thinned(pairs: Sequence[TokenPair], vocabulary: int) -> list[TokenPair]:
+    """Evenly spaced pairs whose distributions take about `MAX_STORED` bytes at most; all of them, if they fit."""
+    size = sum(len(answer) for pair in pairs for answer in _sides(pair)) * vocabulary * 4
+    return [pairs[index] for index in evenly(len(pairs), max(1, int(len(pairs) * min(1.0, MAX_STORED / size))))]
 
 
 def recommend(found: Sequence[Fidelity]) -> str:
@@ -122,24 +148,33 @@ def recommend(found: Sequence[Fidelity]) -> str:
     exact, stored = by.get("trained-base"), by.get("base16")
     if exact and stored:
         distance = f"{stored.mean_delta:.2g} nats a token from the live adapter, trained-base {exact.mean_delta:.2g}"
-        if stored.accuracy >= stored.live_accuracy:
+        if stored.accuracy < stored.live_accuracy:
             return (
-                f"Use base16: it has no 4-bit rounding and gets as many of the {stored.pairs} pairs right as the live "
-                f"adapter ({stored.accuracy:.0%}), though it is {distance}."
+                f"Use trained-base: base16 gets fewer of the {stored.pairs} pairs right than the live adapter "
+                f"({stored.accuracy:.0%}, live {stored.live_accuracy:.0%}), and is {distance}."
+            )
+        if stored.mean_delta > CLOSE_DELTA or stored.top1 < CLOSE_TOP1:
+            return (
+                f"Use trained-base: base16 is {distance}, and would choose the same next token at {stored.top1:.0%} of "
+                "places; it is not the adapter that was measured."
             )
         return (
-            f"Use trained-base: base16 gets fewer of the {stored.pairs} pairs right than the live adapter "
-            f"({stored.accuracy:.0%}, live {stored.live_accuracy:.0%}), and is {distance}."
+            f"Use base16: it has no 4-bit rounding and gets as many of the {stored.pairs} pairs right as the live "
+            f"adapter ({stored.accuracy:.0%}), though it is {distance}."
         )
     [one] = found
     close = "computes what the live adapter computes" if one.mean_delta <= 0.01 else "is not quite the live adapter"
-    return f"This merge {close}: {one.mean_delta:.2g} nats a token apart; --into both compares the two bases."
+    more = "; --into both shows it beside the other base" if one.quantize != "none" else ""
+    return f"This merge {close}: {one.mean_delta:.2g} nats a token apart{more}."
 
 
 def _pairs(adapter: Path, pairs: str | Path | None, tokenizer: Any) -> list[TokenPair]:
     if pairs is not None:
         read, _ = read_pairs(str(pairs))
-        return tokenize_pairs(tokenizer, read, max_length=1024)[0]
+        found = tokenize_pairs(tokenizer, read, max_length=1024)[0]
+        if not found:
+            raise DataError(f"{pairs} holds no pair that can be compared on: none is left at 1024 tokens.")
+        return found
     probe = read_probe(adapter)
     if probe is None:
         raise AdapterError(
@@ -164,13 +199,12 @@ def _distribution(model: Any, prompt: list[int], answer: list[int]) -> torch.Ten
 
 def _store(model: Any, pairs: Sequence[TokenPair], scratch: Path, tick: Callable[[int], None]) -> Sides:
     """Keep the live distributions on disk; return the answers' log-probabilities."""
-    import numpy as np
-
     sums: Sides = ([], [])
     for number, pair in enumerate(pairs):
         for side, answer in enumerate(_sides(pair)):
             logps_AV = _distribution(model, pair.prompt, answer)
-            np.save(scratch / f"{number}-{side}.npy", logps_AV.numpy())
+            with disk_errors(scratch):
+                (scratch / f"{number}-{side}").write_bytes(logps_AV.numpy().tobytes())
             sums[side].append(_sum(logps_AV, answer))
         tick(number + 1)
     return sums
@@ -208,7 +242,8 @@ def _compare(
     sums: Sides = ([], [])
     for number, pair in enumerate(pairs):
         for side, answer in enumerate(_sides(pair)):
-            live_AV = torch.from_numpy(np.load(scratch / f"{number}-{side}.npy"))
+            stored = np.fromfile(scratch / f"{number}-{side}", dtype=np.float32)
+            live_AV = torch.from_numpy(stored).view(len(answer), -1)
             here_AV = _distribution(model, pair.prompt, answer)
             ids_A1 = torch.tensor(answer)[:, None]
             deltas.append((here_AV.gather(1, ids_A1) - live_AV.gather(1, ids_A1)).abs().squeeze(1))
@@ -217,10 +252,10 @@ def _compare(
             sums[side].append(_sum(here_AV, answer))
         tick(number + 1)
     delta = torch.cat(deltas)
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return Fidelity(
         into=into,
-        dtype=str(stored.get("dtype", stored.get("torch_dtype"))),
+        dtype=str(config.get("dtype", config.get("torch_dtype"))),
         pairs=len(pairs),
         tokens=delta.numel(),
         mean_delta=float(delta.mean()),

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_dpo.errors import AdapterError
+from lora_dpo.adapters import base_name, is_public_name
+from lora_dpo.errors import AdapterError, LoraDPOError
+from lora_dpo.files import disk_errors
 from lora_dpo.library import Installed, check_content, install
-from lora_dpo.lora_files import plain
-from lora_dpo.package import KNOWN
+from lora_dpo.lora_files import WEIGHTS, plain
+from lora_dpo.package import KNOWN, check_size, refuse_pickle, require
 from lora_dpo.runs import ADAPTERS_DIR
 
 
@@ -28,7 +30,7 @@ def push(folder: Path, repo: str, *, private: bool = True, message: str | None =
 
     check_content(folder)
     api = HfApi(library_name="lora-dpo")
-    with _hub_errors(repo):
+    with hub_errors(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(
             repo_id=repo,
@@ -37,6 +39,14 @@ def push(folder: Path, repo: str, *, private: bool = True, message: str | None =
             commit_message=message or f"Adapter {folder.name}",
         )
     return str(done.commit_url)
+
+
+def paths_told(folder: Path) -> list[str]:
+    """The files of an adapter folder that name a place on this machine: its base's, or one of your home folder."""
+    base, _ = base_name(folder)
+    places = [str(Path.home()), *([] if is_public_name(base) else [base])]
+    texts = [name for name in KNOWN if name != WEIGHTS and (folder / name).is_file()]
+    return [name for name in texts if any(place in (folder / name).read_text("utf-8", "replace") for place in places)]
 
 
 def pull(repo: str, *, name: str | None = None, revision: str | None = None, root: Path = ADAPTERS_DIR) -> Installed:
@@ -50,27 +60,49 @@ def pull(repo: str, *, name: str | None = None, revision: str | None = None, roo
 
 
 def download(repo: str, target: Path, *, revision: str | None = None) -> None:
-    """Put a hub repository's known files into the empty folder `target`."""
-    from huggingface_hub import snapshot_download
+    """Put a hub repository's known files into the empty folder `target`, after their sizes were checked.
 
-    with _hub_errors(repo):
-        found = Path(snapshot_download(repo, revision=revision, allow_patterns=list(KNOWN), library_name="lora-dpo"))
+    Raises:
+        PackageError: the repository holds no adapter, one as a pickle alone, or a file that is too large.
+        AdapterError: the hub refuses or cannot be reached.
+        OutputError: the disk is full.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    with hub_errors(repo), disk_errors(Path(constants.HF_HUB_CACHE)):
+        info = HfApi(library_name="lora-dpo").model_info(repo, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        _check_files(repo, sizes)
+        # the commit that was looked at: the branch may move in between
+        found = Path(snapshot_download(repo, revision=info.sha, allow_patterns=list(KNOWN), library_name="lora-dpo"))
     for file in KNOWN:
         if (found / file).is_file():
+            check_size(repo, file, (found / file).stat().st_size)
             shutil.copyfile(found / file, target / file)  # the cache holds links
 
 
+def _check_files(repo: str, sizes: dict[str, int]) -> None:
+    if WEIGHTS not in sizes:
+        for name in sizes:
+            refuse_pickle(repo, name)
+    for name in KNOWN:
+        check_size(repo, name, sizes.get(name, 0))
+    require(repo, set(sizes))
+
+
 @contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
+def hub_errors(repo: str, kind: type[LoraDPOError] = AdapterError) -> Iterator[None]:
+    """What huggingface_hub raises inside the block, as one error of `kind` with the next step."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    named = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled, OSError)
+    # ValueError: a card whose metadata the hub does not take
+    named = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError)
     refusals: tuple[type[Exception], ...] = named + _network_errors()
     try:
         yield
     except refusals as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-        raise AdapterError(
+        reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
+        raise kind(
             f"The hub did not serve {plain(repo)}: {plain(reason, 200)}. Check the id, the network and your token "
             "(hf auth login)."
         ) from error

@@ -27,8 +27,18 @@ from lora_dpo.config import nearest
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError, PackageError
 from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, sha256_of
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
-from lora_dpo.model import load_skeleton, resolve_model, weight_fingerprint
-from lora_dpo.package import KNOWN, SUFFIX, check_name, copy_folder, pack_files, package_name, unpack
+from lora_dpo.model import load_skeleton, resolve_model, weight_files, weight_fingerprint
+from lora_dpo.package import (
+    CARD,
+    KNOWN,
+    SUFFIX,
+    check_name,
+    copy_folder,
+    pack_files,
+    package_name,
+    unpack,
+    without_picture,
+)
 from lora_dpo.probe import PROBE, parse_probe
 from lora_dpo.runs import ADAPTERS_DIR
 
@@ -76,11 +86,16 @@ def find_adapter(name: str | Path, root: Path = ADAPTERS_DIR) -> Path:
     given = Path(name).expanduser()
     folder = given if given.is_dir() or len(given.parts) > 1 else root / given
     if not folder.is_dir() and root.is_dir():
-        names = [path.parent.name for path in root.glob("[!.]*/adapter_config.json")]
-        known = f" There is {', '.join(sorted(names))}." if names else ""
-        raise AdapterError(f"There is no adapter {plain(name)}.{nearest(str(name), names) or known}")
+        names = adapter_names(root)
+        known = f" There is {', '.join(names)}." if names else ""
+        raise AdapterError(f"There is no adapter {plain(name)}.{nearest(given.name, names) or known}")
     check_folder(folder)
     return folder
+
+
+def adapter_names(root: Path = ADAPTERS_DIR) -> list[str]:
+    """The names of the adapters under `root`, broken ones too."""
+    return sorted(path.parent.name for path in root.glob("[!.]*/adapter_config.json"))
 
 
 def describe(folder: Path) -> list[tuple[str, str]]:
@@ -173,9 +188,11 @@ def install(
             fetch(str(source), staged)
         else:
             raise AdapterError(f"There is no {plain(source)}: give a {SUFFIX} file, a folder or a hub id (owner/name).")
-        with _named(staged, path):
+        with named(staged, path):
             check_content(staged)
             notes += check_here(staged)
+        if (card := staged / CARD).is_file():
+            card.write_bytes(without_picture(card.read_bytes()))
         with atomic_folder(target) as folder:
             for file in (*(file for file in KNOWN if file != CONFIG), CONFIG):  # last: without it there is no adapter
                 if (staged / file).is_file():
@@ -183,16 +200,27 @@ def install(
     return Installed(target, tuple(notes))
 
 
+def removable(name: str, root: Path = ADAPTERS_DIR) -> Path:
+    """The folder of `root` that a name means, of a broken adapter too. Raises `AdapterError`."""
+    given = Path(name).expanduser()
+    folder = given if len(given.parts) > 1 else root / given
+    if not folder.is_dir():
+        return find_adapter(name, root)  # raises, with a hint
+    if folder.resolve().parent != root.resolve() or folder.name.endswith(".partial"):
+        raise AdapterError(
+            f"{plain(folder)} is not in {root}/, or is a run's: only adapters there are removed. Remove it yourself."
+        )
+    return folder
+
+
 def remove(name: str, root: Path = ADAPTERS_DIR) -> Path:
-    """Remove an adapter of `root`. It is gone at once: a remove that is cut off leaves no half adapter.
+    """Remove an adapter of `root`, also a broken one. It is gone at once: a remove that is cut off leaves no half one.
 
     Raises:
         AdapterError: there is none of that name.
         OutputError: the folder cannot be removed.
     """
-    folder = find_adapter(Path(name).name if Path(name).parent == root else name, root)
-    if folder.resolve().parent != root.resolve():
-        raise AdapterError(f"{folder} is not in {root}/: only adapters there are removed. Remove the folder yourself.")
+    folder = removable(name, root)
     with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".removed-", dir=root) as grave:
         folder.rename(Path(grave) / "adapter")
     return folder
@@ -209,6 +237,7 @@ def check_content(folder: Path) -> None:
     if (folder / PASSPORT).is_file():
         passport = parse_passport(folder / PASSPORT)
         _check_printable(folder / PASSPORT, "base", passport.base)
+        _check_metrics(folder / PASSPORT, passport)
         check_weights_are_the_passports(passport, folder)
     if base := read_config(folder).base:
         _check_printable(folder / CONFIG, "base_model_name_or_path", base)
@@ -227,7 +256,12 @@ def check_here(folder: Path) -> list[str]:
     revision = passport.base_revision if passport else config.revision
     try:
         path = local_model(name, revision)
+        files = weight_files(path)
+        cached = not Path(resolve_model(name)).is_dir()  # often its config alone
+        whole = all(file.is_file() for file in files) and bool(files or not cached)
     except ModelError:
+        whole = False
+    if not whole:
         return [*notes, f"its base {plain(name)} is not here: whether it fits is checked when you load it"]
     if passport:
         with warnings.catch_warnings(record=True) as caught:
@@ -277,7 +311,7 @@ def _listed(folder: Path, record: Mapping[str, Any]) -> Listed:
         state = f"verified {plain(str(entry.get('when'))[:10])}"
     base = plain(passport.base if passport else config.base or "?")
     accuracy = _after(passport).get("pairs", {}).get("accuracy") if passport else None
-    accuracy = float(accuracy) if isinstance(accuracy, int | float) else None
+    accuracy = float(accuracy) if isinstance(accuracy, int | float) and 0 <= accuracy <= 1 else None
     created = plain(passport.created[:10]) if passport else ""
     return Listed(folder.name, base, config.rank, _size(folder), created, accuracy, state)
 
@@ -291,12 +325,20 @@ def _target(root: Path, name: str) -> Path:
 
 
 @contextmanager
-def _named(staged: Path, path: Path) -> Iterator[None]:
-    """Errors about the staged copy name the package that it came from, not the temporary folder."""
+def named(staged: Path, path: Path) -> Iterator[None]:
+    """Errors about a folder that is not in its place yet name where it comes from, or where it is to go."""
     try:
         yield
     except AdapterError as error:
         raise type(error)(str(error).replace(str(staged), path.name)) from error
+
+
+def _check_metrics(path: Path, passport: Passport) -> None:
+    for when in ("before", "after"):
+        parts = passport.metrics.get(when, {})
+        odd = parts if not isinstance(parts, dict) else [part for part in parts.values() if not isinstance(part, dict)]
+        if odd:
+            raise PackageError(f"{path}: metrics.{when} is {plain(parts)}, no table of numbers.")
 
 
 def _check_printable(path: Path, key: str, value: str) -> None:
@@ -322,13 +364,13 @@ def _dtypes(folder: Path) -> list[str]:
     return sorted({stored.dtype for stored in read_header(folder / WEIGHTS).values()})
 
 
-def _after(passport: Passport) -> dict[str, Any]:
+def _after(passport: Passport) -> dict[str, dict[str, Any]]:
     after = passport.metrics.get("after", {})
-    return after if isinstance(after, dict) else {}
+    return {part: found for part, found in after.items() if isinstance(found, dict)} if isinstance(after, dict) else {}
 
 
 def _metrics(passport: Passport) -> dict[str, str]:
-    flat = {f"{part}.{key}": value for part, found in _after(passport).items() for key, value in dict(found).items()}
+    flat = {f"{part}.{key}": value for part, found in _after(passport).items() for key, value in found.items()}
     return {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in flat.items()}
 
 

@@ -43,6 +43,7 @@ _FOREIGN = (
     "velora_config",
     "monteclora_config",
 )
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 _INITS = (True, False, None, "gaussian", "orthogonal", "true", "false")
 
 
@@ -103,6 +104,9 @@ class AdapterTensors:
     lora: dict[str, LoraModule]
     saved: dict[str, Stored]
     """Whole parameters that replace the base's (`modules_to_save`), by the base's parameter name."""
+    copies: dict[str, Stored]
+    """The base's own embedding and head, by parameter name: peft stores them beside LoRA that targets them, and puts
+    them in the base's place when it loads the adapter."""
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -119,7 +123,7 @@ def read_config(folder: Path) -> AdapterConfig:
     alphas = [alpha, *(patterns[1].values() if isinstance(patterns[1], dict) else [None])]
     if any(not _is_number(value) for value in alphas):
         raise AdapterError(f"{folder / CONFIG} has lora_alpha {plain(alpha)}, which is not a finite number.")
-    for pattern in (*patterns[0], *patterns[1], raw.get("target_modules"), raw.get("exclude_modules")):
+    for pattern in (*patterns[0], *patterns[1], *(raw.get(key) for key in _PATTERNS)):
         _check_pattern(folder, pattern)
     _check_library(folder, raw.get("auto_mapping"))
     init = raw.get("init_lora_weights", True)
@@ -174,7 +178,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def sort_tensors(path: Path, header: Mapping[str, Stored], config: AdapterConfig) -> AdapterTensors:
     """Say what each tensor is for, and check ranks and dtypes. Raises `AdapterError` naming the tensor."""
-    found = AdapterTensors({}, {})
+    found = AdapterTensors({}, {}, {})
     parts: dict[str, dict[str, Stored]] = {}
     for name, stored in header.items():
         if stored.dtype not in FLOATS:
@@ -187,8 +191,10 @@ def sort_tensors(path: Path, header: Mapping[str, Stored], config: AdapterConfig
         suffix = next((suffix for suffix in _PARTS if bare.endswith(suffix)), None)
         if suffix:
             parts.setdefault(bare.removesuffix(suffix), {})[_PARTS[suffix]] = stored
+        elif ".base_layer." in bare:
+            found.copies[bare.replace(".base_layer.", ".")] = stored
         else:
-            found.saved[bare.replace(".base_layer.", ".")] = stored
+            found.saved[bare] = stored
     found.lora = {module: _lora_module(path, module, part, config) for module, part in parts.items()}
     if not found.lora and not found.saved:
         raise AdapterError(f"{path} holds no LoRA weights. Take the adapter from its source again.")
@@ -220,6 +226,11 @@ def check_fit(folder: Path, config: AdapterConfig, tensors: AdapterTensors, mode
             raise AdapterError(
                 f"{misfit} size mismatch in {plain(name)}, {a} to {b} here, {wanted[0]} to {wanted[1]} there."
             )
+    for name, stored in tensors.copies.items():
+        shape = _weight_shape(modules.get(name.removesuffix(".weight")))
+        if shape != stored.shape:
+            there = list(shape) if shape else "nothing"
+            raise AdapterError(f"{misfit} the copy of {plain(name)} is {list(stored.shape)} here and {there} there.")
     for name, stored in tensors.saved.items():
         if name not in parameters or tuple(parameters[name].shape) != stored.shape:
             there = list(parameters[name].shape) if name in parameters else "nothing"
@@ -296,7 +307,7 @@ def _lora_module(path: Path, module: str, part: dict[str, Stored], config: Adapt
     return LoraModule(a, b, magnitude, embedding)
 
 
-def _weight_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+def _weight_shape(module: torch.nn.Module | None) -> tuple[int, int] | None:
     """`(out, in)` of a linear layer or `(rows, width)` of an embedding, also where 4-bit weights are packed."""
     layer: Any = getattr(module, "base_layer", module)  # an adapter is on it already
     if hasattr(layer, "out_features"):
@@ -321,9 +332,13 @@ def _check_pattern(folder: Path, pattern: object) -> None:
 
 
 def _is_tame(text: str) -> bool:
-    if len(text) > 2000 or text.count("*") + text.count("+") > 8:
+    """True if matching takes no longer than a polynomial of small degree: no group is repeated, so no repeat is inside
+    another one, and there are few of them."""
+    if len(text) > 2000 or sum(map(text.count, "*+{")) > 8:
         return False
-    if re.search(r"[)\]][*+{?]|[*+?}][*+{]", text):  # repeats of repeats
+    if re.search(r"\)[*+{?]|[*+?}][*+{]", text):
+        return False
+    if re.search(r"\(\?[a-zA-Z-]*x", text):  # in verbose mode a space may stand between a group and its repeat
         return False
     try:
         re.compile(text)

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo.adapters import (
     base_name,
+    check_holding,
     check_weights_are_the_passports,
     check_weights_of_base,
     read_passport,
     warn_unverified,
 )
 from lora_dpo.errors import AdapterError, ModelError
+from lora_dpo.hub import hub_errors
 from lora_dpo.lora_files import (
     WEIGHTS,
     AdapterConfig,
@@ -32,12 +34,29 @@ from lora_dpo.lora_files import (
     plain,
     read_adapter,
 )
-from lora_dpo.model import load_skeleton, resolve_model, weight_files, weight_fingerprint
+from lora_dpo.model import (
+    chat_template_sha256,
+    load_skeleton,
+    resolve_model,
+    tokenizer_sha256,
+    weight_files,
+    weight_fingerprint,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from lora_dpo.adapters import Passport
+
 Into = Literal["base16", "trained-base"]
+
+_CONFIG = "config.json"
+_OF_A_MODEL = (
+    *(_CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("LICENSE*", "README.md"),
+)
+"""The files of a hub repository that a merge reads; others hold the same weights once more in other forms."""
 
 
 @dataclass
@@ -58,6 +77,8 @@ class Merged:
     _folder: Path | None = None
     _nf4: frozenset[str] = frozenset()
     _dtype: str = "float32"
+    untied: bool = False
+    """The base has one matrix for embeddings and head, the result two."""
 
     def adapted(self, name: str) -> bool:
         """True if the adapter changes this parameter."""
@@ -129,6 +150,12 @@ def nf4_value(weight: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def trained_into(adapter: Path) -> Into:
+    """Which base an adapter was trained on, by its passport; base16 if nothing says so. Raises `AdapterError`."""
+    passport = read_passport(adapter)
+    return "base16" if passport is None or passport.quantize == "none" else "trained-base"
+
+
 def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None) -> Merged:
     """Check that an adapter fits its base, and say what the merge would hold; no weight is read yet.
 
@@ -141,7 +168,7 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
         ModelError: the base is not there, or holds packed 4-bit weights.
 
     Warns:
-        BaseDiffers: another revision of the base, or no passport.
+        BaseDiffers: another revision, quantisation, tokenizer or chat template than the passport's, or no passport.
     """
     passport = read_passport(adapter)
     config, tensors = read_adapter(adapter)
@@ -157,13 +184,15 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
     if passport:
         fingerprint = weight_fingerprint(str(merged.path))
         check_weights_of_base(passport, adapter, name=name, revision=revision, fingerprint=fingerprint)
+        _check_tokenizer(passport, adapter, name, merged.path, quantize="none" if into == "base16" else "nf4")
     check_fit(adapter, config, tensors, skeleton, name)
     if passport is None:
-        warn_unverified(adapter, name)
+        warn_unverified(adapter, name, quantize="none" if into == "base16" else "nf4")
     if config.dora and any(lora.embedding for lora in tensors.lora.values()):
         raise AdapterError(f"{adapter} cannot be merged: it uses DoRA on embeddings. Use it live.")
     merged._folder, merged._adapter, merged._lora = adapter, config, tensors.lora
     merged._saved = {name: stored.name for name, stored in tensors.saved.items()}
+    merged._files |= {name: (adapter / WEIGHTS, stored.name) for name, stored in tensors.copies.items()}
     if into == "trained-base":
         merged._nf4 = _linear_modules(skeleton)
         merged._dtype = passport.dtype if passport else "float32"
@@ -171,11 +200,28 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
     return merged
 
 
-def plan_base(model: str, revision: str | None = None) -> Merged:
-    """A base as it is, in the same form. Raises `ModelError`."""
+def plan_base(model: str, revision: str | None = None, *, into: Into = "base16") -> Merged:
+    """A base without an adapter, in the same form.
+
+    Args:
+        into: "base16" as it is stored, or "trained-base": its NF4 values, for an adapter that was trained on them.
+
+    Raises:
+        ModelError: the base is not there, or holds packed 4-bit weights.
+    """
     merged, skeleton = _open_base(model, revision)
+    if into == "trained-base":
+        merged._nf4 = _linear_modules(skeleton)
     _untie(merged, skeleton)
     return merged
+
+
+def _check_tokenizer(passport: Passport, adapter: Path, name: str, path: Path, *, quantize: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    hashes = {"tokenizer": tokenizer_sha256(tokenizer), "template": chat_template_sha256(tokenizer)}
+    check_holding(passport, adapter, name=name, quantize=quantize, **hashes)
 
 
 def predict_bytes(
@@ -192,26 +238,44 @@ def predict_bytes(
 
 def _open_base(name: str, revision: str | None) -> tuple[Merged, torch.nn.Module]:
     from transformers import AutoConfig
-    from transformers.utils import cached_file
 
-    path = resolve_model(name)
-    skeleton = load_skeleton(name, revision=revision)
-    folder = Path(cached_file(path, "config.json", revision=revision)).parent
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    folder = _files_of(name, revision, (_CONFIG,))
+    raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     if raw.get("quantization_config"):
         how = plain(raw["quantization_config"].get("quant_method", "quantised"))
         raise ModelError(
             f"{name} is stored quantised ({how}); a merge would round it once more. Name the 16-bit base with --model."
         )
-    files = weight_files(path, revision=revision)
+    folder = _files_of(name, revision, _OF_A_MODEL)
+    files = weight_files(str(folder))
     if not files:
         raise ModelError(f"{name} has no safetensors files. Name a copy that has them with --model.")
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ModelError(
+            f"{name} is not whole: {len(absent)} of its {len(files)} files of weights are missing "
+            f"({plain(absent[0])}). Download it again, or name a whole copy with --model."
+        )
+    skeleton = load_skeleton(str(folder))
     stored = {key: (file, key) for file in files for key in _keys(file)}
     places = _match(name, stored, skeleton)
     state = skeleton.state_dict()
     config = AutoConfig.from_pretrained(folder)
     shapes = {key: tuple(state[key].shape) for key in places}
     return Merged(name, folder, config, shapes, places), skeleton
+
+
+def _files_of(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """A model's folder; a hub repository's files of these names are downloaded if they are not in the cache."""
+    from huggingface_hub import snapshot_download
+
+    path = resolve_model(name)
+    if Path(path).is_dir():
+        return Path(path)
+    with hub_errors(path, ModelError):
+        found = snapshot_download(path, revision=revision, allow_patterns=list(patterns), library_name="lora-dpo")
+    if not (Path(found) / _CONFIG).is_file():
+        raise ModelError(f"{name} is no model: there is no {_CONFIG} in it.")
+    return Path(found)
 
 
 def _match(name: str, stored: dict[str, tuple[Path, str]], skeleton: Any) -> dict[str, tuple[Path, str]]:
@@ -244,6 +308,7 @@ def _untie(merged: Merged, skeleton: Any) -> None:
     head = names[skeleton.get_output_embeddings()] + ".weight"
     if not (merged.adapted(into) or merged.adapted(head)):
         return
+    merged.untied = head not in merged.shapes
     # A head that is stored beside tied embeddings stays what it is: transformers reads it if the two differ.
     merged._files.setdefault(head, merged._files[into])
     merged.shapes.setdefault(head, merged.shapes[into])
@@ -282,10 +347,13 @@ class _Files:
 
 
 def _keys(file: Path) -> list[str]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ModelError(f"{file} is no whole safetensors file ({plain(error)}). Download it again.") from error
 
 
 def _numel(shape: tuple[int, ...]) -> int:

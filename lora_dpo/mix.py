@@ -14,21 +14,34 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters import Passport, base_name, check_adapter, make_passport, read_passport, write_passport
+from lora_dpo.adapters import (
+    Passport,
+    base_name,
+    check_adapter,
+    make_passport,
+    put_adapter,
+    put_beside,
+    read_passport,
+    write_passport,
+)
+from lora_dpo.card import front_matter
 from lora_dpo.data import TokenPair
 from lora_dpo.errors import AdapterError, ConfigError
-from lora_dpo.evaluate import score_pairs
+from lora_dpo.evaluate import evenly, score_pairs
 from lora_dpo.files import atomic_folder, refuse_existing, sha256_of
-from lora_dpo.lora_files import CONFIG, WEIGHTS, plain, read_adapter, read_config
+from lora_dpo.library import check_content, named
+from lora_dpo.lora_files import CONFIG, WEIGHTS, LoraModule, plain, read_adapter, read_config
 from lora_dpo.model import Base, load_base
-from lora_dpo.probe import Probe, Sides, read_probe, save_probe
+from lora_dpo.probe import MAX_PAIRS, Probe, Sides, read_probe, save_probe
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.verify import accuracy, pad_of
 
@@ -48,6 +61,8 @@ METHODS = (
     "magnitude_prune",
     "magnitude_prune_svd",
 )
+ALONE = ("linear", "cat", "svd")
+"""Methods that make sense of one adapter."""
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MIX = "mix"
 SWEEP_PLOT = "sweep.png"
@@ -91,7 +106,7 @@ def mix(
 
     Args:
         parts: adapter folders with their weights.
-        method: one of `METHODS`, see above.
+        method: one of `METHODS`, see above; of one adapter alone one of `ALONE`.
         rank: the result's rank, for the methods with `svd`; by default the largest of the parents'.
         density: share of entries that ties, dare and magnitude_prune keep.
         seed: of what dare drops.
@@ -99,7 +114,7 @@ def mix(
         model: another place of the same base.
 
     Raises:
-        ConfigError: a method, rank or density that does not go together.
+        ConfigError: a method, rank, density or weight that does not go together.
         AdapterError: adapters of different bases, or of a kind that cannot be mixed.
         OutputError: `output` exists or cannot be written.
     """
@@ -107,7 +122,7 @@ def mix(
     output = Path(output)
     refuse_existing(output)
     _check_options(parts, method=method, rank=rank, density=density, sweep=sweep)
-    _check_kinds(folders, method)
+    _check_kinds(folders, method, rank)
     tick = on_stage or (lambda stage, done, total: None)
     with quiet_libraries():
         passport = read_passport(folders[0])
@@ -119,7 +134,8 @@ def mix(
         policy, names = _load(base, folders)
         weights = [weight for _, weight in parts]
         options: dict[str, Any] = {"method": method, "rank": rank, "density": density, "seed": seed}
-        _combine(policy, names, weights, **options)
+        with _mix_errors(method):
+            _combine(policy, names, weights, **options)
         pairs = _pairs(folders)
         scores, probe = _score(policy, base, pairs, names, folders, tick)
         swept = _sweep(policy, base, pairs, names, sweep, tick, options) if sweep else {}
@@ -133,6 +149,8 @@ def mix(
             if swept:
                 plot_sweep(folder / SWEEP_PLOT, swept, method, folders[0].name)
             _write_card(folder / "README.md", output.name, made, parts, method, scores)
+            with named(folder, output):
+                check_content(folder)
     return Mixed(output, read_config(output).rank, scores, swept)
 
 
@@ -153,6 +171,10 @@ def _check_options(
     from lora_dpo.config import one_of
 
     one_of("--method", method, METHODS)
+    if odd := [weight for _, weight in parts if not math.isfinite(weight)]:
+        raise ConfigError(f"A weight is {odd[0]}: give a number, such as 0.5.")
+    if len(parts) == 1 and method not in ALONE:
+        raise ConfigError(f"--method {method} needs two adapters or more; one alone goes with {', '.join(ALONE)}.")
     if rank is not None and "svd" not in method:
         raise ConfigError(f"--rank has no effect with --method {method}: use svd, or a method that ends in _svd.")
     if rank is not None and rank < 1:
@@ -168,7 +190,7 @@ def _check_options(
         raise ConfigError("--sweep needs two adapters and at least 2 weights.")
 
 
-def _check_kinds(folders: Sequence[Path], method: str) -> None:
+def _check_kinds(folders: Sequence[Path], method: str, rank: int | None) -> None:
     read = {folder: read_adapter(folder) for folder in folders}
     for folder, (config, tensors) in read.items():
         if config.dora or tensors.saved:
@@ -179,21 +201,33 @@ def _check_kinds(folders: Sequence[Path], method: str) -> None:
         if odd := targets[folder] ^ targets[folders[0]]:
             where = f"(such as {plain(min(odd))})"
             raise AdapterError(f"{folder} and {folders[0]} adapt different layers {where}: they cannot be mixed.")
-    ranks = {config.rank for config, _ in read.values()}
-    if method in SAME_RANK and len(ranks) > 1:
+    layers = [(module, lora) for _, tensors in read.values() for module, lora in tensors.lora.items()]
+    ranks = {lora.rank for _, lora in layers}
+    same = method in SAME_RANK or (method == "cat" and len(folders) == 1)
+    if same and len(ranks) > 1:
         raise ConfigError(
             f"--method {method} needs adapters of one rank, here are {', '.join(map(str, sorted(ranks)))}. "
-            "Use cat or svd, or bring one to the other's rank first: adapters mix NAME:1 --method svd --rank N."
+            f"Use {'' if len(folders) == 1 else 'cat or '}svd, or bring one to the other's rank first: "
+            "adapters mix NAME:1 --method svd --rank N."
+        )
+    module, smallest = min(layers, key=lambda layer: _full_rank(layer[1]))
+    wanted, limit = rank or max(ranks), _full_rank(smallest)
+    if "svd" in method and wanted > limit:
+        raise ConfigError(
+            f"A --rank of {wanted} is too much: {plain(module)} has at most {limit}. Give --rank {limit}."
         )
 
 
-def _load(base: Base, folders: Sequence[Path]) -> tuple[PeftModel, list[str]]:
-    from peft import PeftModel
+def _full_rank(lora: LoraModule) -> int:
+    """The largest rank that an update of this layer can have."""
+    return min(lora.a.shape[1], lora.b.shape[0])
 
+
+def _load(base: Base, folders: Sequence[Path]) -> tuple[PeftModel, list[str]]:
     names = [f"part{number}" for number in range(len(folders))]
-    policy = PeftModel.from_pretrained(base.model, str(folders[0]), adapter_name=names[0])
+    policy = put_adapter(base, folders[0], name=names[0])
     for folder, name in zip(folders[1:], names[1:], strict=True):
-        policy.load_adapter(str(folder), adapter_name=name)
+        put_beside(policy, folder, name=name, base=base.name)
     for name in names:
         # peft copies this flag to the result, whose scale is to be 1; the parents' scales are computed already
         policy.peft_config[name].use_rslora = False
@@ -214,7 +248,8 @@ def _combine(
 
     if MIX in policy.peft_config:
         policy.delete_adapter(MIX)
-    if len(names) == 1:  # peft would ignore the method: the same adapter twice, half each, is the same sum
+    if len(names) == 1 and method == "svd":
+        # peft takes one adapter for linear, whatever the method: twice, with half the weight each, it is the same sum
         names, weights = names * 2, [weights[0] / 2] * 2
     torch.manual_seed(seed)
     more = {"density": density} if density is not None else {}
@@ -222,6 +257,19 @@ def _combine(
         names, weights, MIX, combination_type=method, svd_rank=rank, svd_full_matrices=False, **more
     )
     policy.set_adapter(MIX)
+
+
+@contextmanager
+def _mix_errors(method: str) -> Iterator[None]:
+    """What peft does not put together, such as targets by name and by pattern, as one `AdapterError`."""
+    try:
+        yield
+    except (ValueError, IndexError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise AdapterError(
+            f"These adapters cannot be mixed with --method {method}: {plain(reason, 300)} Merge one of them into the "
+            "base instead."
+        ) from error
 
 
 def _pairs(folders: Sequence[Path]) -> dict[str, list[TokenPair]]:
@@ -267,6 +315,7 @@ def _score(
         kept += [(p, [sides[0][i], sides[1][i]], [ref[0][i], ref[1][i]]) for i, p in enumerate(some)]
     if not kept:
         return scores, None
+    kept = [kept[index] for index in evenly(len(kept), MAX_PAIRS)]
     policy_sides = [row[1] for row in kept], [row[2] for row in kept]
     own, reference = (([row[0] for row in part], [row[1] for row in part]) for part in policy_sides)
     return scores, Probe([row[0] for row in kept], own, reference)
@@ -347,12 +396,7 @@ def _write_card(
 ) -> None:
     labels = list(next(iter(scores.values()), {}))
     lines = [
-        "---",
-        f"base_model: {passport.base}",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags: [lora, dpo, lora-dpo]",
-        "---",
+        *front_matter(passport.base, ["lora", "dpo", "lora-dpo"]),
         f"# {name}",
         "",
         f"A LoRA adapter for `{passport.base}`, mixed by lora-dpo (`{method}`) from "

@@ -55,14 +55,24 @@ class Base:
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        """A hash of the vocabulary with its ids: equal tokenizers read text alike."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return _sha256(json.dumps(vocabulary))
+        """See `tokenizer_sha256`."""
+        return tokenizer_sha256(self.tokenizer)
 
     @property
     def chat_template_sha256(self) -> str:
-        """A hash of the chat template."""
-        return _sha256(str(self.tokenizer.chat_template))
+        """See `chat_template_sha256`."""
+        return chat_template_sha256(self.tokenizer)
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary with its ids: equal tokenizers read text alike."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return _sha256(json.dumps(vocabulary))
+
+
+def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the chat template."""
+    return _sha256(str(tokenizer.chat_template))
 
 
 def load_base(

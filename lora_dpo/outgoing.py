@@ -62,10 +62,11 @@ def _free(desk: Desk, name: str, end: str) -> Path:
 def _work(desk: Desk, adapter: Path, target: Path, form: str) -> Callable[[Tick], object]:
     from lora_dpo.export import export
     from lora_dpo.merge import merge
+    from lora_dpo.merging import trained_into
 
     model = desk.host.base.name  # the base is here: the passport may name another place
     if form == "merge":
-        return lambda tick: merge(adapter, target, model=model, on_tensor=tick)
+        return lambda tick: merge(adapter, target, into=trained_into(adapter), model=model, on_tensor=tick)
     return lambda tick: export(adapter, target, to=form, model=model, on_tensor=tick)  # type: ignore[arg-type]
 
 

@@ -30,6 +30,10 @@ KNOWN = {
 }
 """Every file that a package may hold, with its largest size in bytes."""
 
+CARD = "README.md"
+PICTURE = b"![training curves](curves.png)\n\n"
+"""The line of a card that shows the curves, which no package holds."""
+
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RATIO = 50  # float weights shrink by a tenth, text by ten; a bomb by a thousand
@@ -56,8 +60,17 @@ def pack_files(source: Path, target: Path, *, name: str) -> None:
             entry.external_attr = 0o644 << 16
             # weights hardly shrink, and stored ones unpack at the disk's speed
             entry.compress_type = zipfile.ZIP_STORED if file == WEIGHTS else zipfile.ZIP_DEFLATED
-            with (source / file).open("rb") as reader, archive.open(entry, "w", force_zip64=True) as writer:
-                shutil.copyfileobj(reader, writer, 1 << 20)
+            with archive.open(entry, "w", force_zip64=True) as writer:
+                if file == CARD:
+                    writer.write(without_picture((source / file).read_bytes()))
+                    continue
+                with (source / file).open("rb") as reader:
+                    shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def without_picture(card: bytes) -> bytes:
+    """A card without the curves, for a place where they are not."""
+    return card.replace(PICTURE, b"")
 
 
 def package_name(path: Path) -> str:
@@ -81,7 +94,7 @@ def unpack(path: Path, target: Path) -> None:
             raise PackageError(f"{path.name} unpacks to {total / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free.")
         for name, entry in entries:
             _extract(path, archive, entry, target / name)
-    _require(path, {name for name, _ in entries})
+    require(path, {name for name, _ in entries})
 
 
 def copy_folder(source: Path, target: Path) -> list[str]:
@@ -97,14 +110,14 @@ def copy_folder(source: Path, target: Path) -> list[str]:
         known = name in KNOWN
         if path.is_symlink() and known:
             raise PackageError(f"{source} holds {plain(name)}, a symlink. Nothing was installed; copy the file itself.")
-        _refuse_pickle(source, name)
+        refuse_pickle(source, name)
         if not known or not path.is_file():
             left_out.append(plain(name))
             continue
-        _check_size(source, name, path.stat().st_size)
+        check_size(source, name, path.stat().st_size)
         found.add(name)
         shutil.copyfile(path, target / name)
-    _require(source, found)
+    require(source, found)
     return left_out
 
 
@@ -163,10 +176,10 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, name: str) -> None:
         raise PackageError(f"{path.name} holds {plain(name)}, {kind}. Nothing was unpacked.")
     if entry.flag_bits & 0x1:
         raise PackageError(f"{path.name} is encrypted ({plain(name)}): adapters are shared in the open.")
-    _refuse_pickle(path, name)
+    refuse_pickle(path, name)
     if name not in KNOWN:
         raise PackageError(f"{path.name} holds {plain(name)}, which is no file of an adapter. Nothing was unpacked.")
-    _check_size(path, name, entry.file_size)
+    check_size(path, name, entry.file_size)
     if entry.file_size > _RATIO * max(entry.compress_size, 1 << 16):
         ratio = entry.file_size / max(entry.compress_size, 1)
         raise PackageError(
@@ -193,19 +206,22 @@ def _extract(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, targe
         raise PackageError(f"{path.name}: {target.name} has {written:,} bytes, but claims {entry.file_size:,}.")
 
 
-def _refuse_pickle(where: Path, name: str) -> None:
+def refuse_pickle(where: Path | str, name: str) -> None:
+    """Raise `PackageError` if a file's name is that of a pickle."""
     if name.lower().endswith(PICKLES):
         raise PackageError(
             f"{where} holds {plain(name)}, a pickle: loading one can run any code. Remove it, or ask for safetensors."
         )
 
 
-def _check_size(where: Path, name: str, size: int) -> None:
+def check_size(where: Path | str, name: str, size: int) -> None:
+    """Raise `PackageError` if a known file has more bytes than are ever read."""
     if size > KNOWN[name]:
         raise PackageError(f"{where}: {name} has {size:,} bytes; at most {KNOWN[name]:,} are read.")
 
 
-def _require(where: Path, found: set[str]) -> None:
+def require(where: Path | str, found: set[str]) -> None:
+    """Raise `PackageError` unless both of PEFT's files are among the names."""
     for name in (CONFIG, WEIGHTS):
         if name not in found:
             raise PackageError(f"{where} is no adapter: there is no {name} in it.")

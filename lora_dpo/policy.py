@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters import attach_adapter, base_name, check_folder, read_passport
+from lora_dpo.adapters import attach_adapter, base_name, check_adapter, check_folder, put_beside, read_passport
 from lora_dpo.config import Dtype, Quantize, read_recipe
-from lora_dpo.errors import AdapterError, ConfigError
+from lora_dpo.errors import AdapterError, BaseDiffers, ConfigError
 from lora_dpo.files import sha256_of
 from lora_dpo.judges import Judge, Means, open_judge
 from lora_dpo.judges.endpoint import EndpointSettings
 from lora_dpo.judges.grammar import check_specs, is_implicit
+from lora_dpo.lora_files import WEIGHTS
 from lora_dpo.model import POLICY, REFERENCE, Base, load_base
 
 
@@ -115,7 +117,10 @@ def attach_reference(policy: Policy) -> None:
     """Put the frozen reference of the adapter's training beside it, if that was an adapter itself.
 
     Raises:
-        AdapterError: that adapter is not where the passport says.
+        AdapterError: that adapter is not where the passport says, or does not fit the base.
+
+    Warns:
+        BaseDiffers: another adapter is there than in training.
     """
     passport = read_passport(policy.adapter) if policy.adapter else None
     if passport is None or passport.reference == "base":
@@ -128,6 +133,10 @@ def attach_reference(policy: Policy) -> None:
             f"{policy.adapter} was trained against {passport.reference}, which is not there: its implicit reward "
             "cannot be computed."
         ) from error
-    policy.model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
+    check_adapter(policy.base, folder)
+    if passport.reference_sha256 not in (None, sha256_of(folder / WEIGHTS)):
+        text = f"{policy.adapter} was trained against other weights than {folder} holds now: its implicit reward is "
+        warnings.warn(BaseDiffers(text + "against another reference."), stacklevel=2)
+    put_beside(policy.model, folder, name=REFERENCE, base=policy.base.name)
     policy.model.set_adapter(POLICY)
     policy.model.eval()

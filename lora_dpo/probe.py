@@ -17,6 +17,7 @@ from lora_dpo.lora_files import plain, read_json
 
 PROBE = "verify.json"
 MAX_PROBE = 4 << 20
+MAX_PAIRS = 64
 
 Sides = tuple[list[float], list[float]]
 """Log-probabilities in nats of N chosen and N rejected answers."""
@@ -66,7 +67,7 @@ def parse_probe(path: Path) -> Probe:
         reference: list[FiniteFloat] = Field(min_length=2, max_length=2)
 
     class Rows(BaseModel):
-        pairs: list[Row] = Field(min_length=1, max_length=64)
+        pairs: list[Row] = Field(min_length=1, max_length=MAX_PAIRS)
 
     try:
         rows = Rows.model_validate(read_json(path, MAX_PROBE)).pairs

@@ -20,6 +20,7 @@ from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.library import describe, diff, find_adapter, list_adapters
 from lora_dpo.merge import merge
 from lora_dpo.model import load_base, weight_fingerprint
+from lora_dpo.policy import attach_reference, load_policy
 from lora_dpo.verify import verify
 
 WEIGHTS = "adapter_model.safetensors"
@@ -122,11 +123,17 @@ def test_continuing_training_checks_the_passport_too(place, recipe_dict):
         train(check_recipe(settings), name="second")
 
 
-def test_plain_peft_folders_load_as_unverified_after_their_shapes_were_checked(place):
+def test_plain_peft_folders_load_as_unverified_after_their_shapes_were_checked(place, capsys):
     adapter = place / "adapters" / "mine"
     (adapter / "passport.json").unlink()
-    with pytest.warns(BaseDiffers, match="no passport, so it is unverified"):
+    with pytest.warns(BaseDiffers, match="no passport, so it is unverified.*quantised as nf4, as they are held here"):
         open_chat(adapter, model="smollm2-135m")
+    with pytest.warns(BaseDiffers, match="says that it was made for it.$"):
+        open_chat(adapter, model="smollm2-135m", quantize="none")
+    command = ["chat", "adapters/mine", "--model", "smollm2-135m", "--prompt", "Hi", "--max-new-tokens", "1"]
+    assert main([*command, "--quantize", "none"]) == 0
+    assert "quantised as nf4" not in capsys.readouterr().err
+    assert main([*command, "--quantize", "int8"]) == 1
     with strictness(True), pytest.raises(BaseDiffers, match="unverified"):
         open_chat(adapter, model="smollm2-135m")
     tensors = load_file(adapter / WEIGHTS)
@@ -169,10 +176,48 @@ def test_the_passport_records_what_an_adapter_was_made_from(place):
         assert recorded[field], field
 
 
+def test_the_passport_records_the_weights_of_a_reference_adapter(place, recipe_dict):
+    from lora_dpo.config import check_recipe
+    from lora_dpo.train import train
+
+    settings = recipe_dict(model={"name": "smollm2-135m"}, reference="adapter:adapters/mine")
+    second = train(check_recipe(settings), name="second").folder
+    assert read_passport(second).reference_sha256 == read_passport(place / "adapters" / "mine").adapter_sha256
+    assert read_passport(place / "adapters" / "mine").reference_sha256 is None
+    attach_reference(load_policy(adapter=second))
+    one = place / "adapters" / "mine"
+    save_file({name: value * 2 for name, value in load_file(one / WEIGHTS).items()}, one / WEIGHTS)
+    with pytest.raises(AdapterError, match="not those of its passport"):
+        attach_reference(load_policy(adapter=second))
+    write_passport(one, read_passport(one))
+    with pytest.warns(BaseDiffers, match="trained against other weights than adapters/mine holds now"):
+        attach_reference(load_policy(adapter=second))
+
+
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|o_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp)\."
+    r"(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+)
+
+
+def test_the_usual_patterns_of_other_trainers_are_accepted(place):
+    adapter = place / "adapters" / "mine"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    patterns = (
+        {"target_modules": UNSLOTH},
+        {"exclude_modules": r"^(?!.*layers).*vision.*"},
+        {"layers_pattern": "layers", "layers_to_transform": [0, 1]},
+    )
+    for pattern in patterns:
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **pattern}))
+        open_chat(adapter)
+
+
 def test_passports_of_before_are_read(place):
     adapter = place / "adapters" / "mine"
     old = json.loads((adapter / "passport.json").read_text())
-    for field in ("adapter_sha256", "recipe", "base_licence"):
+    for field in ("adapter_sha256", "recipe", "base_licence", "reference_sha256"):
         del old[field]
     (adapter / "passport.json").write_text(json.dumps({**old, "format": 1}))
     assert read_passport(adapter).adapter_sha256 is None
@@ -282,6 +327,24 @@ def test_list_shows_each_adapter_and_what_is_broken(place, capsys):
     said = capsys.readouterr().out
     assert "smollm2-135m" in said
     assert "broken" in said
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"after": {"pairs": []}},
+        {"after": []},
+        {"after": {"pairs": {"accuracy": 10**400}, "answers": "many"}},
+        {"after": {"pairs": {"accuracy": float("nan")}}},
+    ],
+)
+def test_odd_metrics_in_a_passport_stop_no_table(place, metrics):
+    adapter = place / "adapters" / "mine"
+    write_passport(adapter, replace(read_passport(adapter), metrics=metrics))
+    [row] = list_adapters(place / "adapters")
+    assert row.accuracy is None
+    describe(adapter)
+    diff(adapter, adapter)
 
 
 def test_an_empty_place_says_how_to_begin(tmp_path, monkeypatch, capsys):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 
+import gguf
 import pytest
 import torch
 from llama_cpp import llama_cpp
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lora_dpo.adapters import read_passport, write_passport
+from lora_dpo.chat import open_chat
+from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, ModelError, OutputError
 from lora_dpo.export import export
 from lora_dpo.export.gguf_arch import llama3_factors, permute
 from lora_dpo.export.ollama import read_turns
+from lora_dpo.quiet import quiet_libraries
 
 IDS = [257, *b"Say it to the moon, red kite."]
 COMMON = dict(
@@ -161,6 +168,52 @@ def test_scales_other_than_alpha_over_rank_reach_llama_cpp(models, adapters, tmp
     assert_close(run(plain, lora), live(models("llama"), adapter))
 
 
+def test_an_adapter_goes_into_what_it_was_trained_on(models, make_adapter, tmp_path, capsys, monkeypatch):
+    """Trained on 4-bit weights it is the live adapter only on their values: in one file, and on the base in GGUF."""
+    monkeypatch.chdir(tmp_path)
+    adapter = make_adapter(tmp_path / "adapters" / "mine", model=models("llama"), quantize="nf4")
+    with quiet_libraries():
+        wanted = logits(open_chat(adapter).model)
+    stored = live(models("llama"), adapter)
+    assert (wanted.log_softmax(-1) - stored.log_softmax(-1)).abs().mean() > 0.05
+    assert main(["export", "mine", "--type", "f32", "--output", "merged.gguf"]) == 0  # by its name
+    assert "merged into trained-base" in capsys.readouterr().out
+    assert_close(run(tmp_path / "merged.gguf"), wanted)
+    assert main(["export", str(adapter), "--to", "gguf-adapter", "--output", "lora.gguf"]) == 0
+    assert "--to gguf --into trained-base" in " ".join(capsys.readouterr().out.split())
+    base = export(models("llama"), tmp_path / "base.gguf", to="gguf", kind="f32", into="trained-base")
+    assert_close(run(base, tmp_path / "lora.gguf"), wanted)
+    assert main(["export", str(adapter), "--type", "f32", "--into", "base16", "--output", "stored.gguf"]) == 0
+    assert_close(run(tmp_path / "stored.gguf"), stored)
+    with pytest.raises(ConfigError, match="--into has no effect with --to gguf-adapter"):
+        export(adapter, tmp_path / "x.gguf", to="gguf-adapter", into="base16")
+
+
+def test_a_small_rank_goes_into_q8_0(models, make_adapter, tmp_path):
+    """Rows of B that are no multiple of a block are f16."""
+    adapter = make_adapter(tmp_path / "mine", model=models("llama"), rank=4)
+    lora = export(adapter, tmp_path / "lora.gguf", to="gguf-adapter", kind="q8_0")
+    types = {tensor.name.rpartition(".")[2]: tensor.tensor_type.name for tensor in gguf.GGUFReader(lora).tensors}
+    assert types == {"lora_a": "Q8_0", "lora_b": "F16"}
+    base = export(models("llama"), tmp_path / "base.gguf", to="gguf", kind="f32")
+    found, wanted = run(base, lora).log_softmax(-1), live(models("llama"), adapter).log_softmax(-1)
+    assert (found - wanted).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_lora_on_the_head(name, models, make_adapter, tmp_path):
+    """peft stores a copy of the base's head beside it. Where head and embeddings are one, llama.cpp has no place."""
+    adapter = make_adapter(tmp_path / "mine", model=models(name), targets=["q_proj", "lm_head"])
+    wanted = live(models(name), adapter)
+    assert_close(run(export(adapter, tmp_path / "merged.gguf", to="gguf", kind="f32")), wanted)
+    if name == "llama-tied":
+        with pytest.raises(AdapterError, match="in one with its embeddings"):
+            export(adapter, tmp_path / "lora.gguf", to="gguf-adapter")
+        return
+    lora = export(adapter, tmp_path / "lora.gguf", to="gguf-adapter")
+    assert_close(run(export(models(name), tmp_path / "base.gguf", to="gguf", kind="f32"), lora), wanted)
+
+
 def test_dora_is_merged_and_refused_as_an_adapter(models, adapters, tmp_path):
     adapter = adapters("llama", dora=True)
     with pytest.raises(AdapterError, match="DoRA"):
@@ -243,6 +296,16 @@ def test_options_and_places_are_checked(adapters, tmp_path):
         export(tmp_path, tmp_path / "x", to="peft")
 
 
+def test_a_mistyped_adapter_is_no_hub_id(adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapters("llama"), tmp_path / "adapters" / "quickstart")
+    for source in ("quikstart", "adapters/quikstart", "adapters/quikstart/"):
+        with pytest.raises(AdapterError, match=r"There is no adapter .*Did you mean quickstart\?"):
+            export(source, tmp_path / "m.gguf", to="gguf")
+    with pytest.raises(ModelError, match="me/quickstart"):  # the hub is asked for that one
+        export("me/quickstart", tmp_path / "m.gguf", to="gguf")
+
+
 # --- PEFT and Ollama ------------------------------------------------------------------------------
 
 
@@ -251,6 +314,25 @@ def test_the_peft_folder_has_the_two_files_and_loads(models, adapters, tmp_path)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert torch.equal(live(models("llama"), folder), live(models("llama"), adapters("llama")))
+
+
+def test_the_peft_folder_names_a_base_with_the_weights_that_it_was_made_for(tiny_adapter, tmp_path):
+    """A packaged model has other weights than the hub's of that name."""
+    shutil.copytree(tiny_adapter, tmp_path / "mine")
+    passport = read_passport(tmp_path / "mine")
+    for base, named in (("smollm2-135m", "models/smollm2-135m"), ("someone/base", "someone/base")):
+        write_passport(tmp_path / "mine", dataclasses.replace(passport, base=base))
+        folder = export(tmp_path / "mine", tmp_path / named, to="peft")
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+
+
+def test_the_peft_folder_of_exchanged_weights_is_refused(tiny_adapter, tmp_path):
+    shutil.copytree(tiny_adapter, tmp_path / "mine")
+    path = tmp_path / "mine" / "adapter_model.safetensors"
+    save_file({name: value * 2 for name, value in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match="not those of its passport"):
+        export(tmp_path / "mine", tmp_path / "out", to="peft")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_ollama_folder_has_the_models_own_template_and_stops(adapters, models, text_tokenizer, tmp_path):

@@ -10,14 +10,17 @@ import signal
 import time
 from pathlib import Path
 
+import gguf
 import pytest
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lora_dpo.adapters import check_folder
 from lora_dpo.errors import AdapterError
 from lora_dpo.export import export
-from lora_dpo.library import install, list_adapters, pack
+from lora_dpo.library import check_content, install, list_adapters, pack
 from lora_dpo.merge import merge
+from lora_dpo.package import unpack
 
 KILLS = 20
 
@@ -77,11 +80,12 @@ def test_a_kill_leaves_the_whole_or_nothing(what, tiny_adapter, gguf_adapter, tm
     }[what]
     work()  # here, so that children find every library loaded
     whole = content(target)
+    kept = target.read_bytes() if target.is_file() else b""
     remove(target)
     took = max(in_a_child(work) for _ in range(2) if not remove(target))
     remove(target)
     draws = random.Random(what)
-    outcomes = []
+    outcomes, refused = [], []
     for _ in range(KILLS):
         in_a_child(work, draws.uniform(0, 1.1 * took))
         if target.exists():
@@ -90,27 +94,46 @@ def test_a_kill_leaves_the_whole_or_nothing(what, tiny_adapter, gguf_adapter, tm
         names = [row.name for row in list_adapters(Path("adapters"))]
         assert names == (["mine", "new"] if what == "install" and target.exists() else ["mine"])
         for left in [*Path().glob(".*"), *Path("adapters").glob(".*")]:
-            assert not accepted(left), left
-            remove(left)
+            with pytest.raises(AdapterError):
+                check_folder(left)  # by its name alone
+            plain = left.with_name("left.lora.zip" if what == "pack" else "left")
+            left.rename(plain)
+            refused.append(not accepted(plain, tmp_path / "opened"))
+            assert refused[-1] or same(plain, whole, kept), f"a part of it was taken for the whole: {left}"
+            remove(plain)
         remove(target)
     assert "nothing" in outcomes, "no kill came before the end: the test proves nothing"
+    assert any(refused), "no kill left anything behind: the test proves little"
 
 
-def accepted(left):
-    """Would a loader take what a kill left behind?"""
+def accepted(left, opened):
+    """Would a loader take what a kill left behind, under a name that says nothing?"""
     try:
-        check_folder(left)
-    except AdapterError:
-        pass
-    else:
-        return True
-    if (left / "config.json").is_file():  # a model's config is written last: with it, all weights are there
-        try:
-            AutoConfig.from_pretrained(left)
-        except (OSError, ValueError):
-            return False  # cut off inside it
-        return not list(left.glob("*.safetensors"))
-    return False
+        if left.name.endswith(".zip"):
+            opened.mkdir()
+            unpack(left, opened)
+            check_content(opened)
+        elif left.is_file():
+            for tensor in gguf.GGUFReader(left).tensors:
+                tensor.data.sum()
+        elif (left / "config.json").is_file():  # a model's config is written last: with it, all weights are there
+            AutoModelForCausalLM.from_pretrained(left)
+        else:
+            check_folder(left)
+            check_content(left)
+    except (AdapterError, OSError, ValueError, IndexError, KeyError, SafetensorError):
+        return False
+    finally:
+        shutil.rmtree(opened, ignore_errors=True)
+    return True
+
+
+def same(left, whole, kept):
+    """Is what was left all of the result? A GGUF file may lack the padding after its last tensor."""
+    if left.is_dir():
+        return content(left) == whole
+    found = left.read_bytes()
+    return kept.startswith(found) and not kept[len(found) :].strip(b"\0") and len(kept) - len(found) < 32
 
 
 def remove(path):

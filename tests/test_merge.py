@@ -1,6 +1,12 @@
+import dataclasses
+import errno
+import fnmatch
 import json
 import shutil
+import sys
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_dpo import merge
-from lora_dpo.adapters import attach_adapter
+from lora_dpo.adapters import attach_adapter, read_passport, strictness, write_passport
 from lora_dpo.cli import main
 from lora_dpo.config import check_recipe
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError
-from lora_dpo.fidelity import Fidelity, fidelity, recommend
+from lora_dpo.evaluate import evenly
+from lora_dpo.fidelity import Fidelity, fidelity, recommend, thinned
 from lora_dpo.merge import shard_files
 from lora_dpo.merging import merge_weight, plan_merge, predict_bytes
 from lora_dpo.model import load_base
+from lora_dpo.probe import read_probe
 from lora_dpo.train import train
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9]])
@@ -87,9 +95,12 @@ def test_an_adapter_without_passport_merges_too(adapter, tmp_path, tiny_model_fo
 # --- what a weight can hold -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def foreign(tiny_model_folder, tmp_path):
-    """An adapter made with plain peft, on the tiny model with or without tied embeddings."""
+@pytest.fixture(params=["auto", False], ids=["as peft saves", "without copies"])
+def foreign(request, tiny_model_folder, tmp_path):
+    """An adapter made with plain peft, on the tiny model with or without tied embeddings.
+
+    By default peft stores the base's embedding and head as well, if LoRA is on them.
+    """
 
     def make(*, tied="untied", **config):
         base = tmp_path / f"base-{tied}"
@@ -109,7 +120,7 @@ def foreign(tiny_model_folder, tmp_path):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter += torch.randn(parameter.shape) * 0.1
-        model.save_pretrained(tmp_path / "foreign", save_embedding_layers=False)
+        model.save_pretrained(tmp_path / "foreign", save_embedding_layers=request.param)
         return tmp_path / "foreign", base, logits(model)
 
     return make
@@ -134,6 +145,26 @@ def test_what_peft_computes_live_is_what_is_merged(config, tied, foreign, tmp_pa
     adapter, base, live = foreign(tied=tied, **config)
     merged = merge(adapter, tmp_path / "merged", dtype="float32", model=str(base), shard=50_000)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(merged)), live, atol=2e-4)
+
+
+def test_a_changed_copy_of_the_head_counts_in_the_merge_as_it_does_live(tiny_model_folder, tmp_path):
+    """peft puts the copies that an adapter carries in the base's place."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]))
+    model.save_pretrained(tmp_path / "foreign")
+    path = tmp_path / "foreign" / "adapter_model.safetensors"
+    found = load_file(path)
+    found["base_model.model.lm_head.base_layer.weight"] *= 1.5
+    save_file(found, path)
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_folder), str(tmp_path / "foreign"))
+    merged = merge(tmp_path / "foreign", tmp_path / "merged", dtype="float32", model=str(tiny_model_folder))
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(merged)), logits(live), atol=2e-4)
+    found["base_model.model.lm_head.base_layer.weight"] = found["base_model.model.lm_head.base_layer.weight"][
+        :-1
+    ].clone()
+    save_file(found, path)
+    with pytest.raises(AdapterError, match=r"the copy of lm_head\.weight is"):
+        merge(tmp_path / "foreign", tmp_path / "second", model=str(tiny_model_folder))
 
 
 def test_tied_embeddings_stay_tied_unless_the_adapter_changes_one(foreign, tmp_path):
@@ -182,6 +213,77 @@ def test_a_value_that_float16_cannot_hold_is_refused(adapter, tiny_model_folder,
     (adapter / "passport.json").unlink()
     with pytest.warns(BaseDiffers, match="unverified"), pytest.raises(AdapterError, match="does not fit into float16"):
         merge(adapter, tmp_path / "merged", model=str(large), dtype="float16")
+    assert not (tmp_path / "merged").exists()
+
+
+# --- where the base comes from -----------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tiny_model_folder, tmp_path, monkeypatch):
+    """A hub that has the tiny model as `me/base`, and copies into a cache what it is asked for."""
+    there, cache = tmp_path / "hub", tmp_path / "cache"
+    shutil.copytree(tiny_model_folder, there)
+
+    def snapshot_download(repo, *, revision, allow_patterns, library_name):
+        if repo != "me/base":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no such repository, or no network")
+        cache.mkdir(exist_ok=True)
+        for path in there.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copyfile(path, cache / path.name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return there
+
+
+def test_a_hub_base_is_downloaded_with_its_weights_and_tokenizer(adapter, hub, tmp_path):
+    (hub / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    (hub / "pytorch_model.bin").write_bytes(b"a pickle")
+    merged = merge(adapter, tmp_path / "merged", model="me/base", dtype="float32")
+    local = merge(adapter, tmp_path / "local", dtype="float32")
+    assert torch.equal(*(logits(AutoModelForCausalLM.from_pretrained(folder)) for folder in (merged, local)))
+    assert not {"consolidated.safetensors", "pytorch_model.bin"} & {
+        path.name for path in (tmp_path / "cache").iterdir()
+    }
+    with pytest.raises(ModelError, match="did not serve me/nothing"):
+        merge(adapter, tmp_path / "other", model="me/nothing")
+
+
+def test_a_base_that_is_not_whole_is_said(adapter, hub, tiny_model_folder, tmp_path):
+    (hub / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no safetensors files"):
+        merge(adapter, tmp_path / "merged", model="me/base")
+    AutoModelForCausalLM.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    last = sorted((tmp_path / "shards").glob("*.safetensors"))[-1]
+    content = last.read_bytes()
+    last.write_bytes(content[:-10])
+    with pytest.raises(ModelError, match="no whole safetensors file"):
+        merge(adapter, tmp_path / "merged", model=str(tmp_path / "shards"))
+    last.unlink()
+    with pytest.raises(ModelError, match=f"files of weights are missing .{last.name}"):
+        merge(adapter, tmp_path / "merged", model=str(tmp_path / "shards"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_another_quantisation_tokenizer_or_template_warns_and_strict_refuses(adapter, tiny_model_folder, tmp_path):
+    with pytest.warns(BaseDiffers, match="quantised as nf4, here they are none"):
+        merge(adapter, tmp_path / "stored")
+    with strictness(True):
+        merge(adapter, tmp_path / "both", into="both")  # to compare is what was asked
+        with pytest.raises(BaseDiffers, match="quantised as nf4"):
+            merge(adapter, tmp_path / "merged")
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_folder, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    with pytest.warns(BaseDiffers, match="chat template is another one"):
+        merge(adapter, tmp_path / "templates", into="trained-base", model=str(other))
+    passport = read_passport(adapter)
+    write_passport(adapter, dataclasses.replace(passport, tokenizer_sha256="0" * 64))
+    with strictness(True), pytest.raises(BaseDiffers, match="another vocabulary"):
+        merge(adapter, tmp_path / "merged", into="trained-base")
     assert not (tmp_path / "merged").exists()
 
 
@@ -251,13 +353,47 @@ def test_the_report_is_printed_with_one_sentence(adapter, tmp_path, capsys):
 
 
 def test_the_recommendation_follows_the_numbers():
-    def one(into, accuracy, delta):
-        return Fidelity(into, "bfloat16", 8, 100, delta, delta, 0.0, 1.0, 0.9, accuracy, 3, 3)
+    def one(into, accuracy, delta, top1=1.0, **more):
+        return Fidelity(into, "bfloat16", 8, 100, delta, delta, 0.0, top1, 0.9, accuracy, 3, 3, **more)
 
     exact = one("trained-base", 0.9, 0.001)
     assert recommend([one("base16", 0.9, 0.1), exact]).startswith("Use base16")
     assert recommend([one("base16", 0.8, 0.1), exact]).startswith("Use trained-base")
+    # eight pairs ranked as before are not the same model
+    assert "same next token at 70%" in recommend([one("base16", 1.0, 0.05, 0.7), exact])
+    assert recommend([one("base16", 1.0, 0.59), exact]).startswith("Use trained-base")
     assert "is not quite the live adapter" in recommend([one("base16", 0.8, 0.1)])
+    assert "--into both" in recommend([exact])
+    assert "--into both" not in recommend([one("base16", 0.9, 0.02, quantize="none")])  # there is no other base
+
+
+def test_pairs_are_read_before_the_merge(adapter, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"nothing": 1}\n')
+    command = ["merge", str(adapter), "--output", str(tmp_path / "merged"), "--pairs", str(tmp_path / "bad.jsonl")]
+    assert main(command) == 1
+    assert "bad.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_pairs_that_would_fill_the_disk_are_thinned_evenly(adapter, tmp_path, monkeypatch):
+    pairs = read_probe(adapter).pairs
+    assert thinned(pairs, 259) == pairs
+    size = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) * 259 * 4
+    monkeypatch.setattr(sys.modules["lora_dpo.fidelity"], "MAX_STORED", size // 2)
+    assert thinned(pairs, 259) == [pairs[index] for index in evenly(len(pairs), len(pairs) // 2)]
+    [found] = fidelity(adapter, {"base16": merge(adapter, tmp_path / "merged")})
+    assert (found.pairs, found.given) == (len(pairs) // 2, len(pairs))
+
+
+def test_a_full_disk_under_the_report_is_said(adapter, tmp_path, monkeypatch):
+    folder = merge(adapter, tmp_path / "merged")
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        fidelity(adapter, {"base16": folder})
 
 
 def test_an_adapter_without_pairs_needs_some_for_a_report(adapter, tmp_path):

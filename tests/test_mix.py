@@ -6,15 +6,17 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_dpo.adapters import read_passport
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
+from lora_dpo.library import install
 from lora_dpo.lora_files import read_adapter
 from lora_dpo.mix import METHODS, mix, parse_part
+from lora_dpo.probe import read_probe
 from lora_dpo.verify import verify
 
 
@@ -66,6 +68,16 @@ def test_one_adapter_is_extracted_to_a_smaller_rank(parents, tmp_path):
         assert torch.dist(small[module], update) == pytest.approx(float(lost), rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["linear", "cat", "svd"])
+@pytest.mark.parametrize("parent", [0, 1], ids=["lora", "rslora"])
+def test_one_adapter_is_scaled_by_its_weight(method, parent, parents, tmp_path):
+    done = mix([(parents[parent], -0.5)], tmp_path / "mixed", method=method)
+    whole, mixed = updates(parents[parent]), updates(done.folder)
+    assert done.rank == read_adapter(parents[parent])[0].rank
+    for module, update in whole.items():
+        assert torch.allclose(mixed[module], -0.5 * update, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_an_adapter_that_plain_peft_loads(method, parents, tiny_model_folder, tmp_path):
     density = 0.5 if any(word in method for word in ("ties", "dare", "prune")) else None
@@ -113,6 +125,11 @@ def test_what_does_not_go_together_is_refused(parents, make_adapter, tmp_path):
         (ConfigError, "--density has no effect", two, {"method": "svd", "density": 0.5}),
         (ConfigError, "Did you mean", two, {"method": "svdd"}),
         (ConfigError, "needs two adapters", two[:1], {"method": "cat", "sweep": 3}),
+        (ConfigError, "needs two adapters or more", two[:1], {"method": "ties", "density": 0.5}),
+        (ConfigError, "needs two adapters or more", two[:1], {"method": "magnitude_prune_svd", "density": 0.5}),
+        (ConfigError, "A weight is nan", [(parents[0], float("nan"))], {"method": "cat"}),
+        (ConfigError, "A weight is inf", [*two, (parents[2], float("inf"))], {"method": "cat"}),
+        (ConfigError, "k_proj has at most 32. Give --rank 32", two, {"method": "svd", "rank": 33}),
         (AdapterError, "DoRA", [*two, (dora, 1.0)], {"method": "cat"}),
         (AdapterError, "different layers", [*two, (few, 1.0)], {"method": "cat"}),
     ):
@@ -134,6 +151,61 @@ def test_adapters_of_different_bases_are_refused(parents, make_adapter, tiny_mod
     stranger = make_adapter(tmp_path / "stranger", model=tmp_path / "other")
     with pytest.raises(AdapterError, match="was made for"):
         mix([(parents[0], 0.5), (stranger, 0.5)], tmp_path / "mixed")
+
+
+def with_patterns(folder, base, **config):
+    """An adapter by plain peft, with random values."""
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape) * 0.1
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_ranks_by_layer_are_mixed_where_that_is_right_and_refused_where_it_is_not(tiny_model_folder, tmp_path):
+    config = dict(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    ranks = with_patterns(tmp_path / "ranks", tiny_model_folder, **config)
+    model = {"model": str(tiny_model_folder)}
+    parts = [(ranks, 0.5), (ranks, 0.25)]
+    whole = updates(ranks)
+    for method in ("cat", "svd"):
+        mixed = updates(mix(parts, tmp_path / method, method=method, **model).folder)
+        assert all(torch.allclose(mixed[module], 0.75 * update, atol=1e-4) for module, update in whole.items())
+    for some, method in ((parts, "linear"), (parts[:1], "cat")):
+        with pytest.raises(ConfigError, match="adapters of one rank, here are 2, 4"):
+            mix(some, tmp_path / "mixed", method=method, **model)
+
+
+def test_targets_by_name_and_by_pattern_are_refused_in_one_sentence(tiny_model_folder, tmp_path):
+    names = with_patterns(tmp_path / "names", tiny_model_folder, r=4, target_modules=["q_proj"])
+    pattern = with_patterns(tmp_path / "pattern", tiny_model_folder, r=4, target_modules=r".*\.q_proj")
+    with pytest.raises(AdapterError, match="cannot be mixed with --method cat: all adapter configs") as error:
+        mix([(names, 0.5), (pattern, 0.5)], tmp_path / "mixed", model=str(tiny_model_folder))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_lora_on_the_head_is_mixed(tiny_model_folder, tmp_path):
+    """peft stores a copy of the base's head beside it."""
+    head = with_patterns(tmp_path / "head", tiny_model_folder, r=4, target_modules=["q_proj", "lm_head"])
+    mixed = updates(mix([(head, 0.5), (head, 0.25)], tmp_path / "mixed", model=str(tiny_model_folder)).folder)
+    for module, update in updates(head).items():
+        assert torch.allclose(mixed[module], 0.75 * update, atol=1e-5)
+
+
+def test_what_comes_out_is_what_install_takes(parents, tmp_path, monkeypatch):
+    """Pairs of many parents are thinned to what a reader takes; what no reader takes is not written."""
+    done = mix([(parents[0], 0.1)] * 9, tmp_path / "nine", method="cat")
+    assert len(read_probe(done.folder).pairs) == 64
+    install(done.folder, name="nine", root=tmp_path / "adapters")
+    monkeypatch.setattr("lora_dpo.lora_files.MAX_RANK", 7)
+    with pytest.raises(AdapterError, match="rank 8: allowed is 1 to 7") as error:
+        mix([(parents[0], 0.5), (parents[2], 0.5)], tmp_path / "mixed", method="cat")
+    assert "/." not in str(error.value)
+    assert not list(tmp_path.glob("*mixed*"))
 
 
 def test_parts_as_they_are_typed():

@@ -313,6 +313,10 @@ HOSTILE = {
     "config that changes the base": (one(CONFIG, config(init_lora_weights="pissa")), "changed base"),
     "deep JSON": (one(CONFIG, lambda content: b"[" * 200_000), "cannot be read"),
     "passport of another type": (one(PASSPORT, config(base=["x"])), "cannot be read"),
+    "metrics that are no table": (one(PASSPORT, config(metrics={"after": {"pairs": []}})), "no table of numbers"),
+    "metrics that are text": (one(PASSPORT, config(metrics={"before": "good"})), "no table of numbers"),
+    "endless layers pattern": (one(CONFIG, config(layers_pattern=["layers", "(a+)+$"])), "no pattern"),
+    "endless verbose pattern": (one(CONFIG, config(target_modules="(?x)(a+) +$")), "no pattern"),
     "hidden letters in the base": (one(PASSPORT, config(base="smol\u202elm")), "hidden letters"),
     "wrong base": (one(PASSPORT, config(base_fingerprint="0" * 32)), "was made for"),
     "scores that are no numbers": (one("verify.json", probe_of(["x", 1.0])), "cannot be read"),
@@ -362,6 +366,16 @@ def test_a_name_taken_is_an_error(place):
         pack(place / "adapters" / "mine")
 
 
+def test_the_card_of_a_package_shows_no_picture_that_is_not_in_it(place):
+    card = place / "adapters" / "mine" / "README.md"
+    card.write_text("# mine\n\n![training curves](curves.png)\n\n## How\n")
+    done = install(pack(place / "adapters" / "mine"), name="packed")
+    assert (done.folder / "README.md").read_text() == "# mine\n\n## How\n"
+    shutil.copytree(place / "adapters" / "mine", place / "folder")
+    assert (install(place / "folder").folder / "README.md").read_text() == "# mine\n\n## How\n"
+    assert "curves.png" in card.read_text()  # at home it is there
+
+
 def test_a_broken_adapter_is_not_packed(place):
     (place / "adapters" / "mine" / WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(AdapterError, match="no whole safetensors"):
@@ -402,6 +416,41 @@ def test_removing_takes_the_folder_and_nothing_else(place, tiny_adapter, capsys)
     with pytest.raises(AdapterError, match="not in"):
         remove(str(place / "elsewhere"))
     assert (place / "elsewhere").is_dir()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_broken_adapter_is_removed_too(name, place, capsys):
+    (place / "adapters" / "mine" / name).unlink()
+    assert main(["adapters", "remove", "mine", "--yes"]) == 0
+    assert not (place / "adapters" / "mine").exists()
+
+
+def test_removing_never_leaves_the_adapters_folder(place, tiny_adapter):
+    shutil.copytree(tiny_adapter, place / "elsewhere")
+    (place / "adapters" / "link").symlink_to(place / "elsewhere")
+    (place / "adapters" / "run.partial").mkdir()
+    for name in ("link", "run.partial", "..", ".", "adapters/../elsewhere", "adapters/mine/.."):
+        with pytest.raises(AdapterError, match="not in"):
+            remove(name)
+    with pytest.raises(AdapterError, match="Did you mean mine"):
+        remove("mime")
+    assert {path.name for path in (place / "adapters").iterdir()} == {"mine", "link", "run.partial"}
+    assert (place / "elsewhere" / WEIGHTS).is_file()
+
+
+def test_a_base_of_which_the_hubs_cache_has_parts_alone_is_not_here(
+    place, tiny_adapter, tiny_model_folder, monkeypatch
+):
+    cached = place / "cached"
+    cached.mkdir()
+    shutil.copyfile(tiny_model_folder / "config.json", cached / "config.json")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *where, **more: str(cached / "config.json"))
+    [note] = install(changed(place, tiny_adapter, PASSPORT, config(base="someone/away")), name="one").notes
+    assert "someone/away is not here" in note
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (cached / "model.safetensors.index.json").write_text(json.dumps(index))
+    [note] = install(place / "evil.lora.zip", name="two").notes
+    assert "someone/away is not here" in note
 
 
 def test_what_a_cut_off_write_left_is_no_adapter(place, tiny_adapter):

@@ -465,9 +465,8 @@ def test_the_implicit_reward_of_a_continued_adapter_is_against_the_adapter_it_co
     # its own copy as the reference: the policy is its reference, and every reward is 0
     import types
 
-    monkeypatch.setattr(
-        "lora_dpo.policy.read_passport", lambda folder: types.SimpleNamespace(reference=f"adapter:{adapter}")
-    )
+    own = types.SimpleNamespace(reference=f"adapter:{adapter}", reference_sha256=None)
+    monkeypatch.setattr("lora_dpo.policy.read_passport", lambda folder: own)
     attach_reference(policy)
     assert judge.score(prompts[0], answers) == pytest.approx([0, 0], abs=1e-5)
     monkeypatch.setattr("lora_dpo.policy.read_passport", lambda folder: types.SimpleNamespace(reference="adapter:gone"))
@@ -500,6 +499,13 @@ def test_the_implicit_judge_is_refused_before_a_model_is_loaded():
 def command(model, *more, judge="rules:chars>=9"):
     common = ["pairs", "prompts.txt", "--model", str(model), "--quantize", "none", "--judge", judge]
     return [*common, "--max-new-tokens", "8", "--answers", "3", "-o", "p.jsonl", *more]
+
+
+def test_strict_refuses_a_base_that_is_not_quite_the_adapters(adapter, tiny_model_folder, prompts, capsys):
+    given = command(tiny_model_folder, "--adapter", str(adapter))
+    assert main([*given, "--strict"]) == 1  # it has no passport
+    assert "unverified" in capsys.readouterr().err
+    assert main(given) == 0
 
 
 def test_the_command_writes_pairs_and_accounts_for_every_prompt(tiny_model_folder, prompts, capsys):

@@ -8,15 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_dpo.adapters import base_name
+from lora_dpo.adapters import base_name, check_weights_are_the_passports, read_passport
 from lora_dpo.errors import AdapterError, ConfigError
-from lora_dpo.fetch import PACKAGED_MODELS
+from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.files import atomic_file, atomic_folder
-from lora_dpo.lora_files import CONFIG, WEIGHTS, read_json
-from lora_dpo.merging import Merged, plan_base, plan_merge
+from lora_dpo.library import adapter_names, find_adapter
+from lora_dpo.lora_files import CONFIG, WEIGHTS, plain, read_json
+from lora_dpo.merging import Into, Merged, plan_base, plan_merge, trained_into
+from lora_dpo.package import CARD, without_picture
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.runs import ADAPTERS_DIR
 
-__all__ = ["export"]
+__all__ = ["adapter_of", "export"]
 
 To = Literal["gguf-adapter", "gguf", "ollama", "peft"]
 OnTensor = Callable[[int, int], None]
@@ -28,34 +31,43 @@ def export(
     *,
     to: To,
     kind: str | None = None,
-    into: Literal["base16", "trained-base"] = "base16",
+    into: Into | None = None,
     model: str | None = None,
     on_tensor: OnTensor | None = None,
 ) -> Path:
     """Write an adapter in a form that another program reads; whole, or not at all.
 
     Args:
-        source: an adapter folder; with `to="gguf"` or "ollama" also a base model (a name, a folder), as it is.
+        source: an adapter folder or its name in adapters/; with `to="gguf"` or "ollama" also a base model (a name, a
+            folder).
         to: "gguf-adapter" (llama.cpp's --lora), "gguf" (the merged model), "ollama" (that and a Modelfile), or
             "peft" (the two files that servers read).
         kind: how weights are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default f16; f32 of an adapter.
-        into: what is merged into, as in `merge`.
+        into: what is merged into, as in `merge`; by default what the adapter was trained on. Of a base model: as it
+            is stored (the default), or its NF4 values.
         model: another place of the same base.
         on_tensor: called with the number of parameters written and their total.
 
     Raises:
+        ConfigError: a type that there is not, or `into` where nothing is merged.
         AdapterError: the adapter is broken, does not fit, or does what the form cannot hold.
         ModelError: an architecture, tokenizer or template without an equal in llama.cpp.
         OutputError: `output` exists or cannot be written.
     """
     output = Path(output)
-    adapter = Path(source) if (Path(source) / CONFIG).exists() else None
-    if adapter is None and (to in ("peft", "gguf-adapter") or not _is_model(source)):
-        raise AdapterError(f"{source} is no adapter: there is no adapter_config.json in it.")
+    adapter = adapter_of(source)
+    if to in ("peft", "gguf-adapter"):
+        if adapter is None:
+            raise AdapterError(f"{plain(source)} is no adapter: there is no {CONFIG} in it.")
+        if into is not None:
+            raise ConfigError(f"--into has no effect with --to {to}: nothing is merged.")
     with quiet_libraries():
         if to == "peft" and adapter:
             return _peft_folder(adapter, output)
-        merged = plan_merge(adapter, into=into, model=model) if adapter else plan_base(str(source))
+        if adapter:
+            merged = plan_merge(adapter, into=into or trained_into(adapter), model=model)
+        else:
+            merged = plan_base(str(source), into=into or "base16")
         name = (adapter or Path(source)).name
         if to == "gguf-adapter" and adapter:
             return _gguf_adapter(adapter, merged, output, _kind(kind, "f32"), name)
@@ -66,6 +78,31 @@ def export(
     return output
 
 
+def adapter_of(source: str | Path) -> Path | None:
+    """The adapter folder that `source` names, by its path or its name in adapters/; None for a base model.
+
+    Raises:
+        AdapterError: a folder that is neither, or the mistyped name of an adapter.
+    """
+    path = Path(source).expanduser()
+    if (path / CONFIG).exists():
+        return path
+    if str(source) in PACKAGED_MODELS or (path / "config.json").is_file():
+        return None
+    if path.exists():
+        raise AdapterError(f"{plain(source)} is no adapter: there is no {CONFIG} in it.")
+    names = adapter_names(ADAPTERS_DIR)
+    if path.parts[0] == str(ADAPTERS_DIR) or (len(path.parts) == 1 and (path.name in names or _near(path.name, names))):
+        return find_adapter(source)
+    return None  # a hub id
+
+
+def _near(name: str, names: list[str]) -> bool:
+    from lora_dpo.config import nearest
+
+    return bool(nearest(name, names))
+
+
 def _kind(kind: str | None, default: str) -> str:
     from lora_dpo.config import nearest
     from lora_dpo.export.gguf_write import KINDS
@@ -74,10 +111,6 @@ def _kind(kind: str | None, default: str) -> str:
     if kind not in KINDS:
         raise ConfigError(f"--type is {kind!r}: allowed are {', '.join(KINDS)}.{nearest(kind, KINDS)}")
     return kind
-
-
-def _is_model(source: str | Path) -> bool:
-    return str(source) in PACKAGED_MODELS or (Path(source) / "config.json").is_file() or not Path(source).exists()
 
 
 def _gguf_adapter(adapter: Path, merged: Merged, output: Path, kind: str, name: str) -> Path:
@@ -120,18 +153,19 @@ def _ollama(merged: Merged, output: Path, kind: str, name: str, on_tensor: OnTen
 
 
 def _peft_folder(adapter: Path, output: Path) -> Path:
-    """The two PEFT files and the card. The base is named so that a server can find it: a hub id, not a place here."""
+    """The two PEFT files and the card. The base is named where it can be loaded from: a hub id, or a folder here."""
     from lora_dpo.lora_files import check_finite, read_adapter
 
     config, _ = read_adapter(adapter)
+    check_weights_are_the_passports(read_passport(adapter), adapter)
     check_finite(adapter)
     name, revision = base_name(adapter)
-    raw = {**config.raw, "base_model_name_or_path": PACKAGED_MODELS[name].source if name in PACKAGED_MODELS else name}
-    raw |= {"revision": revision, "inference_mode": True}
+    # not the hub's model of that name: a packaged one has other weights, rounded to 4 bits by its maker
+    base = str(MODELS_DIR / name) if name in PACKAGED_MODELS else name
+    raw = {**config.raw, "base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     with atomic_folder(output) as folder:
         shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
-        if (adapter / "README.md").is_file():
-            card = (adapter / "README.md").read_text(encoding="utf-8")
-            (folder / "README.md").write_text(card.replace("![training curves](curves.png)\n\n", ""), encoding="utf-8")
+        if (adapter / CARD).is_file():
+            (folder / CARD).write_bytes(without_picture((adapter / CARD).read_bytes()))
         (folder / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return output

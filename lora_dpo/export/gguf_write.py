@@ -86,10 +86,11 @@ def write_model(
 def write_adapter(adapter: Path, merged: Merged, target: Path, *, kind: str, name: str) -> None:
     """Write a LoRA adapter as one GGUF file, for `llama.cpp --lora` and Ollama's ADAPTER.
 
-    llama.cpp multiplies by alpha / rank, with one alpha for all: other scales (rsLoRA, patterns) are folded into B.
+    llama.cpp multiplies by alpha / rank, with one alpha for all: other scales (rsLoRA, patterns) are folded into B. A
+    matrix whose rows are no multiple of the kind's block (B of a small rank) is f16.
 
     Raises:
-        AdapterError: DoRA, saved modules or embeddings, which the format has no place for.
+        AdapterError: DoRA, saved modules, embeddings or a tied head, which the format has no place for.
     """
     import gguf
 
@@ -99,6 +100,7 @@ def write_adapter(adapter: Path, merged: Merged, target: Path, *, kind: str, nam
         or ("DoRA" if config.dora else "")
         or ("whole saved modules" if tensors.saved else "")
         or ("embeddings" if any(lora.embedding for lora in tensors.lora.values()) else "")
+        or ("a head that the base has in one with its embeddings" if merged.untied else "")
     )
     if reason:
         raise AdapterError(
@@ -117,7 +119,7 @@ def write_adapter(adapter: Path, merged: Merged, target: Path, *, kind: str, nam
         b = b * (config.scale_of(module, lora.rank) * lora.rank / config.alpha)
         heads = head_count(merged.config, module) if arch.permuted else None
         for part, tensor in (("lora_a", a), ("lora_b", permute(b, heads) if heads else b)):
-            type_ = gguf.GGMLQuantizationType[kind.upper()]
+            type_ = _type_of(module, tuple(tensor.shape), kind)
             writer.add_tensor(f"{names[module + '.weight']}.{part}", _packed(tensor, type_, module), raw_dtype=type_)
     writer.write_header_to_file(target)
     writer.write_kv_data_to_file()
