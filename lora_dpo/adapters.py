@@ -27,6 +27,7 @@ from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.fetch import PACKAGED_MODELS, is_hub_id
 from lora_dpo.files import sha256_of
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config, read_json
+from lora_dpo.memory import out_of_memory
 from lora_dpo.model import POLICY, Base, resolve_model
 from lora_dpo.quiet import quiet_libraries
 
@@ -205,6 +206,8 @@ def _peft_errors(folder: Path, base: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        if out_of_memory(error):
+            raise
         # target modules that are not there, a config that peft refuses
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise AdapterError(f"The adapter {folder} does not fit {base}: {plain(reason, 300)}") from error

@@ -18,6 +18,17 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address).is_loopback for address in _addresses(host))
 
 
+def is_local_name(header: str) -> bool:
+    """Whether a Host header names this machine as only this machine would."""
+    name = header if header.endswith("]") else header.rpartition(":")[0] or header
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0 takes a free one. Raises `ConfigError` with what to do instead."""
     address = _addresses(host)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,7 @@ def demo(
     with opened:
         desk = Desk(opened, data_dir)
         try:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
             err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
             app.launch(desk, host=host, port=port, auth=login, share=share)
         finally:

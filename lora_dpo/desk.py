@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.arena import Arena
 from lora_dpo.collection import Collection
-from lora_dpo.config import Recipe
+from lora_dpo.config import Recipe, nearest
 from lora_dpo.data import Message
-from lora_dpo.errors import ConfigError
+from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host
 from lora_dpo.job import Job
-from lora_dpo.lora_files import CONFIG
+from lora_dpo.lora_files import CONFIG, plain
 from lora_dpo.package import check_name
 from lora_dpo.talk import Stops
 from lora_dpo.watch import Sample, Watch
@@ -60,6 +60,15 @@ class Desk:
     def adapters(self) -> list[str]:
         """Every adapter's name, whether it fits the base or not; read from the folder's listing alone."""
         return sorted(path.parent.name for path in self.adapters_dir.glob(f"[!.]*/{CONFIG}"))
+
+    def find(self, name: str) -> Path:
+        """The folder of an adapter of `adapters`: of no other folder of this machine. Raises `AdapterError`."""
+        names = self.adapters()
+        if name in names:
+            return self.adapters_dir / name
+        if not name:
+            raise AdapterError("No adapter is chosen.")
+        raise AdapterError(f"There is no adapter {plain(name)} here.{nearest(name, names)}")
 
     def free_name(self, wish: str = "mine") -> str:
         """A name for the next adapter that is not taken."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_dpo.desk import Desk
 from lora_dpo.errors import ConfigError
-from lora_dpo.library import find_adapter, pack
+from lora_dpo.library import pack
 from lora_dpo.lora_files import plain
 
 FORMS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
@@ -21,7 +21,7 @@ Tick = Callable[[int, int], None]
 
 def packed(desk: Desk, name: str) -> Path:
     """An adapter as one file, on its way to a browser. Raises as `library.pack`."""
-    return pack(find_adapter(name, desk.adapters_dir), on_the_way(desk))
+    return pack(desk.find(name), on_the_way(desk))
 
 
 def exported_pairs(desk: Desk, name: str) -> Path:
@@ -40,7 +40,7 @@ def exported(desk: Desk, name: str, form: str) -> Iterator[tuple[int, int, Path]
     """
     if form not in FORMS:
         raise ConfigError(f"There is no form {plain(form)} to write an adapter in: there is {', '.join(FORMS)}.")
-    adapter = find_adapter(name, desk.adapters_dir)
+    adapter = desk.find(name)
     target = _free(desk, adapter.name, FORMS[form])
     total = 1
     for done, total in _in_thread(_work(desk, adapter, target, form)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -24,6 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lora_dpo.address import is_local_name
 from lora_dpo.errors import AdapterError, Busy, LoraDPOError, ModelError, PromptTooLong, RequestRefused
 from lora_dpo.host import Host
 from lora_dpo.openai_api import (
@@ -271,17 +271,6 @@ class _Door:
         text = "The API key is wrong or missing. Send the key that the server was started with, as a bearer token."
         body = error_body(text, code="invalid_api_key")
         return JSONResponse(body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
-
-
-def is_local_name(header: str) -> bool:
-    """Whether a Host header names this machine as only this machine would."""
-    name = header if header.endswith("]") else header.rpartition(":")[0] or header
-    if name.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 # --- errors ---------------------------------------------------------------------------------------

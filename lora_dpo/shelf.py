@@ -6,7 +6,9 @@ is to take another tree. Nothing is reloaded, switched on or off, or merged.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from lora_dpo.errors import AdapterError
 from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
 from lora_dpo.model import Base, share_weights
 
+logger = logging.getLogger(__name__)
+
 BASE = "base"
 """The name of the model without an adapter."""
 
@@ -26,6 +30,10 @@ KEPT = 8
 
 AHEAD = 256 << 20
 """Bytes of adapters that are put into memory before anyone asks for them."""
+
+SETTLED = 2.0
+"""Seconds that its files must have been left alone before an adapter is read ahead: weights are mapped into memory,
+and a process that reads what another one cuts short is killed."""
 
 State = tuple[tuple[int, int, int] | None, ...]
 """Of the files of an adapter: another state, another adapter."""
@@ -51,6 +59,8 @@ class Shelf:
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
         self._trees: dict[str, tuple[State, Any]] = {}
+        self._not_ahead: dict[str, State] = {}
+        """Adapters that could not be put into memory ahead; whoever asks for one is told why."""
 
     def names(self) -> list[str]:
         """`base`, then every adapter that fits it, as they are on the disk now. From any thread."""
@@ -92,7 +102,9 @@ class Shelf:
         found: list[str] = []
         for name in sorted(fit, key=lambda name: _written(fit[name]), reverse=True):
             size += 0 if held.get(name) == fit[name] else _bytes(fit[name])
-            if held.get(name) != fit[name] and len(found) < room and size <= AHEAD:
+            if fit[name] in (held.get(name), self._not_ahead.get(name)) or not _is_settled(self.folder / name):
+                continue
+            if len(found) < room and size <= AHEAD:
                 found.append(name)
         return found
 
@@ -104,6 +116,9 @@ class Shelf:
             except AdapterError as error:  # it passed the checks, and still peft cannot take it
                 with self._lock:
                     self._seen[name] = _Seen(_state(self.folder / name), str(error))
+            except Exception:  # such as memory that a training holds: nobody has asked for it yet
+                logger.info("%s is not put into memory ahead.", name, exc_info=True)
+                self._not_ahead[name] = _state(self.folder / name)
             return True
         return False
 
@@ -138,6 +153,13 @@ def _state(folder: Path) -> State:
         else:
             found.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
     return tuple(found)
+
+
+def _is_settled(folder: Path) -> bool:
+    try:
+        return time.time() - max(path.stat().st_ctime for path in folder.iterdir()) >= SETTLED
+    except (OSError, ValueError):  # removed, perhaps while we look
+        return False
 
 
 def _written(state: State) -> int:

@@ -56,6 +56,8 @@ class Talk:
     exchanges: list[Exchange] = field(default_factory=list)
     retries: int = 0
     """Of the last exchange: each draws with another seed."""
+    dropped: bool = False
+    """Whether another conversation has taken its place: what is still being written is not for the page any more."""
 
     def conversation(self, side: int, system: str | None = None) -> list[Message]:
         """Messages as the model of one side sees them, up to the last thing said.
@@ -70,13 +72,13 @@ class Talk:
                 turns.append(Message(role="assistant", content=said.text.strip()))
         return turns
 
-    def forget_from(self, index: int) -> str:
-        """Drop an exchange and all after it; returns what the user had said. Raises `ConfigError` if there is none."""
+    def cut_from(self, index: int) -> list[Exchange]:
+        """Take an exchange and all after it out; returns them. Raises `ConfigError` if there is none."""
         if not 0 <= index < len(self.exchanges):
             raise ConfigError(f"There is no exchange {index + 1} in this conversation: it has {len(self.exchanges)}.")
-        said = self.exchanges[index].user
+        cut = self.exchanges[index:]
         del self.exchanges[index:]
-        return said
+        return cut
 
 
 class Stops:

@@ -144,7 +144,14 @@ def test_what_is_no_name_of_a_model_is_refused(host, name):
         host.answer(name, ask("hi"), SHORT, client="a")
 
 
-def test_adapters_are_in_memory_before_anyone_asks_for_them(host, adapters):
+def test_adapters_are_in_memory_before_anyone_asks_for_them(base, adapters, monkeypatch):
+    monkeypatch.setattr("lora_dpo.shelf.SETTLED", 0.0)
+    with Host(base, adapters) as host:
+        wait_until_warm(host)
+        check_warm(host, adapters)
+
+
+def check_warm(host, adapters):
     assert sorted(host._shelf._trees) == ["alpha", "beta"]
     shutil.copytree(adapters / "beta", adapters / ".coming")
     (adapters / ".coming").rename(adapters / "coming")
@@ -157,6 +164,7 @@ def test_few_bytes_of_adapters_are_put_into_memory_ahead_newest_first(base, adap
     weights = adapters / "alpha" / "adapter_model.safetensors"
     os.utime(weights, (2e9, 2e9))
     monkeypatch.setattr("lora_dpo.shelf.AHEAD", weights.stat().st_size)
+    monkeypatch.setattr("lora_dpo.shelf.SETTLED", 0.0)
     with Host(base, adapters) as host:
         wait_until_warm(host)
         assert list(host._shelf._trees) == ["alpha"]
@@ -172,12 +180,40 @@ def test_an_adapter_that_cannot_be_put_on_is_tried_once_and_says_why(base, adapt
         raise AdapterError(f"peft cannot take {folder.name}")
 
     monkeypatch.setattr(shelf, "put_adapter", refuse)
+    monkeypatch.setattr(shelf, "SETTLED", 0.0)
     with Host(base, adapters) as host:
         wait_until_warm(host)
         assert host.names() == ["base"]
         with pytest.raises(AdapterError, match="peft cannot take alpha"):
             host.answer("alpha", ask("hi"), SHORT, client="a")
     assert sorted(tried) == ["alpha", "beta"]
+
+
+def test_memory_that_is_short_for_a_moment_hides_no_adapter(base, adapters, monkeypatch):
+    from lora_dpo import shelf
+
+    tried, put = [], shelf.put_adapter
+
+    def short(view, folder):
+        tried.append(folder.name)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(shelf, "put_adapter", short)
+    monkeypatch.setattr(shelf, "SETTLED", 0.0)
+    with Host(base, adapters) as host:
+        wait_until_warm(host)
+        assert sorted(tried) == ["alpha", "beta"]  # once each, not at every look
+        assert host.names() == ["base", "alpha", "beta"]
+        with pytest.raises(ModelError, match="Memory ran out for this answer"):
+            host.answer("alpha", ask("hi"), SHORT, client="a")
+        monkeypatch.setattr(shelf, "put_adapter", put)
+        assert host.answer("alpha", ask("hi"), SHORT, client="a").tokens
+
+
+def test_what_has_just_been_written_is_not_read_ahead(base, adapters):
+    with Host(base, adapters) as host:  # the fixture has just copied them
+        assert host._shelf.cold() == []
+        assert host.names() == ["base", "alpha", "beta"]
 
 
 def test_many_adapters_do_not_fill_the_memory(host, adapters):

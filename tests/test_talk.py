@@ -51,10 +51,10 @@ def test_each_side_sees_its_own_answers_and_where_it_has_none_the_others():
 
 def test_forgetting_drops_an_exchange_and_what_came_after():
     talk = Talk([Exchange("A"), Exchange("B"), Exchange("C")])
-    assert talk.forget_from(1) == "B"
+    assert [cut.user for cut in talk.cut_from(1)] == ["B", "C"]
     assert [exchange.user for exchange in talk.exchanges] == ["A"]
     with pytest.raises(ConfigError, match="no exchange 4 in this conversation: it has 1"):
-        talk.forget_from(3)
+        talk.cut_from(3)
 
 
 def test_both_sides_answer_the_same_words_with_the_same_seed(host):
@@ -76,10 +76,10 @@ def test_a_retry_draws_anew_and_only_then(host):
     talk = Talk()
     texts = []
     for again in (False, True, True):
-        text = talk.forget_from(0) if talk.exchanges else "Say it."
+        text = talk.cut_from(0)[0].user if talk.exchanges else "Say it."
         texts.append(last(ask(host, talk, text, ["base"], LIVELY, again=again)).answers[0].text)
     assert len(set(texts)) == 3
-    talk.forget_from(0)
+    talk.cut_from(0)
     assert last(ask(host, talk, "Say it.", ["base"], LIVELY)).answers[0].text == texts[0]
 
 

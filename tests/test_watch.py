@@ -129,10 +129,13 @@ def test_no_text_from_outside_becomes_a_tag():
 
 def test_markdown_keeps_code_and_loses_tags_and_pictures():
     pytest.importorskip("gradio")
-    from lora_dpo.demo.kit import markdown
+    from lora_dpo.demo.kit import markdown, plain_text
 
-    assert markdown("**b** <b>x</b>") == "**b** &lt;b&gt;x&lt;/b&gt;"
-    assert markdown("`<b>` and\n```html\n<b>\n```\n<i>") == "`<b>` and\n```html\n<b>\n```\n&lt;i&gt;"
+    assert markdown("**b** <b>x</b>") == "**b** &lt;b>x&lt;/b>"
+    assert markdown("`<b>` and\n```html\n<b>\n```\n<i>") == "`<b>` and\n```html\n<b>\n```\n&lt;i>"
+    assert markdown("is a < b & c > d?") == "is a < b & c > d?"  # as it is: the page copies and edits what it is given
+    for text in ("a &lt; b <b>", "AT&T &amp; <!-- x", "`&lt;` ![x](y) &amp;lt;"):
+        assert plain_text(markdown(text)) == text
     assert markdown("![x](http://there/p.png)") == "!\\[x](http://there/p.png)"
     assert markdown("```\n<script>") == "```\n<script>"  # still being written
 

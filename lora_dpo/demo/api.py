@@ -14,7 +14,7 @@ from lora_dpo.data import Message
 from lora_dpo.demo.kit import client_of, sampling_of, told
 from lora_dpo.demo.tab_train import drafted, end, toggle
 from lora_dpo.desk import Desk
-from lora_dpo.library import describe, find_adapter, install, list_adapters
+from lora_dpo.library import describe, install, list_adapters
 from lora_dpo.plan import plan
 from lora_dpo.presets import settings_text
 from lora_dpo.talk import Talk, ask
@@ -176,7 +176,7 @@ def _adapters(desk: Desk) -> list[Any]:
 
     def passport(name: str) -> dict[str, str]:
         """What an adapter was made from."""
-        return dict(describe(find_adapter(name, desk.adapters_dir)))
+        return dict(describe(desk.find(name)))
 
     return [adapters, passport]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from lora_dpo.address import is_local_name
 from lora_dpo.desk import Desk
 
 # Gradio reads these when it is imported: nothing is counted, asked or fetched over a network.
@@ -15,7 +16,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
@@ -69,8 +72,8 @@ def build(desk: Desk) -> gr.Blocks:
         outputs = [*(picker for picker, _ in pickers), players, files, sources, run_name, adapter, listed, known]
         follow = _follower(desk, [nobody for _, nobody in pickers])
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gr.Timer(LOOK_EVERY).tick(follow, [known], outputs, **quiet)
-        page.load(follow, [known], outputs, **quiet)
+        gr.Timer(LOOK_EVERY).tick(follow, [known, run_name], outputs, **quiet)
+        page.load(follow, [known, run_name], outputs, **quiet)
         api.add(desk)
     return page
 
@@ -78,7 +81,7 @@ def build(desk: Desk) -> gr.Blocks:
 def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any], tuple[Any, ...]]:
     """A handler that puts what is new into every picker."""
 
-    def follow(known: Any) -> tuple[Any, ...]:
+    def follow(known: Any, run_name: str) -> tuple[Any, ...]:
         names, pairs = desk.names(), desk.pairs.names()
         adapters = desk.adapters()
         now = (tuple(names), tuple(pairs), tuple(adapters))
@@ -96,7 +99,7 @@ def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any], tuple[Any,
             gr.update(choices=names),
             gr.update(choices=pairs, **pair),
             gr.update(choices=pairs, **trained),
-            gr.update(value=desk.free_name()) if moved else gr.skip(),
+            gr.update(value=desk.free_name()) if moved and run_name.strip() in (*adapters, "") else gr.skip(),
             gr.update(choices=adapters, **shown),
             tab_adapters.adapters_table(desk) if moved else gr.skip(),
             now,
@@ -106,13 +109,22 @@ def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any], tuple[Any,
 
 
 class Guard:
-    """ASGI middleware: the headers of `POLICY` on every response."""
+    """ASGI middleware: the headers of `POLICY` on every response, and who is let in.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Args:
+        local: only requests that name this machine as it names itself. Another site's name that leads here (DNS
+            rebinding) would make this page part of that site.
+    """
+
+    def __init__(self, app: ASGIApp, *, local: bool) -> None:
+        self.app, self.local = app, local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and its response back with the headers."""
+        if self.local and scope["type"] == "http" and not is_local_name(Headers(scope=scope).get("host", "")):
+            text = "Without --auth this demo answers to localhost, 127.0.0.1 and [::1] alone, not to other names."
+            await PlainTextResponse(text, status_code=403)(scope, receive, send)
+            return
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -159,7 +171,7 @@ def launch(
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        app_kwargs={"middleware": [Middleware(Guard)]},
+        app_kwargs={"middleware": [Middleware(Guard, local=auth is None)]},
         theme=theme(),
         css=css(),
         head=head(),

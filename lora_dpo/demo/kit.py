@@ -16,6 +16,8 @@ from lora_dpo.generate import Sampling
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 
 
@@ -50,11 +52,21 @@ def refusal(error: LoraDPOError) -> gr.Error:
 def markdown(text: str) -> str:
     """A model's or user's text as Markdown without HTML and pictures; code stays as it is written.
 
-    The page sanitises it once more. This keeps `<tags>` readable, and stops pictures, which would be fetched.
+    The page sanitises it once more. This keeps `<tags>` readable, and stops pictures, which would be fetched. Only what
+    could be a tag or an entity is written otherwise, since the page's copy button and editor take the text from here.
     """
     parts = _CODE.split(text)
     for index in range(0, len(parts), 2):
-        parts[index] = escape(parts[index], quote=False).replace("![", "!\\[")
+        escaped = _TAG.sub("&lt;", _ENTITY.sub("&amp;", parts[index]))
+        parts[index] = escaped.replace("![", "!\\[")
+    return "".join(parts)
+
+
+def plain_text(shown: str) -> str:
+    """The text that `markdown` made `shown` of."""
+    parts = _CODE.split(shown)
+    for index in range(0, len(parts), 2):
+        parts[index] = parts[index].replace("!\\[", "![").replace("&lt;", "<").replace("&amp;", "&")
     return "".join(parts)
 
 
@@ -63,11 +75,11 @@ def client_of(request: gr.Request | None) -> str:
     return str(getattr(request, "session_hash", None) or "script")
 
 
-def sampling_of(temperature: float, top_p: float, max_new_tokens: float, seed: float) -> Sampling:
-    """Settings from controls, held to what is sensible."""
+def sampling_of(temperature: float, top_p: float, max_new_tokens: float, seed: float | None) -> Sampling:
+    """Settings from controls, held to what is sensible; an emptied field of the seed is 0."""
     return Sampling(
         max_new_tokens=min(4096, max(1, int(max_new_tokens))),
         temperature=min(5.0, max(0.0, float(temperature))),
         top_p=min(1.0, max(0.01, float(top_p))),
-        seed=int(seed) % (1 << 31),
+        seed=int(seed or 0) % (1 << 31),
     )

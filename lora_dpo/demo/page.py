@@ -115,10 +115,10 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 }
 """
 
-KEYS = {"vote-a": ("1", "ArrowLeft"), "vote-b": ("2", "ArrowRight"), "vote-good": ("3", "ArrowUp")}
-KEYS |= {"vote-bad": ("4", "ArrowDown"), "vote-skip": ("0", "s")}
+KEYS = {"vote-a": ("1", "ArrowLeft"), "vote-b": ("2", "ArrowRight"), "vote-good": ("3",)}
+KEYS |= {"vote-bad": ("4",), "vote-skip": ("0", "s")}
 """Button of the Vote tab -> its keys."""
-SHOWN_AS = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
+SHOWN_AS = {"ArrowLeft": "←", "ArrowRight": "→"}
 
 _SCRIPT = """
 <script>

@@ -14,7 +14,7 @@ from lora_dpo.demo.draw import curves, facts, note, progress_bar, table, without
 from lora_dpo.demo.kit import markdown, told
 from lora_dpo.desk import Desk
 from lora_dpo.errors import AdapterError
-from lora_dpo.library import describe, find_adapter, install, list_adapters
+from lora_dpo.library import describe, install, list_adapters
 from lora_dpo.package import SUFFIX
 from lora_dpo.watch import Seen
 
@@ -59,7 +59,7 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     def show(which: str | None) -> State:
         if not which:
             return note("There is no adapter yet. Train one, or install a package."), "", ""
-        folder = find_adapter(which, desk.adapters_dir)
+        folder = desk.find(which)
         return facts(describe(folder)), _curves_of(folder), _card_of(folder)
 
     @told

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from lora_dpo.demo.draw import said_line
-from lora_dpo.demo.kit import client_of, markdown, refusal, sampling_of, told
+from lora_dpo.demo.kit import client_of, markdown, plain_text, refusal, sampling_of, told
 from lora_dpo.desk import Desk
 from lora_dpo.errors import LoraDPOError
-from lora_dpo.talk import Said, Talk, ask
+from lora_dpo.talk import Exchange, Said, Talk, ask
 
 NOBODY = "(nobody)"
 HEIGHT = "max(300px, calc(100vh - 430px))"
@@ -49,8 +49,8 @@ def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
     for chat in parts.chats:
         chat.retry(tab.retry, settings, outputs, **quiet)
         chat.edit(tab.edit, settings, outputs, **quiet)
-        chat.clear(tab.new, None, outputs, **at_once)
-    parts.new.click(tab.new, None, outputs, **at_once)
+        chat.clear(tab.new, talk, outputs, **at_once)
+    parts.new.click(tab.new, talk, outputs, **at_once)
     parts.right.change(lambda beside: gr.update(visible=beside != NOBODY), parts.right, parts.right_column, **at_once)
     return [(parts.left, False), (parts.right, True)]
 
@@ -145,7 +145,8 @@ class Tab:
     ) -> Iterator[State]:
         """Answer the same words with another seed."""
         chosen = (talk, left, right, system, temperature, top_p, longest, seed)
-        yield from self._answer(talk.forget_from(_exchange(data.index)), True, chosen, request)
+        cut = talk.cut_from(_exchange(data.index))
+        yield from self._answer(cut[0].user, True, chosen, request, cut)
 
     @told
     def edit(
@@ -162,38 +163,52 @@ class Tab:
         request: gr.Request,
     ) -> Iterator[State]:
         """Answer other words in their place."""
-        talk.forget_from(_exchange(data.index))
+        cut = talk.cut_from(_exchange(data.index))
         chosen = (talk, left, right, system, temperature, top_p, longest, seed)
-        yield from self._answer(str(data.value), False, chosen, request)
+        yield from self._answer(plain_text(str(data.value)), False, chosen, request, cut)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that is being written; what was said so far stays."""
         self.desk.stops.of(client_of(request)).set()
 
-    def new(self, request: gr.Request) -> State:
-        """Forget the conversation."""
+    def new(self, talk: Talk, request: gr.Request) -> State:
+        """Forget the conversation, also while an answer is being written."""
+        talk.dropped = True
         self.stop(request)
         return (gr.skip(), [], [], "", "", Talk())
 
-    def _answer(self, text: str, again: bool, chosen: tuple[Any, ...], request: gr.Request) -> Iterator[State]:
+    def _answer(
+        self, text: str, again: bool, chosen: tuple[Any, ...], request: gr.Request, cut: Sequence[Exchange] = ()
+    ) -> Iterator[State]:
+        """Answer; `cut` is what the answer takes the place of, and comes back if the host refuses."""
         said, who, beside, system, *numbers = chosen
         players = [who] if beside == NOBODY else [who, beside]
         client = client_of(request)
         sampling = sampling_of(*numbers)
         stop = self.desk.stops.of(client)
         busy = gr.update(value="", submit_btn=False, stop_btn="Stop")
-        host = self.desk.host
+        idle = gr.update(submit_btn="Send", stop_btn=False)
+        host, before = self.desk.host, len(said.exchanges)
         try:
             for exchange in ask(
                 host, said, text, players, sampling, system=system, client=client, stop=stop, again=again
             ):
+                if said.dropped:
+                    break
                 yield (busy, *_views(said), *_lines(exchange.answers, players), said)
                 busy = gr.skip()
         except LoraDPOError as error:
-            yield (gr.update(value=text, submit_btn="Send", stop_btn=False), *_views(said), "", "", said)
+            if len(said.exchanges) == before:  # nothing has come in its place
+                said.exchanges.extend(cut)
+            if not said.dropped:
+                box = gr.update(value="" if again else text, submit_btn="Send", stop_btn=False)
+                yield (box, *_views(said), "", "", said)
             raise refusal(error) from None
+        if said.dropped:
+            yield (idle, *[gr.skip()] * 5)
+            return
         last = said.exchanges[-1].answers if said.exchanges else [None, None]
-        yield (gr.update(submit_btn="Send", stop_btn=False), *_views(said), *map(said_line, last), said)
+        yield (idle, *_views(said), *map(said_line, last), said)
 
 
 def _exchange(index: Any) -> int:

@@ -57,7 +57,9 @@ def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
     parts.search.submit(tab.find, at, [*parts.listed, *editing], **private)
     parts.load.upload(tab.bring, parts.load, [parts.name, *everything], **private)
     parts.take.click(tab.export, parts.name, parts.file, **private)
-    parts.listed[0].select(tab.pick, at, [*editing, parts.earlier, *parts.texts], show_progress="hidden", **private)
+    parts.listed[0].select(
+        tab.pick, parts.name, [*editing, parts.earlier, *parts.texts], show_progress="hidden", **private
+    )
     save.click(tab.mend, [*at, picked, *parts.texts], everything, **private)
     remove.click(tab.drop, [*at, picked], everything, **private)
     close.click(_closed, None, editing, queue=False, **private)
@@ -164,13 +166,12 @@ class Tab:
         return gr.update(value=str(exported_pairs(self.desk, which)), visible=True)
 
     @told
-    def pick(self, data: gr.SelectData, which: str, words: str) -> State:
+    def pick(self, data: gr.SelectData, which: str) -> State:
         """Open a pair of the list."""
-        entries = self.desk.pairs.entries(which, words or "")
-        index = int(data.index[0])
-        if index >= len(entries):
+        line, *shown = data.row_value  # whatever is searched for, and however the list is sorted
+        entry = next((one for one in self.desk.pairs.entries(which, "") if one.line == int(line)), None)
+        if entry is None or [_short(text) for text in entry.texts] != shown:
             raise DataError("The list has changed meanwhile. Choose the pair again.")
-        entry = entries[index]
         before = [f"{said['role']}: {said['content']}" for said in entry.pair.prompt[:-1]]
         turns = "".join(text_block(text, kind="asked") for text in before)
         return gr.update(visible=True), entry, turns, *entry.texts

@@ -56,8 +56,11 @@ def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
     parts.look.click(tab.show_plan, [*parts.choices, parts.recipe, filled], plan_out, **private)
     given = [*parts.choices, parts.recipe, parts.prompts]
     parts.start.click(tab.begin, given, [parts.start, parts.planned, *shown], **private)
-    for control in parts.choices:
+    for control in parts.choices[:2]:
         control.change(_stale, None, [parts.start, parts.recipe, filled], show_progress="hidden", **at_once)
+    # Another name, or settings changed by hand: they stay, but what is started is what was planned.
+    parts.choices[2].change(_unplanned, None, parts.start, show_progress="hidden", **at_once)
+    parts.recipe.input(_unplanned, None, parts.start, show_progress="hidden", **at_once)
     gr.Timer(LOOK_EVERY).tick(tab.follow, seen, shown, show_progress="hidden", **at_once)
     parts.shown[4].click(lambda: toggle(desk), None, None, **at_once)
     parts.keep.click(lambda: end(desk, keep=True), None, None, **at_once)
@@ -154,6 +157,11 @@ class Tab:
             gr.update(value="Continue" if now.job.state == "paused" else "Pause"),
             version_of(now),
         )
+
+
+def _unplanned() -> Any:
+    """The plan on the page has to be made anew."""
+    return gr.update(interactive=False)
 
 
 def _stale() -> State:

@@ -16,7 +16,7 @@ from lora_dpo.data import Message
 from lora_dpo.demo.draw import answer_card, note, win_table
 from lora_dpo.demo.kit import client_of, refusal, sampling_of, told
 from lora_dpo.desk import Desk
-from lora_dpo.errors import LoraDPOError
+from lora_dpo.errors import Busy, LoraDPOError, PromptTooLong
 from lora_dpo.prompts import Prompt, read_prompts
 
 LABELS = {
@@ -134,7 +134,7 @@ class Tab:
         check_upload(Path(file), Path(file).name, PROMPT_KINDS)
         found = [_named(prompt, Path(file).name) for prompt in read_prompts(file)]
         said = note(f"{len(found)} prompts imported.", kind="good")
-        yield from self._play(found[0].messages, who, (temp, most), found, client_of(request), said)
+        yield from self._play_first(found, who, (temp, most), client_of(request), said)
 
     def cast(self, verdict: str) -> Callable[..., Iterator[State]]:
         """The handler of one verdict: write it down, tell the names, go on with the next imported prompt."""
@@ -150,13 +150,27 @@ class Tab:
             table = win_table(desk.pairs.book.records())
             rest = left[1:] if left and tuple(left[0].messages) == done.prompt else left
             yield (gr.skip(), gr.skip(), names, said, table, "", rest, *_buttons(False))
-            if rest:
-                yield from self._play(rest[0].messages, who, (temp, most), rest, client_of(request), said)
-            elif left:
-                end = note("That was the last imported prompt. Import more, or write one.", kind="good")
-                yield (*[gr.skip()] * 3, said + end, *[gr.skip()] * (OUTPUTS - 4))
+            if left:
+                yield from self._play_first(rest, who, (temp, most), client_of(request), said)
 
         return voted
+
+    def _play_first(
+        self, queue: list[Prompt], who: list[str], numbers: tuple[float, float], client: str, said: str
+    ) -> Iterator[State]:
+        """Show the first imported prompt that the model takes; one that it refuses is left out, and said."""
+        while queue:
+            try:
+                yield from self._play(queue[0].messages, who, numbers, queue, client, said)
+                return
+            except LoraDPOError as error:
+                if isinstance(error, Busy) and not isinstance(error, PromptTooLong):  # its turn comes again
+                    yield (gr.update(submit_btn="Ask"), *[gr.skip()] * (OUTPUTS - 1))
+                    raise
+                said += note(f"The prompt of {queue[0].source}, row {queue[0].row}, is left out: {error}", kind="bad")
+                queue = queue[1:]
+        said += note("That was the last imported prompt. Import more, or write one.", kind="good")
+        yield (gr.update(submit_btn="Ask"), gr.skip(), gr.skip(), said, gr.skip(), "", [], *_buttons(False))
 
     def _play(
         self,
