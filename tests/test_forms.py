@@ -561,6 +561,12 @@ def test_a_rated_turn_of_sharegpt_is_compared_with_its_sibling(tmp_path):
     assert (pair.chosen, pair.rejected) == ((bot("Tea."),), (bot("Coffee, surely."),))
 
 
+def test_a_sibling_that_repeats_another_is_compared_once(tmp_path):
+    tree = [*TEA[:3], {**TEA[2], "id": "x"}]
+    pairs, _ = read_pairs(write(tmp_path / "a.jsonl", feedback(1, "b", tree, ["m"])))
+    assert [pair.rejected for pair in pairs] == [(bot("Coffee, surely."),)]
+
+
 @pytest.mark.parametrize("history", [5, "5", {"a": 1}, [["one"]]])
 def test_a_history_of_another_kind_drops_the_row(tmp_path, history):
     row = {"instruction": "Hi", "chosen": "Yes", "rejected": "No"}

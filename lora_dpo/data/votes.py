@@ -44,15 +44,16 @@ def open_webui(row: Row, origin: Origin) -> list[PreferencePair] | Vote:
     vote = _checked_vote(prompt, (answer,), up, origin, {})
     if not data.get("sibling_model_ids"):
         return vote
-    pairs = []
+    pairs, compared = [], {answer["content"]}
     for other in known.values():
         if other is rated or other.get("parentId") != rated.get("parentId") or other.get("role") != "assistant":
             continue
         content = other.get("content")
         if _dict(other.get("annotation")).get("rating") or not isinstance(content, str) or not content.strip():
             continue
-        if content == answer["content"]:
+        if content in compared:  # regenerated word for word: the same comparison again
             continue
+        compared.add(content)
         sides = ((answer,), (_said(other),)) if up else ((_said(other),), (answer,))
         pairs.append(checked_pair(prompt, *sides, origin))
     return pairs or vote

@@ -25,7 +25,7 @@ from lora_dpo.files import atomic_file, refuse_existing
 
 @dataclass(frozen=True)
 class Fixed:
-    """What a cleaning wrote. `rows - removed` rows became the pairs: one vote and its opposite are one of them."""
+    """What a cleaning wrote. `rows - removed` rows became the pairs; a pair of votes is two rows."""
 
     rows: int
     """Rows that were read."""
