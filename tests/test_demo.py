@@ -231,6 +231,26 @@ def test_every_response_has_the_policy_and_the_page_names_no_other_host(address)
     assert '"analytics_enabled":false' in page.replace(" ", "")
 
 
+@pytest.mark.parametrize(("name", "status"), [("evil.example:7860", 403), ("localhost:7860", 200), ("[::1]", 200)])
+def test_a_name_of_another_site_that_leads_here_is_refused(address, name, status):
+    request = urllib.request.Request(f"{address}config", headers={"Host": name})
+    try:
+        with urllib.request.urlopen(request) as response:
+            found = response.status
+    except urllib.error.HTTPError as refused:
+        found = refused.code
+    assert found == status
+
+
+def test_only_the_demos_own_adapters_are_handed_out(client, tiny_adapter):
+    for name in (str(tiny_adapter), "../adapters/first", "first/..", "."):
+        for verb, more in (("/passport", ()), ("/pack", ()), ("/export_adapter", ("gguf-adapter",))):
+            with pytest.raises(Exception, match="There is no adapter"):
+                client.predict(name, *more, api_name=verb)
+    with pytest.raises(Exception, match="No adapter is chosen"):
+        client.predict("", api_name="/passport")
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "README.md", "collected/votes.jsonl"])
 def test_files_of_this_machine_are_not_served(address, path, desk):
     given = str(desk.pairs.book.path) if path.startswith("collected") else path

@@ -173,15 +173,73 @@ def test_stop_retry_edit_and_a_second_visitor(browser, served):
     assert me.errors == other.errors == []
 
 
-def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
-    from lora_dpo import host
+def slowly(*args, **kwargs):
+    """An answer that takes a minute."""
     from lora_dpo.generate import Answer
 
-    def slowly(*args, **kwargs):
-        for _ in range(1200):
-            time.sleep(0.05)
-            yield "word "
-        return Answer("word " * 1200, 1200, True)
+    for _ in range(1200):
+        time.sleep(0.05)
+        yield "word "
+    return Answer("word " * 1200, 1200, True)
+
+
+def test_a_new_chat_stays_new_while_an_answer_is_being_written(browser, served, monkeypatch):
+    from lora_dpo import host
+
+    _, address = served
+    real = host.stream_from
+    me = Visitor(browser, address)
+    monkeypatch.setattr(host, "stream_from", slowly)
+    me.page.fill("#chat-box textarea", "Say it.")
+    me.page.press("#chat-box textarea", "Enter")
+    me.wait_for("chat-0", "word")
+    me.page.click("#chat-new")
+    me.page.get_by_role("button", name="Send", exact=True).wait_for()
+    me.page.wait_for_timeout(1000)
+    assert me.answers(0) == []
+    monkeypatch.setattr(host, "stream_from", real)
+    me.say("Hello.")
+    assert len(me.answers(0)) == 1
+    assert me.errors == []
+
+
+def test_a_refused_retry_keeps_the_talk(browser, served, monkeypatch):
+    from lora_dpo.errors import Busy
+
+    desk, address = served
+    me = Visitor(browser, address)
+    me.say("Say it.")
+    before = me.answers(0)
+
+    def busy(*args, **kwargs):
+        raise Busy("32 requests are waiting already.")
+
+    monkeypatch.setattr(desk.host, "submit", busy)
+    me.page.locator("#chat-0").hover()
+    me.page.locator("#chat-0 button[aria-label*=etry], #chat-0 button[title*=etry]").first.click()
+    me.page.get_by_text("32 requests are waiting already").wait_for()
+    me.page.wait_for_timeout(300)
+    assert me.answers(0) == before
+
+
+def test_a_prompt_that_is_refused_does_not_block_voting(browser, served, tmp_path):
+    desk, address = served
+    me = Visitor(browser, address)
+    me.tab("Vote")
+    (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], "x" * 9000, PROMPTS[1]]))
+    me.page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
+    me.page.wait_for_selector("#vote-a:not([disabled])")
+    me.page.keyboard.press("1")
+    me.wait_for("vote-status", "is left out: The prompt has")
+    me.page.wait_for_selector("#vote-a:not([disabled])")
+    assert PROMPTS[1] in me.text("vote-asked")
+    me.page.keyboard.press("1")
+    me.wait_for("vote-status", "Saved: 2 pairs")
+    assert desk.pairs.book.count() == (2, 0)
+
+
+def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
+    from lora_dpo import host
 
     desk, address = served
     real = host.stream_from
