@@ -78,7 +78,7 @@ def build(desk: Desk) -> gr.Blocks:
     return page
 
 
-def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any], tuple[Any, ...]]:
+def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any, str], tuple[Any, ...]]:
     """A handler that puts what is new into every picker."""
 
     def follow(known: Any, run_name: str) -> tuple[Any, ...]:
