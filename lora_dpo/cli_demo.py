@@ -55,6 +55,8 @@ def demo(
     one_of("--quantize", quantize, ("nf4", "none"))
     login = read_auth(auth)
     check_reach(host, share=share, auth=login is not None)
+    if ":" in host:
+        raise ConfigError(f"--host is {host}: Gradio listens on IPv4 addresses and names alone. Give 127.0.0.1.")
     check_gradio()
     from lora_dpo.address import listen
 

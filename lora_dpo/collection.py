@@ -7,11 +7,14 @@ FOLDER/runs/           what the runs that were started here train on, and what w
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gzip
 import hashlib
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,11 +185,24 @@ def check_upload(path: Path, name: str, kinds: Sequence[str]) -> None:
     """Raise `DataError` unless a file is of a known kind and no larger than `MAX_UPLOAD`."""
     if path.suffix.lower() not in kinds or not path.is_file():
         raise DataError(f"{plain(Path(name).name)} is no file of a known kind: known are {', '.join(kinds)}.")
-    if path.stat().st_size > MAX_UPLOAD:
+    size = path.stat().st_size
+    has = f"has {size / 1e6:,.0f} MB"
+    if size <= MAX_UPLOAD and path.suffix.lower() == ".gz":
+        size, has = _unpacked(path), "unpacks to more than that"
+    if size > MAX_UPLOAD:
         raise DataError(
-            f"{plain(Path(name).name)} has {path.stat().st_size / 1e6:,.0f} MB; at most {MAX_UPLOAD / 1e6:,.0f} are "
-            "taken in here. Use lora-dpo data convert and train with a recipe."
+            f"{plain(Path(name).name)} {has}; at most {MAX_UPLOAD / 1e6:,.0f} MB are taken in here. Use lora-dpo data "
+            "convert and train with a recipe."
         )
+
+
+def _unpacked(path: Path) -> int:
+    """Bytes that are packed in a gzip file; counted no further than is allowed."""
+    size = 0
+    with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(path) as file:  # the reader says what is broken
+        while size <= MAX_UPLOAD and (block := file.read(1 << 20)):
+            size += len(block)
+    return size
 
 
 def clean_name(name: str) -> str:

@@ -42,6 +42,10 @@ MAX_PROMPT = 4096
 """Longest prompt, in tokens, where the model's context has room for it."""
 
 
+CHARACTERS = 32
+"""More characters than that a token, on average, are in no text that people write."""
+
+
 class Host:
     """One base in memory with any number of adapters on it by name; one computation at a time.
 
@@ -156,6 +160,12 @@ class Host:
             deliver: called for every piece, then once for the end, in the thread that computes; it must not block.
         """
         self._shelf.check(who)
+        characters = sum(len(said["content"]) for said in conversation)
+        if characters > CHARACTERS * self.max_prompt_tokens:  # before a tokenizer is kept busy with it
+            raise PromptTooLong(
+                f"The prompt has {characters:,} characters; at most {self.max_prompt_tokens} tokens are taken. Shorten "
+                "it, or leave out older turns."
+            )
         with self._lock:  # tokenizers are not made for two threads at once
             prompt = prompt_ids(self.base.tokenizer, conversation)
         if len(prompt) > self.max_prompt_tokens:

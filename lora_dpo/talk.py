@@ -6,8 +6,9 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lora_dpo.data import Message
 from lora_dpo.errors import ConfigError, LoraDPOError
@@ -79,6 +80,27 @@ class Talk:
         cut = self.exchanges[index:]
         del self.exchanges[index:]
         return cut
+
+
+def talk_of(history: Sequence[Mapping[str, Any]]) -> Talk:
+    """A conversation that was had elsewhere: messages of user and assistant in turn, ending with the assistant.
+
+    Raises:
+        ConfigError: they are not that.
+    """
+    talk = Talk()
+    for said in history:
+        role, content = (said.get(name) for name in ("role", "content")) if isinstance(said, Mapping) else (None, None)
+        answered = not talk.exchanges or talk.exchanges[-1].answers[0] is not None
+        if not isinstance(content, str) or role != ("user" if answered else "assistant"):
+            raise ConfigError("The history must be messages of role and content, user and assistant in turn.")
+        if role == "user":
+            talk.exchanges.append(Exchange(content))
+        else:
+            talk.exchanges[-1].answers = [Said("history", content)] * 2
+    if talk.exchanges and talk.exchanges[-1].answers[0] is None:
+        raise ConfigError("The history must end with the assistant: the new message follows it.")
+    return talk
 
 
 class Stops:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -148,3 +149,14 @@ def test_an_export_holds_all_chosen_files_in_the_canonical_form(collection, take
     assert target.read_text() == collection.path_of("My-pairs-1").read_text()
     with pytest.raises(DataError, match="no pair to take away"):
         collection.export([], tmp_path / "none.jsonl")
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_dpo.collection.MAX_UPLOAD", 1 << 20)
+    path = tmp_path / "pairs.jsonl.gz"
+    path.write_bytes(gzip.compress(b" " * (3 << 20)))
+    assert path.stat().st_size < 10_000
+    with pytest.raises(DataError, match="unpacks to more than that; at most 1 MB"):
+        check_upload(path, "pairs.jsonl.gz", KINDS)
+    path.write_bytes(gzip.compress(b" " * 100))
+    check_upload(path, "pairs.jsonl.gz", KINDS)

@@ -39,6 +39,7 @@ def free_port():
         (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: set --auth"),
         (["--host", "::"], "--host :: lets other machines in"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1 lets other machines in"),
+        (["--host", "::1"], "Gradio listens on IPv4 addresses and names alone"),
         (["--share"], "--share makes the page public: set --auth"),
         (["--auth", "me"], "--auth must be USER:PASSWORD"),
         (["--auth", "me:"], "--auth must be USER:PASSWORD"),
@@ -108,12 +109,12 @@ def client(address):
 def test_every_verb_has_a_named_endpoint(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert set(endpoints) == {
-        "/models", "/chat", "/compare", "/match", "/vote", "/standings", "/pairs", "/check_pairs", "/change_pair",
-        "/delete_pair", "/export_pairs", "/plan_training", "/train", "/training", "/pause_training", "/stop_training",
-        "/adapters", "/passport", "/pack", "/install", "/export_adapter",
+        "/models", "/chat", "/compare", "/match", "/vote", "/standings", "/pairs", "/upload_pairs", "/check_pairs",
+        "/change_pair", "/delete_pair", "/export_pairs", "/plan_training", "/train", "/training", "/pause_training",
+        "/stop_training", "/adapters", "/passport", "/pack", "/install", "/export_adapter",
     }  # fmt: skip
     parameters = [parameter["parameter_name"] for parameter in endpoints["/chat"]["parameters"]]
-    assert parameters == ["message", "model", "system", "temperature", "top_p", "max_new_tokens", "seed"]
+    assert parameters == ["message", "model", "system", "temperature", "top_p", "max_new_tokens", "seed", "history"]
 
 
 def test_a_script_chats_with_any_model(client, desk):
@@ -130,6 +131,27 @@ def test_a_script_chats_with_any_model(client, desk):
     assert both["left"]["text"] == whole
     assert both["right"]["text"] != whole
     assert both["left"]["tokens"] <= 30
+
+
+def test_a_script_goes_on_with_a_conversation(client, desk):
+    from lora_dpo.generate import Sampling
+
+    history = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}]
+    said = client.predict("Say it.", "first", temperature=0, max_new_tokens=20, history=history, api_name="/chat")
+    turns = [*history, {"role": "user", "content": "Say it."}]
+    assert said == desk.host.answer("first", turns, Sampling(max_new_tokens=20), client="x").text
+    for odd in (history[:1], history[1:], [{"role": "user"}]):
+        with pytest.raises(Exception, match="The history must"):
+            client.predict("Say it.", "first", history=odd, api_name="/chat")
+
+
+def test_a_script_uploads_pairs(client, desk, tmp_path):
+    row = {"prompt": "Say it.", "chosen": "Yes.", "rejected": "No."}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    name = client.predict(gradio_client.handle_file(tmp_path / "mine.jsonl"), api_name="/upload_pairs")
+    assert name == "mine"
+    assert len(client.predict(name, api_name="/pairs")) == 1
+    desk.pairs.path_of(name).unlink()
 
 
 def test_errors_reach_a_script_in_their_own_words(client):

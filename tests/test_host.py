@@ -271,6 +271,14 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_answer_stays_in_the_contex
         assert reply.prompt_tokens + reply.tokens <= 512
 
 
+def test_a_text_without_end_is_refused_before_it_is_tokenised(host, monkeypatch):
+    from lora_dpo import host as module
+
+    monkeypatch.setattr(module, "prompt_ids", lambda *nothing: pytest.fail("it was tokenised"))
+    with pytest.raises(PromptTooLong, match="1,000,000 characters"):
+        host.answer("base", ask("x" * 1_000_000), SHORT, client="a")
+
+
 class Gate:
     """Holds the thread that computes at its first token, until it is opened."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
@@ -12,12 +13,12 @@ from gradio.events import api as endpoint
 from lora_dpo import outgoing
 from lora_dpo.data import Message
 from lora_dpo.demo.kit import client_of, sampling_of, told
-from lora_dpo.demo.tab_train import drafted, end, toggle
+from lora_dpo.demo.tab_train import drafted, end, pause
 from lora_dpo.desk import Desk
 from lora_dpo.library import describe, install, list_adapters
 from lora_dpo.plan import plan
 from lora_dpo.presets import settings_text
-from lora_dpo.talk import Talk, ask
+from lora_dpo.talk import ask, talk_of
 
 
 def add(desk: Desk) -> None:
@@ -41,11 +42,13 @@ def _answering(desk: Desk) -> list[Any]:
         top_p: float = 0.95,
         max_new_tokens: int = 256,
         seed: int = 0,
+        history: list[dict[str, str]] | None = None,
         request: gr.Request | None = None,
     ) -> Iterator[str]:
-        """One answer to one message, as it grows."""
+        """One answer to one message, after the messages of `history` if there are any, as it grows."""
         sampling = sampling_of(temperature, top_p, max_new_tokens, seed)
-        for exchange in ask(desk.host, Talk(), message, [model], sampling, system=system, client=client_of(request)):
+        talk = talk_of(history or [])
+        for exchange in ask(desk.host, talk, message, [model], sampling, system=system, client=client_of(request)):
             said = exchange.answers[0]
             yield said.text if said else ""
 
@@ -58,10 +61,11 @@ def _answering(desk: Desk) -> list[Any]:
         top_p: float = 0.95,
         max_new_tokens: int = 256,
         seed: int = 0,
+        history: list[dict[str, str]] | None = None,
         request: gr.Request | None = None,
     ) -> dict[str, Any]:
-        """Two models on the same message and seed, with counts and speed."""
-        talk = Talk()
+        """Two models on the same message, history and seed, with counts and speed."""
+        talk = talk_of(history or [])
         sampling = sampling_of(temperature, top_p, max_new_tokens, seed)
         for _ in ask(desk.host, talk, message, [left, right], sampling, system=system, client=client_of(request)):
             pass
@@ -73,11 +77,13 @@ def _answering(desk: Desk) -> list[Any]:
         players: list[str],
         temperature: float = 0.8,
         max_new_tokens: int = 160,
+        system: str = "",
         request: gr.Request | None = None,
     ) -> dict[str, str]:
         """Two answers without names, to vote on by the match's id."""
         sampling = sampling_of(temperature, 0.95, max_new_tokens, 0)
-        drawn = desk.arena.draw([Message(role="user", content=prompt)], players, sampling)
+        before = [Message(role="system", content=system)] if system.strip() else []
+        drawn = desk.arena.draw([*before, Message(role="user", content=prompt)], players, sampling)
         for _ in desk.arena.answers(drawn, client=client_of(request)):
             pass
         a, b = (said.text if said else "" for said in drawn.answers)
@@ -156,9 +162,9 @@ def _training(desk: Desk) -> list[Any]:
             "samples": [asdict(sample) for sample in seen.samples],
         }
 
-    def pause_training() -> str:
+    def pause_training(paused: bool = True) -> str:
         """Pause the run, or let it go on."""
-        toggle(desk)
+        pause(desk, paused=paused)
         return desk.training.job.state if desk.training else "none"
 
     def stop_training(keep: bool = True) -> str:
@@ -184,6 +190,9 @@ def _adapters(desk: Desk) -> list[Any]:
 def _files(desk: Desk) -> None:
     """Endpoints that take or give a file: Gradio moves files only through components, so there are hidden ones."""
 
+    def upload_pairs(path: str) -> str:
+        return desk.pairs.take_in(Path(path), Path(path).name, desk.host.base.tokenizer).name
+
     def export_pairs(name: str) -> str:
         return str(outgoing.exported_pairs(desk, name))
 
@@ -201,6 +210,7 @@ def _files(desk: Desk) -> None:
         name, form = gr.Textbox(label="name"), gr.Textbox("gguf-adapter", label="form")
         given, made, place = gr.File(label="package"), gr.File(label="file"), gr.Textbox(label="place")
         button = cast(Any, gr.Button())
+        button.click(told(upload_pairs), given, place, api_name="upload_pairs")
         button.click(told(export_pairs), name, made, api_name="export_pairs")
         button.click(told(pack), name, made, api_name="pack")
         button.click(told(install_package), given, place, api_name="install")

@@ -189,10 +189,14 @@ def plan_lines(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def toggle(desk: Desk) -> None:
+    """Pause the run that goes on, or let the paused one go on."""
+    pause(desk, paused=desk.training is not None and desk.training.job.state != "paused")
+
+
+def pause(desk: Desk, *, paused: bool) -> None:
     """Pause the run, or let it go on."""
-    now = desk.training
-    if now is not None and now.job.running:
-        (now.job.resume if now.job.state == "paused" else now.job.pause)()
+    if desk.training is not None and desk.training.job.running:
+        (desk.training.job.pause if paused else desk.training.job.resume)()
 
 
 def end(desk: Desk, *, keep: bool) -> None:
