@@ -6,6 +6,7 @@ downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="the demo's tests need Gradio: pip install 'lora-dpo[demo]'")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
-from browsing import CHROMIUM, TABS, Visitor, chromium
+from browsing import CHROMIUM, TABS, Visitor, chromium, playwright_timeout
 
 from lora_dpo.generate import Sampling
 
@@ -280,22 +281,33 @@ def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
         page.click("#train-start")
         me.wait_for("train-state", "step ")
 
+    def press(button, *then):
+        """Click until the page shows one of these words: on a busy machine a click can come while it is redrawn."""
+        for _ in range(6):
+            if page.locator(button).is_visible():
+                page.click(button)
+            with contextlib.suppress(playwright_timeout()):
+                page.wait_for_function(
+                    "then => then.some(part => document.getElementById('train-state').innerText.includes(part))",
+                    arg=list(then),
+                    timeout=30_000,
+                )
+                return
+
     start("kept")
-    page.click("#train-pause")
-    me.wait_for("train-state", "paused at")
+    press("#train-pause", "paused at")
     page.wait_for_timeout(2000)  # the page looks every second and a half
     paused = me.text("train-state")
     assert page.inner_text("#train-pause") == "Continue"
     page.wait_for_timeout(3000)
     assert me.text("train-state") == paused
-    page.click("#train-pause")
-    page.wait_for_function("was => document.getElementById('train-state').innerText !== was", arg=paused)
-    page.click("#train-keep")
+    press("#train-pause", "left", "stopping")
+    press("#train-keep", "stopping", "held-out", "answers", "Done: kept")
     me.wait_for("train-state", "Done: kept")
     assert "kept" in desk.names()
 
     start("gone")
-    page.click("#train-discard")
+    press("#train-discard", "stopping", "Nothing was kept")
     me.wait_for("train-state", "Nothing was kept")
     assert "gone" not in desk.names()
     assert not [path.name for path in (tmp_path / "adapters").iterdir() if "gone" in path.name]

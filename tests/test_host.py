@@ -23,6 +23,7 @@ from lora_dpo.library import list_adapters
 from lora_dpo.model import attach_lora, load_base, share_weights
 from lora_dpo.shelf import KEPT
 
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = Sampling(max_new_tokens=12)
 
 
@@ -626,10 +627,10 @@ def in_a_child(work, after=None):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("models/smollm2-135m/config.json").is_file(), reason="the real model is not here")
-def test_switching_between_the_real_models_adapters_takes_no_time():
-    folder = Path("adapters")
-    with open_host("smollm2-135m", folder) as host:
+@pytest.mark.skipif(not (ROOT / "models/smollm2-135m/config.json").is_file(), reason="the real model is not here")
+def test_switching_between_the_real_models_adapters_takes_no_time(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with open_host("smollm2-135m", ROOT / "adapters") as host:
         wait_until_warm(host)
         one = Sampling(max_new_tokens=1)
         times = {"same": [], "other": []}

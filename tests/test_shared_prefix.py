@@ -346,7 +346,10 @@ def test_references_scored_ahead_where_trls_own_passes_run(tiny_model_folder, tm
     config = transformers.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if "key_value" not in k})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    trainer = build(DPOTrainer, model, tiny_model_folder, tmp_path, precompute_ref_log_probs=True)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear"
+    )  # peft writes the names of a model into it
+    trainer = build(DPOTrainer, model, tiny_model_folder, tmp_path, lora=lora, precompute_ref_log_probs=True)
     assert trainer.engine is None
     assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(trainer.train_dataset.column_names)
     assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(trainer.eval_dataset.column_names)
