@@ -200,9 +200,11 @@ class Tab:
         except LoraDPOError as error:
             if len(said.exchanges) == before:  # nothing has come in its place
                 said.exchanges.extend(cut)
-            if not said.dropped:
-                box = gr.update(value="" if again else text, submit_btn="Send", stop_btn=False)
-                yield (box, *_views(said), "", "", said)
+            if said.dropped:
+                yield (idle, *[gr.skip()] * 5)
+                return
+            box = gr.update(value="" if again else text, submit_btn="Send", stop_btn=False)
+            yield (box, *_views(said), "", "", said)
             raise refusal(error) from None
         if said.dropped:
             yield (idle, *[gr.skip()] * 5)
