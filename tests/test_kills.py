@@ -41,7 +41,7 @@ def content(path):
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def in_a_child(work, delay=None):
+def in_a_child(work, delay=None, *, begun=None):
     """Run `work` in a forked process; kill it after `delay` seconds. Returns how long it ran and whether it ended."""
     began = time.perf_counter()
     child = os.fork()
@@ -53,6 +53,9 @@ def in_a_child(work, delay=None):
     if delay is None:
         os.waitpid(child, 0)
         return time.perf_counter() - began
+    while begun is not None and not begun():
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return delay  # it ended before anything was seen
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -86,8 +89,11 @@ def test_a_kill_leaves_the_whole_or_nothing(what, tiny_adapter, gguf_adapter, tm
     remove(target)
     draws = random.Random(what)
     outcomes, refused = [], []
-    for _ in range(KILLS):
-        in_a_child(work, draws.uniform(0, 1.1 * took))
+    for number in range(KILLS):
+        if number % 2:
+            in_a_child(work, draws.uniform(0, 1.1 * took))
+        else:  # soon after the first sign of what it writes
+            in_a_child(work, draws.uniform(0, 0.05 * took), begun=lambda: any(Path().glob(".*")))
         if target.exists():
             assert content(target) == whole
         outcomes.append("whole" if target.exists() else "nothing")
