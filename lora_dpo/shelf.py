@@ -117,7 +117,7 @@ class Shelf:
                 with self._lock:
                     self._seen[name] = _Seen(_state(self.folder / name), str(error))
             except Exception:  # such as memory that a training holds: nobody has asked for it yet
-                logger.info("%s is not put into memory ahead.", name, exc_info=True)
+                logger.warning("%s is not put into memory ahead.", name, exc_info=True)
                 self._not_ahead[name] = _state(self.folder / name)
             return True
         return False

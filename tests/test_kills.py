@@ -89,8 +89,8 @@ def test_a_kill_leaves_the_whole_or_nothing(what, tiny_adapter, gguf_adapter, tm
     remove(target)
     draws = random.Random(what)
     outcomes, refused = [], []
-    for number in range(KILLS):
-        if number % 2:
+    for number in range(KILLS + KILLS // 2):
+        if number < KILLS:
             in_a_child(work, draws.uniform(0, 1.1 * took))
         else:  # soon after the first sign of what it writes
             in_a_child(work, draws.uniform(0, 0.05 * took), begun=lambda: any(Path().glob(".*")))

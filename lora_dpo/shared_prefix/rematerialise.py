@@ -119,7 +119,3 @@ class Rematerialiser:
         with torch.no_grad():
             made: torch.Tensor = recipe()
         return made.view(shape)
-
-
-def _second_half(gate_and_up: torch.Tensor) -> torch.Tensor:
-    return gate_and_up.chunk(2, dim=-1)[1]
