@@ -19,7 +19,6 @@ from lora_dpo.host import Host
 from lora_dpo.job import Job
 from lora_dpo.lora_files import CONFIG, plain
 from lora_dpo.package import check_name
-from lora_dpo.talk import Stops
 from lora_dpo.watch import Sample, Watch
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ class Desk:
         self.host, self.adapters_dir = host, host.adapters_dir
         self.pairs = Collection(folder)
         self.arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
-        self.stops = Stops()
         self.scratch = scratch or Path(tempfile.mkdtemp(prefix="lora-dpo-demo-"))
         """For files on their way to a browser; emptied at the end."""
         self.training: Training | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +19,6 @@ SHOW_EVERY = 0.05
 """Seconds between two states of an answer that is being written: faster than anyone reads."""
 TELL_EVERY = 1.0
 """Seconds between two signs of life while waiting for a turn."""
-MOST_STOPS = 4096
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,14 @@ class Talk:
     """Of the last exchange: each draws with another seed."""
     dropped: bool = False
     """Whether another conversation has taken its place: what is still being written is not for the page any more."""
+    signal: threading.Event | None = None
+    """Ends the answer that is being written, or was written last: each answer has its own, so that a signal neither
+    reaches the next one nor is taken back by it."""
+
+    def stop(self) -> None:
+        """End the answer that is being written, from any thread; what was said so far stays."""
+        if self.signal is not None:
+            self.signal.set()
 
     def conversation(self, side: int, system: str | None = None) -> list[Message]:
         """Messages as the model of one side sees them, up to the last thing said.
@@ -103,23 +109,6 @@ def talk_of(history: Sequence[Mapping[str, Any]]) -> Talk:
     return talk
 
 
-class Stops:
-    """A stop signal for each client: set by one event, seen by the stream of another."""
-
-    def __init__(self) -> None:
-        self._events: OrderedDict[str, threading.Event] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, client: str) -> threading.Event:
-        """The client's signal; the longest unused ones are forgotten."""
-        with self._lock:
-            event = self._events.setdefault(client, threading.Event())
-            self._events.move_to_end(client)
-            while len(self._events) > MOST_STOPS:
-                self._events.popitem(last=False)
-            return event
-
-
 def ask(
     host: Host,
     talk: Talk,
@@ -129,13 +118,13 @@ def ask(
     *,
     system: str | None = None,
     client: str = "one",
-    stop: threading.Event | None = None,
     again: bool = False,
 ) -> Iterator[Exchange]:
     """Say something to one or two models and yield the exchange as its answers grow.
 
-    Both get the same words and the same seed. Stopped early, what was said so far is kept; an exchange without any
-    answer is taken out of the talk again, so that it does not confuse the next one.
+    Both get the same words and the same seed. Ended by `Talk.stop`, what was said so far is kept; an exchange without
+    any answer is taken out of the talk again, so that it does not confuse the next one. An answer of this talk that is
+    still being written is ended.
 
     Args:
         players: who answers: one name, or two.
@@ -147,8 +136,8 @@ def ask(
     """
     if not text.strip():
         raise ConfigError("There is nothing to answer: write something first.")
-    stop = stop or threading.Event()
-    stop.clear()
+    talk.stop()
+    stop = talk.signal = threading.Event()
     talk.retries = talk.retries + 1 if again else 0
     sampling = replace(sampling, seed=sampling.seed + talk.retries)
     exchange = Exchange(text.strip())

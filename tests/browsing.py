@@ -97,11 +97,15 @@ class Visitor:
         return self.page.inner_text(f"#{place}")
 
     def wait_for(self, place, part, seconds=180):
-        self.page.wait_for_function(
-            "([place, part]) => document.getElementById(place)?.innerText.includes(part)",
-            arg=[place, part],
-            timeout=1000 * seconds,
-        )
+        try:
+            self.page.wait_for_function(
+                "([place, part]) => document.getElementById(place)?.innerText.includes(part)",
+                arg=[place, part],
+                timeout=1000 * seconds,
+            )
+        except playwright_timeout():
+            shown = self.text(place).strip()
+            raise AssertionError(f"{part!r} did not come to #{place} in {seconds} s; it shows {shown!r}") from None
 
     def too_wide(self):
         """Visible elements that reach beyond the window, but those inside something that scrolls."""

@@ -274,10 +274,13 @@ def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
         page.click("#train-plan")
         page.wait_for_selector("#train-start:not([disabled])")
         text = page.input_value("#train-recipe textarea")
-        assert text.count("max_steps: 10\n") == 1
-        page.fill("#train-recipe textarea", text.replace("max_steps: 10\n", "max_steps: 3000\n"))
+        # Long enough to be paused, and too gentle for the guard to end it first.
+        for was, now in (("max_steps: 10", "max_steps: 6000"), ("learning_rate: 0.0001", "learning_rate: 1.0e-08")):
+            assert text.count(f"{was}\n") == 1
+            text = text.replace(f"{was}\n", f"{now}\n")
+        page.fill("#train-recipe textarea", text)
         page.click("#train-plan")
-        me.wait_for("train-planned", "3000")
+        me.wait_for("train-planned", "6000")
         page.click("#train-start")
         me.wait_for("train-state", "step ")
 

@@ -15,7 +15,7 @@ from lora_dpo.errors import Busy, ConfigError, DataError
 from lora_dpo.generate import Sampling
 from lora_dpo.host import Host
 from lora_dpo.model import load_base
-from lora_dpo.talk import Exchange, Said, Stops, Talk, ask, write
+from lora_dpo.talk import Exchange, Said, Talk, ask, write
 from lora_dpo.votes import VoteBook
 
 GREEDY = Sampling(max_new_tokens=12)
@@ -84,23 +84,23 @@ def test_a_retry_draws_anew_and_only_then(host):
 
 
 def test_a_stop_keeps_what_was_said_so_far(host):
-    talk, stop = Talk(), threading.Event()
-    for exchange in ask(host, talk, "Say it.", ["base", "mine"], Sampling(max_new_tokens=300), stop=stop):
+    talk = Talk()
+    for exchange in ask(host, talk, "Say it.", ["base", "mine"], Sampling(max_new_tokens=300)):
         if exchange.answers[0] and exchange.answers[0].text:
-            stop.set()
+            talk.stop()
     assert talk.exchanges[0].answers[0].text
     assert talk.exchanges[0].answers[0].tokens < 300
     assert talk.exchanges[0].answers[1] is None
     # The next question is not stopped by the old signal.
-    assert last(ask(host, talk, "More.", ["base"], GREEDY, stop=stop)).answers[0].tokens
+    assert last(ask(host, talk, "More.", ["base"], GREEDY)).answers[0].tokens
 
 
 def test_a_stop_is_seen_while_waiting_for_a_turn_and_leaves_no_exchange(host):
     blocker = host.stream("base", PROMPT, Sampling(max_new_tokens=350), client="other")
     next(blocker)
-    talk, stop = Talk(), threading.Event()
-    threading.Timer(0.2, stop.set).start()
-    for _ in ask(host, talk, "Say it.", ["base"], GREEDY, stop=stop):
+    talk = Talk()
+    threading.Timer(0.2, talk.stop).start()
+    for _ in ask(host, talk, "Say it.", ["base"], GREEDY):
         pass
     assert talk.exchanges == []
     assert host.waiting() == 0
@@ -124,15 +124,16 @@ def test_errors_leave_the_talk_as_it_was(host):
     assert talk.exchanges == []
 
 
-def test_stop_signals_are_each_clients_own_and_not_kept_for_ever(monkeypatch):
-    monkeypatch.setattr("lora_dpo.talk.MOST_STOPS", 2)
-    stops = Stops()
-    first = stops.of("a")
-    assert stops.of("a") is first
-    assert stops.of("b") is not first
-    stops.of("a"), stops.of("c")
-    assert stops.of("a") is first
-    assert len(stops._events) == 2
+def test_each_answer_has_its_own_stop_and_the_next_one_ends_it(host):
+    talk = Talk()
+    talk.stop()  # nothing is being written: nothing happens, and the next answer is not stopped
+    first = ask(host, talk, "Say it.", ["base"], Sampling(max_new_tokens=300))
+    while not next(first).answers[0].text:
+        pass
+    second = ask(host, talk, "More.", ["base"], GREEDY)
+    assert last(second).answers[0].tokens
+    assert last(first).answers[0].tokens < 300
+    assert [exchange.user for exchange in talk.exchanges] == ["Say it.", "More."]
 
 
 # --- matches --------------------------------------------------------------------------------------

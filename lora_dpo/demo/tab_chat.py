@@ -18,6 +18,8 @@ NOBODY = "(nobody)"
 HEIGHT = "max(300px, calc(100vh - 430px))"
 
 State = tuple[Any, ...]
+_EMPTY: State = ([], [], "", "")
+"""Both views and both lines of a new conversation."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
     parts.box.submit(tab.send, [parts.box, *settings], outputs, **quiet)
-    parts.box.stop(tab.stop, None, None, **at_once)
+    parts.box.stop(Talk.stop, talk, None, **at_once)
     for chat in parts.chats:
         chat.retry(tab.retry, settings, outputs, **quiet)
         chat.edit(tab.edit, settings, outputs, **quiet)
@@ -167,15 +169,11 @@ class Tab:
         chosen = (talk, left, right, system, temperature, top_p, longest, seed)
         yield from self._answer(plain_text(str(data.value)), False, chosen, request, cut)
 
-    def stop(self, request: gr.Request) -> None:
-        """End the answer that is being written; what was said so far stays."""
-        self.desk.stops.of(client_of(request)).set()
-
-    def new(self, talk: Talk, request: gr.Request) -> State:
+    def new(self, talk: Talk) -> State:
         """Forget the conversation, also while an answer is being written."""
         talk.dropped = True
-        self.stop(request)
-        return (gr.skip(), [], [], "", "", Talk())
+        talk.stop()
+        return (gr.skip(), *_EMPTY, Talk())
 
     def _answer(
         self, text: str, again: bool, chosen: tuple[Any, ...], request: gr.Request, cut: Sequence[Exchange] = ()
@@ -185,14 +183,11 @@ class Tab:
         players = [who] if beside == NOBODY else [who, beside]
         client = client_of(request)
         sampling = sampling_of(*numbers)
-        stop = self.desk.stops.of(client)
         busy = gr.update(value="", submit_btn=False, stop_btn="Stop")
         idle = gr.update(submit_btn="Send", stop_btn=False)
         host, before = self.desk.host, len(said.exchanges)
         try:
-            for exchange in ask(
-                host, said, text, players, sampling, system=system, client=client, stop=stop, again=again
-            ):
+            for exchange in ask(host, said, text, players, sampling, system=system, client=client, again=again):
                 if said.dropped:
                     break
                 yield (busy, *_views(said), *_lines(exchange.answers, players), said)
@@ -201,13 +196,13 @@ class Tab:
             if len(said.exchanges) == before:  # nothing has come in its place
                 said.exchanges.extend(cut)
             if said.dropped:
-                yield (idle, *[gr.skip()] * 5)
+                yield (idle, *_EMPTY, Talk())
                 return
             box = gr.update(value="" if again else text, submit_btn="Send", stop_btn=False)
             yield (box, *_views(said), "", "", said)
             raise refusal(error) from None
-        if said.dropped:
-            yield (idle, *[gr.skip()] * 5)
+        if said.dropped:  # what was shown last may have reached the page after `new` had emptied it
+            yield (idle, *_EMPTY, Talk())
             return
         last = said.exchanges[-1].answers if said.exchanges else [None, None]
         yield (idle, *_views(said), *map(said_line, last), said)

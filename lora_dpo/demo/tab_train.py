@@ -213,10 +213,10 @@ def version_of(training: Training) -> tuple[float, int, str]:
 def state_view(training: Training) -> str:
     """Where the run is, in a bar and a line."""
     view, state = training.watch.seen, training.job.state
+    warnings = "".join(note(warned.text, kind="bad") for warned in view.notes if warned.warning)
     if state in ENDS:
         kind, text = ENDS[state]
-        return note(text.format(name=training.job.name, error=training.job.error), kind=kind)
-    warnings = "".join(note(warned.text, kind="bad") for warned in view.notes if warned.warning)
+        return note(text.format(name=training.job.name, error=training.job.error), kind=kind) + warnings
     if view.stage != "training" and not (view.steps and view.step < view.all_steps):
         label = f"{view.stage or 'getting ready'}: {view.done} of {view.total}" if view.total else "getting ready"
         return progress_bar(view.done, view.total, _with_state(label, state)) + warnings
