@@ -36,6 +36,9 @@ def demo(
     share: Annotated[
         bool, typer.Option("--share", help="A public address through Gradio's servers. Needs --auth.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Leave out adapters whose base differs in any way from this one.")
+    ] = False,
 ) -> None:
     """Chat, vote blind, train and swap adapters in a browser, on one loaded base.
 
@@ -62,20 +65,22 @@ def demo(
 
     with listen(host, port) as trial:  # before a model is loaded for nothing; Gradio makes its own socket
         port = trial.getsockname()[1]
+    from lora_dpo.adapters import strictness
     from lora_dpo.demo import app
     from lora_dpo.desk import Desk
     from lora_dpo.host import open_host
 
-    with err.status("loading the model"):
-        opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
-    with opened:
-        desk = Desk(opened, data_dir)
-        try:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-            err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
-            app.launch(desk, host=host, port=port, auth=login, share=share)
-        finally:
-            app.close(desk)
+    with strictness(strict):  # around the first look at the adapters, too
+        with err.status("loading the model"):
+            opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
+        with opened:
+            desk = Desk(opened, data_dir)
+            try:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+                err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
+                app.launch(desk, host=host, port=port, auth=login, share=share)
+            finally:
+                app.close(desk)
 
 
 def read_auth(text: str | None) -> tuple[str, str] | None:

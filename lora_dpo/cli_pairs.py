@@ -188,6 +188,13 @@ def improve(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dots: improve.rounds=2"),
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="With reference: adapter:PATH. Refuse a base that differs from that adapter's passport in any way.",
+        ),
+    ] = False,
 ) -> None:
     """Improve a model on its own answers, round by round.
 
@@ -201,6 +208,7 @@ def improve(
 
         lora-dpo improve configs/improve/quickstart.yaml improve.rounds=1 output=adapters/short
     """
+    from lora_dpo.adapters import strictness
     from lora_dpo.console import RunView
     from lora_dpo.improve import improve as run_rounds
     from lora_dpo.improve_recipe import read_improve_recipe
@@ -210,7 +218,7 @@ def improve(
     settings = read_improve_recipe(recipe, overrides or ())
     view, stop = RunView(out), StopSignal()
     try:
-        with stop_on_signals(stop, err.print), view.live():
+        with strictness(strict), stop_on_signals(stop, err.print), view.live():
             result = run_rounds(settings, name=recipe.stem, on_event=view, stop=stop)
     except (Stopped, KeyboardInterrupt):
         out.print("Stopped. What is finished is kept: the same command goes on.")

@@ -83,6 +83,10 @@ class Host:
         self._thread.start()
         self._warm_up()
 
+    def doubt(self, name: str) -> str | None:
+        """Why an adapter is not among `names`, or what of its base differs from this one; None if all is well."""
+        return self._shelf.doubt(name)
+
     def names(self) -> list[str]:
         """`base`, then every adapter in the adapters' folder that fits it, as they are on the disk now."""
         names = self._shelf.names()

@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_dpo.adapters import PASSPORT, check_adapter, put_adapter
 from lora_dpo.config import nearest
-from lora_dpo.errors import AdapterError
+from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
 from lora_dpo.model import Base, share_weights
 
@@ -44,6 +44,8 @@ class _Seen:
     state: State
     reason: str | None
     """Why it does not go onto the base."""
+    differs: str | None = None
+    """What is not quite the base that it was made on."""
 
 
 class Shelf:
@@ -77,6 +79,11 @@ class Shelf:
             raise AdapterError(f"There is no model {plain(name)} here.{hint}")
         if reason := seen[name].reason:
             raise AdapterError(reason)
+
+    def doubt(self, name: str) -> str | None:
+        """Why an adapter is not among `names`, or what of its base differs from this one. From any thread."""
+        seen = self._look().get(name)
+        return (seen.reason or seen.differs) if seen else None
 
     def tree(self, name: str) -> Any:
         """The modules that answer as `name`. From one thread alone. Raises `AdapterError`."""
@@ -130,17 +137,18 @@ class Shelf:
                 if folder.name.startswith(".") or folder.name == BASE or not (folder / CONFIG).is_file():
                     continue
                 known, state = self._seen.get(folder.name), _state(folder)
-                found[folder.name] = known if known and known.state == state else _Seen(state, self._unfit(folder))
+                found[folder.name] = known if known and known.state == state else self._see(folder, state)
             self._seen = found
             return found
 
-    def _unfit(self, folder: Path) -> str | None:
+    def _see(self, folder: Path, state: State) -> _Seen:
         try:
-            with warnings.catch_warnings(record=True):  # what differs is said when it is put on
+            with warnings.catch_warnings(record=True) as caught:
                 check_adapter(self.base, folder)
         except AdapterError as error:
-            return str(error)
-        return None
+            return _Seen(state, str(error))
+        said = [str(one.message) for one in caught if issubclass(one.category, BaseDiffers)]
+        return _Seen(state, None, " ".join(said) or None)
 
 
 def _state(folder: Path) -> State:

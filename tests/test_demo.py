@@ -13,9 +13,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
+from lora_dpo.adapters import read_passport, write_passport
 from lora_dpo.cli import main
 from lora_dpo.cli_demo import check_reach, read_auth
 from lora_dpo.data import read_pairs
@@ -60,6 +62,21 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):
         taken.listen()
         assert main(["demo", "--model", "no/such", "--port", str(taken.getsockname()[1])]) == 1
     assert "the port is taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_strict_leaves_out_adapters_of_another_base(strict, tiny_model_folder, tiny_adapter, tmp_path, monkeypatch):
+    from lora_dpo.demo import app
+
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/one")
+    passport = read_passport(tmp_path / "adapters/one")
+    write_passport(tmp_path / "adapters/one", replace(passport, quantize="nf4"))
+    seen = []
+    monkeypatch.setattr(app, "launch", lambda desk, **_: seen.extend(desk.names()))
+    place = ["--adapters-dir", str(tmp_path / "adapters"), "--data-dir", str(tmp_path / "data"), "--port", "0"]
+    command = ["demo", "--model", str(tiny_model_folder), "--quantize", "none", *place]
+    assert main([*command, "--strict"] if strict else command) == 0
+    assert seen == (["base"] if strict else ["base", "one"])
 
 
 def test_who_may_come_in():

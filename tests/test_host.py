@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from lora_dpo.adapters import read_passport, strictness, write_passport
 from lora_dpo.config import check_recipe
 from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
 from lora_dpo.events import Progress
@@ -119,6 +121,23 @@ def test_names_are_the_base_and_the_adapters_that_fit(host, adapters, make_adapt
         host.answer("gamma", ask("hi"), SHORT, client="a")
     shutil.copytree(adapters / "beta", adapters / "base")
     assert host.names() == ["base", "alpha", "beta"]  # that name is taken
+
+
+def test_what_is_not_quite_the_base_is_told_and_strict_leaves_it_out(base, adapters):
+    passport = read_passport(adapters / "beta")
+    write_passport(adapters / "beta", replace(passport, quantize="nf4"))
+    with Host(base, adapters) as lenient:
+        assert lenient.names() == ["base", "alpha", "beta"]
+        assert lenient.doubt("alpha") is None
+        assert "quantised as nf4, here they are none" in lenient.doubt("beta")
+    with strictness(True), Host(base, adapters) as strict:
+        assert strict.names() == ["base", "alpha"]
+        assert "quantised as nf4, here they are none" in strict.doubt("beta")
+        with pytest.raises(AdapterError, match="quantised as nf4"):
+            strict.answer("beta", ask("hi"), SHORT, client="a")
+    (adapters / "beta" / "adapter_model.safetensors").write_bytes(b"broken")
+    with Host(base, adapters) as lenient:
+        assert "beta" in lenient.doubt("beta")  # why it is not there
 
 
 def test_each_answers_as_it_does_alone(host, adapters, tiny_model_folder):

@@ -4,13 +4,14 @@ import importlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from lora_dpo.adapters import read_passport
+from lora_dpo.adapters import read_passport, write_passport
 from lora_dpo.cli import main
 from lora_dpo.config import check_settings
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
@@ -452,6 +453,19 @@ def test_the_command_runs_rounds_and_names_the_best(settings, capsys):
     assert "held-out prompts, by round" in said
     assert "best round 1: adapters/ascii-round1" in said
     assert main(["chat", "adapters/ascii-round1", "--prompt", "Hi", "--max-new-tokens", "3"]) == 0
+
+
+def test_strict_refuses_a_start_from_an_adapter_of_another_base(recipe, settings, forced, capsys):
+    forced(0, 1)
+    rounds.improve(recipe(improve={"rounds": 1}, output="first"))
+    passport = read_passport(Path("first-round1"))
+    write_passport(Path("first-round1"), replace(passport, chat_template_sha256="0" * 64))
+    given = {key: value for key, value in settings().items() if key != "lora"}
+    Path("more.yaml").write_text(yaml.safe_dump({**given, "reference": "adapter:first-round1", "output": "more"}))
+    assert main(["improve", "more.yaml", "improve.rounds=1", "--strict"]) == 1
+    assert "chat template is another one" in capsys.readouterr().err
+    assert not Path("more-round1").exists()
+    assert main(["improve", "more.yaml", "improve.rounds=1"]) == 0
 
 
 def test_a_training_recipe_is_not_taken_for_one_with_rounds(settings, capsys):

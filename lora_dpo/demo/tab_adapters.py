@@ -60,7 +60,8 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
         if not which:
             return note("There is no adapter yet. Train one, or install a package."), "", ""
         folder = desk.find(which)
-        return facts(describe(folder)), _curves_of(folder), _card_of(folder)
+        doubt = note(desk.host.doubt(which) or "", kind="bad")
+        return doubt + facts(describe(folder)), _curves_of(folder), _card_of(folder)
 
     @told
     def packed(which: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -53,6 +54,8 @@ def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
         chat.edit(tab.edit, settings, outputs, **quiet)
         chat.clear(tab.new, talk, outputs, **at_once)
     parts.new.click(tab.new, talk, outputs, **at_once)
+    for picker in (parts.left, parts.right):
+        picker.input(tab.tell_doubt, picker, None, **at_once)
     parts.right.change(lambda beside: gr.update(visible=beside != NOBODY), parts.right, parts.right_column, **at_once)
     return [(parts.left, False), (parts.right, True)]
 
@@ -168,6 +171,11 @@ class Tab:
         cut = talk.cut_from(_exchange(data.index))
         chosen = (talk, left, right, system, temperature, top_p, longest, seed)
         yield from self._answer(plain_text(str(data.value)), False, chosen, request, cut)
+
+    def tell_doubt(self, who: str) -> None:
+        """Say what of the chosen adapter's base differs from this one."""
+        if doubt := self.desk.host.doubt(who):
+            gr.Warning(escape(doubt), duration=15)  # HTML there, and it may quote a name from outside
 
     def new(self, talk: Talk) -> State:
         """Forget the conversation, also while an answer is being written."""
