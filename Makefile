@@ -1,7 +1,8 @@
 # make train   set everything up, then preference-tune the quickstart model
-# make test    set everything up, then run the tests
+# make test    set everything up, then run the tests on tiny models
+# make test-slow   those on the real model, and on 100,000 rows
 # make demo    set everything up, then chat, vote, train and swap in a browser
-# make check   lint, types and tests: what CI runs
+# make check   lint, types and all tests: what CI runs
 # make bench   a step of ours and of stock TRL, side by side on three shapes of data (an hour on 2 cores, by estimate)
 # make study   DPO against PPO, SFT and best-of-n on one known reward (hours; goes on where it was stopped)
 # make study-quick   the same, small: the frontier's shape
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m
 
-.PHONY: train test demo check lint types bench study study-quick setup clean
+.PHONY: train test test-slow demo check lint types bench study study-quick setup clean
 
 train: $(BIN)/lora-dpo $(MODEL)/config.json
 	$(BIN)/lora-dpo train configs/quickstart.yaml
@@ -21,9 +22,12 @@ demo: $(BIN)/.demo $(MODEL)/config.json
 
 # Two processes of one thread each: most tests are many small steps, which more threads do not speed up.
 test: $(BIN)/.dev $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
-check: lint types test
+test-slow: $(BIN)/.dev $(MODEL)/config.json
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+check: lint types test test-slow
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

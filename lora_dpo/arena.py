@@ -42,6 +42,8 @@ class Match:
     """Where an imported prompt came from."""
     answers: list[Said | None] = field(default_factory=lambda: [None, None])
     """Whole answers; None until they are written."""
+    weights: list[str | None] = field(default_factory=lambda: [None, None])
+    """SHA-256 of the adapters' weights when they began to answer: later there may be others under that name."""
     verdict: str | None = None
 
     @property
@@ -101,6 +103,7 @@ class Arena:
         for side in (0, 1):
             player, sampling = match.players[side], match.sampling[side]
             said = Said(player, "")
+            match.weights[side] = self._weights_of(player)
             with closing(write(self.host, player, match.prompt, sampling, client=client, stop=stop)) as states:
                 for said in states:
                     texts[side] = said.text
@@ -127,7 +130,10 @@ class Arena:
                 raise ConfigError("Both answers must be there before the vote.")
             match.verdict = verdict
         try:
-            sides = self._candidate(a, match.sampling[0]), self._candidate(b, match.sampling[1])
+            sides = (
+                _candidate(a, match.sampling[0], match.weights[0]),
+                _candidate(b, match.sampling[1], match.weights[1]),
+            )
             self.book.add(match.prompt, *sides, verdict, vote_id=match.id, facts=self._facts(match))
         except LoraDPOError:
             match.verdict = None  # it was not counted: another verdict may be
@@ -142,18 +148,9 @@ class Arena:
             raise ConfigError("There is no such match, or it is too old. Ask for a new one.")
         return match
 
-    def _candidate(self, said: Said, sampling: Sampling) -> Candidate:
-        facts: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-            "max_new_tokens": sampling.max_new_tokens,
-            "tokens": said.tokens,
-        }
-        weights = self.adapters_dir / said.who / WEIGHTS
-        if said.who != BASE and weights.is_file():
-            facts["adapter_sha256"] = sha256_of(weights)
-        return Candidate(said.text, said.who, facts)
+    def _weights_of(self, who: str) -> str | None:
+        weights = self.adapters_dir / who / WEIGHTS
+        return sha256_of(weights) if who != BASE and weights.is_file() else None
 
     def _facts(self, match: Match) -> dict[str, Any]:
         base = self.host.base
@@ -164,3 +161,14 @@ class Arena:
             "quantize": base.quantize,
         }
         return {**facts, **({"prompt_source": match.source} if match.source else {})}
+
+
+def _candidate(said: Said, sampling: Sampling, weights: str | None) -> Candidate:
+    facts: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "max_new_tokens": sampling.max_new_tokens,
+        "tokens": said.tokens,
+    }
+    return Candidate(said.text, said.who, facts | ({"adapter_sha256": weights} if weights else {}))

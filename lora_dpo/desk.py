@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.arena import Arena
 from lora_dpo.collection import Collection
-from lora_dpo.config import Recipe, nearest
+from lora_dpo.config import Recipe, nearest, read_recipe
 from lora_dpo.data import Message
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.generate import Sampling, generate
@@ -19,6 +20,7 @@ from lora_dpo.host import Host
 from lora_dpo.job import Job
 from lora_dpo.lora_files import CONFIG, plain
 from lora_dpo.package import check_name
+from lora_dpo.runs import interrupted_runs, logged_rows, partial_of
 from lora_dpo.watch import Sample, Watch
 
 if TYPE_CHECKING:
@@ -86,12 +88,43 @@ class Desk:
         Raises:
             LoraDPOError: as `Host.start_training`.
         """
+        return self._begin(recipe, name, prompts)
+
+    def interrupted(self) -> list[str]:
+        """Adapters that an interrupted run can still become, the last touched first."""
+        going = self.training.job.name if self.training and self.training.job.running else None
+        return [name for name in interrupted_runs(self.adapters_dir) if name != going]
+
+    def continue_training(self, name: str, prompts: Sequence[str] = ()) -> Training:
+        """Go on with an interrupted run from its last checkpoint, with its own settings.
+
+        Raises:
+            LoraDPOError: there is none of that name, or as `Host.start_training`.
+        """
+        partial = self._partial(name)
+        return self._begin(read_recipe(partial / "recipe.yaml"), name, prompts, past=logged_rows(partial))
+
+    def discard_training(self, name: str) -> None:
+        """Remove what an interrupted run left. Raises `AdapterError` if there is none of that name."""
+        shutil.rmtree(self._partial(name))
+
+    def _partial(self, name: str) -> Path:
+        names = self.interrupted()
+        if name not in names:
+            raise AdapterError(f"There is no interrupted run {plain(name)} here.{nearest(name, names)}")
+        return partial_of(self.adapters_dir / name)
+
+    def _begin(
+        self, recipe: Recipe, name: str, prompts: Sequence[str], *, past: Sequence[dict[str, Any]] | None = None
+    ) -> Training:
+        """Start a run, or go on with one that had logged `past`."""
         asked = [prompt.strip() for prompt in prompts if prompt.strip()]
         if len(asked) > WATCHED:
             raise ConfigError(f"{len(asked)} prompts are to be watched; at most {WATCHED} are answered during a run.")
         watch = Watch(name)
+        watch.recall(past or ())
         look = self._look(watch, asked, recipe) if asked else None
-        job = self.host.start_training(recipe, name, watch, look=look)
+        job = self.host.start_training(recipe, name, watch, look=look, resume=past is not None)
         beta = float(recipe.trainer.get("beta", 0.1))
         self.training = Training(job, watch, beta, time.monotonic())
         return self.training

@@ -70,8 +70,6 @@ class Host:
         self.context = int(base.model.config.get_text_config().max_position_embeddings)
         """Tokens that prompt and answer may have together."""
         self.max_prompt_tokens = max_prompt_tokens or min(MAX_PROMPT, self.context * 3 // 4)
-        self.load_count = 0
-        """How often a base was loaded: 1, or 0 if it was handed in."""
         self.job: Job | None = None
         """The training that goes on, or the last one."""
         self._turns = Turns(max_waiting)
@@ -194,24 +192,24 @@ class Host:
         """Train an adapter called `name` on this same base, while answers go on between its passes.
 
         Args:
-            recipe: its `model` must be the base (`model_section`), its `output` unset.
+            recipe: its `model` must be the base (`model_section`), its `output` unset or that adapter's folder.
             on_event: called in the training's thread.
             resume: go on from the checkpoint of an interrupted training of that name.
             look: called in the training's thread between its steps, with the model in training.
 
         Raises:
             Busy: a training goes on already.
-            ConfigError: the recipe names an output of its own, or the adapter would be called `base`.
+            ConfigError: the recipe names another output, or the adapter would be called `base`.
             PackageError: that is no name for an adapter.
             OutputError: there is one of that name.
         """
         output = self.adapters_dir / check_name(name)
         if name == BASE:
             raise ConfigError(f"An adapter cannot be called {BASE}: that is the model without one.")
-        if recipe.output not in (None, str(output)):
+        if recipe.output is not None and Path(recipe.output).absolute() != output.absolute():
             raise ConfigError(f"The recipe sets output: {recipe.output}, but the adapter is to be {output}. Unset it.")
         refuse_existing(output)
-        recipe = recipe.model_copy(update={"output": str(output)})
+        recipe = recipe if recipe.output else recipe.model_copy(update={"output": str(output)})
         with self._lock:
             if self.job is not None and self.job.running:
                 raise Busy(f"The training of {self.job.name} goes on. Wait for its end, or stop it first.")
@@ -323,9 +321,7 @@ def open_host(
         ModelError: the base cannot be loaded.
     """
     base = load_base(model, revision=revision, quantize=quantize, dtype=dtype)
-    host = Host(base, Path(adapters_dir), max_waiting=max_waiting, max_prompt_tokens=max_prompt_tokens)
-    host.load_count += 1
-    return host
+    return Host(base, Path(adapters_dir), max_waiting=max_waiting, max_prompt_tokens=max_prompt_tokens)
 
 
 def _sentence(error: Exception) -> str:

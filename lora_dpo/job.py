@@ -61,12 +61,12 @@ class Job:
         """Why it failed, in a sentence."""
         self.folder: Path | None = None
         """The finished adapter."""
-        self._on_event, self._look = on_event, look
+        self._on_event, self._look, self._resumed = on_event, look, resume
         self._stop = StopSignal()
         self._slices = _Slices(turns)
         self._discard = False
         self._end: State | None = None
-        self._thread = threading.Thread(target=self._run, args=(base, resume), name=f"training {name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(base,), name=f"training {name}", daemon=True)
         self._thread.start()
 
     @property
@@ -95,10 +95,10 @@ class Job:
         """End at the next step.
 
         Args:
-            keep: measure and save the adapter as it is then; before the first step there is none to keep. Otherwise
-                nothing stays, no checkpoint either.
+            keep: measure and save the adapter as it is then; before a run's first step there is none to keep.
+                Otherwise nothing stays, no checkpoint either.
         """
-        if keep and self._has_trained():
+        if keep and (self._resumed or self._has_trained()):
             self._stop.keep = True
         else:
             self._discard = self._stop.requested = True
@@ -117,11 +117,11 @@ class Job:
     def _has_trained(self) -> bool:
         return any(isinstance(event, Progress) and event.stage == "training" and event.done for event in self.events)
 
-    def _run(self, base: Base, resume: bool) -> None:
+    def _run(self, base: Base) -> None:
         end: State = "failed"
         try:
             self._slices.enter()
-            end = self._train(base, resume)
+            end = self._train(base)
         except LoraDPOError as error:
             self.error = str(error)
         except Exception as error:  # the end of a thread: whatever it was must be told to whoever asks
@@ -132,7 +132,7 @@ class Job:
             self._slices.leave()
             self._end = end
 
-    def _train(self, base: Base, resume: bool) -> State:
+    def _train(self, base: Base) -> State:
         view = share_weights(base)
         view.model.register_forward_pre_hook(lambda module, args: self._slices.breathe())
         try:
@@ -140,7 +140,7 @@ class Job:
                 self.recipe,
                 name=self.name,
                 base=view,
-                resume=resume,
+                resume=self._resumed,
                 on_event=self._hear,
                 stop=self._stop,
                 look=self._look,

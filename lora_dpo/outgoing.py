@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,11 @@ from lora_dpo.lora_files import plain
 
 FORMS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
 """Forms of an export, with the end of the name that is written: a merged model folder, files for llama.cpp, Ollama."""
+
+FETCHED = 3600.0
+"""Seconds after which a file on its way has been fetched. The page hands out a copy of its own, and keeps it a day."""
+
+OUT = "out-"
 
 Tick = Callable[[int, int], None]
 
@@ -49,8 +56,11 @@ def exported(desk: Desk, name: str, form: str) -> Iterator[tuple[int, int, Path]
 
 
 def on_the_way(desk: Desk) -> Path:
-    """A new empty folder for a file that a browser will fetch."""
-    return Path(tempfile.mkdtemp(dir=desk.scratch))
+    """A new empty folder for a file that a browser will fetch; older ones, of files long fetched, are emptied."""
+    for folder in desk.scratch.glob(f"{OUT}*"):
+        if time.time() - folder.stat().st_mtime > FETCHED:
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=OUT, dir=desk.scratch))
 
 
 def _free(desk: Desk, name: str, end: str) -> Path:

@@ -24,6 +24,7 @@ from lora_dpo.files import disk_errors, refuse_existing
 
 ADAPTERS_DIR = Path("adapters")
 LOCK = "running.json"
+METRICS = "metrics.jsonl"
 
 
 def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
@@ -56,6 +57,23 @@ def checkpoints(partial: Path) -> list[Path]:
     """Checkpoints of an unfinished run, oldest first."""
     found = [path for path in partial.glob("checkpoints/checkpoint-*") if (path / "trainer_state.json").is_file()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def interrupted_runs(root: Path) -> list[str]:
+    """Names of the adapters in `root` that an interrupted run can still become, the last touched first."""
+    ends = [partial.name.removesuffix(".partial") for partial in root.glob("[!.]*.partial")]
+    left = [name for name in ends if _interrupted(root / name) and not (root / name).exists()]
+    left = [name for name in left if not _running(root / name)]
+    return sorted(left, key=lambda name: partial_of(root / name).stat().st_mtime, reverse=True)
+
+
+def logged_rows(partial: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` that a resumed run keeps: those up to its last checkpoint."""
+    saved = checkpoints(partial)
+    if not saved or not (partial / METRICS).is_file():
+        return []
+    state = json.loads((saved[-1] / "trainer_state.json").read_text(encoding="utf-8"))
+    return [row for row in _whole_rows(partial / METRICS) if row["step"] <= state["global_step"]]
 
 
 def open_run(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:

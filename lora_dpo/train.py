@@ -33,7 +33,7 @@ from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.record import Stopwatch, findings, record, write_record
 from lora_dpo.report import PAGE, report_of
-from lora_dpo.runs import RunLog, checkpoints, choose_output, open_run, release
+from lora_dpo.runs import METRICS, RunLog, checkpoints, choose_output, open_run, release
 from lora_dpo.settings import trainer_config
 from lora_dpo.verify import write_probe
 
@@ -105,7 +105,7 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
     ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
-    log = RunLog(run.partial / "metrics.jsonl", from_step=state.get("global_step", -1))
+    log = RunLog(run.partial / METRICS, from_step=state.get("global_step", -1))
     guard = Guard(run, model, log, before.texts[: len(run.prompts)])
     if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
         restore_adapter(model, checkpoint)  # only the measuring was interrupted
@@ -318,7 +318,7 @@ def _save(
         write_passport(folder, passport)
         write_probe(folder, model, run.held_out or run.train or crossed(run.answers), tokenizer=run.tokenizer)
         (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
-        shutil.copyfile(log.path, folder / "metrics.jsonl")
+        shutil.copyfile(log.path, folder / METRICS)
         write_curves(folder / "curves.png", log.rows, beta=run.beta, method=run.recipe.method)
         write_card(folder / "README.md", run.recipe, passport, compared, samples, stopped=found["health"]["sentence"])
         write_record(folder, found)

@@ -154,9 +154,17 @@ class VoteBook:
             tally[what] += 1
         return [Record(*pair, *tally.values()) for pair, tally in sorted(counts.items())]
 
+    def state(self) -> tuple[int, int]:
+        """The same as long as no vote is added, changed or removed."""
+        return _changed(self.path), _changed(self.other)
+
     def count(self) -> tuple[int, int]:
         """Votes that are pairs, and others."""
         return _lines(self.path), _lines(self.other)
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def append_durably(path: Path, row: Row) -> None:

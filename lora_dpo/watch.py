@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lora_dpo.events import Answered, Compared, Event, Note, Progress, Resolved, Saved, StepLogged
@@ -38,14 +38,15 @@ class Seen:
     answered: tuple[tuple[str, str, str], ...] = ()
     samples: tuple[Sample, ...] = ()
     saved: str | None = None
-    training_since: float | None = None
-    """Time of the first training step's end (monotonic)."""
+    training_since: tuple[int, float] | None = None
+    """The first step that was seen to end, and when (monotonic)."""
 
     def seconds_left(self, now: float) -> float | None:
         """How long the remaining steps take at the pace so far; None before two steps."""
-        if self.training_since is None or self.step < 2 or self.step >= self.all_steps:
+        if self.training_since is None or self.step >= self.all_steps:
             return None
-        return (now - self.training_since) / (self.step - 1) * (self.all_steps - self.step)
+        first, since = self.training_since
+        return (now - since) / (self.step - first) * (self.all_steps - self.step) if self.step > first else None
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Watch:
             case Progress(stage, done, total):
                 self._set(stage=stage, done=done, total=total)
             case StepLogged(step, total, metrics) if "loss" in metrics:
-                since = self._seen.training_since or time.monotonic()
+                since = self._seen.training_since or (step, time.monotonic())
                 steps = (*self._seen.steps, (step, dict(metrics)))
                 self._set(steps=steps, step=step, all_steps=total, training_since=since)
             case Resolved(lines):
@@ -83,6 +84,10 @@ class Watch:
                 self._set(answered=rows)
             case Saved(folder):
                 self._set(saved=str(folder))
+
+    def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Take in what a run had logged before it was interrupted; each row has its `step`."""
+        self._set(steps=tuple((int(row["step"]), dict(row)) for row in rows if "loss" in row))
 
     def sampled(self, sample: Sample) -> None:
         """Take in an answer to one of the chosen prompts."""

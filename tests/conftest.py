@@ -88,6 +88,22 @@ def tiny_model_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was loaded with weights since the test began: every way to do that ends in transformers."""
+    from transformers import PreTrainedModel
+
+    found: list[str] = []
+    original = PreTrainedModel.from_pretrained.__func__
+
+    def counted(cls, *args, **kwargs):
+        found.append(str(args[0]))
+        return original(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
+    return found
+
+
+@pytest.fixture
 def write_pairs(tmp_path: Path) -> Callable[..., Path]:
     """Write a JSONL file of `count` usable pairs of chat messages, numbered from `first`; returns its path.
 

@@ -61,7 +61,7 @@ def roomy(tiny_model_folder, tmp_path):
 
 
 @pytest.fixture
-def served(roomy, tiny_adapter, tmp_path):
+def served(roomy, tiny_adapter, tmp_path, loads):
     import gradio
 
     shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
@@ -71,7 +71,7 @@ def served(roomy, tiny_adapter, tmp_path):
     desk.host.close()
 
 
-def test_the_whole_loop(browser, served, tmp_path):
+def test_the_whole_loop(browser, served, loads, tmp_path):
     desk, address = served
     me = Visitor(browser, address)
     page = me.page
@@ -149,7 +149,7 @@ def test_the_whole_loop(browser, served, tmp_path):
 
     assert me.errors == []
     assert me.elsewhere == []
-    assert desk.host.load_count == 1
+    assert len(loads) == 1
 
 
 def test_stop_retry_edit_and_a_second_visitor(browser, served):
@@ -225,7 +225,8 @@ def test_a_refused_retry_keeps_the_talk(browser, served, monkeypatch):
 
 def test_a_prompt_that_is_refused_does_not_block_voting(browser, served, tmp_path):
     desk, address = served
-    me = Visitor(browser, address)
+    me, other = Visitor(browser, address), Visitor(browser, address)
+    other.tab("Vote")
     me.tab("Vote")
     (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], "x" * 9000, PROMPTS[1]]))
     me.page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
@@ -237,6 +238,7 @@ def test_a_prompt_that_is_refused_does_not_block_voting(browser, served, tmp_pat
     me.page.keyboard.press("1")
     me.wait_for("vote-status", "Saved: 2 pairs")
     assert desk.pairs.book.count() == (2, 0)
+    other.wait_for("vote-wins", "first against base")  # who only looks on sees the table move, too
 
 
 def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
@@ -314,6 +316,18 @@ def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
     me.wait_for("train-state", "Nothing was kept")
     assert "gone" not in desk.names()
     assert not [path.name for path in (tmp_path / "adapters").iterdir() if "gone" in path.name]
+
+    # a run that was cut off, as the end of the demo does, goes on from its last checkpoint
+    assert not page.locator("#train-go-on").is_visible()
+    start("cut")
+    desk.training.job.interrupt()
+    page.wait_for_selector("#train-go-on:visible")
+    page.click("#train-go-on")
+    me.wait_for("train-state", "step ")
+    page.wait_for_selector("#train-go-on", state="hidden")
+    press("#train-keep", "stopping", "held-out", "answers", "Done: cut")
+    me.wait_for("train-state", "Done: cut")
+    assert "cut" in desk.names()
     assert me.errors == []
 
 
@@ -338,7 +352,7 @@ PICTURES = os.environ.get("LORA_DPO_PICTURES")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "models/smollm2-135m/config.json").is_file(), reason="the real model is not here")
-def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatch):
+def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatch, loads):
     """Everything fits at 1280x800 and on a phone, light and dark; the pictures of docs/demo.md are made by this."""
     import gradio
 
@@ -371,7 +385,7 @@ def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatc
                 assert me.too_wide() == [], f"{name} on a phone"
                 me.picture(out / f"phone-{scheme}-{name.lower()}.png")
         assert me.errors == []
-        assert desk.host.load_count == 1
+        assert len(loads) == 1
     finally:
         gradio.close_all()
         desk.host.close()

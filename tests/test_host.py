@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
 from lora_dpo.adapters import read_passport, strictness, write_passport
 from lora_dpo.config import check_recipe
+from lora_dpo.desk import Desk
 from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
 from lora_dpo.events import Progress
 from lora_dpo.generate import Sampling, generate
@@ -244,15 +244,7 @@ def test_many_adapters_do_not_fill_the_memory(host, adapters):
     assert f"copy{KEPT + 2}" in host._shelf._trees
 
 
-def test_the_base_is_loaded_once_for_all(tiny_model_folder, adapters, recipe_dict, monkeypatch):
-    loads = []
-    original = PreTrainedModel.from_pretrained.__func__
-
-    def counted(cls, *args, **kwargs):  # every way to load weights ends here
-        loads.append(args[0])
-        return original(cls, *args, **kwargs)
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
+def test_the_base_is_loaded_once_for_all(tiny_model_folder, adapters, recipe_dict, loads):
     with open_host(str(tiny_model_folder), adapters, quantize="none") as host:
         for who in host.names():
             host.answer(who, ask("hi"), SHORT, client="a")
@@ -261,7 +253,6 @@ def test_the_base_is_loaded_once_for_all(tiny_model_folder, adapters, recipe_dic
         assert job.state == "done", job.error
         assert "new" in host.names()
         host.answer("new", ask("hi"), SHORT, client="a")
-        assert host.load_count == 1
     assert len(loads) == 1
 
 
@@ -579,11 +570,32 @@ def test_closing_keeps_a_checkpoint_to_go_on_from(base, adapters, recipe_dict):
         again = host.start_training(recipe(max_steps=8), "cut")
         assert again.wait(120)
         assert "Continue it with --resume" in again.error
-        again = host.start_training(recipe(max_steps=8), "cut", resume=True)
+        desk = Desk(host, adapters.parent / "collected", scratch=adapters.parent / "scratch")
+        assert desk.interrupted() == ["cut"]
+        training = desk.continue_training("cut")
+        again = training.job
+        assert desk.interrupted() == []  # it goes on
         assert again.wait(120)
         assert again.state == "done", again.error
+        assert [step for step, _ in training.watch.seen.steps] == list(range(1, 9))  # those from before, too
+        with pytest.raises(AdapterError, match="no interrupted run cut here"):
+            desk.continue_training("cut")
         one, other = (load_file(job.folder / "adapter_model.safetensors") for job in (again, whole))
         assert all(torch.allclose(one[name], other[name], atol=1e-7) for name in other)
+
+
+def test_stop_and_keep_right_after_going_on_keeps_what_was_trained(base, adapters, recipe_dict):
+    recipe = check_recipe(recipe_dict(trainer={"max_steps": 2000, "learning_rate": 1e-8}))
+    with Host(base, adapters) as host:
+        job = host.start_training(recipe, "cut")
+        until(lambda: len(trained(job)) > 2)
+        job.interrupt()
+        assert job.wait(120)
+        again = host.start_training(recipe, "cut", resume=True)
+        again.stop(keep=True)  # before a step of its own
+        assert again.wait(120)
+        assert again.state == "done", again.error
+        assert "cut" in host.names()
 
 
 def test_the_recipe_of_another_model_is_refused(host, recipe, tmp_path, tiny_model_folder):
@@ -647,7 +659,7 @@ def in_a_child(work, after=None):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "models/smollm2-135m/config.json").is_file(), reason="the real model is not here")
-def test_switching_between_the_real_models_adapters_takes_no_time(monkeypatch):
+def test_switching_between_the_real_models_adapters_takes_no_time(monkeypatch, loads):
     monkeypatch.chdir(ROOT)
     with open_host("smollm2-135m", ROOT / "adapters") as host:
         wait_until_warm(host)
@@ -660,4 +672,4 @@ def test_switching_between_the_real_models_adapters_takes_no_time(monkeypatch):
             times["same" if who == before else "other"].append(time.monotonic() - began)
             before = who
         assert min(times["other"]) - min(times["same"]) < 0.2
-        assert host.load_count == 1
+        assert len(loads) == 1

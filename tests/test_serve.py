@@ -496,7 +496,15 @@ def test_the_command_serves_until_it_is_interrupted(tiny_model_folder, adapters,
     command = [sys.executable, "-m", "lora_dpo", "serve", "--model", str(tiny_model_folder), "--quantize", "none",
                "--adapters-dir", str(adapters), "--port", "0"]  # fmt: skip
     environment = {**os.environ, "LORA_DPO_API_KEY": "from-the-environment", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Tests that run in the background of a shell hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         first = process.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+/v1", first)[0]

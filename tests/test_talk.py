@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -170,6 +171,16 @@ def test_one_player_alone_gives_two_samples(arena):
     assert match.players == ("base", "base")
     assert match.sampling[0].seed != match.sampling[1].seed
     assert match.answers[0].text != match.answers[1].text
+
+
+def test_the_weights_of_a_vote_are_those_that_answered(arena, tmp_path):
+    weights = arena.adapters_dir / "mine" / "adapter_model.safetensors"
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    match = played(arena, ["base", "mine"])
+    weights.write_bytes(weights.read_bytes()[:-1] + b"0")  # another training under that name, before the vote
+    arena.vote(match.id, "a")
+    (pair,), _ = read_pairs(str(tmp_path / "votes.jsonl"))
+    assert before in [pair.provenance[part].get("adapter_sha256") for part in ("chosen", "rejected")]
 
 
 def test_a_vote_is_written_with_both_origins_and_counts_once(arena, tmp_path):

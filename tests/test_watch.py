@@ -54,6 +54,17 @@ def test_time_left_is_at_the_pace_so_far(monkeypatch):
     assert watch.seen.seconds_left(110.0) == pytest.approx(10 / 2 * 7)
 
 
+def test_a_run_that_goes_on_has_its_past_and_its_own_pace(monkeypatch):
+    watch = Watch("mine")
+    watch.recall([{"step": 1, "loss": 0.7}, {"step": 2, "eval_loss": 1.0}, {"step": 2, "loss": 0.6}])
+    assert [number for number, _ in watch.seen.steps] == [1, 2]
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    watch(step(3))
+    assert watch.seen.seconds_left(150.0) is None
+    watch(step(4))
+    assert watch.seen.seconds_left(110.0) == pytest.approx(10 / 1 * 6)
+
+
 def test_rewards_become_log_ratios():
     steps = ((1, {"loss": 0.7, "rewards/chosen": 0.2, "rewards/rejected": -0.3}), (2, {"loss": 0.6}))
     series = logratios(steps, beta=0.1)

@@ -144,6 +144,20 @@ def _training(desk: Desk) -> list[Any]:
         desk.start_training(recipe, name.strip(), prompts or [])
         return "started"
 
+    def interrupted() -> list[str]:
+        """Runs that were cut off and can go on from their last checkpoint."""
+        return desk.interrupted()
+
+    def continue_training(name: str, prompts: list[str] | None = None) -> str:
+        """Go on with an interrupted run; `training` says how it goes."""
+        desk.continue_training(name, prompts or [])
+        return "started"
+
+    def discard_training(name: str) -> str:
+        """Remove what an interrupted run left."""
+        desk.discard_training(name)
+        return "discarded"
+
     def training() -> dict[str, Any]:
         """How the run goes that was started last."""
         now = desk.training
@@ -172,7 +186,8 @@ def _training(desk: Desk) -> list[Any]:
         end(desk, keep=keep)
         return desk.training.job.state if desk.training else "none"
 
-    return [plan_training, train, training, pause_training, stop_training]
+    begun = [plan_training, train, training, pause_training, stop_training]
+    return [*begun, interrupted, continue_training, discard_training]
 
 
 def _adapters(desk: Desk) -> list[Any]:

@@ -22,6 +22,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
+from lora_dpo.demo.draw import win_table
 from lora_dpo.demo.page import TITLE, css, head, theme
 
 MAX_UPLOAD = "1gb"
@@ -61,15 +62,16 @@ def build(desk: Desk) -> gr.Blocks:
             with gr.Tab("Chat", id="chat"):
                 pickers = tab_chat.build(desk)
             with gr.Tab("Vote", id="vote") as vote:
-                players = tab_vote.build(desk, vote)
+                players, wins = tab_vote.build(desk, vote)
             with gr.Tab("Data", id="data") as data:
                 files = tab_data.build(desk, data)
             with gr.Tab("Train", id="train"):
-                sources, run_name = tab_train.build(desk)
+                sources, run_name, row, left = tab_train.build(desk)
             with gr.Tab("Adapters", id="adapters"):
                 adapter, listed = tab_adapters.build(desk, page)
         known = gr.State(None)
-        outputs = [*(picker for picker, _ in pickers), players, files, sources, run_name, adapter, listed, known]
+        outputs: list[Any] = [*(picker for picker, _ in pickers), players, wins, files, sources]
+        outputs += [run_name, row, left, adapter, listed, known]
         follow = _follower(desk, [nobody for _, nobody in pickers])
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.Timer(LOOK_EVERY).tick(follow, [known, run_name], outputs, **quiet)
@@ -84,10 +86,11 @@ def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any, str], tuple
     def follow(known: Any, run_name: str) -> tuple[Any, ...]:
         names, pairs = desk.names(), desk.pairs.names()
         adapters = desk.adapters()
-        now = (tuple(names), tuple(pairs), tuple(adapters))
-        before = known or ((), (), ())
+        left = desk.interrupted()
+        now = (tuple(names), tuple(pairs), tuple(adapters), tuple(left), desk.pairs.book.state())
+        before = known or ((), (), (), (), None)
         if now == before:
-            return (*[gr.skip()] * (len(with_nobody) + 6), known)
+            return (*[gr.skip()] * (len(with_nobody) + 9), known)
         chats = [gr.update(choices=[tab_chat.NOBODY, *names] if nobody else names) for nobody in with_nobody]
         moved = set(adapters) != set(before[2])
         # Where there was nothing to choose, the first of what there is now is chosen.
@@ -97,9 +100,11 @@ def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any, str], tuple
         return (
             *chats,
             gr.update(choices=names),
+            win_table(desk.pairs.book.records()) if now[4] != before[4] else gr.skip(),
             gr.update(choices=pairs, **pair),
             gr.update(choices=pairs, **trained),
             gr.update(value=desk.free_name()) if moved and run_name.strip() in (*adapters, "") else gr.skip(),
+            *(tab_train.interrupted_update(left) if tuple(left) != before[3] else (gr.skip(), gr.skip())),
             gr.update(choices=adapters, **shown),
             tab_adapters.adapters_table(desk) if moved else gr.skip(),
             now,

@@ -43,10 +43,12 @@ class Parts:
     """State, curves, what was measured and answered, the row of controls, pause."""
     keep: gr.Button
     discard: gr.Button
+    left: tuple[gr.Row, gr.Dropdown, gr.Button, gr.Button]
+    """The row of interrupted runs: which, go on, discard."""
 
 
-def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
-    """Lay the tab out and connect it; returns the choice of pairs and the name, to be refreshed."""
+def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox, gr.Row, gr.Dropdown]:
+    """Lay the tab out and connect it; returns what is to be refreshed: pairs, name, and the interrupted runs."""
     parts, tab = _layout(desk), Tab(desk)
     seen, filled = gr.State(None), gr.State("")
     private: dict[str, Any] = {"api_visibility": "private"}
@@ -65,7 +67,10 @@ def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox]:
     parts.shown[4].click(lambda: toggle(desk), None, None, **at_once)
     parts.keep.click(lambda: end(desk, keep=True), None, None, **at_once)
     parts.discard.click(lambda: end(desk, keep=False), None, None, **at_once)
-    return parts.choices[0], parts.choices[2]
+    row, which, go_on, drop = parts.left
+    go_on.click(tab.go_on, [which, parts.prompts], [row, parts.planned, *shown], **private)
+    drop.click(tab.drop, which, [row, which], **private)
+    return parts.choices[0], parts.choices[2], row, which
 
 
 def _layout(desk: Desk) -> Parts:
@@ -94,6 +99,7 @@ def _layout(desk: Desk) -> Parts:
                 start = gr.Button("Start", variant="primary", interactive=False, elem_id="train-start", min_width=130)
         with gr.Column(scale=3, min_width=300):
             first = note("Choose pairs and see the plan: steps, minutes and memory. Then start.")
+            left = _interrupted(desk)
             planned = gr.HTML(first, elem_id="train-planned")
             state = gr.HTML("", elem_id="train-state")
             with gr.Row(visible=False) as controls:
@@ -103,7 +109,23 @@ def _layout(desk: Desk) -> Parts:
             drawn = gr.HTML("", elem_id="train-curves")
     told_of = gr.HTML("", elem_id="train-samples")
     shown = (state, drawn, told_of, controls, pause)
-    return Parts(choices, prompts, recipe, look, start, planned, shown, keep, discard)
+    return Parts(choices, prompts, recipe, look, start, planned, shown, keep, discard, left)
+
+
+def _interrupted(desk: Desk) -> tuple[gr.Row, gr.Dropdown, gr.Button, gr.Button]:
+    names = desk.interrupted()
+    with gr.Row(visible=bool(names), elem_classes="bar") as row:
+        which = gr.Dropdown(
+            names,
+            value=names[0] if names else None,
+            label="Interrupted runs",
+            filterable=False,
+            elem_id="train-interrupted",
+            scale=3,
+        )
+        go_on = gr.Button("Go on", size="md", elem_id="train-go-on", scale=1, min_width=90)
+        drop = gr.Button("Discard", size="md", variant="stop", elem_id="train-drop", scale=1, min_width=90)
+    return row, which, go_on, drop
 
 
 def _choices(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]:
@@ -143,6 +165,18 @@ class Tab:
         self.desk.start_training(made, called.strip(), asked.splitlines())
         return gr.update(interactive=False), "", *self.follow(None)
 
+    @told
+    def go_on(self, which: str | None, asked: str) -> State:
+        """Continue an interrupted run, with the settings it began with."""
+        self.desk.continue_training(which or "", asked.splitlines())
+        return gr.update(visible=False), "", *self.follow(None)
+
+    @told
+    def drop(self, which: str | None) -> State:
+        """Remove what an interrupted run left."""
+        self.desk.discard_training(which or "")
+        return interrupted_update(self.desk.interrupted())
+
     def follow(self, version: Any) -> State:
         """What changed since `version`, for a page that looks again and again."""
         now = self.desk.training
@@ -157,6 +191,11 @@ class Tab:
             gr.update(value="Continue" if now.job.state == "paused" else "Pause"),
             version_of(now),
         )
+
+
+def interrupted_update(names: list[str]) -> tuple[Any, Any]:
+    """The row of interrupted runs, and its choice."""
+    return gr.update(visible=bool(names)), gr.update(choices=names, value=names[0] if names else None)
 
 
 def _unplanned() -> Any:

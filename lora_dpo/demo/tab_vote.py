@@ -46,8 +46,8 @@ class Parts:
     """Temperature and longest answer."""
 
 
-def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
-    """Lay the tab out and connect it; returns the picker of players."""
+def build(desk: Desk, item: gr.Tab) -> tuple[gr.Dropdown, gr.HTML]:
+    """Lay the tab out and connect it; returns what is to be refreshed: the picker of players, and who wins."""
     parts = _layout(desk)
     tab = Tab(desk)
     match_id, queue = gr.State(""), gr.State([])
@@ -59,7 +59,7 @@ def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
     for verdict, button in parts.buttons.items():
         button.click(tab.cast(verdict), [match_id, *settings], outputs, **quiet)
     item.select(lambda: win_table(desk.pairs.book.records()), None, parts.shown[3], **quiet)
-    return parts.players
+    return parts.players, parts.shown[3]
 
 
 def _layout(desk: Desk) -> Parts:
