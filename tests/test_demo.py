@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from lora_dpo.adapters import read_passport, write_passport
@@ -22,6 +23,7 @@ from lora_dpo.cli import main
 from lora_dpo.cli_demo import check_reach, read_auth
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import ConfigError
+from lora_dpo.generate import Sampling
 
 gradio_client = pytest.importorskip("gradio_client")
 
@@ -101,6 +103,10 @@ def until(true, seconds=60):
         time.sleep(0.1)
 
 
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
 # --- a demo in this process -----------------------------------------------------------------------
 
 
@@ -148,8 +154,6 @@ def test_a_script_chats_with_any_model(client, desk):
     whole = client.predict("Say it.", "first", temperature=0, max_new_tokens=30, api_name="/chat")
     assert pieces[-1] == whole
     asked = [{"role": "user", "content": "Say it."}]
-    from lora_dpo.generate import Sampling
-
     expected = desk.host.answer("first", asked, Sampling(max_new_tokens=30), client="x").text
     assert whole == expected
     both = client.predict("Say it.", "first", "base", temperature=0, max_new_tokens=30, api_name="/compare")
@@ -159,8 +163,6 @@ def test_a_script_chats_with_any_model(client, desk):
 
 
 def test_a_script_goes_on_with_a_conversation(client, desk):
-    from lora_dpo.generate import Sampling
-
     history = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}]
     said = client.predict("Say it.", "first", temperature=0, max_new_tokens=20, history=history, api_name="/chat")
     turns = [*history, {"role": "user", "content": "Say it."}]
@@ -280,8 +282,6 @@ def test_a_script_exports_an_adapter(client, desk):
 
 
 def test_two_scripts_at_once_keep_their_own_answers(address, desk):
-    from lora_dpo.generate import Sampling
-
     found = {}
 
     def talk(number):
@@ -347,6 +347,60 @@ def test_with_a_password_nobody_comes_in_without_it(desk):
             gradio_client.Client(guarded, auth=login, verbose=False).predict(api_name="/models")
     inside = gradio_client.Client(guarded, auth=("me", "secret"), verbose=False)
     assert "base" in inside.predict(api_name="/models")
+
+
+# --- many at once -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_twenty_clients_for_a_minute_each_get_their_own_answers(tiny_model_folder, tiny_adapter, tmp_path):
+    from lora_dpo.host import open_host
+
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
+    port = free_port()
+    process, _ = start(tiny_model_folder, tmp_path, port)
+    found, refused, failed, sizes = [], [], [], []
+    began = time.monotonic()
+
+    def talk(number):
+        mine = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+        turn = 0
+        while time.monotonic() - began < 60:
+            who, text = ("base", "first")[turn % 2], f"Client {number} says {turn % 5}."
+            text = "x" * 9000 if turn % 7 == 6 else text
+            try:
+                answer = mine.predict(text, who, temperature=0, max_new_tokens=12, api_name="/chat")
+                found.append((number, who, text, answer))
+            except Exception as error:
+                (refused if "The prompt has" in str(error) or "are waiting" in str(error) else failed).append(error)
+            turn += 1
+
+    try:
+        threads = [threading.Thread(target=talk, args=(number,)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            sizes.append((time.monotonic() - began, psutil.Process(process.pid).memory_info().rss))
+            time.sleep(1)
+        for thread in threads:
+            thread.join()
+    finally:
+        process.kill()
+        process.wait()
+    assert failed == []
+    assert {number for number, *_ in found} == set(range(20)), "a client was never answered"
+    assert refused
+    with open_host(str(tiny_model_folder), tmp_path / "adapters", quantize="none") as host:
+        own = {
+            (who, text): host.answer(who, ask(text), Sampling(max_new_tokens=12), client="x").text
+            for who, text in sorted({(who, text) for _, who, text, _ in found})
+        }
+    assert len(set(own.values())) > 20
+    assert [row for row in found if row[3] != own[row[1], row[2]]] == []
+    settled = max(size for when, size in sizes if when < 25)
+    grown = [round(size / 1e6) for _, size in sizes[::5]]
+    print(f"{len(found)} answers, {len(refused)} refused; memory every five seconds, in MB: {grown}")
+    assert sizes[-1][1] - settled < 30e6
 
 
 # --- kills ----------------------------------------------------------------------------------------
