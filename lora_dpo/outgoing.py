@@ -56,7 +56,7 @@ def exported(desk: Desk, name: str, form: str) -> Iterator[tuple[int, int, Path]
 
 
 def on_the_way(desk: Desk) -> Path:
-    """A new empty folder for a file that a browser will fetch; older ones, of files long fetched, are emptied."""
+    """A new empty folder for a file that a browser will fetch; older ones, of files long fetched, are removed."""
     for folder in desk.scratch.glob(f"{OUT}*"):
         if time.time() - folder.stat().st_mtime > FETCHED:
             shutil.rmtree(folder, ignore_errors=True)

@@ -64,7 +64,7 @@ def interrupted_runs(root: Path) -> list[str]:
     ends = [partial.name.removesuffix(".partial") for partial in root.glob("[!.]*.partial")]
     left = [name for name in ends if _interrupted(root / name) and not (root / name).exists()]
     left = [name for name in left if not _running(root / name)]
-    return sorted(left, key=lambda name: partial_of(root / name).stat().st_mtime, reverse=True)
+    return sorted(left, key=lambda name: _touched(partial_of(root / name)), reverse=True)
 
 
 def logged_rows(partial: Path) -> list[dict[str, Any]]:
@@ -169,6 +169,10 @@ def _check_place(output: Path, *, resume: bool) -> None:
 
 def _interrupted(output: Path) -> bool:
     return bool(checkpoints(partial_of(output)))
+
+
+def _touched(partial: Path) -> float:
+    return partial.stat().st_mtime if partial.exists() else 0.0  # removed, perhaps while we look
 
 
 def _running(output: Path) -> int | None:

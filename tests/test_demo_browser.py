@@ -204,6 +204,21 @@ def test_a_new_chat_stays_new_while_an_answer_is_being_written(browser, served, 
     assert me.errors == []
 
 
+def test_the_stop_button_keeps_what_was_said_so_far(browser, served, monkeypatch):
+    from lora_dpo import host
+
+    _, address = served
+    me = Visitor(browser, address)
+    monkeypatch.setattr(host, "stream_from", slowly)
+    me.page.fill("#chat-box textarea", "Say it.")
+    me.page.press("#chat-box textarea", "Enter")
+    me.wait_for("chat-0", "word")
+    me.page.get_by_role("button", name="Stop", exact=True).click()
+    me.page.get_by_role("button", name="Send", exact=True).wait_for(timeout=20_000)  # it would go on for a minute
+    assert me.answers(0)[0].startswith("word")
+    assert me.errors == []
+
+
 def test_a_refused_retry_keeps_the_talk(browser, served, monkeypatch):
     from lora_dpo.errors import Busy
 
