@@ -112,6 +112,10 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
   .gradio-container .tab-container button { padding: 0 9px; font-size: .9rem; }
   #vote-buttons button { min-width: 45%; }
   #head span { font-size: .84rem; }
+  /* What a narrow page has no room for: the line of a pair; and of an adapter what its passport says, too. */
+  #data-table .first-column { display: none !important; }
+  table.plain.names :is(th, td):is(:nth-child(2), :nth-child(3), :nth-child(4), :nth-child(5)) { display: none; }
+  table.plain.names :is(th, td) { white-space: normal !important; padding-right: 8px !important; }
 }
 """
 
