@@ -64,6 +64,7 @@ class Job:
         self._on_event, self._look, self._resumed = on_event, look, resume
         self._stop = StopSignal()
         self._slices = _Slices(turns)
+        self._steering = threading.Lock()
         self._discard = False
         self._end: State | None = None
         self._thread = threading.Thread(target=self._run, args=(base,), name=f"training {name}", daemon=True)
@@ -74,7 +75,7 @@ class Job:
         """`done` has an adapter, `stopped` has none, `failed` says why in `error`."""
         if self._end is not None:
             return self._end
-        if self._stop.requested or self._stop.keep:
+        if self._ending:
             return "stopping"
         return "running" if self._slices.go.is_set() else "paused"
 
@@ -84,8 +85,10 @@ class Job:
         return self._end is None
 
     def pause(self) -> None:
-        """Compute nothing from the next forward pass on, until `resume`."""
-        self._slices.go.clear()
+        """Compute nothing from the next forward pass on, until `resume`. A run that is to end is not held up."""
+        with self._steering:
+            if not self._ending:
+                self._slices.go.clear()
 
     def resume(self) -> None:
         """Go on after `pause`."""
@@ -98,21 +101,27 @@ class Job:
             keep: measure and save the adapter as it is then; before a run's first step there is none to keep.
                 Otherwise nothing stays, no checkpoint either.
         """
-        if keep and (self._resumed or self._has_trained()):
-            self._stop.keep = True
-        else:
-            self._discard = self._stop.requested = True
-        self.resume()
+        with self._steering:
+            if keep and (self._resumed or self._has_trained()):
+                self._stop.keep = True
+            else:
+                self._discard = self._stop.requested = True
+            self.resume()
 
     def interrupt(self) -> None:
         """End at the next step with a checkpoint, from which a job with `resume=True` goes on."""
-        self._stop.requested = True
-        self.resume()
+        with self._steering:
+            self._stop.requested = True
+            self.resume()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end; False if it has not come in `timeout` seconds."""
         self._thread.join(timeout)
         return not self.running
+
+    @property
+    def _ending(self) -> bool:
+        return self._stop.requested or self._stop.keep
 
     def _has_trained(self) -> bool:
         return any(isinstance(event, Progress) and event.stage == "training" and event.done for event in self.events)

@@ -21,6 +21,7 @@ from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputE
 from lora_dpo.events import Progress
 from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host, open_host
+from lora_dpo.job import Job
 from lora_dpo.library import list_adapters
 from lora_dpo.model import attach_lora, load_base, share_weights
 from lora_dpo.shelf import KEPT
@@ -475,6 +476,16 @@ def test_stop_and_keep_saves_the_adapter_of_that_step(host, recipe):
     assert f"stopped by hand after step {step} of 50" in (job.folder / "README.md").read_text()
     assert not list(job.folder.parent.glob("*.partial"))
     assert host.answer("early", ask("hi"), SHORT, client="a").prompt_tokens
+
+
+@pytest.mark.parametrize("end", [lambda job: job.stop(keep=True), lambda job: job.stop(keep=False), Job.interrupt])
+def test_a_pause_that_comes_after_the_stop_does_not_hold_it_up(host, recipe_dict, end):
+    job = host.start_training(check_recipe(recipe_dict(trainer={"max_steps": 2000, "learning_rate": 1e-8})), "late")
+    until(lambda: len(trained(job)) > 2)
+    job.pause()  # so that the end cannot come before the second one
+    end(job)
+    job.pause()
+    assert job.wait(60), job.state
 
 
 @pytest.mark.parametrize("paused", [False, True])
