@@ -419,16 +419,22 @@ def _sentences(error: ValidationError, kind: type[Section]) -> Iterator[str]:
     for problem in error.errors()[:3]:
         key = ".".join(str(part) for part in problem["loc"] if not _is_type_tag(part))
         if problem["type"] == "extra_forbidden":
-            # First among the siblings, so `lora.rnak` finds `lora.rank`; then by the last part anywhere.
-            last = key.rpartition(".")[2]
-            same_name = [name for name in known if name.rpartition(".")[2] == last]
-            hint = f" Did you mean {same_name[0]}?" if same_name else nearest(key, [*known, "trainer"])
-            yield f"{key} is not a setting.{hint or ' Fields of TRL go under trainer:.'}"
+            yield f"{key} is not a setting.{_meant(key, problem['input'], known) or ' Fields of TRL go under trainer:.'}"
         elif problem["type"] == "missing":
             yield f"{key} is missing; it has no default."
         else:
             message = problem["msg"].removeprefix("Value error, ")
             yield f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _meant(key: str, value: Any, known: list[str]) -> str:
+    """A hint for a key that does not exist."""
+    if isinstance(value, dict):  # a section: `train: {max_steps: 2}`
+        return nearest(key, [*{name.partition(".")[0] for name in known if "." in name}, "trainer"])
+    # The same last part anywhere, so that `rank` finds `lora.rank`; then what looks alike.
+    last = key.rpartition(".")[2]
+    same_name = [name for name in known if name.rpartition(".")[2] == last]
+    return f" Did you mean {same_name[0]}?" if same_name else nearest(key, [*known, "trainer"])
 
 
 def _is_type_tag(part: str | int) -> bool:

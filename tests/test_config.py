@@ -244,6 +244,11 @@ def test_an_override_with_an_unknown_key_suggests_the_nearest_one(read):
         read(MINIMAL, "lora.rnak=8")
 
 
+def test_an_override_in_an_unknown_section_suggests_a_section(read):
+    with pytest.raises(ConfigError, match=r"train is not a setting\. Did you mean trainer\?"):
+        read(MINIMAL, "train.max_steps=2")
+
+
 def test_an_override_inside_a_single_value_is_refused(read):
     with pytest.raises(ConfigError, match="reference is a single value"):
         read(MINIMAL + "reference: base\n", "reference.path=x")
