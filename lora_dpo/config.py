@@ -419,7 +419,8 @@ def _sentences(error: ValidationError, kind: type[Section]) -> Iterator[str]:
     for problem in error.errors()[:3]:
         key = ".".join(str(part) for part in problem["loc"] if not _is_type_tag(part))
         if problem["type"] == "extra_forbidden":
-            yield f"{key} is not a setting.{_meant(key, problem['input'], known) or ' Fields of TRL go under trainer:.'}"
+            hint = _meant(key, problem["input"], known)
+            yield f"{key} is not a setting.{hint or ' Fields of TRL go under trainer:.'}"
         elif problem["type"] == "missing":
             yield f"{key} is missing; it has no default."
         else:

@@ -73,7 +73,7 @@ def logged_rows(partial: Path) -> list[dict[str, Any]]:
     if not saved or not (partial / METRICS).is_file():
         return []
     state = json.loads((saved[-1] / "trainer_state.json").read_text(encoding="utf-8"))
-    return [row for row in _whole_rows(partial / METRICS) if row["step"] <= state["global_step"]]
+    return _rows_until(partial / METRICS, state["global_step"])
 
 
 def open_run(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
@@ -128,9 +128,7 @@ class RunLog:
     def __init__(self, path: Path, *, from_step: int) -> None:
         """Open the log, forgetting rows after `from_step`: those steps will be run again."""
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.is_file():
-            self.rows = [row for row in _whole_rows(path) if row["step"] <= from_step]
+        self.rows = _rows_until(path, from_step) if path.is_file() else []
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -138,6 +136,10 @@ class RunLog:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    return [row for row in _whole_rows(path) if row["step"] <= step]
 
 
 def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_dpo.address import is_local_name
 from lora_dpo.desk import Desk
@@ -80,31 +80,39 @@ def build(desk: Desk) -> gr.Blocks:
     return page
 
 
+class Shown(NamedTuple):
+    """What the pickers and tables of a page were last made from."""
+
+    names: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    votes: Any = None
+
+
 def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any, str], tuple[Any, ...]]:
     """A handler that puts what is new into every picker."""
 
     def follow(known: Any, run_name: str) -> tuple[Any, ...]:
-        names, pairs = desk.names(), desk.pairs.names()
-        adapters = desk.adapters()
-        left = desk.interrupted()
-        now = (tuple(names), tuple(pairs), tuple(adapters), tuple(left), desk.pairs.book.state())
-        before = known or ((), (), (), (), None)
+        names, pairs, adapters, left = desk.names(), desk.pairs.names(), desk.adapters(), desk.interrupted()
+        now = Shown(tuple(names), tuple(pairs), tuple(adapters), tuple(left), desk.pairs.book.state())
+        before = Shown(*known) if known else Shown()
         if now == before:
             return (*[gr.skip()] * (len(with_nobody) + 9), known)
         chats = [gr.update(choices=[tab_chat.NOBODY, *names] if nobody else names) for nobody in with_nobody]
-        moved = set(adapters) != set(before[2])
+        moved = set(adapters) != set(before.adapters)
         # Where there was nothing to choose, the first of what there is now is chosen.
-        pair: dict[str, Any] = {"value": pairs[0]} if pairs and not before[1] else {}
-        trained: dict[str, Any] = {"value": pairs[:1]} if pairs and not before[1] else {}
-        shown: dict[str, Any] = {"value": adapters[0]} if adapters and not before[2] else {}
+        pair: dict[str, Any] = {"value": pairs[0]} if pairs and not before.pairs else {}
+        trained: dict[str, Any] = {"value": pairs[:1]} if pairs and not before.pairs else {}
+        shown: dict[str, Any] = {"value": adapters[0]} if adapters and not before.adapters else {}
         return (
             *chats,
             gr.update(choices=names),
-            win_table(desk.pairs.book.records()) if now[4] != before[4] else gr.skip(),
+            win_table(desk.pairs.book.records()) if now.votes != before.votes else gr.skip(),
             gr.update(choices=pairs, **pair),
             gr.update(choices=pairs, **trained),
             gr.update(value=desk.free_name()) if moved and run_name.strip() in (*adapters, "") else gr.skip(),
-            *(tab_train.interrupted_update(left) if tuple(left) != before[3] else (gr.skip(), gr.skip())),
+            *(tab_train.interrupted_update(left) if now.left != before.left else (gr.skip(), gr.skip())),
             gr.update(choices=adapters, **shown),
             tab_adapters.adapters_table(desk) if moved else gr.skip(),
             now,
