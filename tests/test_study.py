@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
 from benchmarks.dpo_vs_ppo import lab as lab_module  # noqa: E402
 from benchmarks.dpo_vs_ppo import maths, report, study  # noqa: E402
-from benchmarks.dpo_vs_ppo.lab import Lab, kl_of, rows_of, score  # noqa: E402
+from benchmarks.dpo_vs_ppo.lab import Lab, kl_of, log_ratios, rows_of, score  # noqa: E402
 from benchmarks.dpo_vs_ppo.ppo import PPO, PPOSettings, train_ppo  # noqa: E402
 from benchmarks.dpo_vs_ppo.presets import PRESETS  # noqa: E402
 from benchmarks.dpo_vs_ppo.prompts import FAMILIES, UNSEEN, of_split, openings  # noqa: E402
@@ -153,6 +153,13 @@ def test_kl_of_best_of_n_by_enumeration():
 
 
 # --- pairs ----------------------------------------------------------------------------------------
+
+
+def test_agreement_is_the_share_of_unequal_pairs_in_the_same_order():
+    # (0, 1) is tied in truth, (0, 2) and (0, 3) are right, (1, 2) and (2, 3) wrong, (1, 3) is a tied guess
+    assert maths.agreement([1.0, 4.0, 3.0, 4.0], [0.0, 0.0, 0.5, 0.3]) == pytest.approx((1 + 1 + 0 + 0.5 + 0) / 5)
+    assert maths.agreement([1.0, 2.0], [0.3, 0.3]) is None
+    assert maths.agreement([-3.0, -1.0, 2.0], [0.0, 0.1, 0.2]) == 1.0
 
 
 def test_pairs_are_best_with_worst_and_never_ties():
@@ -310,6 +317,27 @@ def test_a_fresh_adapter_is_its_reference_and_a_changed_one_is_not(lab):
     assert not [name for name, _ in lab.base.model.named_parameters() if "lora" in name]
 
 
+def test_the_log_ratio_of_an_answer_is_its_two_plain_passes_apart(lab):
+    prompts, answers = [list(b"Hello"), list(b"A")], [list(b"abc"), list(b"de")]
+
+    def logp(model, prompt, answer):
+        with torch.no_grad():
+            table = torch.log_softmax(model(input_ids=torch.tensor([prompt + answer])).logits[0], dim=-1)
+        return sum(float(table[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+
+    before = [logp(lab.base.model, *both) for both in zip(prompts, answers, strict=True)]
+    with lab.fresh(0) as model:
+        assert log_ratios(model, prompts, answers) == [0.0, 0.0]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+        after = [logp(model, *both) for both in zip(prompts, answers, strict=True)]
+        found = log_ratios(model, prompts, answers)
+    assert found == pytest.approx([a - b for a, b in zip(after, before, strict=True)], abs=1e-4)
+    assert all(abs(one) > 1e-2 for one in found)
+
+
 def test_samples_are_drawn_by_the_seed_and_counted(lab):
     prompts = lab.ids(["Hello", "A", "Hm"] * 15)  # more than one batch
     one, same, other = (lab.sample(lab.base.model, prompts, seed=seed) for seed in (1, 1, 2))
@@ -393,6 +421,7 @@ def test_the_whole_study_in_pieces(tiny_model_folder, toy_reward, tmp_path, monk
     parts = report.tables(found)
     assert sum("PPO, KL weight 0.05" in line for line in parts["frontier"]) == 2
     assert len([line for line in parts["side"] if "wrong labels" in line]) == 3
+    assert len(parts["agreement"]) == 2 + len(PRESETS["smoke"].betas)
     report.write_plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     other = study.Study(PRESETS["quick"], tmp_path / "smoke", str(tiny_model_folder))
@@ -412,7 +441,7 @@ def test_lines_of_code_do_not_count_words(tmp_path):
 def test_the_page_says_what_the_results_say():
     stored = sorted((ROOT / "benchmarks" / "dpo_vs_ppo" / "results").glob("*.json"))
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
-    for name in ("frontier", "matched", "side", "lines"):
+    for name in ("frontier", "matched", "side", "agreement", "lines"):
         assert page.count(f"<!-- {name}: made by benchmarks/dpo_vs_ppo/report.py -->") == 1
     if stored:
         latest = "full" if any(path.stem == "full" for path in stored) else stored[0].stem

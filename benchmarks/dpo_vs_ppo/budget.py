@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .presets import PRESETS, Preset
+from .study import HERE, JUDGED, pieces
 
 UNITS = {
     "answers sampled": "sample",
     "answers measured": "eval",
+    "answers put in order by DPO's implicit reward": "agree",
     "DPO steps of 8 pairs": "dpo",
     "SFT steps of 8 answers": "sft",
     "PPO answers (sampled, scored, trained on)": "ppo",
@@ -23,6 +25,8 @@ def units(name: str, preset: Preset) -> tuple[str, int]:
     answers = preset.train_prompts * preset.samples
     if name.startswith("eval-"):
         return "eval", 2 * preset.test_prompts * preset.test_answers
+    if name.startswith("agree-"):
+        return "agree", 2 * preset.test_prompts * min(JUDGED, preset.base_answers)
     if name == "test-base":
         return "sample", 2 * preset.test_prompts * preset.base_answers
     if name in ("pool", "hot"):
@@ -48,11 +52,10 @@ def speeds(results: dict[str, Any]) -> dict[str, float]:
 
 
 def plan_lines(preset: Preset, folder: Path) -> Iterator[str]:
-    """A table of what a preset computes; times if the quick study's results are there."""
-    from .study import HERE, pieces
-
-    measured = HERE / "results" / "quick.json"
-    known = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
+    """A table of what a preset computes, with times at the speed of its own results, or of the quick study's."""
+    files = [HERE / "results" / f"{name}.json" for name in (preset.name, "quick")]
+    measured = next((path for path in files if path.is_file()), None)
+    known = json.loads(measured.read_text(encoding="utf-8")) if measured else None
     speed = speeds(known) if known else {}
     total: dict[str, int] = {}
     names = [piece.name for piece in pieces(preset)]
@@ -62,8 +65,8 @@ def plan_lines(preset: Preset, folder: Path) -> Iterator[str]:
     yield f"{preset.name}: {len(names)} pieces, {sum((folder / f'{name}.json').is_file() for name in names)} done"
     for what, kind in UNITS.items():
         minutes = f"{total[kind] * speed[kind] / 60:6.1f} min" if kind in speed else "   not measured"
-        yield f"  {total.get(kind, 0):6d} {what:<44}{minutes}"
-    if speed:
+        yield f"  {total.get(kind, 0):6d} {what:<46}{minutes}"
+    if measured and known and total.keys() <= speed.keys():
         whole = sum(total[kind] * speed[kind] for kind in total) / 60
         threads = known["machine"]["threads"]
         yield f"  {whole:.0f} minutes in all, at the speed of results/{measured.name} (threads: {threads})"

@@ -178,6 +178,15 @@ def kl_of(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequen
     return found
 
 
+def log_ratios(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+    """log π(y) - log π_base(y) of each answer: DPO's implicit reward over β."""
+    found: list[float] = []
+    for start in range(0, len(prompts), ROWS):
+        scored = score(model, rows_of(prompts[start : start + ROWS], answers[start : start + ROWS]))
+        found += (scored.logps - scored.ref).sum(dim=1).tolist()
+    return found
+
+
 # --- what a piece of work costs -------------------------------------------------------------------
 
 

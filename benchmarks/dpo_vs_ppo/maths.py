@@ -93,6 +93,20 @@ def expected_best(scores: Sequence[float], n: int) -> float:
     return sum(score * way for score, way in zip(ordered, ways, strict=True)) / comb(len(ordered), n)
 
 
+def agreement(guessed: Sequence[float], true: Sequence[float]) -> float | None:
+    """Share of the pairs with different true values that are ordered alike by the guesses, of which a tie is half.
+
+    None if all true values are the same. 0.5 is chance.
+    """
+    found = [
+        0.5 if guessed[i] == guessed[j] else float((guessed[i] > guessed[j]) == (true[i] > true[j]))
+        for i in range(len(true))
+        for j in range(i)
+        if true[i] != true[j]
+    ]
+    return sum(found) / len(found) if found else None
+
+
 # --- pairs ----------------------------------------------------------------------------------------
 
 

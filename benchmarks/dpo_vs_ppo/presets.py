@@ -62,9 +62,9 @@ PRESETS = {
         ),
         Preset(
             "full", train_prompts=64, samples=8, test_prompts=24, test_answers=2, base_answers=16,
-            best_of=(2, 4, 8, 16), betas=(0.03, 0.1, 0.3, 1.0), dpo_steps=36, dpo_rate=1e-3, pairs_a_prompt=3,
-            kl_weights=(0.01, 0.05, 0.2), ppo_rate=5e-4, iterations=16, keep=(8, 16), seeds=(0, 1, 2), side_beta=0.1,
-            noise=(0.1, 0.2, 0.4), side=True,
+            best_of=(2, 4, 8, 16), betas=(0.03, 0.1, 0.3, 1.0, 3.0), dpo_steps=36, dpo_rate=1e-3, pairs_a_prompt=3,
+            kl_weights=(0.01, 0.05, 0.2), ppo_rate=5e-4, iterations=16, keep=(8, 12, 16), seeds=(0, 1, 2),
+            side_beta=0.1, noise=(0.1, 0.2, 0.4), side=True,
         ),
     )
 }  # fmt: skip

@@ -29,6 +29,8 @@ PAGE = DOCS / "study.md"
 Results = dict[str, Any]
 Draw = np.ndarray
 """`[N]` indices of test prompts."""
+Interval = tuple[float, float, float]
+"""A statistic, and the ends of its 95% interval."""
 
 
 # --- one file of results --------------------------------------------------------------------------
@@ -122,7 +124,11 @@ class Study:
             return ["sft-s{}"]
         return [f"ppo-w{w:g}-s{{}}-i{k}" for w in self.preset["kl_weights"] for k in self.preset["keep"]]
 
-    def interval(self, statistic: Callable[[Draw], float]) -> tuple[float, float, float]:
+    def alone(self) -> list[Study]:
+        """The same study of each training seed by itself."""
+        return [Study({**self.results, "preset": {**self.preset, "seeds": [seed]}}) for seed in self.preset["seeds"]]
+
+    def interval(self, statistic: Callable[[Draw], float]) -> Interval:
         """A statistic with its 95% interval over prompts."""
         return bootstrap(statistic, self.prompts, seed=0)
 
@@ -130,19 +136,20 @@ class Study:
 METHODS = ("DPO", "PPO", "SFT", "best-of-n")
 
 
-def matched(
-    study: Study,
-) -> Iterator[tuple[float, tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]]:
-    """At KLs that both reach: reward of DPO's hull, of PPO's, and their difference, with intervals."""
+def matched(study: Study) -> Iterator[tuple[float, list[Interval], list[float]]]:
+    """At KLs that both reach: reward of DPO's hull, of PPO's, and their difference, with intervals; and the difference
+    of each seed's own hulls."""
     everything = np.arange(study.prompts)
     reach = min(hull(study.curve(method, everything))[-1][0] for method in ("DPO", "PPO"))
-    for share in (0.25, 0.5, 1.0):
+    for share in (0.125, 0.25, 0.5, 1.0):
         kl = share * reach
         one = [study.interval(lambda draw, m=m, kl=kl: reward_at(study.curve(m, draw), kl)) for m in ("DPO", "PPO")]
-        both = study.interval(
-            lambda draw, kl=kl: reward_at(study.curve("DPO", draw), kl) - reward_at(study.curve("PPO", draw), kl)
-        )
-        yield kl, one[0], one[1], both
+        both = study.interval(lambda draw, kl=kl: _ahead(study, draw, kl))
+        yield kl, [*one, both], [_ahead(seed, everything, kl) for seed in study.alone()]
+
+
+def _ahead(study: Study, draw: Draw, kl: float) -> float:
+    return reward_at(study.curve("DPO", draw), kl) - reward_at(study.curve("PPO", draw), kl)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -178,11 +185,11 @@ def frontier_table(study: Study) -> Iterator[str]:
 
 def matched_table(study: Study) -> Iterator[str]:
     """DPO against PPO at the same KL."""
-    yield "| KL (nats) | DPO's reward [95%] | PPO's reward [95%] | difference [95%] |"
-    yield "|---|---|---|---|"
-    for kl, *found in matched(study):
+    yield "| KL (nats) | DPO's reward [95%] | PPO's reward [95%] | difference [95%] | of each seed |"
+    yield "|---|---|---|---|---|"
+    for kl, found, seeds in matched(study):
         cells = " | ".join(f"{mid:+.3f} [{low:+.3f}, {high:+.3f}]" for mid, low, high in found)
-        yield f"| {kl:.2f} | {cells} |"
+        yield f"| {kl:.2f} | {cells} | {', '.join(f'{ahead:+.3f}' for ahead in seeds)} |"
 
 
 def side_table(study: Study) -> Iterator[str]:
@@ -216,6 +223,18 @@ def side_table(study: Study) -> Iterator[str]:
         yield f"| {label} | {study.kl(name).mean():.2f} | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | {against} |"
 
 
+def agreement_table(study: Study) -> Iterator[str]:
+    """How often DPO's implicit reward orders two of the base's answers as the true reward does."""
+    yield "| DPO's β | same order as the true reward [95%] | of each seed |"
+    yield "|---|---|---|"
+    for beta in study.preset["betas"]:
+        names = study.seeds(f"agree-dpo-b{beta:g}-s{{}}")
+        found_SN = np.array([study.pieces[name]["agreement"] for name in names], dtype=float)
+        low, mid, high = _swap(study.interval(lambda draw, found=found_SN: float(np.nanmean(found[:, draw]))))
+        seeds = ", ".join(f"{np.nanmean(row):.3f}" for row in found_SN)
+        yield f"| {beta:g} | {mid:.3f} [{low:.3f}, {high:.3f}] | {seeds} |"
+
+
 def lines_table() -> Iterator[str]:
     """How much code each method is, without comments, docstrings and blank lines."""
     yield "| What | lines of code |"
@@ -247,7 +266,7 @@ def code_lines(path: Path, names: set[str] | None = None) -> int:
     return sum(bool(rows[number - 1].strip()) and not rows[number - 1].strip().startswith("#") for number in lines)
 
 
-def _swap(found: tuple[float, float, float]) -> tuple[float, float, float]:
+def _swap(found: Interval) -> Interval:
     mid, low, high = found
     return low, mid, high
 
@@ -315,6 +334,7 @@ def tables(study: Study) -> dict[str, list[str]]:
         "frontier": list(frontier_table(study)),
         "matched": list(matched_table(study)),
         "side": side,
+        "agreement": list(agreement_table(study)),
         "lines": list(lines_table()),
     }
 

@@ -26,8 +26,8 @@ from lora_dpo import LoraDPOError, load_base
 from lora_dpo.config import LoraSection
 from lora_dpo.quiet import quiet_libraries
 
-from .lab import Answer, Lab, costing, kl_of
-from .maths import best_and_worst, flip
+from .lab import Answer, Lab, costing, kl_of, log_ratios
+from .maths import agreement, best_and_worst, flip
 from .offline import DPOSettings, pairs_of, train_dpo, train_sft
 from .ppo import PPOSettings, train_ppo
 from .presets import PRESETS, Preset
@@ -36,6 +36,9 @@ from .prompts import Opening, of_split
 HERE = Path(__file__).resolve().parent
 
 Result = dict[str, Any]
+
+JUDGED = 8
+"""Answers to each test opening that an adapter's implicit reward puts in order."""
 
 
 @dataclass
@@ -117,6 +120,19 @@ def evaluate(study: Study, adapter: str) -> Result:
     }
 
 
+def agree(study: Study, adapter: str) -> Result:
+    """How often an adapter's implicit reward orders two answers of the base as the true one does, by test opening."""
+    lab, pool = study.lab, [of_prompt[:JUDGED] for of_prompt in study.pool("test-base")]
+    ids = lab.ids([one.text for one in study.test])
+    with costing(lab) as cost, lab.saved(study.folder / adapter) as model:
+        guessed = [
+            log_ratios(model, [asked] * len(answers), [answer.tokens for answer in answers])
+            for asked, answers in zip(ids, pool, strict=True)
+        ]
+    true = [[answer.reward for answer in answers] for answers in pool]
+    return {"agreement": [agreement(*one) for one in zip(guessed, true, strict=True)], "cost": vars(cost)}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One DPO run: which pairs, which loss, where it starts."""
@@ -196,6 +212,9 @@ def pieces(preset: Preset) -> list[Piece]:
             found += _ppo(preset, weight, seed)
         name = f"sft-s{seed}"
         found += [Piece(name, lambda s, name=name, seed=seed: run_sft(s, name, pool="pool", seed=seed)), _eval(name)]
+        for beta in preset.betas:
+            name = f"dpo-b{beta:g}-s{seed}"
+            found.append(Piece(f"agree-{name}", lambda s, name=name: agree(s, name)))
     return found + (_side(preset) if preset.side else [])
 
 
