@@ -422,6 +422,8 @@ def test_the_whole_study_in_pieces(tiny_model_folder, toy_reward, tmp_path, monk
     assert sum("PPO, KL weight 0.05" in line for line in parts["frontier"]) == 2
     assert len([line for line in parts["side"] if "wrong labels" in line]) == 3
     assert len(parts["agreement"]) == 2 + len(PRESETS["smoke"].betas)
+    assert len(parts["samples"]) == 2 + len(PRESETS["smoke"].betas) + 1 + 1
+    assert all(line.count(" | ") == 3 for line in parts["samples"][2:])
     report.write_plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     other = study.Study(PRESETS["quick"], tmp_path / "smoke", str(tiny_model_folder))
@@ -441,7 +443,7 @@ def test_lines_of_code_do_not_count_words(tmp_path):
 def test_the_page_says_what_the_results_say():
     stored = sorted((ROOT / "benchmarks" / "dpo_vs_ppo" / "results").glob("*.json"))
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
-    for name in ("frontier", "matched", "side", "agreement", "lines"):
+    for name in ("frontier", "matched", "samples", "side", "agreement", "lines"):
         assert page.count(f"<!-- {name}: made by benchmarks/dpo_vs_ppo/report.py -->") == 1
     if stored:
         latest = "full" if any(path.stem == "full" for path in stored) else stored[0].stem

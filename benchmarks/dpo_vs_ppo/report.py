@@ -223,6 +223,24 @@ def side_table(study: Study) -> Iterator[str]:
         yield f"| {label} | {study.kl(name).mean():.2f} | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | {against} |"
 
 
+def samples_table(study: Study) -> Iterator[str]:
+    """What the first seed's policies wrote to two test openings, PPO's after its last iteration."""
+    last, seed = max(study.preset["keep"]), study.preset["seeds"][0]
+    forms = [form for form in (*study.forms("DPO"), *study.forms("PPO"), *study.forms("SFT"))
+             if not form.startswith("ppo") or form.endswith(f"-i{last}")]  # fmt: skip
+    yield "| Policy | KL (nats) | of a family that was trained on | of an unseen family |"
+    yield "|---|---|---|---|"
+    for form in forms:
+        name = form.format(seed)
+        known, unseen = (_cell(study.pieces[f"eval-{name}"]["samples"][place]) for place in (0, 2))
+        yield f"| {_label(form)} | {study.kl(name).mean():.2f} | {known} | {unseen} |"
+
+
+def _cell(text: str) -> str:
+    """Sampled text in a table of Markdown, on one line and without any meaning to it."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
 def agreement_table(study: Study) -> Iterator[str]:
     """How often DPO's implicit reward orders two of the base's answers as the true reward does."""
     yield "| DPO's β | same order as the true reward [95%] | of each seed |"
@@ -335,6 +353,7 @@ def tables(study: Study) -> dict[str, list[str]]:
         "matched": list(matched_table(study)),
         "side": side,
         "agreement": list(agreement_table(study)),
+        "samples": list(samples_table(study)),
         "lines": list(lines_table()),
     }
 
