@@ -79,9 +79,7 @@ class Guard:
             # SFT and KTO move a policy far on purpose, and the thresholds were measured on DPO.
             self.section = self.section.model_copy(update={"action": "warn"})
         self.on = self.section.action != "none"
-        chosen = fmean(len(pair.chosen) for pair in run.train) if run.train else 0.0
-        rejected = fmean(len(pair.rejected) for pair in run.train) if run.train else 0.0
-        self.monitor = Monitor(self.section, run.steps, run.beta, Lengths(chosen, rejected))
+        self.monitor = Monitor(self.section, run.steps, run.beta, _lengths(run), method=run.recipe.method)
         self.looker = Looker(run, model)
         self.slots = Slots()
         self.alarms: list[Alarm] = []
@@ -131,7 +129,7 @@ class Guard:
         checkup = self.looker.look(step)
         self._tell(checkup)
         self._hear(self.monitor.answers(checkup))
-        if self.monitor.healthy:
+        if self._known_healthy:
             self.slots.checked = keep(self.model, step, checkup.score)
             if checkup.score is not None:
                 self.slots.compare(self.slots.checked)
@@ -145,7 +143,7 @@ class Guard:
             logs.update({name: value for name, value in self.waiting.items() if texts or not isinstance(value, str)})
             self.waiting = {}
         self._hear(self.monitor.numbers(step, logs))
-        if not self.monitor.healthy:
+        if not self._known_healthy:
             return self.stopped is not None
         held_out = logs.get("eval_rewards/accuracies")
         if held_out is not None and self.looker.judge is None:
@@ -154,6 +152,11 @@ class Guard:
         if "loss" in logs and (recent is None or step - recent.step >= STRIDE):
             self.slots.previous, self.slots.recent = recent, keep(self.model, step)
         return False
+
+    @property
+    def _known_healthy(self) -> bool:
+        """After the rate was lowered the weights are those that raised the alarm, until a whole window says better."""
+        return self.monitor.healthy and (self.halved == 0 or self.monitor.settled)
 
     def lower_rate(self, optimizer: Any, scheduler: Any) -> None:
         """Halve the learning rate if the recipe wants that and an alarm calls for it."""
@@ -248,7 +251,8 @@ class Guard:
 
     def _ends(self, alarm: Alarm) -> bool:
         if self.section.action == "lower-lr":
-            return self.halved >= HALVINGS or alarm.name in BEYOND_REPAIR
+            last = self.step >= self.run.steps  # nothing is left to go slower in
+            return last or self.halved >= HALVINGS or alarm.name in BEYOND_REPAIR
         return self.section.action in ("stop", "keep-best")
 
 
@@ -272,10 +276,18 @@ def was_stopped(checkpoint: Path) -> bool:
     return bool(state and state["stopped"])
 
 
+def _lengths(run: Run) -> Lengths:
+    """Mean tokens of good and bad answers: of pairs, or of KTO's single ones."""
+    chosen = [len(pair.chosen) for pair in run.train] or [len(one.answer) for one in run.answers if one.up]
+    rejected = [len(pair.rejected) for pair in run.train] or [len(one.answer) for one in run.answers if not one.up]
+    return Lengths(*(fmean(lengths) if lengths else 0.0 for lengths in (chosen, rejected)))
+
+
 def _sentence(alarm: Alarm, step: int, total: int, kept: int) -> str:
-    ended = f"Stopped at step {step} of {total} because of {alarm.name}: {alarm.seen}"
+    ended = f"Stopped at step {step} of {total} because of" if step < total else f"The last step, {step}, raised"
+    ended = f"{ended} {alarm.name}: {alarm.seen}"
     if kept == step:
         return f"{ended}; the adapter is that of this step."
     if kept == 0:
-        return f"{ended}; no later state was healthy, so the adapter is the untrained one."
+        return f"{ended}; no earlier step had been found healthy, so the adapter is the untrained one."
     return f"{ended}; kept the adapter of step {kept}, which was healthy."

@@ -23,6 +23,7 @@ def add_guard(trainer: Any, guard: Guard, checkpoint: Path | None) -> None:
             guard.begin(checkpoint, state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_log |= guard.on  # it must not be blind between the steps of trainer.logging_steps
             self._act(guard.after_step(state.global_step, state.max_steps), control, kwargs)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -7,11 +7,12 @@ h(y) = (log π_θ(y|x) - log π_ref(y|x)) / tokens of y, so that one threshold f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from lora_dpo import advice
 from lora_dpo.config import HealthSection
 from lora_dpo.texts import repetition
 
@@ -21,6 +22,7 @@ REJECTED_COLLAPSE = 1.5
 STUCK_MARGIN = 0.01
 STUCK_AFTER = 24
 SATURATED_MARGIN = 5.0
+OVERFIT_FROM, OVERFIT_GAP = 0.95, 0.25
 LONGEST = 2.0
 REPEATING = 0.25
 UNFINISHED = 0.5
@@ -138,65 +140,64 @@ def reading(step: int, logs: Mapping[str, Any], *, beta: float, lengths: Lengths
     )
 
 
-def of_numbers(readings: Sequence[Reading], *, total: int, limits: HealthSection) -> Iterator[Alarm]:
+def of_numbers(
+    readings: Sequence[Reading], *, total: int, limits: HealthSection, method: str = "dpo"
+) -> Iterator[Alarm]:
     """Alarms of the readings so far, the newest last; those before the last `WINDOW` do not matter.
 
     Args:
         total: optimiser steps of the run.
+        method: `dpo`, `kto` or `sft`, for the words of the advice.
     """
     last = readings[-1]
+    tell = _teller(last.step, method)
     if last.broken:
-        yield Alarm(
-            "not a number",
-            last.step,
-            f"{last.broken} is NaN or infinite",
-            "The step before was too large, or the numbers do not fit the compute dtype",
-            "Lower trainer.learning_rate or trainer.max_grad_norm; with model.dtype: float16 try bfloat16 or float32",
-        )
+        yield tell("not a number", f"{last.broken} is NaN or infinite")
         return
     window = readings[-WINDOW:]
     if len(window) < WINDOW:
         return
     margin, accuracy, chosen, rejected = (_mean(window, name) for name in ("margin", "accuracy", "chosen", "rejected"))
-    if margin is None or accuracy is None:
+    if margin is None:
         return
     if chosen is not None and chosen < -limits.displacement and margin > 0:
-        yield Alarm(
+        yield tell(
             "likelihood displacement",
-            last.step,
             f"the chosen answers lost {-chosen:.2f} nats a token while the margin rose to {margin:.1f} (limit "
             f"{limits.displacement:g})",
-            "DPO looks at differences alone, so both answers may become unlikely as long as the rejected one falls "
-            "faster; what becomes likely instead was in no pair",
-            "Lower trainer.learning_rate, add an sft term (trainer.loss_type: [sigmoid, sft]), or raise trainer.beta",
         )
     if rejected is not None and rejected < -REJECTED_COLLAPSE:
-        yield Alarm(
+        yield tell(
             "rejected collapse",
-            last.step,
             f"the rejected answers lost {-rejected:.2f} nats a token (limit {REJECTED_COLLAPSE:g})",
-            "Pushing answers down that are already unlikely squeezes all probability onto the likeliest tokens",
-            "Lower trainer.learning_rate, train fewer steps, or raise trainer.beta",
         )
     if last.step >= max(STUCK_AFTER, total // 4) and abs(margin) < STUCK_MARGIN:
-        yield Alarm(
-            "stuck at ln 2",
-            last.step,
-            f"the margin is {margin:+.3f} after {last.step} steps, so the sigmoid loss is still ln 2",
-            "The learning rate is too small to move anything, or the pairs follow no rule (labels mixed up?)",
-            "Raise trainer.learning_rate, and look at the pairs: lora-dpo data check",
-            severe=False,
+        # The value of the sigmoid loss and of KTO's at margin 0, where all losses start.
+        name, value = ("stuck at 0.5", "KTO's loss is still 0.5") if method == "kto" else _STUCK_AT_LN_2
+        yield tell(
+            name, f"the margin is {margin:+.3f} after {last.step} steps, so {value}", entry="stuck", severe=False
         )
-    if accuracy >= 0.99 and margin >= SATURATED_MARGIN:
-        yield Alarm(
+    if accuracy is not None and accuracy >= 0.99 and margin >= SATURATED_MARGIN:
+        yield tell(
             "saturated",
-            last.step,
             f"reward accuracy {accuracy:.2f} at margin {margin:.1f}",
-            f"Of pairs at this margin less than {100 / (1 + math.exp(margin)):.1f}% of the gradient is left: more "
-            "steps learn the pairs by heart",
-            "Train fewer steps (trainer.max_steps), or raise trainer.beta",
+            cause=f"Of pairs at this margin less than {100 / (1 + math.exp(margin)):.1f}% of the gradient is left: "
+            "more steps learn the pairs by heart",
             severe=False,
         )
+
+
+_STUCK_AT_LN_2 = ("stuck at ln 2", "the sigmoid loss is still ln 2")
+
+
+def _teller(step: int, method: str) -> Callable[..., Alarm]:
+    """A maker of alarms at this step, with cause and advice for the method."""
+
+    def tell(name: str, seen: str, *, cause: str = "", entry: str = "", severe: bool = True) -> Alarm:
+        why = cause or advice.of(advice.CAUSES, entry or name, method)
+        return Alarm(name, step, seen, why, advice.of(advice.ADVICE, entry or name, method), severe)
+
+    return tell
 
 
 def of_accuracies(train: Sequence[Reading], held_out: float, step: int) -> Iterator[Alarm]:
@@ -206,81 +207,69 @@ def of_accuracies(train: Sequence[Reading], held_out: float, step: int) -> Itera
         held_out: their reward accuracy.
     """
     accuracy = _mean(train[-WINDOW:], "accuracy")
-    if accuracy is not None and accuracy >= 0.95 and held_out <= accuracy - 0.25:
-        yield Alarm(
+    if accuracy is not None and accuracy >= OVERFIT_FROM and held_out <= accuracy - OVERFIT_GAP:
+        yield _teller(step, "dpo")(
             "overfit",
-            step,
             f"reward accuracy {accuracy:.2f} on training pairs, {held_out:.2f} on held-out ones",
-            "The adapter learns the pairs by heart instead of the rule behind them",
-            "Train fewer steps, lower lora.rank, or add pairs with other prompts",
             severe=False,
         )
 
 
-def of_answers(checkup: Checkup, yardstick: Yardstick, limits: HealthSection) -> Iterator[Alarm]:
+def of_answers(
+    checkup: Checkup, yardstick: Yardstick, limits: HealthSection, *, method: str = "dpo"
+) -> Iterator[Alarm]:
     """Alarms of sampled answers and of what was measured beside them."""
-    step, before = checkup.step, yardstick.before
+    tell, before = _teller(checkup.step, method), yardstick.before
     written, wrote = sum(checkup.tokens), sum(before.tokens)
     # A run may teach to be short as the chosen answers are, or not touch the length at all: neither is drift.
     wanted = sum(min(b, c) for b, c in zip(before.tokens, yardstick.chosen or before.tokens, strict=True))
     if written < limits.shortest * wanted:
-        yield Alarm(
+        yield tell(
             "length collapse",
-            step,
             f"answers have {written / len(checkup.tokens):.0f} tokens, {wanted / len(checkup.tokens):.0f} were to be "
             f"expected (limit {limits.shortest:g} of that)",
-            "The policy ends its answers early because short answers lose least",
-            "Lower trainer.learning_rate, add an sft term, or use pairs whose chosen answers are not always the "
-            "shorter ones",
         )
     allowed = max(wrote, sum(yardstick.chosen))
     if written > LONGEST * allowed:
-        yield Alarm(
+        yield tell(
             "length growth",
-            step,
             f"answers have {written / len(checkup.tokens):.0f} tokens, "
             f"before they had {wrote / len(before.tokens):.0f}",
-            "Longer answers won in the pairs, and length is easier to learn than quality",
-            "Use pairs of like length (lora-dpo data check measures the bias), or loss_type sigmoid_norm",
         )
     repeated, repeated_before = (fmean(map(repetition, each.texts)) for each in (checkup, before))
     if repeated > repeated_before + REPEATING:
-        yield Alarm(
+        yield tell(
             "repetition",
-            step,
             f"{repeated:.0%} of three-word sequences repeat themselves, before it were {repeated_before:.0%}",
-            "The policy falls into loops, a sign that it was pushed off what it knew",
-            "Lower trainer.learning_rate, train fewer steps, or add an sft term",
         )
-    ended, ended_before = fmean(checkup.finished), fmean(before.finished)
-    if ended < UNFINISHED * ended_before and ended_before >= 0.5:
-        yield Alarm(
-            "lost end of turn",
-            step,
-            f"{ended:.0%} of the answers end by themselves within {yardstick.limit} tokens, before it were "
-            f"{ended_before:.0%}",
-            "The end-of-turn token became unlikely, often because chosen answers are cut off before it",
-            "Check the pairs (lora-dpo data check: lost end-of-turn tokens) and trainer.max_length",
-        )
-    yield from _of_distance(checkup, limits)
-
-
-def _of_distance(checkup: Checkup, limits: HealthSection) -> Iterator[Alarm]:
+    yield from _of_endings(checkup, yardstick, tell)
     if checkup.kl is not None and checkup.kl > limits.kl:
-        yield Alarm(
+        yield tell(
             "KL budget",
-            checkup.step,
             f"the policy is {checkup.kl:.2f} nats a token from the reference (budget {limits.kl:g})",
-            "It went further than preferences need, and what it knew is lost on the way",
-            "Raise trainer.beta, lower trainer.learning_rate, or raise health.kl if that is meant",
         )
     if checkup.reference_shift is not None and checkup.reference_shift > REFERENCE_SHIFT:
-        yield Alarm(
+        yield tell(
             "reference drift",
-            checkup.step,
             f"the reference scores the same pair {checkup.reference_shift:.3f} nats a token away from where it was",
-            "Its weights changed during the run, so log-ratios mean nothing any more",
-            "Do not change the base or the adapter 'ref' while a run goes on; start again from a fresh base",
+        )
+
+
+def _of_endings(checkup: Checkup, yardstick: Yardstick, tell: Callable[..., Alarm]) -> Iterator[Alarm]:
+    """An alarm if answers stopped ending, of the prompts whose good answer ends within the limit.
+
+    A run that teaches longer answers than a look writes is expected to be cut there.
+    """
+    short = [place for place, tokens in enumerate(yardstick.chosen) if tokens < yardstick.limit]
+    places = short if yardstick.chosen else range(len(checkup.finished))
+    if not places:
+        return
+    ended, ended_before = (fmean(each.finished[place] for place in places) for each in (checkup, yardstick.before))
+    if ended < UNFINISHED * ended_before and ended_before >= 0.5:
+        yield tell(
+            "lost end of turn",
+            f"{ended:.0%} of the answers end by themselves within {yardstick.limit} tokens, before it were "
+            f"{ended_before:.0%}",
         )
 
 
@@ -298,6 +287,7 @@ class Monitor:
     beta: float
     lengths: Lengths
     yardstick: Yardstick | None = None
+    method: str = "dpo"
     readings: list[Reading] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
 
@@ -308,11 +298,13 @@ class Monitor:
             held_out = logs.get("eval_rewards/accuracies")
             return self._new(of_accuracies(self.readings, held_out, step)) if held_out is not None else []
         self.readings = [*self.readings, found][-WINDOW:]
-        return self._new(of_numbers(self.readings, total=self.total, limits=self.limits))
+        return self._new(of_numbers(self.readings, total=self.total, limits=self.limits, method=self.method))
 
     def answers(self, checkup: Checkup) -> list[Alarm]:
         """New alarms of one checkup."""
-        return self._new(of_answers(checkup, self.yardstick, self.limits)) if self.yardstick else []
+        if self.yardstick is None:
+            return []
+        return self._new(of_answers(checkup, self.yardstick, self.limits, method=self.method))
 
     def forget(self) -> None:
         """Begin anew, after the recipe's action changed what follows."""
@@ -322,6 +314,11 @@ class Monitor:
     def healthy(self) -> bool:
         """True until an alarm that calls for action."""
         return not any(alarm.severe for alarm in self.alarms)
+
+    @property
+    def settled(self) -> bool:
+        """True once the numbers fill a window, so that no alarm of them says something."""
+        return len(self.readings) == WINDOW
 
     def _new(self, found: Iterator[Alarm]) -> list[Alarm]:
         known = {alarm.name for alarm in self.alarms}

@@ -135,6 +135,7 @@ def _optimise(
 
         trainer = answer_trainer(run, model, dtype=base.dtype, callback=callback)
     _drop_printing_callbacks(trainer)
+    _keep_tensorboard(trainer, run.output.name)
     if look is not None:
         trainer.add_callback(_make_look(look))
     add_guard(trainer, guard, checkpoint)
@@ -232,6 +233,15 @@ def _make_callback(run: Run, log: RunLog) -> Any:
                 run.emit(StepLogged(state.global_step, state.max_steps, numbers))
 
     return Events()
+
+
+def _keep_tensorboard(trainer: Any, name: str) -> None:
+    """TensorBoard's files go to runs/NAME: transformers writes them among the checkpoints, which do not stay."""
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path("runs") / name)
 
 
 def _make_look(look: Look) -> Any:

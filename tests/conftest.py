@@ -87,6 +87,14 @@ def tiny_model_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@pytest.fixture(scope="session")
+def taught(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, taught two ways to answer (`taught.py`)."""
+    from taught import teach
+
+    return teach(tiny_model_folder, tmp_path_factory.mktemp("taught") / "model")
+
+
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was loaded with weights since the test began: every way to do that ends in transformers."""

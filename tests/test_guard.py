@@ -87,6 +87,41 @@ def test_samples_go_to_the_events_the_log_and_the_trackers(recipe, monkeypatch):
     assert all(isinstance(value, float) for event in logged for value in event.metrics.values())
 
 
+def test_tensorboards_files_outlive_the_run(recipe, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    made = []
+
+    class Writer:
+        def __init__(self, log_dir):
+            self.scalars, self.texts = {}, {}
+            made.append((log_dir, self))
+
+        def add_scalar(self, name, value, step):
+            self.scalars[name, step] = value
+
+        def add_text(self, name, text, step=None):
+            self.texts[name, step] = text
+
+        def flush(self):
+            pass
+
+        def close(self):
+            pass
+
+    class OnWriter(integration_utils.TensorBoardCallback):
+        def __init__(self):  # its own wants the package
+            self._SummaryWriter, self.tb_writer, self.logging_dir = Writer, None, None
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", OnWriter)
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    train(recipe(trainer={"max_steps": 2, "report_to": ["tensorboard"]}, health={"every": 2}), name="tiny")
+    [(folder, writer)] = made
+    assert folder == "runs/tiny"
+    assert {("train/loss", 1), ("train/health/kl", 2)} <= writer.scalars.keys()
+    assert any(name.startswith("train/health/answer_1") for name, _ in writer.texts)
+
+
 def test_trackers_that_take_numbers_alone_get_no_texts(recipe, monkeypatch):
     from lora_dpo.guard import Guard
 

@@ -1,7 +1,7 @@
 """Runs of a small model that was taught two ways to answer: healthy ones, and ones on shuffled labels."""
 
 import pytest
-from taught import teach, write_pairs
+from taught import write_pairs
 
 from lora_dpo.assess import AssessPlan, assess
 from lora_dpo.config import LoraSection, check_recipe
@@ -15,11 +15,6 @@ from lora_dpo.prepare import StopSignal, prepare
 from lora_dpo.train import train
 
 SEEDS = range(5)
-
-
-@pytest.fixture(scope="module")
-def taught(tiny_model_folder, tmp_path_factory):
-    return teach(tiny_model_folder, tmp_path_factory.mktemp("taught") / "model")
 
 
 @pytest.fixture

@@ -1,0 +1,160 @@
+"""For each alarm of the health monitor, a run of a small model that provokes it, and its cause in data or settings."""
+
+import json
+
+import pytest
+from taught import SUBJECTS, long, prompt, short
+
+from lora_dpo.config import check_recipe
+from lora_dpo.train import train
+
+SEEDS = range(2)
+SHARP = {"loss_type": "sigmoid", "lr_scheduler_type": "constant", "learning_rate": 5e-3}
+
+
+def loop(number):
+    return "Well, " + "well, " * 9 + f"it is {number}."
+
+
+@pytest.fixture
+def alarms(taught, tmp_path):
+    """Train on pairs `chosen(number)` over `rejected(number)`, and look every 8 steps; the alarms, by name."""
+
+    def write(name, numbers, chosen, rejected):
+        rows = [
+            {"prompt": prompt(subject, number), "chosen": chosen(number), "rejected": rejected(number)}
+            for number in numbers
+            for subject in SUBJECTS
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(tmp_path / name)
+
+    def run(
+        seed,
+        *,
+        chosen=short,
+        rejected=long,
+        held_out=(short, long),
+        numbers=range(10, 22),
+        health=None,
+        method="dpo",
+        **trainer,
+    ):
+        settings = {
+            "method": method,
+            "model": {"name": str(taught), "quantize": "none", "dtype": "float32"},
+            "lora": {"rank": 4},
+            "data": {
+                "train": write("pairs.jsonl", numbers, chosen, rejected),
+                "eval": write("eval.jsonl", range(50, 52), *held_out),
+            },
+            "evaluation": {"answers": 8, "max_new_tokens": 80},
+            "health": {"action": "warn", "every": 8, "max_new_tokens": 80, **(health or {})},
+            "trainer": {"max_steps": 24, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": seed,
+                        "save_strategy": "no", **trainer},
+            "output": str(tmp_path / "adapter"),
+        }  # fmt: skip
+        return {alarm.name: alarm for alarm in train(check_recipe(settings)).outcome.alarms}
+
+    return run
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_rate_that_is_far_too_high_displaces_collapses_and_leaves_the_budget(seed, alarms):
+    found = alarms(seed, **SHARP)
+    assert {"likelihood displacement", "rejected collapse", "KL budget"} <= found.keys()
+    assert found["likelihood displacement"].step <= 16  # of 24
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_easy_pairs_at_a_high_beta_saturate(seed, alarms):
+    assert "saturated" in alarms(seed, beta=0.5, learning_rate=2e-3, loss_type="sigmoid")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_labels_without_a_rule_are_learnt_by_heart(seed, alarms):
+    def drawn(sides):
+        # every second number is labelled the other way round: nothing that a held-out prompt could tell
+        return lambda number: sides[number % 2](number)
+
+    found = alarms(seed, chosen=drawn((short, long)), rejected=drawn((long, short)), numbers=range(10, 12),
+                   max_steps=60, per_device_train_batch_size=20, eval_strategy="steps", eval_steps=20, beta=0.5,
+                   **{**SHARP, "learning_rate": 3e-3})  # fmt: skip
+    assert "overfit" in found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_chosen_answers_of_one_word_make_all_answers_collapse(seed, alarms):
+    found = alarms(seed, chosen=lambda number: "No", rejected=short, learning_rate=3e-3, max_steps=48)
+    assert "length collapse" in found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_chosen_answers_that_ramble_make_answers_grow_and_repeat_themselves(seed, alarms):
+    found = alarms(seed, chosen=loop, rejected=short, learning_rate=3e-3, max_steps=48)
+    assert {"length growth", "repetition"} <= found.keys()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_chosen_answers_that_are_cut_off_lose_the_end_of_turn(seed, alarms):
+    def endless(number):
+        return ", ".join([f"It is {number}"] * 8)  # 86 tokens: cut at max_length, so no chosen answer has an end
+
+    found = alarms(seed, chosen=endless, rejected=short, learning_rate=3e-3, max_steps=48, max_length=80)
+    assert "lost end of turn" in found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_rate_beyond_all_bounds_ends_in_no_number_and_the_start_is_kept(seed, alarms):
+    found = alarms(seed, learning_rate=1e20, max_grad_norm=1e30, health={"action": "keep-best"})
+    assert "not a number" in found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kto_at_a_rate_that_is_far_too_high_pushes_bad_answers_out_of_sight(seed, alarms):
+    found = alarms(seed, method="kto", learning_rate=1e-2, lr_scheduler_type="constant", max_steps=60)
+    assert "rejected collapse" in found
+    assert "sft" not in "".join(alarm.advice for alarm in found.values())  # KTO has no such term
+
+
+def test_kto_that_does_not_move_is_stuck_where_its_loss_begins(alarms):
+    assert alarms(0, method="kto", learning_rate=1e-9, max_steps=26).keys() == {"stuck at 0.5"}
+
+
+def test_sft_is_advised_in_its_own_words(alarms):
+    found = alarms(0, method="sft", chosen=loop, learning_rate=1e-1, max_steps=48)
+    assert found
+    advice = "".join(alarm.advice for alarm in found.values())
+    assert "beta" not in advice
+    assert "sft term" not in advice
+
+
+# --- and what must raise none ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_learning_to_answer_at_length_is_no_lost_end_of_turn(seed, alarms):
+    found = alarms(
+        seed, chosen=long, rejected=short, held_out=(long, short), health={"max_new_tokens": 16, "every": "auto"}
+    )
+    assert found == {}
+
+
+def test_what_lower_lr_keeps_comes_from_before_the_first_alarm(alarms, tmp_path):
+    alarms(42, max_steps=40, **{**SHARP, "learning_rate": 1e-2}, health={"action": "lower-lr", "prompts": 0})
+    health = json.loads((tmp_path / "adapter" / "measured.json").read_text())["health"]
+    assert health["kept"] < min(alarm["step"] for alarm in health["alarms"])
+
+
+def test_an_alarm_at_the_last_look_goes_back_where_no_step_is_left_to_go_slower(alarms, tmp_path):
+    alarms(42, max_steps=16, **{**SHARP, "learning_rate": 2e-3}, health={"action": "lower-lr", "kl": 0.05})
+    health = json.loads((tmp_path / "adapter" / "measured.json").read_text())["health"]
+    assert health["alarms"][-1]["step"] == 16
+    assert health["kept"] < 16
+    assert health["sentence"].startswith("The last step, 16, raised ")
+
+
+@pytest.mark.parametrize("strategy", [{"logging_steps": 10}, {"logging_strategy": "epoch"}])
+def test_the_guard_sees_every_step_however_rarely_steps_are_logged(strategy, alarms):
+    found = alarms(0, **SHARP, **strategy)
+    assert found["likelihood displacement"].step <= 16
