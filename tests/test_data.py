@@ -353,6 +353,42 @@ def test_messages_in_a_cell_that_cannot_be_read_never_become_text(cell):
         pair_of({**TEXT_ROW, "chosen": cell})
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '{"role": "assistant", "content": "Yes"}',
+        "{'content': \"Yes\", 'role': 'assistant', 'name': None}",
+        "{'from': 'gpt', 'value': 'Yes'}",
+        ' {"from": "gpt", "value": "Yes"}',
+    ],
+)
+def test_one_message_in_a_cell_is_a_message(cell):
+    assert pair_of({**TEXT_ROW, "chosen": cell})[1] == [assistant("Yes")]
+
+
+def test_one_message_in_a_cell_that_was_cut_never_becomes_text():
+    for cell in ("{'from': 'gpt', 'value': 'Yes", '{"role": "assistant", "content": "Yes'):
+        with pytest.raises(BadRow, match="neither JSON nor a Python list: write them as JSON"):
+            pair_of({**TEXT_ROW, "chosen": cell})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"role": "admin", "content": "x"}',
+        '{"from": "Rome", "to": "Bari"}',
+        '{"from": "gpt", "value": 3}',
+        '{"from": [], "value": "x"}',
+        '{"role": "assistant"}',
+        '{"answer": 3}',
+        '{"role": "assistant", "content": "x"} is what you send.',
+        "{'a': 1, 'role': 'cook', 'content': 'soup'",
+    ],
+)
+def test_an_answer_that_is_json_of_its_own_stays_text(answer):
+    assert pair_of({**TEXT_ROW, "chosen": answer})[1] == [assistant(answer)]
+
+
 def test_a_python_list_that_is_no_messages_stays_text():
     for text in ("[{'a': 1}]", "[{'role': 'x'", "[{'role': 3}, 'content']", "[ {x}]"):
         assert pair_of({**TEXT_ROW, "chosen": text})[1] == [assistant(text)]

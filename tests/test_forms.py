@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from dataclasses import dataclass, field
@@ -216,8 +217,32 @@ CASES = {
                 f"{side}_messages": [{"role": "user", "content": [{"type": "image_url", "value": "x.png"}]}]
                 for side in ("chosen", "rejected")
             },
+            {
+                "chosen_messages": [
+                    {"role": "user", "content": [{"type": "text", "value": "Rain on Monday?"}]},
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "text", "value": "One moment."},
+                            {"type": "tool_call", "value": '{"name": "rain", "arguments": {"day": "Monday"}}'},
+                        ],
+                    },
+                ],
+                "rejected_messages": [
+                    {"role": "user", "content": [{"type": "text", "value": "Rain on Monday?"}]},
+                    {"role": "assistant", "content": [{"type": "text", "value": "No."}]},
+                ],
+                "tools": json.dumps([TOOL]),
+            },
         ],
-        [([system("Be brief."), user("Name two.")], [bot("Oak, elm.")], [bot("Oak.")])],
+        [
+            ([system("Be brief."), user("Name two.")], [bot("Oak, elm.")], [bot("Oak.")]),
+            (
+                [user("Rain on Monday?")],
+                [{"role": "assistant", "content": "One moment.", "tool_calls": [CALL]}],
+                [bot("No.")],
+            ),
+        ],
         dropped=["chosen_messages has content that is not text ('image_url')"],
     ),
     "hh-rlhf": Case(
@@ -441,6 +466,35 @@ def test_a_form_means_these_messages(tmp_path, case, forced):
     assert sorted(drop.reason for drop in report.dropped) == sorted(case.dropped)
     assert report.read_as == next(form.title for form in FORMS if form.name == case.form)
     assert (report.rows, report.kept) == (len(case.rows), len(pairs))
+
+
+@pytest.mark.parametrize("written", [str, json.dumps], ids=["printed", "json"])
+@pytest.mark.parametrize("name", ["sharegpt", "trl-chat", "trl-tools", "llamafactory-v1"])
+def test_a_form_in_csv_means_the_same_messages(tmp_path, name, written):
+    case = CASES[name]
+    path = tmp_path / "rows.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, sorted({column for row in case.rows for column in row}))
+        writer.writeheader()
+        for row in case.rows:
+            writer.writerow({key: value if isinstance(value, str) else written(value) for key, value in row.items()})
+    pairs, report = read_pairs(str(path))
+    assert [(list(pair.prompt), list(pair.chosen), list(pair.rejected)) for pair in pairs] == case.pairs
+    assert sorted(drop.reason for drop in report.dropped) == sorted(case.dropped)
+
+
+@pytest.mark.parametrize("written", [str, json.dumps], ids=["printed", "json"])
+def test_an_answer_that_is_one_message_in_text_is_a_message(tmp_path, written):
+    for name in ("sharegpt", "trl-chat"):
+        rows = [
+            {**row, **{side: written(one(row[side])) for side in ("chosen", "rejected")}} for row in CASES[name].rows
+        ]
+        pairs, _ = read_pairs(write(tmp_path / f"{name}.jsonl", *rows))
+        assert [(list(pair.prompt), list(pair.chosen), list(pair.rejected)) for pair in pairs] == CASES[name].pairs
+
+
+def one(answer: Any) -> Any:
+    return answer[0] if isinstance(answer, list) else answer
 
 
 def test_every_form_has_a_case_and_a_line_in_the_docs():
@@ -684,6 +738,10 @@ def test_tools_reach_the_chat_template(tokenizer, tmp_path):
         ({"chosen": [{"role": [], "content": "Hi"}]}, "chosen has a message with an unknown role ([])"),
         ({"chosen": [{"role": "assistant", "content": []}]}, "chosen has a message without text content"),
         ({"chosen": [{"role": "assistant", "content": "", "tool_calls": []}]}, "empty chosen answer"),
+        (
+            {"chosen": [{"role": "assistant", "content": [{"type": "tool_call", "value": "{"}]}]},
+            "chosen has a tool call without a function name",
+        ),
     ],
 )
 def test_what_is_malformed_is_dropped_with_its_reason(tmp_path, row, reason):
