@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lora_dpo.data import Message, Origin, read_pairs
+from lora_dpo.data.forms import SCORES
 from lora_dpo.data.table import FORMS, form_of
 from lora_dpo.data.tokens import tokenize_pair
 from lora_dpo.errors import ConfigError, DataError
@@ -39,12 +40,13 @@ def write(path: Path, *rows: Any) -> str:
 
 @dataclass
 class Case:
-    """Rows of one form; what they become, as (prompt, chosen, rejected), and the scores if there are any."""
+    """Rows of one form; what they become, as (prompt, chosen, rejected), with scores and tools by number of the pair."""
 
     form: str
     rows: list[dict[str, Any]]
     pairs: list[tuple[list[Message], list[Message], list[Message]]]
-    scores: list[tuple[float, float]] = field(default_factory=list)
+    scores: dict[int, tuple[float, float]] = field(default_factory=dict)
+    tools: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
 
 
@@ -139,11 +141,12 @@ CASES = {
                 [bot("No.")],
             )
         ],
+        tools={0: (WRAPPED,)},
     ),
     "alpaca": Case(
         "alpaca",
         [
-            {"instruction": "Translate.", "input": "chat", "chosen": "cat", "rejected": "talk"},
+            {"instruction": "Translate.", "input": "chat", "chosen": "cat", "rejected": "talk", "tools": [TOOL]},
             {
                 "instruction": "And now?",
                 "input": "",
@@ -157,6 +160,7 @@ CASES = {
             ([user("Translate.\nchat")], [bot("cat")], [bot("talk")]),
             ([system("French."), user("chat?"), bot("cat"), user("And now?")], [bot("dog")], [bot("log")]),
         ],
+        tools={0: (WRAPPED,)},
     ),
     "sharegpt": Case(
         "sharegpt",
@@ -198,6 +202,7 @@ CASES = {
                 [bot("None.")],
             ),
         ],
+        tools={1: (WRAPPED,)},
     ),
     "llamafactory-v1": Case(
         "llamafactory-v1",
@@ -233,6 +238,8 @@ CASES = {
                     {"role": "assistant", "content": [{"type": "text", "value": "No."}]},
                 ],
                 "tools": json.dumps([TOOL]),
+                "chosen_score": 2,
+                "rejected_score": 1,
             },
         ],
         [
@@ -243,6 +250,8 @@ CASES = {
                 [bot("No.")],
             ),
         ],
+        scores={1: (2.0, 1.0)},
+        tools={1: (WRAPPED,)},
         dropped=["chosen_messages has content that is not text ('image_url')"],
     ),
     "hh-rlhf": Case(
@@ -265,6 +274,12 @@ CASES = {
                 "rejected": "\n\nHuman: Two?\n\nAssistant: 2",
             },
             {"prompt": "\n\nHuman: Name a fish.\n\nAssistant:", "chosen": " Pike.", "rejected": " Newt."},
+            {
+                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: Go.",
+                "chosen_score": 0.5,
+                "rejected_score": "-1",
+            },
         ],
         [
             (
@@ -274,7 +289,9 @@ CASES = {
             ),
             ([user("Hi")], [bot("Hello."), user("Bye"), bot("So long.")], [bot("Go.")]),
             ([user("Name a fish.")], [bot("Pike.")], [bot("Newt.")]),
+            ([user("Hi")], [bot("Hello.")], [bot("Go.")]),
         ],
+        scores={3: (0.5, -1.0)},
         dropped=[
             "the transcripts part at a Human turn: no answer was preferred",
             "without 'prompt', and chosen and rejected share no first message",
@@ -311,7 +328,7 @@ CASES = {
             ([user("Name a tree.")], [bot("Oak.")], [bot("Moss.")]),
             ([system("Be brief."), user("Name a fish.")], [bot("Pike.")], [bot("Newt.")]),
         ],
-        scores=[(8.5, 3.0), (6.0, 5.0)],
+        scores={0: (8.5, 3.0), 1: (6.0, 5.0)},
         dropped=["tie: both answers have the same score"],
     ),
     "argilla": Case(
@@ -324,12 +341,15 @@ CASES = {
                 "rejected_response": "Newt.",
                 "chosen_avg_rating": 4.5,
                 "rejected_avg_rating": 2.25,
+                "tools": [TOOL],
             },
         ],
         [
             ([system("Be brief."), user("Name a tree.")], [bot("Oak.")], [bot("Moss.")]),
             ([user("Name a fish.")], [bot("Pike.")], [bot("Newt.")]),
         ],
+        scores={0: (9.0, 4.0), 1: (4.5, 2.25)},
+        tools={1: (WRAPPED,)},
     ),
     "ratings": Case(
         "ratings",
@@ -344,19 +364,20 @@ CASES = {
             {"instruction": "Tie?", "generations": ["Yes.", "No."], "ratings": [3, 3]},
         ],
         [([system("Be brief."), user("Name a tree.")], [bot("Oak.")], [bot("Moss.")])],
-        scores=[(5.0, 1.0)],
+        scores={0: (5.0, 1.0)},
         dropped=["fewer than two answers with a rating", "tie: both answers have the same score"],
     ),
     "orca": Case(
         "orca",
         [
             {"system": "Be brief.", "question": "Name a tree.", "chosen": "Oak.", "rejected": "Moss."},
-            {"system": "", "question": "Name a fish.", "chosen": "Pike.", "rejected": "Newt."},
+            {"system": "", "question": "Name a fish.", "chosen": "Pike.", "rejected": "Newt.", "tools": [TOOL]},
         ],
         [
             ([system("Be brief."), user("Name a tree.")], [bot("Oak.")], [bot("Moss.")]),
             ([user("Name a fish.")], [bot("Pike.")], [bot("Newt.")]),
         ],
+        tools={1: (WRAPPED,)},
     ),
     "nectar": Case(
         "nectar",
@@ -373,7 +394,7 @@ CASES = {
             }
         ],
         [([user("Hi"), bot("Hello."), user("Name a tree.")], [bot("Oak.")], [bot("Moss.")])],
-        scores=[(-1.0, -3.0)],
+        scores={0: (-1.0, -3.0)},
     ),
     "stackexchange": Case(
         "stackexchange",
@@ -413,7 +434,7 @@ CASES = {
             ([user("Name a tree?")], [bot("Oak.")], [bot("Moss.")]),
             ([user("Name a fish?")], [bot("Pike.")], [bot("Newt.")]),
         ],
-        scores=[(52.0, 13.0), (9.0, 4.0)],
+        scores={0: (52.0, 13.0), 1: (9.0, 4.0)},
     ),
     "openwebui": Case(
         "openwebui",
@@ -461,8 +482,11 @@ def test_a_form_means_these_messages(tmp_path, case, forced):
     source = write(tmp_path / "rows.jsonl", *case.rows)
     pairs, report = read_pairs(source, form=case.form if forced else None)
     assert [(list(pair.prompt), list(pair.chosen), list(pair.rejected)) for pair in pairs] == case.pairs
-    if case.scores:
-        assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == case.scores
+    numbers = range(len(case.pairs))
+    assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == [
+        case.scores.get(number, (None, None)) for number in numbers
+    ]
+    assert [pair.tools for pair in pairs] == [case.tools.get(number, ()) for number in numbers]
     assert sorted(drop.reason for drop in report.dropped) == sorted(case.dropped)
     assert report.read_as == next(form.title for form in FORMS if form.name == case.form)
     assert (report.rows, report.kept) == (len(case.rows), len(pairs))
@@ -503,17 +527,25 @@ def test_every_form_has_a_case_and_a_line_in_the_docs():
     assert [form.name for form in FORMS if f"| `{form.name}` | {form.title} |" not in page] == []
 
 
-def test_scores_come_from_the_columns_that_have_them(tmp_path):
-    row = {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}
-    columns = [
+@pytest.mark.parametrize(
+    "columns",
+    [
         ("chosen_score", "rejected_score"),
         ("score_chosen", "score_rejected"),
+        ("chosen_rating", "rejected_rating"),
         ("chosen-rating", "rejected-rating"),
         ("rating_chosen", "rating_rejected"),
-    ]
-    source = write(tmp_path / "a.jsonl", *({**row, ours: "4.5", theirs: 2} for ours, theirs in columns))
-    pairs, _ = read_pairs(source)
-    assert [(pair.chosen_score, pair.rejected_score, pair.gap) for pair in pairs] == [(4.5, 2.0, 2.5)] * len(columns)
+        ("chosen_avg_rating", "rejected_avg_rating"),
+        ("chosen_reward", "rejected_reward"),
+    ],
+    ids="-".join,
+)
+def test_scores_come_from_the_columns_that_have_them(tmp_path, columns):
+    row = {"prompt": "Hi", "chosen": "Yes", "rejected": "No", columns[0]: "4.5", columns[1]: 2}
+    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", row))
+    assert (pair.chosen_score, pair.rejected_score, pair.gap) == (4.5, 2.0, 2.5)
+    assert columns in SCORES
+    assert len(SCORES) == 7  # another column needs a line above
 
 
 @pytest.mark.parametrize("score", [None, True, "high", float("nan"), float("inf"), [1], 10**400])
