@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,21 @@ def test_split_keeps_prompts_apart_and_loses_nothing(run):
     assert status == 0
     assert "6 pairs written to train.jsonl" in said
     assert len(load("eval.jsonl")) == 2
+
+
+def test_split_keeps_a_prompt_with_and_without_a_system_turn_together():
+    framed = [pair(f"Prompt {number}", number) for number in range(30)]
+    framed = [replace(each, prompt=(Message(role="system", content="Be brief."), *each.prompt)) for each in framed]
+    sides = split_by_prompt([*framed, *(pair(f"Prompt {number}", number) for number in range(30))], 0.5)
+    prompts = [{each.prompt[-1]["content"] for each in side} for side in sides]
+    assert not prompts[0] & prompts[1]
+
+
+def test_show_names_the_file_of_the_second_vote(run):
+    Path("votes").mkdir()
+    write("votes/a.jsonl", {"prompt": "Hi", "completion": "a", "label": True})
+    write("votes/b.jsonl", {"prompt": "Hi", "completion": "b", "label": False})
+    assert "rejected_file: votes/b.jsonl" in run("show", "votes")[1]
 
 
 def test_a_split_has_pairs_on_both_sides_or_says_why_not():

@@ -345,6 +345,21 @@ def test_a_leak_is_found_whatever_the_case_and_space(tmp_path):
     assert rows_of(write(tmp_path / "a.jsonl", other, BASE), held_out=[held_out]) == {"leak": [2]}
 
 
+def test_a_leak_is_found_across_a_system_turn(tmp_path):
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a tree."}]
+    plain, framed = write(tmp_path / "a.jsonl", BASE), write(tmp_path / "b.jsonl", {**BASE, "prompt": asked})
+    assert rows_of(framed, held_out=[plain]) == {"leak": [1]}
+    assert rows_of(plain, held_out=[framed]) == {"leak": [1]}
+    assert examine([plain, framed]).prompts == 1
+
+
+def test_a_vote_alone_can_be_leaked_from(tmp_path):
+    source = write(tmp_path / "a.jsonl", BASE, {**BASE, "prompt": "Name a fish."})
+    held_out = write(tmp_path / "eval.jsonl", {"prompt": "Name a fish.", "completion": "Pike.", "label": True})
+    assert rows_of(source, held_out=[held_out])["leak"] == [2]
+    assert rows_of(source, held_out=[held_out, held_out])["leak"] == [2]
+
+
 def test_held_out_data_that_cannot_be_read_is_no_clean_bill(tmp_path):
     source = write(tmp_path / "a.jsonl", BASE)
     with pytest.raises(DataError, match="no prompt can leak"):

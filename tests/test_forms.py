@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
+import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,13 @@ import pytest
 import torch
 
 from lora_dpo.data import Message, Origin, read_pairs
+from lora_dpo.data.doctor import examine
 from lora_dpo.data.forms import SCORES
+from lora_dpo.data.pairs import Vote
 from lora_dpo.data.table import FORMS, form_of
 from lora_dpo.data.tokens import tokenize_pair
+from lora_dpo.data.votes import matched
+from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +47,7 @@ def write(path: Path, *rows: Any) -> str:
 
 @dataclass
 class Case:
-    """Rows of one form; what they become, as (prompt, chosen, rejected), with scores and tools by number of the pair."""
+    """Rows of one form; what they become, as (prompt, chosen, rejected); scores and tools by number of the pair."""
 
     form: str
     rows: list[dict[str, Any]]
@@ -683,6 +690,100 @@ def test_votes_are_used_once_and_remember_both_rows(tmp_path):
     assert pairs[1].provenance == {"file": source, "row": 4, "rejected_row": 3}
     assert (report.rows, report.kept, report.surplus) == (4, 2, -2)
     assert report.summary() == "2 pairs read, 0 dropped"
+
+
+def vote(answer: str, up: bool, **more: Any) -> dict[str, Any]:
+    return {"prompt": "Hi", "completion": answer, "label": up, **more}
+
+
+def paired(tmp_path: Path, *votes: tuple[str, bool]) -> tuple[list[tuple[str, str]], list[tuple[str, int]]]:
+    """What votes after one prompt became: `(chosen, rejected)` of each pair, and the reasons for the others."""
+    filler = [vote(answer, answer == "y", prompt="Other") for answer in "yn"]  # a file without a pair is an error
+    pairs, report = read_pairs(write(tmp_path / "votes.jsonl", *(vote(*given) for given in votes), *filler))
+    assert report.rows == 2 * len(pairs) + len(report.dropped)
+    assert {drop.kind for drop in report.dropped} <= {"vote"}
+    return [(pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in pairs[:-1]], report.reasons()
+
+
+BOTH, ALONE = "the same answer has both votes", "a vote without an opposite vote after the same prompt"
+
+
+def test_votes_are_paired_with_the_first_opposite_vote_on_another_answer(tmp_path):
+    assert paired(tmp_path, ("a", True), ("a", False), ("b", False)) == ([("a", "b")], [(ALONE, 1)])
+    assert paired(tmp_path, ("a", True), ("b", True), ("a", False)) == ([("b", "a")], [(ALONE, 1)])
+    assert paired(tmp_path, ("a", True), ("a", False)) == ([], [(BOTH, 2)])
+    assert paired(tmp_path, ("a", True), ("a", False), ("a", False)) == ([], [(BOTH, 3)])
+
+
+def test_a_pair_trades_its_vote_if_that_makes_another_pair(tmp_path):
+    pairs, reasons = paired(tmp_path, ("x", True), ("a", True), ("y", False), ("a", False))
+    assert (pairs, reasons) == ([("x", "a"), ("a", "y")], [])
+
+
+def test_as_many_votes_are_paired_as_can_be():
+    """Against every matching of the same votes; few answers and many votes, so that they often agree."""
+    draw = random.Random(0)
+    for _ in range(300):
+        sides = [
+            [Vote((user("Hi"),), (bot(draw.choice("abc")),), up, Origin("f", row)) for row in range(draw.randint(0, 4))]
+            for up in (True, False)
+        ]
+        ups, downs = sides
+        pairs, unused_ups, unused_downs = matched(ups, downs)
+        assert all(up.answer != down.answer for up, down in pairs)
+        used = [*(up for up, _ in pairs), *unused_ups], [*(down for _, down in pairs), *unused_downs]
+        assert [sorted(vote.origin.row for vote in side) for side in used] == [
+            [vote.origin.row for vote in side] for side in sides
+        ]
+        longer, shorter = sorted(sides, key=len, reverse=True)
+        most = max(
+            sum(one.answer != other.answer for one, other in zip(order, shorter, strict=False))
+            for order in itertools.permutations(longer, len(shorter))
+        )
+        assert len(pairs) == most
+
+
+def test_a_hundred_thousand_votes_on_one_answer_take_no_time():
+    votes = [[Vote((user("Hi"),), (bot("a"),), up, Origin("f", row)) for row in range(50_000)] for up in (True, False)]
+    started = time.monotonic()
+    assert matched(*votes)[0] == []
+    assert time.monotonic() - started < 10
+
+
+def test_votes_with_other_tools_are_not_paired(tmp_path):
+    other = {**TOOL, "name": "snow"}
+    rows = [
+        vote("a", True, tools=[TOOL]),
+        vote("b", False, tools=[other]),
+        vote("c", False),
+        vote("d", False, tools=[TOOL]),
+    ]
+    [pair], report = read_pairs(write(tmp_path / "a.jsonl", *rows))
+    assert (pair.chosen, pair.rejected, pair.tools) == ((bot("a"),), (bot("d"),), (WRAPPED,))
+    assert report.reasons() == [(ALONE, 2)]
+
+
+def test_votes_are_paired_across_files_and_remember_both(tmp_path):
+    ups, downs = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write(ups, vote("a", True))
+    write(downs, vote("c", False, prompt="Alone"), vote("b", False))
+    for source in (str(tmp_path), [str(ups), str(downs)]):
+        [pair], report = read_pairs(source)
+        assert pair.provenance == {"file": str(ups), "row": 1, "rejected_file": str(downs), "rejected_row": 2}
+        assert (report.rows, report.kept, len(report.dropped)) == (3, 1, 1)
+        found = examine([source] if isinstance(source, str) else source)
+        assert (found.pairs, [*found.findings]) == (1, ["vote"])
+    [kept], _ = read_pairs(write(tmp_path / "pairs.jsonl", canonical_row(pair)))
+    assert kept.provenance == pair.provenance
+
+
+def test_a_file_whose_votes_make_no_pair_is_named(tmp_path):
+    sources = [
+        write(tmp_path / "a.jsonl", vote("a", True), vote("b", False)),
+        write(tmp_path / "b.jsonl", vote("c", True)),
+    ]
+    with pytest.raises(DataError, match=r"b\.jsonl holds no usable pair: a vote without an opposite vote"):
+        read_pairs(sources)
 
 
 def test_rows_of_several_forms_in_one_folder_are_each_recognised(tmp_path):

@@ -250,6 +250,16 @@ class Texts:
         return cls(*(_joined(part) for part in (pair.prompt, pair.chosen, pair.rejected)))
 
 
+def prompt_text(prompt: Sequence[Message]) -> str:
+    """What a prompt asks: the same for prompts that differ in case, white space and system turns only.
+
+    Data sets write the same questions under many system turns, or under none: an answer that was learnt under one
+    helps under the other.
+    """
+    asked = [said for said in prompt if said["role"] != "system"] or prompt
+    return " ".join(_joined(asked).casefold().split())
+
+
 def text_findings(pair: PreferencePair, texts: Texts) -> list[tuple[str, str]]:
     """`(check, evidence)` for everything that one pair shows by itself."""
     found = []

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, text_findings
+from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, prompt_text, text_findings
 from lora_dpo.data.language import language_of
 from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.reading import account, outcomes
 from lora_dpo.data.sketch import NearDuplicates
+from lora_dpo.data.template import Message
 from lora_dpo.data.tokens import tokenize_pair
 from lora_dpo.errors import DataError, ModelError
 
@@ -155,32 +156,36 @@ def examine(
     """
     doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, form))
     report = doctor.found.report
-    for source in sources:
-        for outcome in outcomes(source, form=form, min_gap=min_gap, tolerant=True):
-            account(report, outcome)
-            for dropped in outcome.dropped:
-                doctor.note(_OF_KIND.get(dropped.kind, dropped.kind), dropped.origin, dropped.reason)
-            for pair in outcome.pairs:
-                doctor.look_at(pair)
-            if on_rows:
-                on_rows(report.rows)
+    for outcome in outcomes(sources, form=form, min_gap=min_gap, tolerant=True):
+        account(report, outcome)
+        for dropped in outcome.dropped:
+            doctor.note(_OF_KIND.get(dropped.kind, dropped.kind), dropped.origin, dropped.reason)
+        for pair in outcome.pairs:
+            doctor.look_at(pair)
+        if on_rows:
+            on_rows(report.rows)
     return doctor.conclude()
 
 
-def prompt_key(text: str) -> int:
-    """The same for prompts that differ in case and white space only."""
-    return hash(" ".join(text.casefold().split()))
+def prompt_key(prompt: Sequence[Message]) -> int:
+    """The same for prompts that `prompt_text` takes for the same."""
+    return hash(prompt_text(prompt))
 
 
 def _prompts_of(sources: Sequence[str], form: str | None) -> set[int]:
+    """Keys of all prompts: of pairs, and of votes that made none, since these too are measured on."""
     found: set[int] = set()
     for source in sources:
-        usable = 0
-        for outcome in outcomes(source, form=form, tolerant=True):
-            found.update(prompt_key(Texts.of(pair).prompt) for pair in outcome.pairs)
-            usable += len(outcome.pairs)
-        if not usable:
-            raise DataError(f"{source} holds no usable pair, so no prompt can leak from it. Is it the right file?")
+        asked = [
+            prompt_key(prompt)
+            for outcome in outcomes(source, form=form, tolerant=True)
+            for prompt in (*(pair.prompt for pair in outcome.pairs), *outcome.asked)
+        ]
+        if not asked:
+            raise DataError(
+                f"{source} holds no usable pair or vote, so no prompt can leak from it. Is it the right file?"
+            )
+        found.update(asked)
     return found
 
 
@@ -225,7 +230,7 @@ class _Doctor:
     def _compare(self, index: int, texts: Texts, pair: PreferencePair) -> None:
         """With earlier pairs and with held-out prompts."""
         origin, tools = pair.origin, json.dumps(pair.tools, sort_keys=True) if pair.tools else ""
-        key = prompt_key(texts.prompt)
+        key = prompt_key(pair.prompt)
         self.prompts.add(key)
         if key in self.held_out:
             self.note("leak", origin, texts.prompt)
