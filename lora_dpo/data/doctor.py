@@ -10,16 +10,17 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, prompt_text, text_findings
+from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, prompt_text, special_findings, text_findings
 from lora_dpo.data.language import language_of
 from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.reading import account, outcomes
 from lora_dpo.data.sketch import NearDuplicates
 from lora_dpo.data.template import Message
-from lora_dpo.data.tokens import tokenize_pair
+from lora_dpo.data.tokens import special_tokens, tokenize_pair
 from lora_dpo.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ class _Doctor:
         self.prompts: set[int] = set()
         self.near = NearDuplicates()
         self.marked = array("B")  # whether the chosen answer ends with an end-of-turn token
+        self.special = None if tokenizer is None else special_tokens(tokenizer)
 
     def note(self, name: str, origin: Origin, evidence: str) -> None:
         finding = self.found.findings.setdefault(name, Finding(CHECKS[name]))
@@ -212,7 +214,11 @@ class _Doctor:
         texts = Texts.of(pair)
         index = len(self.origins)
         self.origins.append(pair.origin)
-        for name, evidence in text_findings(pair, texts):
+        shown = dict(text_findings(pair, texts))
+        if self.tokenizer is not None and self.special is not None:
+            for name, evidence in special_findings(pair, self.special, self.tokenizer.bos_token):
+                shown.setdefault(name, evidence)
+        for name, evidence in shown.items():
             self.note(name, pair.origin, evidence)
         self._compare(index, texts, pair)
         self.marked.append(ends_with_marker(texts.chosen))
@@ -221,7 +227,7 @@ class _Doctor:
         if self.tokenizer is None:
             self._measure(len(texts.prompt), len(texts.chosen), len(texts.rejected))
         else:
-            self._tokenize(pair, self.tokenizer)
+            self._tokenize(pair, self.tokenizer, known="double-bos" in shown)
 
     def _measure(self, prompt: int, chosen: int, rejected: int) -> None:
         for part, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
@@ -244,7 +250,8 @@ class _Doctor:
         elif near is not None:
             self.note("near-duplicate", origin, f"like {self.origins[near]}: {texts.prompt}")
 
-    def _tokenize(self, pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _tokenize(self, pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, *, known: bool) -> None:
+        """Look at a pair as the model reads it; `known` is True if a beginning-of-text token was seen in its text."""
         try:
             tokens = tokenize_pair(tokenizer, pair, max_length=None)
         except ModelError as error:
@@ -255,7 +262,7 @@ class _Doctor:
             return
         self._measure(len(tokens.prompt), len(tokens.chosen), len(tokens.rejected))
         bos = tokenizer.bos_token_id
-        if bos is not None and tokens.prompt[:2] == [bos, bos]:
+        if not known and bos is not None and (bos, bos) in pairwise(tokens.prompt):
             self.note("double-bos", pair.origin, tokenizer.decode(tokens.prompt[:8]))
         if tokens.chosen == tokens.rejected:
             self.note("equal", pair.origin, "the same once written for the model")
