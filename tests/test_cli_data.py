@@ -86,17 +86,35 @@ def test_strict_fails_on_errors_alone(run, bad, status):
     assert run("check", source, "--strict")[0] == status
 
 
-@pytest.mark.parametrize(
-    "rows", [[], [{"prompt": "Hi", "completion": "a", "label": True}]], ids=["no-rows", "votes-of-one-kind"]
-)
-def test_strict_fails_without_any_pair(run, rows):
-    Path("a.csv").write_text("prompt,chosen,rejected\n")
-    source = write("a.jsonl", *rows) if rows else "a.csv"
+def test_strict_fails_without_any_pair(run):
+    source = write("a.jsonl", {"prompt": "Hi", "completion": "a", "label": True})
     assert run("check", source)[0] == 0
     status, said, complaint = run("check", source, "--strict", "--json")
     assert status == 1
     assert json.loads(said)["pairs"] == 0
-    assert f"{source}: no pair to train on in {len(rows)} rows" in complaint
+    assert f"{source}: no pair to train on in 1 rows" in complaint
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", "prompt,chosen,rejected\n"), ("a.jsonl", "\n \n"), ("a.json", "[]")]
+)
+def test_data_without_a_row_is_no_clean_bill(run, name, content):
+    Path(name).write_text(content)
+    status, said, complaint = run("check", name)
+    assert status == 1
+    assert "no rows: nothing was checked" in said
+    assert "nothing found" not in said
+    assert "no errors" not in said
+    assert f"{name}: no rows, so nothing was checked." in complaint
+    status, said, _ = run("check", name, "--json")
+    assert (status, json.loads(said)["rows"]) == (1, 0)
+
+
+def test_check_refuses_an_empty_name(run):
+    write("a.jsonl", ORCA[0])
+    status, _, complaint = run("check", "")
+    assert status == 1
+    assert "has an empty name" in complaint
 
 
 def test_the_same_file_twice_is_refused(run):
