@@ -962,6 +962,23 @@ def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, re
         prepare(check_recipe(recipe_dict(data={**data, "format": "trl"})), tmp_path / "out", hear, StopSignal())
 
 
+def test_a_leak_across_a_system_turn_is_said(tmp_path, recipe_dict):
+    from lora_dpo.config import check_recipe
+    from lora_dpo.events import Note
+    from lora_dpo.prepare import StopSignal, prepare
+
+    framed, plain = CASES["trl-chat"].rows[0], CASES["trl-text"].rows[0]
+    data = {"train": write(tmp_path / "a.jsonl", framed), "eval": write(tmp_path / "b.jsonl", plain)}
+    notes: list[str] = []
+    prepare(
+        check_recipe(recipe_dict(data=data)),
+        tmp_path / "out",
+        lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+        StopSignal(),
+    )
+    assert any(note.startswith("1 of 1 held-out pairs have a prompt that is also trained on") for note in notes)
+
+
 def weights_of(tmp_path, recipe_dict, scores, **trainer):
     from lora_dpo.config import check_recipe
     from lora_dpo.prepare import StopSignal, prepare

@@ -40,10 +40,10 @@ def read_pairs(
     form: str | None = None,
     min_gap: float | None = None,
 ) -> tuple[list[PreferencePair], ReadReport]:
-    """Read preference pairs from files, folders or hub data sets, in order.
+    """Read preference pairs from files, folders or hub data sets, in order; those made of votes come last.
 
     Args:
-        sources: one path or hub id, or several.
+        sources: one path or hub id, or several; votes are paired across them.
         on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" raises at the first.
         form: name of the form of all rows; None looks at each row.
         min_gap: drop pairs whose scores are closer than this, or that have none.
