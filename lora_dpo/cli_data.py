@@ -94,6 +94,8 @@ def check(
         typer.echo(json.dumps(diagnosis.as_json(), indent=2, ensure_ascii=False))
     else:
         diagnosis_view(diagnosis, out)
+    if not diagnosis.report.rows:  # as for a file without a byte: a script must not take it for clean data
+        raise DataError(f"{', '.join(files)}: no rows, so nothing was checked. Is it the right file?")
     if fix is not None:
         with err.status(f"writing {fix}"):
             fixed = write_fixed(files, diagnosis, fix, form=format, min_gap=min_gap)

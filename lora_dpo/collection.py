@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 VOTES = "votes"
 MAX_UPLOAD = 64 << 20
 """Bytes of a file of pairs or prompts. More is for the command line."""
-KINDS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".gz")
 PROMPT_KINDS = (*KINDS, ".txt")
 
 

@@ -32,6 +32,9 @@ def diagnosis_view(diagnosis: Diagnosis, console: Console) -> None:
     """The whole report: what was read, findings with rows and examples, lengths."""
     read_view(diagnosis.report, console)
     console.print()
+    if not diagnosis.report.rows:
+        console.print("[yellow]no rows: nothing was checked[/]")
+        return
     if not diagnosis.findings:
         console.print("[green]nothing found[/]")
     for finding in diagnosis.findings.values():

@@ -14,6 +14,7 @@ from lora_dpo.adapters import check_folder
 from lora_dpo.config import Recipe
 from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.answers import DEMONSTRATIONS, TokenAnswer, read_answers, tokenize_answers
+from lora_dpo.data.checks import prompt_text
 from lora_dpo.data.pairs import Dropped, Vote
 from lora_dpo.data.reading import outcomes
 from lora_dpo.errors import ConfigError, DataError
@@ -178,8 +179,7 @@ def _read_answers(run: Run) -> list[tuple[Message, ...]]:
     _warn_of_leaks(run, votes, held_out)
     run.held_out_answers = _tokenize_votes(run, "eval", held_out)
     if data.format != DEMONSTRATIONS:
-        sources = [data.eval] if isinstance(data.eval, str) else data.eval
-        found = [pair for one in sources for outcome in outcomes(one, form=data.format) for pair in outcome.pairs]
+        found = [pair for outcome in outcomes(data.eval, form=data.format) for pair in outcome.pairs]
         run.held_out, _ = tokenize_pairs(run.tokenizer, found, max_length=run.settings.get("max_length", 1024))
     return [vote.prompt for vote in held_out]
 
@@ -252,8 +252,8 @@ def _account_for(run: Run, which: str, dropped: Sequence[Dropped], *, left: int)
 def _warn_of_leaks(
     run: Run, rows: Sequence[PreferencePair] | Sequence[Vote], held_out: Sequence[PreferencePair] | Sequence[Vote]
 ) -> None:
-    known = {json.dumps(row.prompt) for row in rows}
-    leaked = sum(json.dumps(row.prompt) in known for row in held_out)
+    known = {prompt_text(row.prompt) for row in rows}
+    leaked = sum(prompt_text(row.prompt) in known for row in held_out)
     if leaked:
         text = (
             f"{leaked} of {len(held_out)} held-out {run.unit} have a prompt that is also trained on: "

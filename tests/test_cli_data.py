@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,35 @@ def test_strict_fails_on_errors_alone(run, bad, status):
     assert run("check", source, "--strict")[0] == status
 
 
-@pytest.mark.parametrize(
-    "rows", [[], [{"prompt": "Hi", "completion": "a", "label": True}]], ids=["no-rows", "votes-of-one-kind"]
-)
-def test_strict_fails_without_any_pair(run, rows):
-    Path("a.csv").write_text("prompt,chosen,rejected\n")
-    source = write("a.jsonl", *rows) if rows else "a.csv"
+def test_strict_fails_without_any_pair(run):
+    source = write("a.jsonl", {"prompt": "Hi", "completion": "a", "label": True})
     assert run("check", source)[0] == 0
     status, said, complaint = run("check", source, "--strict", "--json")
     assert status == 1
     assert json.loads(said)["pairs"] == 0
-    assert f"{source}: no pair to train on in {len(rows)} rows" in complaint
+    assert f"{source}: no pair to train on in 1 rows" in complaint
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", "prompt,chosen,rejected\n"), ("a.jsonl", "\n \n"), ("a.json", "[]")]
+)
+def test_data_without_a_row_is_no_clean_bill(run, name, content):
+    Path(name).write_text(content)
+    status, said, complaint = run("check", name)
+    assert status == 1
+    assert "no rows: nothing was checked" in said
+    assert "nothing found" not in said
+    assert "no errors" not in said
+    assert f"{name}: no rows, so nothing was checked." in complaint
+    status, said, _ = run("check", name, "--json")
+    assert (status, json.loads(said)["rows"]) == (1, 0)
+
+
+def test_check_refuses_an_empty_name(run):
+    write("a.jsonl", ORCA[0])
+    status, _, complaint = run("check", "")
+    assert status == 1
+    assert "has an empty name" in complaint
 
 
 def test_the_same_file_twice_is_refused(run):
@@ -300,6 +319,21 @@ def test_split_keeps_prompts_apart_and_loses_nothing(run):
     assert status == 0
     assert "6 pairs written to train.jsonl" in said
     assert len(load("eval.jsonl")) == 2
+
+
+def test_split_keeps_a_prompt_with_and_without_a_system_turn_together():
+    framed = [pair(f"Prompt {number}", number) for number in range(30)]
+    framed = [replace(each, prompt=(Message(role="system", content="Be brief."), *each.prompt)) for each in framed]
+    sides = split_by_prompt([*framed, *(pair(f"Prompt {number}", number) for number in range(30))], 0.5)
+    prompts = [{each.prompt[-1]["content"] for each in side} for side in sides]
+    assert not prompts[0] & prompts[1]
+
+
+def test_show_names_the_file_of_the_second_vote(run):
+    Path("votes").mkdir()
+    write("votes/a.jsonl", {"prompt": "Hi", "completion": "a", "label": True})
+    write("votes/b.jsonl", {"prompt": "Hi", "completion": "b", "label": False})
+    assert "rejected_file: votes/b.jsonl" in run("show", "votes")[1]
 
 
 def test_a_split_has_pairs_on_both_sides_or_says_why_not():

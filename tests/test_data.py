@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_forms import CASES
 
 from lora_dpo.data import Origin, PreferencePair, ReadReport, read_pairs
 from lora_dpo.data.files import read_rows
@@ -162,6 +164,37 @@ def test_one_bad_byte_breaks_one_line(tmp_path, name):
     assert [number for number, _, _ in told] == [2, 3]
 
 
+def test_one_object_is_one_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(TEXT_ROW, indent=1))
+    assert [pair.origin.row for pair in read_pairs(str(path))[0]] == [1]
+
+
+def test_every_form_is_known_from_one_object(tmp_path):
+    for case in CASES.values():
+        for row in case.rows:
+            path = tmp_path / "a.json"
+            path.write_text(json.dumps(row))
+            assert list(read_rows(str(path))) == [(1, row)]
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.ndjson.gz"])
+def test_ndjson_is_jsonl(tmp_path, name):
+    content = as_jsonl([TEXT_ROW, TEXT_ROW])
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for source in (tmp_path / name, tmp_path):
+        assert [pair.origin.row for pair in read_pairs(str(source))[0]] == [1, 2]
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "a.jsonl", TEXT_ROW)
+    for name in ("", " "):
+        with pytest.raises(DataError, match="has an empty name"):
+            read_pairs([name])
+    assert read_pairs(".")[0]
+
+
 def test_sources_are_read_in_the_order_given(tmp_path):
     first = jsonl(tmp_path / "b.jsonl", TEXT_ROW, {**TEXT_ROW, "prompt": "Two"})
     second = jsonl(tmp_path / "a.jsonl", {**TEXT_ROW, "prompt": "Three"})
@@ -224,14 +257,24 @@ def test_a_hub_failure_is_a_data_error_in_one_line(monkeypatch):
         ("a.parquet", b"", "a.parquet is empty"),
         ("a.jsonl", b'{"prompt": 1}\n\n{"prompt": \n', "a.jsonl, line 3: broken JSON"),
         ("a.json", b'[\n{"prompt": 1},\n{"prompt" 2}]', "a.json, line 3: broken JSON"),
-        ("a.json", b'{"prompt": "Hi"}', "a.json holds one dict, not a list of rows"),
+        ("a.json", b'{"prompt": "Hi"}', "a.json holds no usable pair: without 'chosen'"),
+        ("a.json", b'{"text": "Hi"}', "a.json holds one object, not a list of rows."),
+        ("a.json", b"3", "a.json holds one int, not a list of rows"),
+        (
+            "a.json",
+            b'{"version": 1, "data": [{"prompt": "Hi"}, {}]}',
+            "a.json holds one object, not a list of rows. Its 'data' is a list of 2: save that list alone.",
+        ),
+        ("a.csv", b"prompt;chosen;rejected\nHi;a;b\n", "a.csv: its header is one column, 'prompt;chosen;rejected'"),
+        ("a.csv", b"prompt;chosen;rejected\nHi;a, or c;b\n", "its cells seem to stand between semicolons."),
+        ("a.csv", b"prompt\tchosen\trejected\n", "its cells seem to stand between tabs. Save it with commas"),
         ("a.jsonl", b"[1]\n", "a.jsonl, row 1: expected an object, found list"),
         ("a.json", b'[{"prompt": "Hi"}, null]', "a.json, row 2: expected an object, found NoneType"),
         ("a.csv", b'prompt,chosen,rejected\n"a,b\n', "a.csv: broken CSV"),
         ("a.parquet", b"PAR1 but not really", "a.parquet: broken Parquet"),
         ("a.jsonl", b'{"prompt": "caf\xe9"}\n', "a.jsonl, line 1: not UTF-8 text (byte 15 of the file)"),
         ("a.csv", "prompt,chosen\n".encode("utf-16"), "a.csv is not UTF-8"),
-        ("a.tsv", b"prompt\tchosen\n", "a.tsv: unknown kind of file. Known are .csv, .json, .jsonl, .parquet"),
+        ("a.tsv", b"prompt\tchosen\n", "a.tsv: unknown kind of file. Known are .csv, .json, .jsonl, .ndjson, .parquet"),
         ("a", b"text", "a: unknown kind of file"),
         ("a.jsonl", b"[" * 200_000 + b"\n", "a.jsonl, line 1: JSON nested too deeply"),
         ("a.jsonl", b"\n \n", "a.jsonl holds no usable pair: no rows"),
@@ -351,6 +394,42 @@ def test_messages_in_a_cell_are_read_however_they_were_written(cell):
 def test_messages_in_a_cell_that_cannot_be_read_never_become_text(cell):
     with pytest.raises(BadRow, match="neither JSON nor a Python list: write them as JSON"):
         pair_of({**TEXT_ROW, "chosen": cell})
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '{"role": "assistant", "content": "Yes"}',
+        "{'content': \"Yes\", 'role': 'assistant', 'name': None}",
+        "{'from': 'gpt', 'value': 'Yes'}",
+        ' {"from": "gpt", "value": "Yes"}',
+    ],
+)
+def test_one_message_in_a_cell_is_a_message(cell):
+    assert pair_of({**TEXT_ROW, "chosen": cell})[1] == [assistant("Yes")]
+
+
+def test_one_message_in_a_cell_that_was_cut_never_becomes_text():
+    for cell in ("{'from': 'gpt', 'value': 'Yes", '{"role": "assistant", "content": "Yes'):
+        with pytest.raises(BadRow, match="neither JSON nor a Python list: write them as JSON"):
+            pair_of({**TEXT_ROW, "chosen": cell})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"role": "admin", "content": "x"}',
+        '{"from": "Rome", "to": "Bari"}',
+        '{"from": "gpt", "value": 3}',
+        '{"from": [], "value": "x"}',
+        '{"role": "assistant"}',
+        '{"answer": 3}',
+        '{"role": "assistant", "content": "x"} is what you send.',
+        "{'a': 1, 'role': 'cook', 'content': 'soup'",
+    ],
+)
+def test_an_answer_that_is_json_of_its_own_stays_text(answer):
+    assert pair_of({**TEXT_ROW, "chosen": answer})[1] == [assistant(answer)]
 
 
 def test_a_python_list_that_is_no_messages_stays_text():

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import pytest
 
-from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
+from lora_dpo.data import Message, Origin, PreferencePair, checks, read_pairs
 from lora_dpo.data.checks import CHECKS, Texts, text_findings
 from lora_dpo.data.doctor import _OF_KIND, examine
 from lora_dpo.data.language import differ, language_of, script_of
@@ -184,6 +184,10 @@ def turns(*roles: str) -> list[Message]:
     return [Message(role=role, content=role) for role in roles]
 
 
+def said(*given: tuple[str, str]) -> list[Message]:
+    return [Message(role=role, content=content) for role, content in given]
+
+
 def named(given: PreferencePair) -> list[str]:
     return [name for name, _ in text_findings(given, Texts.of(given))]
 
@@ -205,11 +209,36 @@ SENTENCE = "The river bends twice before it reaches the town and then it widens.
         (pair("<s>Why?"), ["double-bos"]),
         (pair(chosen=" <|begin_of_text|>Yes."), ["double-bos", "leftover"]),
         (pair("In HTML <s>this</s> is struck out."), []),
+        (pair(chosen="<s>5 €</s> 3 €"), []),
+        (pair(chosen="<s>Yes.</s>"), ["double-bos", "leftover"]),  # around all of it: a template's
+        (pair(rejected="<s>No."), ["double-bos"]),
+        (pair(said(("system", "Be brief."), ("user", "<s>Why?"))), ["double-bos"]),
+        (pair(chosen=said(("assistant", "Yes."), ("user", "And?"), ("assistant", "<s>No."))), ["double-bos"]),
+        (pair(said(("system", "You know <|user|>."), ("user", "Why?"))), ["leftover"]),
+        (pair(said(("user", "Hi</s>hello"))), ["leftover"]),
         (pair(rejected="No.</s>"), ["leftover"]),
         (pair(rejected="No. [/INST]"), ["leftover"]),
         (pair("### Instruction:\nWhy?"), ["leftover"]),
         (pair("## Instructions\n### Steps\nWhy?"), []),
         (pair(chosen="Yes.\n\nHuman: And?"), ["leftover"]),
+        (pair(chosen="ok\n\nHuman:\nfoo"), ["leftover"]),
+        (pair(chosen="ok\n\nHuman:foo"), ["leftover"]),
+        (pair(chosen="ok\n\nHuman:"), ["leftover"]),
+        (pair(chosen="ok\n\nAssistant:\nfoo"), ["leftover"]),
+        (pair("Assistant: ok"), ["leftover"]),
+        (pair(chosen="The list:\nHuman: 3 legs"), []),
+        (pair("USER: Hi\nASSISTANT:"), ["leftover"]),
+        (pair(chosen="Yes. USER: And? ASSISTANT: No."), ["leftover"]),
+        (pair("USER: is a heading"), []),
+        (pair("ASSISTANT: then USER:"), []),
+        (pair(chosen="Yes.### Human: And?"), ["leftover"]),
+        (pair(chosen="</s>hello"), ["leftover"]),
+        (pair(rejected="No <eos>"), ["leftover"]),
+        (pair("What does </s> mean, and `<eos>`?", "The </s> token ends it, as (<eos>) does."), []),
+        (pair("<|start|>user<|message|>Why?"), ["leftover"]),
+        (pair("<|start|>assistant"), ["leftover"]),
+        (pair("From <|start|> to <|stop|>."), []),
+        (pair("<｜User｜>Why?"), ["leftover"]),
         (pair("Is Human: a good title?"), []),
         (pair(chosen="Yes.<end_of_turn>"), ["leftover"]),
         (pair(chosen="Use a <|pipe|> here."), []),
@@ -217,7 +246,18 @@ SENTENCE = "The river bends twice before it reaches the town and then it widens.
         (pair(chosen="And then it widens until one day it"), []),  # short answers end as they like
         (pair(chosen=SENTENCE * 3 + "\n- one two three four five six seven eight nine"), []),
         (pair(chosen=SENTENCE * 3 + "```\nprint of a long line of words that is code and ends so"), []),
+        (pair(chosen=SENTENCE * 3 + "\n\n12. one two three four five six seven eight nine"), []),
+        (pair(chosen=SENTENCE * 3 + "\n (b) one two three four five six seven eight nine"), []),
+        (pair(rejected=SENTENCE * 3 + "And then it widens and slows until one day it"), ["lost-end"]),
         (pair(chosen="I'm sorry, but I can't help with that."), ["refusal"]),
+        (pair(chosen="I am sorry, I am unable to help with that."), ["refusal"]),
+        (pair(chosen="As a language model, I cannot know that."), ["refusal"]),
+        (pair(chosen="As a large language model, I can't."), ["refusal"]),
+        (pair(chosen="My apologies, but I can't do that."), ["refusal"]),
+        (pair(chosen="I must respectfully decline."), ["refusal"]),
+        (pair(chosen="I must decline."), ["refusal"]),
+        (pair(chosen="I must say that I like it."), []),
+        (pair(chosen="My apologies for the delay. Here it is."), []),
         (pair(chosen="As an AI, I don’t have opinions."), ["refusal"]),
         (pair(chosen="I cannot do that.", rejected="Sorry, I won't."), []),  # both refuse
         (pair(chosen="Sorry for the wait! Here it is."), []),
@@ -235,6 +275,183 @@ SENTENCE = "The river bends twice before it reaches the town and then it widens.
 )
 def test_what_a_pair_shows_by_itself(given, names):
     assert named(given) == names
+
+
+BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]", "<BOS_TOKEN>")
+
+
+@pytest.mark.parametrize("part", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("token", [*BOS, "<｜begin▁of▁sentence｜>"])
+def test_every_beginning_of_text_is_known_on_every_side(token, part):
+    assert "double-bos" in named(pair(**{part: f" {token}Well."}))
+    assert "double-bos" not in named(pair(**{part: f"Well, {token} it is."}))
+    assert token in checks._BOS
+    assert len(checks._BOS) == len(BOS) + 1  # another one belongs above
+
+
+TOKENS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|im_sep|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|header_start|>",
+    "<|header_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|python_tag|>",
+    "<|start_of_role|>",
+    "<|end_of_role|>",
+    "<|end_of_turn|>",
+    "<|START_OF_TURN_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|SYSTEM_TOKEN|>",
+    "<|USER_TOKEN|>",
+    "<|CHATBOT_TOKEN|>",
+    "<|channel|>",
+    "<|message|>",
+    "<|return|>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<</SYS>>",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "<start_of_turn>",
+    "<end_of_turn>",
+]
+OTHERS = ["<｜Assistant｜>", "\n### Instruction:", "\n### Response:", "\n### Input:", "### Human:", "### Assistant:"]
+
+
+@pytest.mark.parametrize("part", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("token", [*TOKENS, *OTHERS])
+def test_every_piece_of_a_template_is_known_on_every_side(token, part):
+    assert named(pair(**{part: f"Well, {token} it is."})) == ["leftover"]
+    assert sorted(checks._TOKENS) == sorted(TOKENS)  # another one belongs above
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eot|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|end_of_turn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|return|>",
+        "<end_of_turn>",
+        "<｜end▁of▁sentence｜>",
+        "<eos>",
+        "</s>",
+    ],
+)
+def test_every_end_of_turn_is_known(token):
+    assert checks.ends_with_marker(f"Yes.{token}\n")
+    assert named(pair(rejected=f"No.{token}")) == ["leftover"]
+    assert not checks.ends_with_marker(f"{token} ends it.")
+    assert len(checks._END) == 14
+
+
+def damaged(text: str, encoding: str) -> str:
+    """UTF-8 read byte by byte in another encoding; what it has no character for stays a control character."""
+    return "".join(bytes([byte]).decode(encoding, "ignore") or chr(byte) for byte in text.encode())
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_damaged_text_of_many_languages_is_found(encoding):
+    texts = (
+        "über, größer, Österreich|España, mañana|coração, você, manhã|à la carte, garçon, île|Łódź, więcej, święto|"
+        "Škoda, člověk, dům|şimdi, İstanbul, ığdır|őrült fűz|žena, ćma|Ελλάδα|привет|שלום|مرحبا|你好 世界|こんにちは|"
+        "안녕 한국어|สวัสดี|नमस्ते|😀|👍🏽|5 €|Brand™|“quoted”|so – or so|wait… now|→ ✓ █|người được"
+    )
+    assert [text for text in texts.split("|") if named(pair(chosen=damaged(text, encoding))) != ["mojibake"]] == []
+
+
+def test_mojibake_is_found_where_a_plain_space_took_the_place_of_another():
+    for text in ("ðŸ˜€", "ä½ å¥½", "â‚¬5", "Å¡koda", "CafÃ© del mar", "voilÃ\xa0 tout", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚"):
+        assert named(pair(chosen=text)) == ["mojibake"]
+
+
+WHOLE = [
+    "CAFÉ…",
+    "“CAFÉ”",
+    "«CAFÉ»",
+    "CAFÉ™",
+    "CAFÉ®",
+    "„Ü“",
+    "Spaß“",
+    "Spaß…",
+    "Spaß»",
+    "„Übergröße“",
+    "MANHû",
+    "MANHÃ…",
+    "MAÇÔ",
+    "IRMÃ–TIA",
+    "«Â»",
+    "“Â”",
+    "Úžasný",
+    "ÚŽASNÝ",
+    "ÍŽ",
+    "café¹²",
+    "société¹²",
+    "café…”",
+    "«café…»",
+    "ÉTÉ!",
+    "é–è",
+    "“Ñ”",
+    "Ñ…",
+    "Ø…",
+    "“Å”",
+    "„Ä“",
+    "Ä…",
+    "Å…",
+    "ROMÂN…",
+    "limbâ”",
+    "â…”",
+    "ê”",
+    "3×½×¼",
+    "2×²³",
+    "það…",
+    "Æ…",
+    "Åland…",
+    "Ålesund–Ängelholm",
+    "»Ärger«",
+    "›Ü‹",
+    "l·l",
+    "POKÉMON™",
+    "café•thé",
+    "crème–brûlée",
+    "résumé—long",
+    "“naïve”…",
+    "5é€",
+    "CAFÉ’S",
+    "«É»…",
+]
+
+
+def test_whole_text_of_many_languages_is_no_mojibake():
+    spaced = ["déjà\xa0»", "à\xa0«", "CAFÉ\xa0:", "ÉTÉ\xa0!", "renvoie à\xa0§\xa03"]  # French puts such spaces
+    languages = [*LANGUAGES.values(), "Người Việt được", "Ελλάδα", "привет", "你好", "안녕", "สวัสดี", "नमस्ते", "مرحبا"]
+    for text in [*WHOLE, *spaced, *languages]:
+        assert "mojibake" not in named(pair(chosen=f"x {text} y"))
 
 
 def test_scripts_are_told_by_most_of_the_letters():
@@ -343,6 +560,21 @@ def test_a_leak_is_found_whatever_the_case_and_space(tmp_path):
     held_out = write(tmp_path / "eval.jsonl", {**BASE, "prompt": " name  a TREE."})
     other = {**BASE, "prompt": "Name a fish.", "chosen": "Pike."}
     assert rows_of(write(tmp_path / "a.jsonl", other, BASE), held_out=[held_out]) == {"leak": [2]}
+
+
+def test_a_leak_is_found_across_a_system_turn(tmp_path):
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a tree."}]
+    plain, framed = write(tmp_path / "a.jsonl", BASE), write(tmp_path / "b.jsonl", {**BASE, "prompt": asked})
+    assert rows_of(framed, held_out=[plain]) == {"leak": [1]}
+    assert rows_of(plain, held_out=[framed]) == {"leak": [1]}
+    assert examine([plain, framed]).prompts == 1
+
+
+def test_a_vote_alone_can_be_leaked_from(tmp_path):
+    source = write(tmp_path / "a.jsonl", BASE, {**BASE, "prompt": "Name a fish."})
+    held_out = write(tmp_path / "eval.jsonl", {"prompt": "Name a fish.", "completion": "Pike.", "label": True})
+    assert rows_of(source, held_out=[held_out])["leak"] == [2]
+    assert rows_of(source, held_out=[held_out, held_out])["leak"] == [2]
 
 
 def test_held_out_data_that_cannot_be_read_is_no_clean_bill(tmp_path):
@@ -458,6 +690,29 @@ def test_a_template_that_writes_the_bos_twice_is_found(tokenizer, tmp_path):
     doubled = copy.deepcopy(tokenizer)
     doubled.chat_template = "{{ bos_token }}{{ bos_token }}" + doubled.chat_template
     assert rows_of(write(tmp_path / "a.jsonl", BASE), tokenizer=doubled) == {"double-bos": [1]}
+
+
+def test_special_tokens_of_the_model_in_a_text_are_leftovers(tokenizer, tmp_path):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"bos_token": "<<go>>", "additional_special_tokens": ["<file>"]})
+    other.add_tokens(["<think>"])
+    other.chat_template = "{{ bos_token }}" + other.chat_template
+    framed = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<<go>>Why?"}]
+    source = write(
+        tmp_path / "a.jsonl",
+        {**BASE, "chosen": "Run it on <file>."},
+        {**BASE, "chosen": "<think>An oak?</think> Oak."},
+        {**BASE, "prompt": framed},
+        {**BASE, "rejected": "Then <<go>>."},
+        {**BASE, "rejected": "<<go>> <file>"},
+    )
+    assert rows_of(source) == {}
+    assert rows_of(source, tokenizer=other) == {"double-bos": [3, 5], "leftover": [1, 4]}
+    assert rows_of(write(tmp_path / "b.jsonl", {**BASE, "chosen": "Oak.<|im_end|>"}), tokenizer=tokenizer) == {
+        "leftover": [1]  # once, though both the text and the tokenizer show it
+    }
 
 
 # --- cleaning -------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import itertools
 import json
+import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,13 @@ import pytest
 import torch
 
 from lora_dpo.data import Message, Origin, read_pairs
+from lora_dpo.data.doctor import examine
+from lora_dpo.data.forms import SCORES
+from lora_dpo.data.pairs import Vote
 from lora_dpo.data.table import FORMS, form_of
 from lora_dpo.data.tokens import tokenize_pair
+from lora_dpo.data.votes import matched
+from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,12 +47,13 @@ def write(path: Path, *rows: Any) -> str:
 
 @dataclass
 class Case:
-    """Rows of one form; what they become, as (prompt, chosen, rejected), and the scores if there are any."""
+    """Rows of one form; what they become, as (prompt, chosen, rejected); scores and tools by number of the pair."""
 
     form: str
     rows: list[dict[str, Any]]
     pairs: list[tuple[list[Message], list[Message], list[Message]]]
-    scores: list[tuple[float, float]] = field(default_factory=list)
+    scores: dict[int, tuple[float, float]] = field(default_factory=dict)
+    tools: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
 
 
@@ -138,11 +148,12 @@ CASES = {
                 [bot("No.")],
             )
         ],
+        tools={0: (WRAPPED,)},
     ),
     "alpaca": Case(
         "alpaca",
         [
-            {"instruction": "Translate.", "input": "chat", "chosen": "cat", "rejected": "talk"},
+            {"instruction": "Translate.", "input": "chat", "chosen": "cat", "rejected": "talk", "tools": [TOOL]},
             {
                 "instruction": "And now?",
                 "input": "",
@@ -156,6 +167,7 @@ CASES = {
             ([user("Translate.\nchat")], [bot("cat")], [bot("talk")]),
             ([system("French."), user("chat?"), bot("cat"), user("And now?")], [bot("dog")], [bot("log")]),
         ],
+        tools={0: (WRAPPED,)},
     ),
     "sharegpt": Case(
         "sharegpt",
@@ -197,6 +209,7 @@ CASES = {
                 [bot("None.")],
             ),
         ],
+        tools={1: (WRAPPED,)},
     ),
     "llamafactory-v1": Case(
         "llamafactory-v1",
@@ -216,8 +229,36 @@ CASES = {
                 f"{side}_messages": [{"role": "user", "content": [{"type": "image_url", "value": "x.png"}]}]
                 for side in ("chosen", "rejected")
             },
+            {
+                "chosen_messages": [
+                    {"role": "user", "content": [{"type": "text", "value": "Rain on Monday?"}]},
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "text", "value": "One moment."},
+                            {"type": "tool_call", "value": '{"name": "rain", "arguments": {"day": "Monday"}}'},
+                        ],
+                    },
+                ],
+                "rejected_messages": [
+                    {"role": "user", "content": [{"type": "text", "value": "Rain on Monday?"}]},
+                    {"role": "assistant", "content": [{"type": "text", "value": "No."}]},
+                ],
+                "tools": json.dumps([TOOL]),
+                "chosen_score": 2,
+                "rejected_score": 1,
+            },
         ],
-        [([system("Be brief."), user("Name two.")], [bot("Oak, elm.")], [bot("Oak.")])],
+        [
+            ([system("Be brief."), user("Name two.")], [bot("Oak, elm.")], [bot("Oak.")]),
+            (
+                [user("Rain on Monday?")],
+                [{"role": "assistant", "content": "One moment.", "tool_calls": [CALL]}],
+                [bot("No.")],
+            ),
+        ],
+        scores={1: (2.0, 1.0)},
+        tools={1: (WRAPPED,)},
         dropped=["chosen_messages has content that is not text ('image_url')"],
     ),
     "hh-rlhf": Case(
@@ -240,6 +281,12 @@ CASES = {
                 "rejected": "\n\nHuman: Two?\n\nAssistant: 2",
             },
             {"prompt": "\n\nHuman: Name a fish.\n\nAssistant:", "chosen": " Pike.", "rejected": " Newt."},
+            {
+                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: Go.",
+                "chosen_score": 0.5,
+                "rejected_score": "-1",
+            },
         ],
         [
             (
@@ -249,7 +296,9 @@ CASES = {
             ),
             ([user("Hi")], [bot("Hello."), user("Bye"), bot("So long.")], [bot("Go.")]),
             ([user("Name a fish.")], [bot("Pike.")], [bot("Newt.")]),
+            ([user("Hi")], [bot("Hello.")], [bot("Go.")]),
         ],
+        scores={3: (0.5, -1.0)},
         dropped=[
             "the transcripts part at a Human turn: no answer was preferred",
             "without 'prompt', and chosen and rejected share no first message",
@@ -286,7 +335,7 @@ CASES = {
             ([user("Name a tree.")], [bot("Oak.")], [bot("Moss.")]),
             ([system("Be brief."), user("Name a fish.")], [bot("Pike.")], [bot("Newt.")]),
         ],
-        scores=[(8.5, 3.0), (6.0, 5.0)],
+        scores={0: (8.5, 3.0), 1: (6.0, 5.0)},
         dropped=["tie: both answers have the same score"],
     ),
     "argilla": Case(
@@ -299,12 +348,15 @@ CASES = {
                 "rejected_response": "Newt.",
                 "chosen_avg_rating": 4.5,
                 "rejected_avg_rating": 2.25,
+                "tools": [TOOL],
             },
         ],
         [
             ([system("Be brief."), user("Name a tree.")], [bot("Oak.")], [bot("Moss.")]),
             ([user("Name a fish.")], [bot("Pike.")], [bot("Newt.")]),
         ],
+        scores={0: (9.0, 4.0), 1: (4.5, 2.25)},
+        tools={1: (WRAPPED,)},
     ),
     "ratings": Case(
         "ratings",
@@ -319,19 +371,20 @@ CASES = {
             {"instruction": "Tie?", "generations": ["Yes.", "No."], "ratings": [3, 3]},
         ],
         [([system("Be brief."), user("Name a tree.")], [bot("Oak.")], [bot("Moss.")])],
-        scores=[(5.0, 1.0)],
+        scores={0: (5.0, 1.0)},
         dropped=["fewer than two answers with a rating", "tie: both answers have the same score"],
     ),
     "orca": Case(
         "orca",
         [
             {"system": "Be brief.", "question": "Name a tree.", "chosen": "Oak.", "rejected": "Moss."},
-            {"system": "", "question": "Name a fish.", "chosen": "Pike.", "rejected": "Newt."},
+            {"system": "", "question": "Name a fish.", "chosen": "Pike.", "rejected": "Newt.", "tools": [TOOL]},
         ],
         [
             ([system("Be brief."), user("Name a tree.")], [bot("Oak.")], [bot("Moss.")]),
             ([user("Name a fish.")], [bot("Pike.")], [bot("Newt.")]),
         ],
+        tools={1: (WRAPPED,)},
     ),
     "nectar": Case(
         "nectar",
@@ -348,7 +401,7 @@ CASES = {
             }
         ],
         [([user("Hi"), bot("Hello."), user("Name a tree.")], [bot("Oak.")], [bot("Moss.")])],
-        scores=[(-1.0, -3.0)],
+        scores={0: (-1.0, -3.0)},
     ),
     "stackexchange": Case(
         "stackexchange",
@@ -388,7 +441,7 @@ CASES = {
             ([user("Name a tree?")], [bot("Oak.")], [bot("Moss.")]),
             ([user("Name a fish?")], [bot("Pike.")], [bot("Newt.")]),
         ],
-        scores=[(52.0, 13.0), (9.0, 4.0)],
+        scores={0: (52.0, 13.0), 1: (9.0, 4.0)},
     ),
     "openwebui": Case(
         "openwebui",
@@ -436,11 +489,43 @@ def test_a_form_means_these_messages(tmp_path, case, forced):
     source = write(tmp_path / "rows.jsonl", *case.rows)
     pairs, report = read_pairs(source, form=case.form if forced else None)
     assert [(list(pair.prompt), list(pair.chosen), list(pair.rejected)) for pair in pairs] == case.pairs
-    if case.scores:
-        assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == case.scores
+    numbers = range(len(case.pairs))
+    assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == [
+        case.scores.get(number, (None, None)) for number in numbers
+    ]
+    assert [pair.tools for pair in pairs] == [case.tools.get(number, ()) for number in numbers]
     assert sorted(drop.reason for drop in report.dropped) == sorted(case.dropped)
     assert report.read_as == next(form.title for form in FORMS if form.name == case.form)
     assert (report.rows, report.kept) == (len(case.rows), len(pairs))
+
+
+@pytest.mark.parametrize("written", [str, json.dumps], ids=["printed", "json"])
+@pytest.mark.parametrize("name", ["sharegpt", "trl-chat", "trl-tools", "llamafactory-v1"])
+def test_a_form_in_csv_means_the_same_messages(tmp_path, name, written):
+    case = CASES[name]
+    path = tmp_path / "rows.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, sorted({column for row in case.rows for column in row}))
+        writer.writeheader()
+        for row in case.rows:
+            writer.writerow({key: value if isinstance(value, str) else written(value) for key, value in row.items()})
+    pairs, report = read_pairs(str(path))
+    assert [(list(pair.prompt), list(pair.chosen), list(pair.rejected)) for pair in pairs] == case.pairs
+    assert sorted(drop.reason for drop in report.dropped) == sorted(case.dropped)
+
+
+@pytest.mark.parametrize("written", [str, json.dumps], ids=["printed", "json"])
+def test_an_answer_that_is_one_message_in_text_is_a_message(tmp_path, written):
+    for name in ("sharegpt", "trl-chat"):
+        rows = [
+            {**row, **{side: written(one(row[side])) for side in ("chosen", "rejected")}} for row in CASES[name].rows
+        ]
+        pairs, _ = read_pairs(write(tmp_path / f"{name}.jsonl", *rows))
+        assert [(list(pair.prompt), list(pair.chosen), list(pair.rejected)) for pair in pairs] == CASES[name].pairs
+
+
+def one(answer: Any) -> Any:
+    return answer[0] if isinstance(answer, list) else answer
 
 
 def test_every_form_has_a_case_and_a_line_in_the_docs():
@@ -449,17 +534,25 @@ def test_every_form_has_a_case_and_a_line_in_the_docs():
     assert [form.name for form in FORMS if f"| `{form.name}` | {form.title} |" not in page] == []
 
 
-def test_scores_come_from_the_columns_that_have_them(tmp_path):
-    row = {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}
-    columns = [
+@pytest.mark.parametrize(
+    "columns",
+    [
         ("chosen_score", "rejected_score"),
         ("score_chosen", "score_rejected"),
+        ("chosen_rating", "rejected_rating"),
         ("chosen-rating", "rejected-rating"),
         ("rating_chosen", "rating_rejected"),
-    ]
-    source = write(tmp_path / "a.jsonl", *({**row, ours: "4.5", theirs: 2} for ours, theirs in columns))
-    pairs, _ = read_pairs(source)
-    assert [(pair.chosen_score, pair.rejected_score, pair.gap) for pair in pairs] == [(4.5, 2.0, 2.5)] * len(columns)
+        ("chosen_avg_rating", "rejected_avg_rating"),
+        ("chosen_reward", "rejected_reward"),
+    ],
+    ids="-".join,
+)
+def test_scores_come_from_the_columns_that_have_them(tmp_path, columns):
+    row = {"prompt": "Hi", "chosen": "Yes", "rejected": "No", columns[0]: "4.5", columns[1]: 2}
+    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", row))
+    assert (pair.chosen_score, pair.rejected_score, pair.gap) == (4.5, 2.0, 2.5)
+    assert columns in SCORES
+    assert len(SCORES) == 7  # another column needs a line above
 
 
 @pytest.mark.parametrize("score", [None, True, "high", float("nan"), float("inf"), [1], 10**400])
@@ -599,6 +692,100 @@ def test_votes_are_used_once_and_remember_both_rows(tmp_path):
     assert report.summary() == "2 pairs read, 0 dropped"
 
 
+def vote(answer: str, up: bool, **more: Any) -> dict[str, Any]:
+    return {"prompt": "Hi", "completion": answer, "label": up, **more}
+
+
+def paired(tmp_path: Path, *votes: tuple[str, bool]) -> tuple[list[tuple[str, str]], list[tuple[str, int]]]:
+    """What votes after one prompt became: `(chosen, rejected)` of each pair, and the reasons for the others."""
+    filler = [vote(answer, answer == "y", prompt="Other") for answer in "yn"]  # a file without a pair is an error
+    pairs, report = read_pairs(write(tmp_path / "votes.jsonl", *(vote(*given) for given in votes), *filler))
+    assert report.rows == 2 * len(pairs) + len(report.dropped)
+    assert {drop.kind for drop in report.dropped} <= {"vote"}
+    return [(pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in pairs[:-1]], report.reasons()
+
+
+BOTH, ALONE = "the same answer has both votes", "a vote without an opposite vote after the same prompt"
+
+
+def test_votes_are_paired_with_the_first_opposite_vote_on_another_answer(tmp_path):
+    assert paired(tmp_path, ("a", True), ("a", False), ("b", False)) == ([("a", "b")], [(ALONE, 1)])
+    assert paired(tmp_path, ("a", True), ("b", True), ("a", False)) == ([("b", "a")], [(ALONE, 1)])
+    assert paired(tmp_path, ("a", True), ("a", False)) == ([], [(BOTH, 2)])
+    assert paired(tmp_path, ("a", True), ("a", False), ("a", False)) == ([], [(BOTH, 3)])
+
+
+def test_a_pair_trades_its_vote_if_that_makes_another_pair(tmp_path):
+    pairs, reasons = paired(tmp_path, ("x", True), ("a", True), ("y", False), ("a", False))
+    assert (pairs, reasons) == ([("x", "a"), ("a", "y")], [])
+
+
+def test_as_many_votes_are_paired_as_can_be():
+    """Against every matching of the same votes; few answers and many votes, so that they often agree."""
+    draw = random.Random(0)
+    for _ in range(300):
+        sides = [
+            [Vote((user("Hi"),), (bot(draw.choice("abc")),), up, Origin("f", row)) for row in range(draw.randint(0, 4))]
+            for up in (True, False)
+        ]
+        ups, downs = sides
+        pairs, unused_ups, unused_downs = matched(ups, downs)
+        assert all(up.answer != down.answer for up, down in pairs)
+        used = [*(up for up, _ in pairs), *unused_ups], [*(down for _, down in pairs), *unused_downs]
+        assert [sorted(vote.origin.row for vote in side) for side in used] == [
+            [vote.origin.row for vote in side] for side in sides
+        ]
+        longer, shorter = sorted(sides, key=len, reverse=True)
+        most = max(
+            sum(one.answer != other.answer for one, other in zip(order, shorter, strict=False))
+            for order in itertools.permutations(longer, len(shorter))
+        )
+        assert len(pairs) == most
+
+
+def test_a_hundred_thousand_votes_on_one_answer_take_no_time():
+    votes = [[Vote((user("Hi"),), (bot("a"),), up, Origin("f", row)) for row in range(50_000)] for up in (True, False)]
+    started = time.monotonic()
+    assert matched(*votes)[0] == []
+    assert time.monotonic() - started < 10
+
+
+def test_votes_with_other_tools_are_not_paired(tmp_path):
+    other = {**TOOL, "name": "snow"}
+    rows = [
+        vote("a", True, tools=[TOOL]),
+        vote("b", False, tools=[other]),
+        vote("c", False),
+        vote("d", False, tools=[TOOL]),
+    ]
+    [pair], report = read_pairs(write(tmp_path / "a.jsonl", *rows))
+    assert (pair.chosen, pair.rejected, pair.tools) == ((bot("a"),), (bot("d"),), (WRAPPED,))
+    assert report.reasons() == [(ALONE, 2)]
+
+
+def test_votes_are_paired_across_files_and_remember_both(tmp_path):
+    ups, downs = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write(ups, vote("a", True))
+    write(downs, vote("c", False, prompt="Alone"), vote("b", False))
+    for source in (str(tmp_path), [str(ups), str(downs)]):
+        [pair], report = read_pairs(source)
+        assert pair.provenance == {"file": str(ups), "row": 1, "rejected_file": str(downs), "rejected_row": 2}
+        assert (report.rows, report.kept, len(report.dropped)) == (3, 1, 1)
+        found = examine([source] if isinstance(source, str) else source)
+        assert (found.pairs, [*found.findings]) == (1, ["vote"])
+    [kept], _ = read_pairs(write(tmp_path / "pairs.jsonl", canonical_row(pair)))
+    assert kept.provenance == pair.provenance
+
+
+def test_a_file_whose_votes_make_no_pair_is_named(tmp_path):
+    sources = [
+        write(tmp_path / "a.jsonl", vote("a", True), vote("b", False)),
+        write(tmp_path / "b.jsonl", vote("c", True)),
+    ]
+    with pytest.raises(DataError, match=r"b\.jsonl holds no usable pair: a vote without an opposite vote"):
+        read_pairs(sources)
+
+
 def test_rows_of_several_forms_in_one_folder_are_each_recognised(tmp_path):
     (tmp_path / "deep").mkdir()
     write(tmp_path / "a.jsonl", CASES["orca"].rows[0], CASES["trl-text"].rows[0])
@@ -684,6 +871,10 @@ def test_tools_reach_the_chat_template(tokenizer, tmp_path):
         ({"chosen": [{"role": [], "content": "Hi"}]}, "chosen has a message with an unknown role ([])"),
         ({"chosen": [{"role": "assistant", "content": []}]}, "chosen has a message without text content"),
         ({"chosen": [{"role": "assistant", "content": "", "tool_calls": []}]}, "empty chosen answer"),
+        (
+            {"chosen": [{"role": "assistant", "content": [{"type": "tool_call", "value": "{"}]}]},
+            "chosen has a tool call without a function name",
+        ),
     ],
 )
 def test_what_is_malformed_is_dropped_with_its_reason(tmp_path, row, reason):
@@ -769,6 +960,23 @@ def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, re
     assert len(run.train) == 2
     with pytest.raises(DataError, match="holds no usable pair: without 'prompt'"):
         prepare(check_recipe(recipe_dict(data={**data, "format": "trl"})), tmp_path / "out", hear, StopSignal())
+
+
+def test_a_leak_across_a_system_turn_is_said(tmp_path, recipe_dict):
+    from lora_dpo.config import check_recipe
+    from lora_dpo.events import Note
+    from lora_dpo.prepare import StopSignal, prepare
+
+    framed, plain = CASES["trl-chat"].rows[0], CASES["trl-text"].rows[0]
+    data = {"train": write(tmp_path / "a.jsonl", framed), "eval": write(tmp_path / "b.jsonl", plain)}
+    notes: list[str] = []
+    prepare(
+        check_recipe(recipe_dict(data=data)),
+        tmp_path / "out",
+        lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+        StopSignal(),
+    )
+    assert any(note.startswith("1 of 1 held-out pairs have a prompt that is also trained on") for note in notes)
 
 
 def weights_of(tmp_path, recipe_dict, scores, **trainer):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_forms import CASES
 
 from lora_dpo.data import read_pairs
+from lora_dpo.data.answers import read_answers
 from lora_dpo.data.doctor import examine
 from lora_dpo.data.messages import ROLES
 from lora_dpo.data.pairs import ReadReport
@@ -23,6 +24,7 @@ from lora_dpo.data.reading import account, outcomes
 from lora_dpo.data.table import FORMS
 from lora_dpo.data.write import canonical_row, write_fixed
 from lora_dpo.errors import DataError, LoraDPOError
+from lora_dpo.prompts import read_prompts
 
 ROWS = [row for case in CASES.values() for row in case.rows]
 FUZZ = settings(
@@ -94,8 +96,28 @@ def broken(whole: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
     return whole
 
 
+def must_be_readable(source: str) -> None:
+    """Read single answers and prompts: a `DataError` of one line, or an account that adds up."""
+    for good_only in (True, False):
+        try:
+            answers, report = read_answers(source, good_only=good_only)
+        except DataError as error:
+            assert "\n" not in str(error)  # noqa: PT017 - one of two good ends
+        else:
+            assert report.kept == len(answers) == report.rows - len(report.dropped) + report.surplus
+            assert all(vote.up for vote in answers) or not good_only
+    try:
+        prompts = read_prompts(source)
+    except DataError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert prompts
+        assert all(prompt.messages for prompt in prompts)
+
+
 def must_end_well(path: Path) -> None:
     """Read, examine and clean a file: a `LoraDPOError`, or an account that adds up."""
+    must_be_readable(str(path))
     with contextlib.suppress(DataError):
         pairs, report = read_pairs(str(path))
         assert report.kept == len(pairs) == report.rows - len(report.dropped) + report.surplus
@@ -126,6 +148,7 @@ def test_a_whole_file_reads(tmp_path, kind):
     path = tmp_path / f"a{kind}"
     path.write_bytes(WHOLE[kind])
     assert read_pairs(str(path))[0]
+    assert read_answers(str(path), good_only=False)[0]
     must_end_well(path)
 
 
@@ -228,5 +251,6 @@ def test_odd_rows_are_pairs_or_counted_drops(tmp_path, form):
         for pair in pairs:
             json.dumps(canonical_row(pair), ensure_ascii=False).encode("utf-8")
         examine([str(path)], form=form.name if form else None)
+        must_be_readable(str(path))
 
     run()

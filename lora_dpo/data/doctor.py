@@ -10,15 +10,17 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, text_findings
+from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, prompt_text, special_findings, text_findings
 from lora_dpo.data.language import language_of
 from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.reading import account, outcomes
 from lora_dpo.data.sketch import NearDuplicates
-from lora_dpo.data.tokens import tokenize_pair
+from lora_dpo.data.template import Message
+from lora_dpo.data.tokens import special_tokens, tokenize_pair
 from lora_dpo.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -155,32 +157,36 @@ def examine(
     """
     doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, form))
     report = doctor.found.report
-    for source in sources:
-        for outcome in outcomes(source, form=form, min_gap=min_gap, tolerant=True):
-            account(report, outcome)
-            for dropped in outcome.dropped:
-                doctor.note(_OF_KIND.get(dropped.kind, dropped.kind), dropped.origin, dropped.reason)
-            for pair in outcome.pairs:
-                doctor.look_at(pair)
-            if on_rows:
-                on_rows(report.rows)
+    for outcome in outcomes(sources, form=form, min_gap=min_gap, tolerant=True):
+        account(report, outcome)
+        for dropped in outcome.dropped:
+            doctor.note(_OF_KIND.get(dropped.kind, dropped.kind), dropped.origin, dropped.reason)
+        for pair in outcome.pairs:
+            doctor.look_at(pair)
+        if on_rows:
+            on_rows(report.rows)
     return doctor.conclude()
 
 
-def prompt_key(text: str) -> int:
-    """The same for prompts that differ in case and white space only."""
-    return hash(" ".join(text.casefold().split()))
+def prompt_key(prompt: Sequence[Message]) -> int:
+    """The same for prompts that `prompt_text` takes for the same."""
+    return hash(prompt_text(prompt))
 
 
 def _prompts_of(sources: Sequence[str], form: str | None) -> set[int]:
+    """Keys of all prompts: of pairs, and of votes that made none, since these too are measured on."""
     found: set[int] = set()
     for source in sources:
-        usable = 0
-        for outcome in outcomes(source, form=form, tolerant=True):
-            found.update(prompt_key(Texts.of(pair).prompt) for pair in outcome.pairs)
-            usable += len(outcome.pairs)
-        if not usable:
-            raise DataError(f"{source} holds no usable pair, so no prompt can leak from it. Is it the right file?")
+        asked = [
+            prompt_key(prompt)
+            for outcome in outcomes(source, form=form, tolerant=True)
+            for prompt in (*(pair.prompt for pair in outcome.pairs), *outcome.asked)
+        ]
+        if not asked:
+            raise DataError(
+                f"{source} holds no usable pair or vote, so no prompt can leak from it. Is it the right file?"
+            )
+        found.update(asked)
     return found
 
 
@@ -196,6 +202,7 @@ class _Doctor:
         self.prompts: set[int] = set()
         self.near = NearDuplicates()
         self.marked = array("B")  # whether the chosen answer ends with an end-of-turn token
+        self.special = None if tokenizer is None else special_tokens(tokenizer)
 
     def note(self, name: str, origin: Origin, evidence: str) -> None:
         finding = self.found.findings.setdefault(name, Finding(CHECKS[name]))
@@ -207,7 +214,11 @@ class _Doctor:
         texts = Texts.of(pair)
         index = len(self.origins)
         self.origins.append(pair.origin)
-        for name, evidence in text_findings(pair, texts):
+        shown = dict(text_findings(pair, texts))
+        if self.tokenizer is not None and self.special is not None:
+            for name, evidence in special_findings(pair, self.special, self.tokenizer.bos_token):
+                shown.setdefault(name, evidence)
+        for name, evidence in shown.items():
             self.note(name, pair.origin, evidence)
         self._compare(index, texts, pair)
         self.marked.append(ends_with_marker(texts.chosen))
@@ -216,7 +227,7 @@ class _Doctor:
         if self.tokenizer is None:
             self._measure(len(texts.prompt), len(texts.chosen), len(texts.rejected))
         else:
-            self._tokenize(pair, self.tokenizer)
+            self._tokenize(pair, self.tokenizer, known="double-bos" in shown)
 
     def _measure(self, prompt: int, chosen: int, rejected: int) -> None:
         for part, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
@@ -225,7 +236,7 @@ class _Doctor:
     def _compare(self, index: int, texts: Texts, pair: PreferencePair) -> None:
         """With earlier pairs and with held-out prompts."""
         origin, tools = pair.origin, json.dumps(pair.tools, sort_keys=True) if pair.tools else ""
-        key = prompt_key(texts.prompt)
+        key = prompt_key(pair.prompt)
         self.prompts.add(key)
         if key in self.held_out:
             self.note("leak", origin, texts.prompt)
@@ -239,7 +250,8 @@ class _Doctor:
         elif near is not None:
             self.note("near-duplicate", origin, f"like {self.origins[near]}: {texts.prompt}")
 
-    def _tokenize(self, pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _tokenize(self, pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, *, known: bool) -> None:
+        """Look at a pair as the model reads it; `known` is True if a beginning-of-text token was seen in its text."""
         try:
             tokens = tokenize_pair(tokenizer, pair, max_length=None)
         except ModelError as error:
@@ -250,7 +262,7 @@ class _Doctor:
             return
         self._measure(len(tokens.prompt), len(tokens.chosen), len(tokens.rejected))
         bos = tokenizer.bos_token_id
-        if bos is not None and tokens.prompt[:2] == [bos, bos]:
+        if not known and bos is not None and (bos, bos) in pairwise(tokens.prompt):
             self.note("double-bos", pair.origin, tokenizer.decode(tokens.prompt[:8]))
         if tokens.chosen == tokens.rejected:
             self.note("equal", pair.origin, "the same once written for the model")

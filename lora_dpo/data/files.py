@@ -23,6 +23,27 @@ OnBroken = Callable[[int, str, str], None]
 
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside the rows."""
+COLUMNS = frozenset(
+    (
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "messages",
+        "conversations",
+        "instruction",
+        "question",
+        "history",
+        "chosen_messages",
+        "chosen_response",
+        "generations",
+        "answers",
+        "response_j",
+        "human_ref_A",
+        "snapshot",
+    )
+)
+"""Columns by which one JSON object is known for a row: some form of `table.py` needs them."""
 _BESIDE = re.compile(r"\.jsonl(\.gz)?\.(dropped|samples|scores)\.jsonl(\.gz)?$", re.IGNORECASE)
 """What lora-dpo itself writes beside pairs: no pairs."""
 
@@ -35,6 +56,8 @@ def files_of(source: str) -> list[str]:
     Raises:
         DataError: the folder holds none.
     """
+    if not source.strip():  # to pathlib that is the current folder
+        raise DataError("A preference file has an empty name. Name a file, a hub data set or a folder (. is this one).")
     path = Path(source)
     if not path.is_dir():
         return [source]
@@ -145,15 +168,26 @@ def _json_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -
         yield from _jsonl_rows(io.BytesIO(content), path, on_broken)
         return
     parsed = _parse_json(content.decode("utf-8-sig"), path, None)
-    if not isinstance(parsed, list):
-        raise DataError(f"{path} holds one {type(parsed).__name__}, not a list of rows.")
-    for number, item in enumerate(parsed, start=1):
+    for number, item in enumerate(_listed(parsed, path), start=1):
         try:
             row = _as_row(item, path, number)
         except DataError as error:
             _tell(on_broken, error, path, number, json.dumps(item))
         else:
             yield number, row
+
+
+def _listed(parsed: Any, path: Path) -> list[Any]:
+    """The rows of a JSON file: a list of them, or one object that has a column of a row."""
+    if isinstance(parsed, list):
+        return parsed
+    if not isinstance(parsed, dict):
+        raise DataError(f"{path} holds one {type(parsed).__name__}, not a list of rows.")
+    if not COLUMNS.isdisjoint(parsed):
+        return [parsed]
+    lists = {key: len(value) for key, value in parsed.items() if isinstance(value, list) and value}
+    hint = "".join(f" Its {key!r} is a list of {length}: save that list alone." for key, length in lists.items())
+    raise DataError(f"{path} holds one object, not a list of rows.{hint}")
 
 
 def _is_json_lines(content: bytes) -> bool:
@@ -174,7 +208,9 @@ def _is_json(content: bytes) -> bool:
 def _csv_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(1 << 30)  # answers are longer than the 128 KiB that the module allows
     try:
-        for number, row in enumerate(csv.DictReader(_text(file, newline=""), strict=True), start=1):
+        rows = csv.DictReader(_text(file, newline=""), strict=True)
+        _refuse_other_separator(rows.fieldnames or (), path)
+        for number, row in enumerate(rows, start=1):
             surplus = row.pop(None, [])
             if any(cell.strip() for cell in surplus):  # a comma at the line's end alone is no cell of anybody's
                 error = DataError(f"{path}, row {number}: more cells than columns: quote texts that hold commas.")
@@ -183,6 +219,16 @@ def _csv_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) ->
                 yield number, row
     except csv.Error as error:
         raise DataError(f"{path}: broken CSV ({error}).") from error
+
+
+def _refuse_other_separator(header: Sequence[str], path: Path) -> None:
+    """Raise `DataError` if the whole header is one column in which other separators stand: spreadsheets write those."""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and separator in header[0]:
+            raise DataError(
+                f"{path}: its header is one column, {header[0][:80]!r}: its cells seem to stand between {name}. "
+                "Save it with commas between them."
+            )
 
 
 def _parquet_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
@@ -248,6 +294,7 @@ def _as_row(value: Any, path: Path, number: int) -> Row:
 
 _READERS: dict[str, Callable[[IO[bytes], Path, OnBroken | None], Iterator[tuple[int, Row]]]] = {
     ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,

@@ -30,7 +30,8 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
 }
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant|System):[ \t]*")
-_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{\s*['\"]")
+_OBJECTS = re.compile(r"\s*(\[\s*)?\{\s*['\"]")
+_ONE_MESSAGE = re.compile(r"\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
 _SPEAKER = re.compile(r"['\"](?:role|from)['\"]\s*:")
 _SPOKEN = re.compile(r"['\"](?:content|value)['\"]\s*:")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
@@ -45,8 +46,10 @@ class BadRow(Exception):
 
 
 def conversation(value: Any, part: str) -> Messages:
-    """A list of messages: `{role, content}`, or ShareGPT's `{from, value}`."""
+    """A list of messages: `{role, content}`, or ShareGPT's `{from, value}`; one message stands for a list of one."""
     value = listed(value) or value
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list):
         raise BadRow(f"{part} is neither text nor a list of messages")
     return tuple(_sharegpt(item, part) if _is_sharegpt(item) else _chat(item, part) for item in value)
@@ -60,10 +63,10 @@ def prompt_of(value: Any, part: str = "prompt") -> Messages:
 
 
 def answer_of(value: Any, side: str) -> Messages:
-    """An answer as messages; text is an assistant turn, one message stands for a list of one."""
+    """An answer as messages; text is an assistant turn."""
     if isinstance(value, str) and not listed(value):
         return (message("assistant", value, side),)
-    return conversation([value] if isinstance(value, dict) else value, side)
+    return conversation(value, side)
 
 
 def with_system(row: Row, prompt: Messages, *columns: str) -> Messages:
@@ -114,23 +117,47 @@ def shared_length(left: Sequence[Any], right: Sequence[Any]) -> int:
 
 
 def listed(value: Any) -> list[Any] | None:
-    """Messages from a CSV cell, which can hold them only as text: a list of objects with a role, else None.
+    """Messages from a CSV cell, which can hold them only as text: a list of objects with a role, or one, else None.
 
-    JSON is read, and what Python prints of such a list: pandas' `to_csv` writes that.
+    JSON is read, and what Python prints of such messages: pandas' `to_csv` and `csv.DictWriter` write that. An object
+    alone is a message only if it has a role that we know and a content: an answer may well be JSON of its own.
 
     Raises:
-        BadRow: a text that begins as such a list does and is neither.
+        BadRow: a text that begins as such messages do and is neither.
     """
-    if not isinstance(value, str) or not _LIST_OF_OBJECTS.match(value):
+    found = _OBJECTS.match(value) if isinstance(value, str) else None
+    if found is None:
         return None
+    in_list = found[1] is not None
     parsed = from_json(value)
     if parsed is None and _SPEAKER.search(value):
         parsed = _from_python(value)
-        if parsed is None and _SPOKEN.search(value):
+        if parsed is None and _SPOKEN.search(value) and (in_list or _is_cut_message(value)):
             raise BadRow("messages that are neither JSON nor a Python list: write them as JSON")
+    if not in_list:
+        return [parsed] if _is_message(parsed) else None
     if not isinstance(parsed, list):
         return None
     return parsed if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in parsed) else None
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    if _is_sharegpt(value):
+        return value["from"] in (*_SHAREGPT_ROLES, "function_call") and isinstance(value.get("value"), str)
+    return value.get("role") in ROLES and ("content" in value or "tool_calls" in value)
+
+
+def _is_cut_message(text: str) -> bool:
+    """True if a text begins as one message does, unless an object that is whole has more text after it."""
+    if not _ONE_MESSAGE.match(text):
+        return False
+    try:
+        json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _from_python(text: str) -> Any:
@@ -173,8 +200,10 @@ def text_of(row: Row, column: str) -> str:
 
 
 def tools_of(row: Row) -> Tools:
-    """The `tools` column: JSON schemas of functions, as a list or as JSON text; bare schemas are wrapped."""
+    """The `tools` column: schemas of functions, as a list, or as text of JSON or Python; bare schemas are wrapped."""
     value = from_json(row.get("tools"))
+    if value is None and isinstance(row.get("tools"), str):
+        value = _from_python(row["tools"])
     if value is None or value == "":
         if isinstance(row.get("tools"), str) and row["tools"].strip():
             raise BadRow("tools is not a JSON list")
@@ -206,10 +235,11 @@ def _chat(item: Any, part: str) -> Message:
         raise BadRow(f"{part} has a message without text content")
     calls = item.get("tool_calls")
     content = item.get("content")
-    if content is None and calls:
-        content = ""
-    elif isinstance(content, list):
+    if isinstance(content, list):
+        calls = calls or _typed_calls(content)
         content = _typed_text(content, part)
+    elif content is None and calls:
+        content = ""
     if not isinstance(content, str):
         raise BadRow(f"{part} has a message without text content")
     role = item.get("role")
@@ -232,6 +262,9 @@ def _typed_text(content: Sequence[Any], part: str) -> str:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind is None:
             raise BadRow(f"{part} has a message without text content")
+        if kind == "tool_call":
+            texts.append("")
+            continue
         text = item.get("text") if item.get("text") is not None else item.get("value")
         if kind != "text" or not isinstance(text, str):
             raise BadRow(f"{part} has content that is not text ({kind!r})")
@@ -239,6 +272,12 @@ def _typed_text(content: Sequence[Any], part: str) -> str:
     if not texts:
         raise BadRow(f"{part} has a message without text content")
     return "".join(texts)
+
+
+def _typed_calls(content: Sequence[Any]) -> list[Any]:
+    """Calls of a content list in LLaMA-Factory's v1 form: `{type: tool_call, value: …}`, each as JSON text."""
+    parts = [item for item in content if isinstance(item, dict) and item.get("type") == "tool_call"]
+    return [from_json(item.get("value")) for item in parts]
 
 
 def _is_sharegpt(item: Any) -> bool:

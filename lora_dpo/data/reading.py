@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_dpo.data.files import Row, files_of, read_rows
-from lora_dpo.data.messages import BadRow
+from lora_dpo.data.messages import BadRow, Messages
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
 from lora_dpo.data.table import Form, form_named, form_of
 from lora_dpo.data.votes import Ballot
@@ -24,6 +24,8 @@ class Outcome:
     dropped: tuple[Dropped, ...] = ()
     title: str | None = None
     """Title of the form; None for a line that is no row."""
+    asked: tuple[Messages, ...] = ()
+    """The prompt of a vote that made no pair."""
 
     @property
     def rows(self) -> int:
@@ -38,10 +40,10 @@ def read_pairs(
     form: str | None = None,
     min_gap: float | None = None,
 ) -> tuple[list[PreferencePair], ReadReport]:
-    """Read preference pairs from files, folders or hub data sets, in order.
+    """Read preference pairs from files, folders or hub data sets, in order; those made of votes come last.
 
     Args:
-        sources: one path or hub id, or several.
+        sources: one path or hub id, or several; votes are paired across them.
         on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" raises at the first.
         form: name of the form of all rows; None looks at each row.
         min_gap: drop pairs whose scores are closer than this, or that have none.
@@ -52,18 +54,22 @@ def read_pairs(
     """
     if not sources:
         raise DataError("The list of preference files is empty. Name at least one file or hub data set.")
+    named = [sources] if isinstance(sources, str) else list(sources)
     pairs: list[PreferencePair] = []
     report = ReadReport()
-    for source in [sources] if isinstance(sources, str) else sources:
-        before, dropped_before = len(pairs), len(report.dropped)
-        for outcome in outcomes(source, form=form, min_gap=min_gap):
-            if outcome.dropped and on_bad_row == "error":
-                bad = outcome.dropped[0]
-                raise DataError(f"{bad.origin.source}, row {bad.origin.row}: {bad.reason}.")
-            account(report, outcome)
-            pairs.extend(outcome.pairs)
-        if len(pairs) == before:
-            why = report.dropped[dropped_before].reason if len(report.dropped) > dropped_before else "no rows"
+    used: set[str] = set()
+    for outcome in outcomes(named, form=form, min_gap=min_gap):
+        if outcome.dropped and on_bad_row == "error":
+            bad = outcome.dropped[0]
+            raise DataError(f"{bad.origin.source}, row {bad.origin.row}: {bad.reason}.")
+        account(report, outcome)
+        pairs.extend(outcome.pairs)
+        if outcome.pairs:
+            used.update(origin.source for origin, _ in outcome.read)
+    for source in named:
+        files = files_of(source)
+        if used.isdisjoint(files):
+            why = next((bad.reason for bad in report.dropped if bad.origin.source in files), "no rows")
             raise DataError(f"{source} holds no usable pair: {why}. See docs/data.md for the forms that are read.")
     return pairs, report
 
@@ -102,9 +108,9 @@ def account(report: ReadReport, outcome: Outcome) -> None:
 
 
 def outcomes(
-    source: str, *, form: str | None = None, min_gap: float | None = None, tolerant: bool = False
+    sources: str | Sequence[str], *, form: str | None = None, min_gap: float | None = None, tolerant: bool = False
 ) -> Iterator[Outcome]:
-    """What each row of a source became; votes come at the end, when all are known.
+    """What each row of the sources became; votes come at the end, when all are known, paired across the sources.
 
     Args:
         tolerant: what `read_rows` finds broken is dropped, in place of an error.
@@ -115,7 +121,7 @@ def outcomes(
     """
     forced = form_named(form) if form is not None else None
     ballot, vote_titles = Ballot(), dict[Origin, str]()
-    for file in files_of(source):
+    for file in (file for source in ([sources] if isinstance(sources, str) else sources) for file in files_of(source)):
         broken: list[Outcome] = []
 
         def on_broken(line: int, reason: str, text: str, file: str = file, broken: list[Outcome] = broken) -> None:
@@ -143,7 +149,7 @@ def outcomes(
         problem = result if isinstance(result, BadRow) else _gap_problem(result, min_gap)
         if problem is not None:
             for vote in votes:
-                yield _dropped(vote.origin, problem, title, vote_row(vote))
+                yield _dropped(vote.origin, problem, title, vote_row(vote), asked=(vote.prompt,))
         elif isinstance(result, PreferencePair):
             yield Outcome(tuple((vote.origin, vote_row(vote)) for vote in votes), (result,), title=title)
 
@@ -161,8 +167,8 @@ def _pairs(made: list[PreferencePair], origin: Origin, form: Form, min_gap: floa
     return Outcome(((origin, row),), kept, title=form.title)
 
 
-def _dropped(origin: Origin, bad: BadRow, title: str, content: Row) -> Outcome:
-    return Outcome(((origin, content),), dropped=(Dropped(origin, str(bad), bad.kind),), title=title)
+def _dropped(origin: Origin, bad: BadRow, title: str, content: Row, asked: tuple[Messages, ...] = ()) -> Outcome:
+    return Outcome(((origin, content),), dropped=(Dropped(origin, str(bad), bad.kind),), title=title, asked=asked)
 
 
 def _gap_problem(pair: PreferencePair, min_gap: float | None) -> BadRow | None:

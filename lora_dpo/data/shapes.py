@@ -86,7 +86,7 @@ def sharegpt(row: Row, origin: Origin) -> PreferencePair:
 def llamafactory_v1(row: Row, origin: Origin) -> PreferencePair:
     """LLaMA-Factory's v1: `chosen_messages`, `rejected_messages`, whole conversations with typed content lists."""
     sides = [conversation(row.get(side), side) for side in ("chosen_messages", "rejected_messages")]
-    return checked_pair(*split_shared_prefix(*sides), origin, tools=tools_of(row))
+    return checked_pair(*split_shared_prefix(*sides), origin, scores=scores_of(row), tools=tools_of(row))
 
 
 def hh_rlhf(row: Row, origin: Origin) -> PreferencePair:

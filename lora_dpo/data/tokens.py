@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -109,6 +110,17 @@ def _conversation_ids(
     if ids[-1] not in _special_ids(tokenizer) and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)  # the template leaves the turn open
     return ids
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What a tokenizer takes out of any text as a special token, the longest first; None if there is nothing.
+
+    Added tokens that are not special, such as Qwen's `<think>`, are meant to be written in messages.
+    """
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    # One or two characters are a padding token that somebody took from ordinary text, such as "!".
+    known = {token for token in (*tokenizer.all_special_tokens, *added) if len(token.strip()) > 2}
+    return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True)))) if known else None
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +63,7 @@ def open_webui(row: Row, origin: Origin) -> list[PreferencePair] | Vote:
 
 @dataclass
 class Ballot:
-    """Votes of one source, by prompt, each used once: the first up with the first down, and so on."""
+    """Votes by prompt and tools, each used once: an up with the first down that is left on another answer."""
 
     votes: dict[str, tuple[list[Vote], list[Vote]]] = field(default_factory=dict)
 
@@ -73,17 +75,76 @@ class Ballot:
     def count(self) -> Iterator[tuple[tuple[Vote, ...], PreferencePair | BadRow]]:
         """Yield the votes that were used and what they became: a pair, or a reason why not."""
         for ups, downs in self.votes.values():
-            for up, down in zip(ups, downs, strict=False):
-                made = {"file": up.origin.source, "row": up.origin.row, "rejected_row": down.origin.row}
+            pairs, unused_ups, unused_downs = matched(ups, downs)
+            for up, down in pairs:
                 try:
-                    pair = checked_pair(up.prompt, up.answer, down.answer, up.origin, tools=up.tools, provenance=made)
+                    pair = checked_pair(
+                        up.prompt, up.answer, down.answer, up.origin, tools=up.tools, provenance=_made_of(up, down)
+                    )
                 except BadRow as bad:
                     yield (up, down), bad
                 else:
                     yield (up, down), pair
-            used = min(len(ups), len(downs))
-            for vote in [*ups[used:], *downs[used:]]:
-                yield (vote,), BadRow("a vote without an opposite vote after the same prompt", "vote")
+            reason = (
+                "the same answer has both votes"  # else they would be a pair
+                if unused_ups and unused_downs
+                else "a vote without an opposite vote after the same prompt"
+            )
+            for vote in [*unused_ups, *unused_downs]:
+                yield (vote,), BadRow(reason, "vote")
+
+
+def matched(
+    ups: Sequence[Vote], downs: Sequence[Vote]
+) -> tuple[list[tuple[Vote, Vote]], Sequence[Vote], Sequence[Vote]]:
+    """As many pairs of opposite votes on different answers as there are, in order, and the votes that are left.
+
+    Each up gets the first down that is left on another answer. If only downs on its own answer are left, it trades
+    with an earlier pair that has that answer on neither side.
+    """
+    answers: dict[str, deque[int]] = {}  # the downs that are left, by answer
+    for place, down in enumerate(downs):
+        answers.setdefault(_words(down), deque()).append(place)
+    heads = [(places[0], answer) for answer, places in answers.items()]  # by place: a heap
+    pairs: list[tuple[Vote, Vote]] = []
+    unused, traded = [], 0
+    for up in ups:
+        own = _words(up)
+        aside = heapq.heappop(heads) if heads and heads[0][1] == own else None
+        if heads:
+            place, answer = heapq.heappop(heads)
+            answers[answer].popleft()
+            if answers[answer]:
+                heapq.heappush(heads, (answers[answer][0], answer))
+            pairs.append((up, downs[place]))
+        elif aside is not None:  # from here on nothing else is left, so a pair that is passed over stays unfit
+            while traded < len(pairs) and own in map(_words, pairs[traded]):
+                traded += 1
+            if traded < len(pairs):
+                other_up, other_down = pairs[traded]
+                pairs[traded] = (other_up, downs[answers[own].popleft()])
+                pairs.append((up, other_down))
+                aside = (answers[own][0], own) if answers[own] else None
+            else:
+                unused.append(up)
+        else:
+            unused.append(up)
+        if aside is not None:
+            heapq.heappush(heads, aside)
+    left = sorted(place for places in answers.values() for place in places)
+    return pairs, unused, [downs[place] for place in left]
+
+
+def _words(vote: Vote) -> str:
+    return json.dumps(vote.answer, sort_keys=True)
+
+
+def _made_of(up: Vote, down: Vote) -> dict[str, Any]:
+    """Where both votes are: `rejected_file` only if the second is in another file."""
+    made: dict[str, Any] = {"file": up.origin.source, "row": up.origin.row}
+    if down.origin.source != up.origin.source:
+        made["rejected_file"] = down.origin.source
+    return {**made, "rejected_row": down.origin.row}
 
 
 def _checked_vote(prompt: Messages, answer: Messages, up: bool, origin: Origin, row: Row) -> Vote:

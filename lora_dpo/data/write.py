@@ -14,7 +14,7 @@ from math import ceil
 from pathlib import Path
 from typing import IO, Any
 
-from lora_dpo.data.checks import Texts
+from lora_dpo.data.checks import prompt_text
 from lora_dpo.data.doctor import Diagnosis
 from lora_dpo.data.files import Row, refuse_twice
 from lora_dpo.data.pairs import Origin, PreferencePair
@@ -96,18 +96,17 @@ def write_fixed(
     with ExitStack() as stack:
         refuse_existing(dropped)
         clean, rest = stack.enter_context(_writer(out)), stack.enter_context(_writer(dropped))
-        for source in sources:
-            for outcome in outcomes(source, form=form, min_gap=min_gap, tolerant=True):
-                rows += outcome.rows
-                reason = _reason(outcome, removals)
-                if reason is None:
-                    for pair in outcome.pairs:
-                        _line(clean, canonical_row(pair))
-                    kept += len(outcome.pairs)
-                else:
-                    for origin, content in outcome.read:
-                        _line(rest, _removed_row(origin, reason, content))
-                    removed += outcome.rows
+        for outcome in outcomes(sources, form=form, min_gap=min_gap, tolerant=True):
+            rows += outcome.rows
+            reason = _reason(outcome, removals)
+            if reason is None:
+                for pair in outcome.pairs:
+                    _line(clean, canonical_row(pair))
+                kept += len(outcome.pairs)
+            else:
+                for origin, content in outcome.read:
+                    _line(rest, _removed_row(origin, reason, content))
+                removed += outcome.rows
         if not kept:
             raise DataError(f"No pair is left after cleaning, so {out} was not written. Read what was found above.")
     return Fixed(rows, kept, removed, out, dropped)
@@ -188,8 +187,7 @@ def _rounded(shares: Sequence[float], total: int) -> list[int]:
 
 
 def _prompt_hash(pair: PreferencePair, seed: int) -> bytes:
-    text = " ".join(Texts.of(pair).prompt.casefold().split())
-    return hashlib.blake2b(f"{seed}\n{text}".encode(), digest_size=12).digest()
+    return hashlib.blake2b(f"{seed}\n{prompt_text(pair.prompt)}".encode(), digest_size=12).digest()
 
 
 def _removed_row(origin: Origin, reason: str, content: Any) -> Row:
