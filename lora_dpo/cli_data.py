@@ -73,13 +73,15 @@ def check(
     from lora_dpo.console_data import diagnosis_view, fixed_view
     from lora_dpo.data.doctor import examine
     from lora_dpo.data.files import refuse_twice
-    from lora_dpo.data.write import check_name, write_fixed
-    from lora_dpo.files import refuse_existing
+    from lora_dpo.data.write import check_name, dropped_of, write_fixed
+    from lora_dpo.files import refuse_existing, refuse_unwritable
 
     refuse_twice(files)
     if fix is not None:
         check_name(fix)
-        refuse_existing(fix)
+        for path in (fix, dropped_of(fix)):
+            refuse_existing(path)
+            refuse_unwritable(path)
     with _counting() as count:
         diagnosis = examine(
             files,
@@ -205,7 +207,9 @@ def stats(
     """
     from lora_dpo.console_data import stats_view
     from lora_dpo.data.doctor import examine
+    from lora_dpo.data.files import refuse_twice
 
+    refuse_twice(files)
     with _counting() as count:
         diagnosis = examine(
             files, form=format, min_gap=min_gap, tokenizer=_tokenizer(model), max_length=max_length, on_rows=count
@@ -229,11 +233,13 @@ def mix_files(
         lora-dpo data mix mine.jsonl:0.7 public.jsonl:0.3 --output mixed.jsonl
     """
     from lora_dpo.console_data import read_view
+    from lora_dpo.data.files import refuse_twice
     from lora_dpo.data.reading import read_pairs
     from lora_dpo.data.write import check_name, mix, write_pairs
 
     check_name(output)
     named = [_share(part) for part in parts]
+    refuse_twice([source for source, _ in named])
     with err.status("reading"):
         read = [(*read_pairs(source, form=format, min_gap=min_gap), share) for source, share in named]
         count = write_pairs(mix([(pairs, share) for pairs, _, share in read], size=size, seed=seed), output)

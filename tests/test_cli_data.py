@@ -191,6 +191,11 @@ def test_check_through_a_model_counts_tokens(run, tiny_model_folder):
         (["mix", "a.jsonl", "-o", "out.jsonl"], "'a.jsonl' names no share"),
         (["mix", "a.jsonl:0", "-o", "out.jsonl"], "'a.jsonl:0' names no share"),
         (["mix", "a.jsonl:1", "-o", "out.jsonl", "--size", "9"], "At most 8 are possible"),
+        (["mix", "a.jsonl:0.5", "a.jsonl:0.5", "-o", "out.jsonl"], "a.jsonl is named twice"),
+        (["mix", ".:0.5", "./a.jsonl:0.5", "-o", "out.jsonl"], "a.jsonl is named twice"),
+        (["stats", "a.jsonl", "."], "a.jsonl is named twice"),
+        (["check", "a.jsonl", "--fix", "/proc/x/y.jsonl"], "Cannot write /proc/x/y.jsonl: No such file"),
+        (["convert", "a.jsonl", "x" * 300 + ".jsonl"], "File name too long. Choose a shorter name"),
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, complaint):
@@ -338,6 +343,18 @@ def test_mix_reads_as_the_other_commands_and_says_what_was_dropped(run):
     status, _, complaint = run("mix", "a.jsonl:1", "-o", "more.jsonl", "--format", "shp")
     assert status == 1
     assert "without text in" in complaint or "labels" in complaint
+
+
+def test_shares_of_any_size_are_shares(run):
+    sides = ([pair("P", number) for number in range(4)], [pair("Q", number) for number in range(4)])
+    assert len(mix([(side, 1e308) for side in sides])) == 8
+    with pytest.raises(ConfigError, match="too far apart"):
+        mix([(sides[0], 1e308), (sides[1], 1e-308)])
+
+
+def test_a_place_for_clean_rows_is_tried_before_the_report(run):
+    _, said, _ = run("check", write("a.jsonl", *ORCA), "--fix", "/proc/x/y.jsonl")
+    assert said == ""
 
 
 def test_stats_describe_and_judge_nothing(run):
