@@ -24,7 +24,7 @@ def pairs(
         str, typer.Argument(help="Prompts: a .txt with one a line, rows with 'prompt', or preference data.")
     ],
     judge: Annotated[list[str], typer.Option("--judge", help=JUDGE_HELP)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL to write. Must not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .jsonl or .jsonl.gz to write. Must not exist.")],
     model: Annotated[
         str | None, typer.Option(help="The model that answers: a packaged name, a folder, or a hub id.")
     ] = None,
@@ -71,7 +71,8 @@ def pairs(
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.console import RunView
-    from lora_dpo.files import refuse_existing
+    from lora_dpo.data.write import check_name
+    from lora_dpo.files import refuse_existing, refuse_unwritable
     from lora_dpo.generate import Sampling
     from lora_dpo.judges.grammar import check_specs
     from lora_dpo.pairs import Selection, make_pairs
@@ -82,7 +83,10 @@ def pairs(
     one_of("--select", select, ("best-worst", "gaps"))
     if quantize is not None:
         one_of("--quantize", quantize, ("nf4", "none"))
+    check_name(output)
     refuse_existing(output)
+    for path in (output, samples or output.with_name(output.name + ".samples.jsonl")):
+        refuse_unwritable(path)
     check_specs(judge)
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
     asked = read_prompts(prompts, limit=limit)

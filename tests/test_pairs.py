@@ -1,5 +1,6 @@
 """Pairs from sampled answers: what is read, what is chosen, what is recorded, and going on after a kill."""
 
+import gzip
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import lora_dpo.samples
 from lora_dpo.cli import main
 from lora_dpo.config import LoraSection
 from lora_dpo.data import read_pairs
-from lora_dpo.errors import AdapterError, ConfigError, DataError, OutputError
+from lora_dpo.errors import AdapterError, ConfigError, DataError, JudgeError, OutputError
 from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.journal import Journal, alone, write_new
 from lora_dpo.judges.base import Judge
@@ -316,6 +317,16 @@ def test_a_journal_of_answers_with_line_separators_goes_on():
     assert Journal(Path("j"), {"a": "x\u2028y"}).rows == rows
 
 
+def test_a_journal_without_rows_is_begun_anew_with_other_settings():
+    for settings in ({"judge": "mine:broken"}, {"judge": "mine:corrected", "facts": {"by": 2}}):
+        assert Journal(Path("j"), settings).rows == []
+        assert rows_of("j") == [{"settings": settings}]
+    Journal(Path("j"), settings).append([{"scores": [1]}])
+    with pytest.raises(OutputError, match=r"\(facts was \{'by': 2\}, now \{'by': 3\}\)\. Do that\."):
+        Journal(Path("j"), {**settings, "facts": {"by": 3}}, instead="Do that.")
+    assert Journal(Path("j"), settings).rows == [{"scores": [1]}]
+
+
 def test_two_processes_never_write_to_one_place():
     with alone(Path("x")):
         code = "from lora_dpo.journal import alone; from pathlib import Path\nwith alone(Path('x')): pass"
@@ -372,6 +383,43 @@ def test_a_taken_output_is_refused_before_anything_is_sampled(policy, prompts):
     assert not Path("p.jsonl.samples.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["p.jsonl.gz", "P.JSONL.GZ"])
+def test_pairs_are_packed_if_their_name_says_so(policy, prompts, name):
+    report = make_pairs(prompts, policy, LONGEST, Path(name), plan=PLAN)
+    make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
+    unpacked = gzip.decompress(Path(name).read_bytes())
+    assert unpacked == Path("p.jsonl").read_bytes()
+    assert len(read_pairs(name)[0]) == report.pairs > 0
+
+
+def test_a_name_of_another_kind_is_refused_before_anything_is_sampled(policy, prompts):
+    with pytest.raises(ConfigError, match="should end in"):
+        make_pairs(prompts, policy, LONGEST, Path("p.csv"), plan=PLAN)
+    assert os.listdir() == ["prompts.txt"]
+
+
+def test_a_judge_that_was_mended_scores_the_kept_answers(policy, prompts, monkeypatch):
+    def broken(prompt, answers):
+        raise ValueError("a bug")
+
+    with pytest.raises(JudgeError, match="a bug"):
+        make_pairs(prompts, policy, Judge("mine:f", broken, {"source": 1}), Path("p.jsonl"), plan=PLAN)
+    monkeypatch.setattr(lora_dpo.samples, "generate", None)
+    assert make_pairs(prompts, policy, Judge("mine:f", longest, {"source": 2}), Path("p.jsonl"), plan=PLAN).pairs
+
+
+def test_scores_of_another_judge_are_not_mixed_in_and_the_way_on_is_named(policy, prompts):
+    alike = Judge("mine:alike", lambda prompt, answers: [1 for _ in answers])
+    with pytest.raises(DataError, match="No prompt gave a pair"):
+        make_pairs(prompts, policy, alike, Path("p.jsonl"), plan=PLAN)
+    with pytest.raises(OutputError, match=r"judge was 'mine:alike', now 'mine:longest'") as caught:
+        make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
+    says = "Remove p.jsonl.scores.jsonl to judge the kept answers anew, or judge them into another output with"
+    assert f"{says} --samples p.jsonl.samples.jsonl." in str(caught.value)
+    Path("p.jsonl.scores.jsonl").unlink()
+    assert make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN).pairs
+
+
 def test_a_judge_that_fails_half_way_keeps_what_it_judged(policy, prompts):
     seen = []
 
@@ -380,8 +428,6 @@ def test_a_judge_that_fails_half_way_keeps_what_it_judged(policy, prompts):
         if len(seen) == 3:
             raise ValueError("no more")
         return longest(prompt, answers)
-
-    from lora_dpo.errors import JudgeError
 
     with pytest.raises(JudgeError, match="no more"):
         make_pairs(prompts, policy, Judge("mine:f", fails), Path("p.jsonl"), plan=PLAN)
@@ -533,6 +579,27 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tiny_model_folder, prompts, ca
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
+    assert os.listdir() == ["prompts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["-o", "p.csv"], "p.csv should end in .jsonl or .jsonl.gz"),
+        (
+            ["-o", "/proc/x/p.jsonl"],
+            "/proc/x/p.jsonl: No such file or directory. Nothing can be made there",
+        ),
+        (["--samples", "/proc/x/s.jsonl"], "Cannot write /proc/x/s.jsonl: No such file or directory."),
+        (["-o", "x" * 300 + ".jsonl"], "File name too long. Choose a shorter name"),
+        (["-o", "/dev/null/p.jsonl"], "Not a directory. A part of that path is a file"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(prompts, capsys, more, says):
+    assert main(command("no-such-model", *more)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
     assert os.listdir() == ["prompts.txt"]
 
 
