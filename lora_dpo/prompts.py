@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.data import Message, Origin
-from lora_dpo.data.files import Row, files_of, read_rows
+from lora_dpo.data.files import Row, files_of, near_file, read_rows
 from lora_dpo.data.forms import check_prompt
 from lora_dpo.data.messages import BadRow, asked_in_transcript, is_transcript, prompt_of, tools_of, with_system
 from lora_dpo.data.table import form_of
@@ -77,7 +77,7 @@ def _text_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist. Give a file of prompts.") from None
+        raise DataError(f"{path} does not exist. Give a file of prompts.{near_file(path)}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:

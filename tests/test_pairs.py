@@ -137,6 +137,13 @@ def test_rows_that_are_no_pair_and_have_no_prompt_of_their_own_are_left_out():
     assert [(prompt.text, prompt.row) for prompt in read_prompts("p.jsonl")] == [("yes?", 1), ("sure?", 3)]
 
 
+@pytest.mark.parametrize("name", ["prompts.tx", "promts.txt", "prompt"])
+def test_a_mistyped_file_of_prompts_is_answered_with_the_one_that_is_here(prompts, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=rf"{name} does not exist.*Did you mean prompts\.txt\?"):
+        read_prompts(name)
+
+
 def test_a_folder_of_prompts_is_read_file_by_file():
     Path("p").mkdir()
     Path("p/b.jsonl").write_text(json.dumps({"prompt": "Two?"}))
