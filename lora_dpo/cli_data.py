@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.wording import counted, harmless, json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def check(
             on_rows=count,
         )
     if as_json:
-        typer.echo(json.dumps(diagnosis.as_json(), indent=2, ensure_ascii=False))
+        typer.echo(json_text(diagnosis.as_json()))
     else:
         diagnosis_view(diagnosis, out)
     if fix is not None:
@@ -159,7 +159,7 @@ def convert(
         pairs, report = read_pairs(file, form=format, min_gap=min_gap)
         count = write_pairs(pairs, output)
     read_view(report, out)
-    out.print(f"{count} pairs written to {output}", highlight=False, soft_wrap=True)
+    _written(count, output)
 
 
 @app.command()
@@ -188,7 +188,7 @@ def split(
         write_both(sides, (train, held_out))
     read_view(report, out)
     for side, path in zip(sides, (train, held_out), strict=True):
-        out.print(f"{len(side)} pairs written to {path}", highlight=False, soft_wrap=True)
+        _written(len(side), path)
 
 
 @app.command()
@@ -244,10 +244,15 @@ def mix_files(
         read = [(*read_pairs(source, form=format, min_gap=min_gap), share) for source, share in named]
         count = write_pairs(mix([(pairs, share) for pairs, _, share in read], size=size, seed=seed), output)
     for (source, _), (_, report, _) in zip(named, read, strict=True):
-        out.print(f"\n{source}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"\n{harmless(source)}", highlight=False, markup=False, soft_wrap=True)
         read_view(report, out)
     out.print()
-    out.print(f"{count} pairs written to {output}", highlight=False, soft_wrap=True)
+    _written(count, output)
+
+
+def _written(pairs: int, path: Path) -> None:
+    text = harmless(f"{counted(pairs, 'pair')} written to {path}")
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _share(part: str) -> tuple[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_dpo.cli_pairs import JUDGE_HELP, endpoint_settings
+from lora_dpo.wording import json_text
 
 if TYPE_CHECKING:
     from lora_dpo.assessment import Assessment
@@ -155,7 +155,7 @@ def _show(found: Assessment, requirements: list[Requirement], target: Path, *, a
     unmet = [one for one in requirements if not one.met(numbers)]
     if as_json:
         met = [{"require": one.text, "met": one not in unmet} for one in requirements]
-        print(json.dumps({**found.to_json(), "requirements": met, "report": str(target / "report.html")}, indent=2))
+        print(json_text({**found.to_json(), "requirements": met, "report": str(target / "report.html")}))
     else:
         out.print(table(found))
         out.print(found.verdict(), soft_wrap=True, highlight=False)

@@ -112,6 +112,12 @@ def test_control_characters_of_a_text_do_not_reach_the_terminal(run, tiny_model_
         _, said, _ = run(*arguments)
         assert "\\x1b]0;title\\x07 \\x9b31m" in said
         assert not set(said) & {"\x1b", "\x07", "\x9b", "\r"}
+    held = set("\x1b\x07\x9b\x7f\r\u202e\u2066")
+    named = write("c\x9b31m\x7f\u202e\u2066.jsonl", row, row, ["no row"])
+    for arguments in (["check", named], ["check", named, "--json"], ["stats", named], ["show", named]):
+        assert not set(run(*arguments)[1]) & held
+    assert json.loads(run("check", named, "--json")[1])["findings"][0]["rows"] == [f"{named}:3"]
+    assert not set(run("check", f"none{named}")[2]) & held
     assert not set(run("show", source, "2")[2]) & {"\x1b", "\x07", "\x9b", "\r"}
     assert "tab\nline\n" in run("show", source)[1]  # rich writes the tab as spaces
 
@@ -136,6 +142,21 @@ def test_broken_lines_and_several_files_are_one_report(run):
     assert by_check["unreadable"]["rows"] == ["b.jsonl:2", "b.jsonl:3"]
     assert "broken JSON" in by_check["unreadable"]["examples"][0]["text"]
     assert by_check["duplicate"]["rows"] == ["b.jsonl:1"]
+
+
+def test_reasons_that_rows_differ_in_do_not_flood_the_report(run):
+    lines = [json.dumps(ORCA[0])[: 10 + number] for number in range(60)]
+    Path("a.jsonl").write_text("\n".join([*lines, json.dumps(ORCA[0])]))
+    _, said, _ = run("check", "a.jsonl")
+    assert "1 pair read, 60 dropped (60 unreadable: broken JSON)" in said
+    assert "row 1: unreadable: broken JSON (" in said  # an example has its details
+
+
+def test_a_finding_about_all_pairs_names_no_row(run):
+    rows = [{"prompt": f"{number}?", "chosen": "long " * 9 + str(number), "rejected": "no"} for number in range(40)]
+    found = json.loads(run("check", write("a.jsonl", *rows), "--json")[1])
+    [bias] = [each for each in found["findings"] if each["check"] == "length-bias"]
+    assert bias["examples"][0]["row"] == "all pairs"
 
 
 def test_check_against_held_out_data(run):
@@ -337,7 +358,7 @@ def test_mix_reads_as_the_other_commands_and_says_what_was_dropped(run):
     status, said, _ = run("mix", write("a.jsonl", *scored) + ":1", other + ":1", "-o", "out.jsonl", "--min-gap", "3")
     assert status == 0
     assert "6 pairs read, 2 dropped (2 score gap below 3)" in said
-    assert "1 pairs read, 1 dropped (1 without scores, and a least gap is asked for)" in said
+    assert "1 pair read, 1 dropped (1 without scores, and a least gap is asked for)" in said
     assert said.index("a.jsonl") < said.index("b.jsonl")
     assert "2 pairs written to out.jsonl" in said
     status, _, complaint = run("mix", "a.jsonl:1", "-o", "more.jsonl", "--format", "shp")
