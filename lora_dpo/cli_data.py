@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from lora_dpo.cli_pairs import FORMAT_HELP
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.wording import counted, harmless, json_text
 
@@ -22,9 +23,7 @@ err = Console(stderr=True)
 
 Source = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder of files, or a hub id.")]
 Sources = Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders of files, or hub ids.")]
-Format = Annotated[
-    str | None, typer.Option("--format", help="Form of all rows, by its name in docs/data.md. Without it: look.")
-]
+Format = Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)]
 MinGap = Annotated[
     float | None, typer.Option("--min-gap", min=0, help="Leave out pairs whose scores are closer than this.")
 ]

@@ -85,7 +85,7 @@ def evaluate(
     from lora_dpo.generate import Sampling
     from lora_dpo.library import find_adapter
     from lora_dpo.policy import load_policy, load_with_judge
-    from lora_dpo.prompts import read_prompts
+    from lora_dpo.prompts import prompts_with_report
     from lora_dpo.thresholds import parse_requirements
 
     if quantize is not None:
@@ -96,7 +96,10 @@ def evaluate(
     other = against if against == "base" else str(find_adapter(against))
     target = evaluation_folder(folder.resolve().name, output)
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge or [])
-    asked = read_prompts(prompts) if prompts else None
+    asked = None
+    if prompts:
+        asked, read = prompts_with_report(prompts)
+        err.print(f"prompts: {read.summary(prompts)}", highlight=False, markup=False, soft_wrap=True)
     plan = AssessPlan(
         answers=answers,
         kl_answers=kl_answers,

@@ -10,12 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_dpo.wording import counted, harmless
+
 if TYPE_CHECKING:
     from lora_dpo.pairs import PairReport
 
 out = Console()
 err = Console(stderr=True)
 
+FORMAT_HELP = (
+    "Form of all rows: openwebui, shp, nectar, stackexchange, ratings, sharegpt, llamafactory-v1, alpaca, orca, "
+    "argilla, kto, hh-rlhf or trl (docs/data.md). Without it: look at each row."
+)
 JUDGE_HELP = "rules:RULE, reward:MODEL, llm:MODEL@URL, implicit, or module:function. Several add up."
 
 
@@ -33,6 +39,7 @@ def pairs(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many prompts, spread evenly over the file.")
     ] = None,
+    format: Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)] = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Higher is more varied.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this share.")] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -77,7 +84,7 @@ def pairs(
     from lora_dpo.judges.grammar import check_specs
     from lora_dpo.pairs import Selection, make_pairs
     from lora_dpo.policy import load_with_judge
-    from lora_dpo.prompts import read_prompts
+    from lora_dpo.prompts import prompts_with_report
     from lora_dpo.samples import SamplePlan
 
     one_of("--select", select, ("best-worst", "gaps"))
@@ -89,7 +96,7 @@ def pairs(
         refuse_unwritable(path)
     check_specs(judge)
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
-    asked = read_prompts(prompts, limit=limit)
+    asked, read = prompts_with_report(prompts, limit=limit, form=format)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     plan = SamplePlan(answers=answers, sampling=sampling, system=system, batch_size=batch_size)
     with strictness(strict), err.status("loading the model"):
@@ -105,7 +112,7 @@ def pairs(
         [
             ("model", policy.base.name + (f" with {adapter}" if adapter else "")),
             ("judge", judged_by.spec + (f" ({judged_by.about})" if judged_by.about else "")),
-            ("prompts", f"{len(asked)} of {prompts}"),
+            ("prompts", read.summary(prompts)),
             ("answers", f"{answers} a prompt, temperature {temperature:g}, at most {max_new_tokens} tokens"),
             ("output", str(output)),
         ]
@@ -150,23 +157,25 @@ def show_lines(lines: list[tuple[str, str]]) -> None:
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in lines:
-        table.add_row(label, escape(value))
+        table.add_row(label, escape(harmless(value)))
     out.print(table)
     out.print()
 
 
 def show_report(report: PairReport) -> None:
     """What came out, every prompt accounted for."""
-    out.print(f"\n[green]written[/] [bold]{escape(str(report.output))}[/]   {report.pairs} pairs", soft_wrap=True)
+    out.print(
+        f"\n[green]written[/] [bold]{escape(str(report.output))}[/]   {counted(report.pairs, 'pair')}", soft_wrap=True
+    )
     score = "none" if report.mean_score is None else f"{report.mean_score:.3f}"
-    lines = [("mean score", f"{score} over {report.answers} answers")]
+    lines = [("mean score", f"{score} over {counted(report.answers, 'answer')}")]
     used = report.prompts - sum(report.skipped.values())
     reasons = "".join(f", {count} {reason}" for reason, count in report.skipped.most_common())
     lines.append(("prompts", f"{used} of {report.prompts} gave pairs{reasons}"))
     lines.append(
         (
             "length",
-            f"chosen {report.chosen_words:.0f} words, rejected {report.rejected_words:.0f}; "
+            f"chosen {counted(round(report.chosen_words), 'word')}, rejected {report.rejected_words:.0f}; "
             f"the chosen one is longer in {report.chosen_longer:.0%} of the pairs",
         )
     )

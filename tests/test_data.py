@@ -242,6 +242,14 @@ def test_a_mistyped_file_is_answered_here_and_never_asked_from_the_hub(tmp_path,
     assert hint in str(caught.value)
 
 
+def test_the_help_names_every_form():
+    from lora_dpo.cli_pairs import FORMAT_HELP
+    from lora_dpo.data.table import FORMS
+
+    named = FORMAT_HELP.partition(": ")[2].partition(" (")[0].replace(" or ", ", ").split(", ")
+    assert named == [form.name for form in FORMS]
+
+
 def test_a_mistyped_form_is_answered_with_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match=r"Did you mean llamafactory-v1\?"):
         read_pairs(jsonl(tmp_path / "a.jsonl", TEXT_ROW), form="lamafactory")

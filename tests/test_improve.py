@@ -175,6 +175,8 @@ def test_it_stops_when_a_round_does_not_raise_the_score(recipe, forced):
     assert result.best == 1
     assert result.adapter == Path("adapters/improved-round1")
     notes = [event.text for event in events if isinstance(event, Note)]
+    assert re.match(r"prompts: \d+ of \d+ rows of ", notes[0])
+    assert re.match(r"held-out prompts: \d+ of \d+ rows of ", notes[1])
     assert notes[-1].startswith("Round 2 did not raise the score: gain -0.001")
 
 

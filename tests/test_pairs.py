@@ -24,7 +24,7 @@ from lora_dpo.judges.base import Judge
 from lora_dpo.model import attach_lora, load_base
 from lora_dpo.pairs import Selection, choose, make_pairs
 from lora_dpo.policy import Policy, attach_reference, load_policy, load_with_judge
-from lora_dpo.prompts import Prompt, read_prompts
+from lora_dpo.prompts import Prompt, prompts_with_report, read_prompts
 from lora_dpo.samples import SamplePlan, batch_seed, conversation, sample_answers
 
 PLAN = SamplePlan(answers=3, sampling=Sampling(max_new_tokens=10, temperature=1.0, seed=5), batch_size=4)
@@ -131,10 +131,71 @@ def test_a_prompt_is_what_its_form_says(row, messages):
     assert list(found.messages) == (messages or [{"role": "user", "content": row["prompt"]}])
 
 
-def test_rows_that_are_no_pair_and_have_no_prompt_of_their_own_are_left_out():
-    rows = [{"question": f"{answer}?", "chosen": answer, "rejected": "no"} for answer in ("yes", "no", "sure")]
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Why?", "system": "Be brief.", "chosen": "", "rejected": "b"},
+        {"question": "Why?", "system": "Be brief.", "chosen": "b", "rejected": "b", "chosen_score": 1},
+        {"instruction": "Why?", "system": "Be brief.", "chosen": "b", "rejected": "b"},
+        {"input": "Why?", "system": "Be brief.", "chosen": "b"},
+        {"input": "Why?", "system": "Be brief.", "chosen_response": "b", "rejected_response": "b"},
+        {"conversations": [{"from": "human", "value": "Why?"}], "system": "Be brief.", "chosen": "b", "rejected": "b"},
+    ],
+)
+def test_a_prompt_is_asked_although_its_answers_make_no_pair(row):
+    Path("p.jsonl").write_text(json.dumps(row))
+    [found] = read_prompts("p.jsonl")
+    assert list(found.messages) == ASKED
+
+
+def test_rows_without_a_prompt_are_left_out_and_counted():
+    rows = [
+        {"question": "yes?", "chosen": "yes", "rejected": "no"},
+        {"question": "b?"},
+        {"prompt": " "},
+        {"chosen": "a", "rejected": "a"},
+        {"prompt": "yes?"},
+        {"prompt": "sure?"},
+        {"prompt": "well?"},
+    ]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [(prompt.text, prompt.row) for prompt in read_prompts("p.jsonl")] == [("yes?", 1), ("sure?", 3)]
+    found, report = prompts_with_report("p.jsonl")
+    assert [(prompt.text, prompt.row) for prompt in found] == [("yes?", 1), ("sure?", 6), ("well?", 7)]
+    assert (report.rows, report.kept, report.left_out.total()) == (7, 3, 4)
+    assert report.summary("p.jsonl") == (
+        "3 of 7 rows of p.jsonl; left out: 1 without 'prompt', 1 empty prompt, 1 chosen equals rejected, "
+        "1 a repeated prompt"
+    )
+    _, limited = prompts_with_report("p.jsonl", limit=1)
+    assert limited.summary("p.jsonl").startswith("1 of 7 rows of p.jsonl; left out: 2 beyond the limit")
+    Path("p.txt").write_text("One?\n\nTwo?\nOne?\n")
+    assert prompts_with_report("p.txt")[1].summary("p.txt") == "2 of 3 rows of p.txt; left out: 1 a repeated prompt"
+
+
+def test_a_form_can_be_forced_on_prompts():
+    Path("p.jsonl").write_text(json.dumps({"prompt": "Not this.", "question": "This?", "chosen": "a", "rejected": "b"}))
+    assert [prompt.text for prompt in read_prompts("p.jsonl")] == ["Not this."]
+    assert [prompt.text for prompt in read_prompts("p.jsonl", form="orca")] == ["This?"]
+    with pytest.raises(ConfigError, match="Did you mean orca"):
+        read_prompts("p.jsonl", form="orcas")
+    Path("p.txt").write_text("One?")
+    with pytest.raises(ConfigError, match=r"changes nothing with p\.txt: a \.txt holds one prompt a line"):
+        read_prompts("p.txt", form="orca")
+
+
+def test_known_answers_of_a_csv_cell_are_a_list():
+    Path("p.csv").write_text(
+        'prompt,accepted\nOne?,"[""x"", ""y""]"\nTwo?,"[1, 2)"\nThree?,\nFour?," [4] "\nFive?,true\n'
+    )
+    known = [prompt.accepted for prompt in read_prompts("p.csv")]
+    assert known == [("x", "y"), ("[1, 2)",), (), ("4",), ("true",)]
+
+
+def test_known_answers_of_a_repeated_prompt_add_up():
+    rows = [{"prompt": "Two?", "accepted": known} for known in ("2", ["two", "2"], "ii")]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [found] = read_prompts("p.jsonl")
+    assert (found.accepted, found.row) == (("2", "two", "ii"), 1)
 
 
 @pytest.mark.parametrize("name", ["prompts.tx", "promts.txt", "prompt"])
@@ -171,7 +232,7 @@ def test_a_limit_is_spread_over_the_file():
         ("none.txt", None, "none.txt does not exist"),
         ("empty.txt", b" \n\n", "holds no prompt"),
         ("latin.txt", b"caf\xe9", "not UTF-8 text (byte 3)"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "p.jsonl, row 2: without 'prompt'"),
+        ("p.jsonl", b'{"text": "b"}', "p.jsonl, row 1: without 'prompt'. A prompt is text"),
         ("p.jsonl", b'{"prompt": 3}', "p.jsonl, row 1: prompt is neither text"),
         ("p.jsonl", b'{"prompt": []}', "p.jsonl, row 1: empty prompt. A prompt is text, or messages that end where"),
         ("p.jsonl", b'{"prompt": " "}', "p.jsonl, row 1: empty prompt"),
@@ -189,10 +250,17 @@ def test_a_limit_is_spread_over_the_file():
         ),
         (
             "p.jsonl",
-            b'{"question": "a", "chosen": "b", "rejected": "b"}',
-            "holds no prompt: p.jsonl, row 1: chosen equals",
+            b'{"question": " ", "chosen": "b", "rejected": "b"}',
+            "holds no prompt: p.jsonl, row 1: empty prompt",
         ),
         ("p.jsonl", b'{"prompt": "a", "accepted": {"b": 1}}', "row 1: 'accepted' must be"),
+        ("p.jsonl", b'{"prompt": "a", "accepted": true}', "row 1: 'accepted' must be a text or a list of texts; it is"),
+        ("p.jsonl", b'{"prompt": "a", "accepted": ["b", false]}', "row 1: 'accepted' must be"),
+        (
+            "p.csv",
+            b"prompt,accepted\na,\"['b', 'c']\"\n",
+            "row 1: 'accepted' must be a text or a list of texts, in CSV a",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_used_are_named(name, content, says):
@@ -562,10 +630,13 @@ def test_strict_refuses_a_base_that_is_not_quite_the_adapters(adapter, tiny_mode
 
 
 def test_the_command_writes_pairs_and_accounts_for_every_prompt(tiny_model_folder, prompts, capsys):
+    with Path("prompts.txt").open("a") as file:
+        file.write("Say well.\n")
     assert main(command(tiny_model_folder)) == 0
     said = capsys.readouterr().out
     assert f"written p.jsonl   {len(rows_of('p.jsonl'))} pairs" in said
     assert "5 gave pairs" in said
+    assert "5 of 6 rows of prompts.txt; left out: 1 a repeated prompt" in said
     assert "over 15 answers" in said
     assert sorted(os.listdir()) == ["p.jsonl", "p.jsonl.samples.jsonl", "p.jsonl.scores.jsonl", "prompts.txt"]
 
