@@ -122,7 +122,11 @@ def show(
 
     Examples:
 
+        lora-dpo data show pairs.jsonl
+
         lora-dpo data show data/quickstart.jsonl 3 --model smollm2-135m
+
+        lora-dpo data show feedback.csv 12 --format orca --model smollm2-135m --max-length 512
     """
     from lora_dpo.console_data import messages_view, tokens_view
     from lora_dpo.data.reading import pair_at
@@ -145,9 +149,11 @@ def convert(
 ) -> None:
     """Write pairs of any form in the canonical one: TRL's conversational JSONL, with scores and origin.
 
-    Example:
+    Examples:
 
         lora-dpo data convert feedback-export.json pairs.jsonl
+
+        lora-dpo data convert owner/name:train rated.jsonl.gz --format ratings --min-gap 1
     """
     from lora_dpo.console_data import read_view
     from lora_dpo.data.reading import read_pairs
@@ -173,9 +179,11 @@ def split(
 ) -> None:
     """Divide pairs into training and held-out data, so that no prompt is in both.
 
-    Example:
+    Examples:
 
-        lora-dpo data split pairs.jsonl train.jsonl eval.jsonl --share 0.05
+        lora-dpo data split pairs.jsonl train.jsonl eval.jsonl
+
+        lora-dpo data split pairs.jsonl train.jsonl eval.jsonl --share 0.05 --seed 1
     """
     from lora_dpo.console_data import read_view
     from lora_dpo.data.reading import read_pairs
@@ -200,9 +208,11 @@ def stats(
 ) -> None:
     """Describe preference data in numbers: rows, forms, lengths, languages, repeated prompts.
 
-    Example:
+    Examples:
 
-        lora-dpo data stats pairs.jsonl --model smollm2-135m
+        lora-dpo data stats pairs.jsonl
+
+        lora-dpo data stats mine.jsonl folder-of-more/ --model smollm2-135m --max-length 512
     """
     from lora_dpo.console_data import stats_view
     from lora_dpo.data.doctor import examine
@@ -227,9 +237,11 @@ def mix_files(
 ) -> None:
     """Mix sources in given shares, without repeating a pair, shuffled.
 
-    Example:
+    Examples:
 
         lora-dpo data mix mine.jsonl:0.7 public.jsonl:0.3 --output mixed.jsonl
+
+        lora-dpo data mix mine.jsonl:2 owner/name:test:1 --size 5000 --seed 1 --output mixed.jsonl.gz
     """
     from lora_dpo.console_data import read_view
     from lora_dpo.data.files import refuse_twice

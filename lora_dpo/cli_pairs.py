@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -22,7 +23,9 @@ FORMAT_HELP = (
     "Form of all rows: openwebui, shp, nectar, stackexchange, ratings, sharegpt, llamafactory-v1, alpaca, orca, "
     "argilla, kto, hh-rlhf or trl (docs/data.md). Without it: look at each row."
 )
-JUDGE_HELP = "rules:RULE, reward:MODEL, llm:MODEL@URL, implicit, or module:function. Several add up."
+JUDGE_HELP = (
+    "rules:RULE such as rules:length<=40, reward:MODEL, llm:MODEL@URL, implicit, or module:function. Several add up."
+)
 
 
 def pairs(
@@ -75,6 +78,23 @@ def pairs(
         lora-dpo pairs p.txt --adapter adapters/quickstart --judge llm:qwen3:8b@http://localhost:11434/v1 -o pairs.jsonl
 
         lora-dpo pairs p.jsonl --model smollm2-135m --judge my_judge:score --select gaps --min-gap 0.5 -o pairs.jsonl
+
+    Rules to judge by, each a score from 0 to 1 (docs/judges.md has all):
+
+        --judge 'rules:length<=40'         words; sentences, chars, tokens, too
+
+        --judge 'rules:regex=^Dear '       it is found in the answer
+
+        --judge 'rules:keywords=lake,sea'  the share of them that is there
+
+        --judge rules:json                 the whole answer is valid JSON
+
+        --judge rules:exact                it is a known answer
+
+        --judge rules:numeric              its last number is a known one
+
+    exact, contains and numeric compare with 'accepted' in the rows of PROMPTS. A weight is a number before it:
+    --judge '0.5*rules:no-repeat'.
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.console import RunView
@@ -145,8 +165,12 @@ def endpoint_settings(criterion: str | None, per_minute: float | None, prices: s
     if prices is not None:
         try:
             prompt_price, answer_price = map(float, prices.split(","))
+            if not (0 <= prompt_price < inf and 0 <= answer_price < inf):
+                raise ValueError
         except ValueError:
-            raise ConfigError(f"--judge-prices is {prices!r}: write two numbers, such as 0.15,0.6.") from None
+            raise ConfigError(
+                f"--judge-prices is {prices!r}: write two numbers, 0 or more, such as 0.15,0.6."
+            ) from None
         settings = replace(settings, prices=(prompt_price, answer_price))
     return replace(settings, criterion=criterion) if criterion else settings
 

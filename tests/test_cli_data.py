@@ -245,6 +245,15 @@ def test_show_says_why_a_row_is_no_pair(run):
     assert "a.jsonl, row 2 is no pair: without 'chosen' (columns: question)" in complaint
 
 
+def test_rows_of_a_folder_are_numbered_in_each_file(run):
+    Path("fold").mkdir()
+    write("fold/a.jsonl", ORCA[0])
+    write("fold/b.jsonl", ORCA[1])
+    _, _, complaint = run("show", "fold", "2")
+    assert "fold has no row 2: 2 rows were read, numbered in each of its 2 files." in complaint
+    assert "fold/a.jsonl has no row 2: 1 row was read." in run("show", "fold/a.jsonl", "2")[2]
+
+
 def test_a_row_of_another_file_is_not_shown_for_this_one(run):
     votes = [{"prompt": f"{n}?", "completion": "ab"[up], "label": bool(up)} for n in range(3) for up in (1, 0)]
     assert run("convert", write("votes.jsonl", *votes), "pairs.jsonl")[0] == 0

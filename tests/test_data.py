@@ -223,6 +223,7 @@ def test_a_hub_failure_is_a_data_error_in_one_line(monkeypatch):
         ("pears", "Did you mean pairs?"),
         ("pairs/bb.jsonl", "Did you mean pairs/b.jsonl?"),
         ("pairs/b", "Did you mean pairs/b.jsonl?"),
+        ("pairs/unlike.csv", "owner/name of the hub."),
         ("./owner/name", "does not exist"),
         ("/owner/name", "does not exist"),
         ("~/owner/name", "does not exist"),
@@ -240,6 +241,7 @@ def test_a_mistyped_file_is_answered_here_and_never_asked_from_the_hub(tmp_path,
     with pytest.raises(DataError) as caught:
         read_pairs(source)
     assert hint in str(caught.value)
+    assert str(caught.value).count("Did you mean") == hint.count("Did you mean")
 
 
 def test_the_help_names_every_form():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import gzip
 import io
 import json
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lora_dpo.config import nearest
 from lora_dpo.errors import ConfigError, DataError
 
 Row = dict[str, Any]
@@ -100,7 +100,9 @@ def near_file(path: Path) -> str:
         names = [name for name in os.listdir(path.parent) if not name.startswith(".")]
     except OSError:
         return ""
-    return nearest(str(path), [str(path.with_name(name)) for name in names]) if path.name else ""
+    known = {Path(name).stem: name for name in names} | {name: name for name in names}
+    close = difflib.get_close_matches(path.name, known, n=1)
+    return f" Did you mean {path.with_name(known[close[0]])}?" if close else ""
 
 
 def _looked_at(source: str, question: Callable[[], bool]) -> bool:

@@ -12,6 +12,7 @@ from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vot
 from lora_dpo.data.table import Form, form_named, form_of
 from lora_dpo.data.votes import Ballot
 from lora_dpo.errors import DataError
+from lora_dpo.wording import counted
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,19 @@ def pair_at(source: str, row: int | None, *, form: str | None = None) -> Prefere
     Raises:
         DataError: there is no such row, or it is no pair; the message says why.
     """
-    rows = 0
+    rows, files = 0, set[str]()
     for outcome in outcomes(source, form=form, tolerant=True):
         rows += outcome.rows
+        files.update(origin.source for origin, _ in outcome.read)
         for pair in outcome.pairs:
             if row is None or row in (pair.origin.row, _rejected_row(pair)):
                 return pair
         for bad in outcome.dropped:
             if bad.origin.row == row:
                 raise DataError(f"{bad.origin.source}, row {row} is no pair: {bad.reason}.")
-    raise DataError(f"{source} has no {'pair' if row is None else f'row {row}'}: {rows} rows were read.")
+    where = f", numbered in each of its {len(files)} files" if len(files) > 1 else ""
+    what = "pair" if row is None else f"row {row}"
+    raise DataError(f"{source} has no {what}: {counted(rows, 'row')} {'was' if rows == 1 else 'were'} read{where}.")
 
 
 def _rejected_row(pair: PreferencePair) -> Any:
