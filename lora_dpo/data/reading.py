@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lora_dpo.data.files import Row, files_of, read_rows
 from lora_dpo.data.messages import BadRow
@@ -14,14 +14,18 @@ from lora_dpo.data.votes import Ballot
 from lora_dpo.errors import DataError
 from lora_dpo.wording import counted
 
+Made = TypeVar("Made", PreferencePair, Vote)
+"""What rows become: pairs, or single answers."""
+
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one row became, or the votes that were counted together: pairs, or a reason for each row."""
+class Outcome(Generic[Made]):
+    """What one row became, or the votes that were counted together: pairs or answers, or a reason for each row."""
 
     read: tuple[tuple[Origin, Any], ...]
     """Each row with its place: as it was read, its text if it is broken, or the vote."""
-    pairs: tuple[PreferencePair, ...] = ()
+    pairs: tuple[Made, ...] = ()
+    """What was made; single answers where answers are read (`answers.py`)."""
     dropped: tuple[Dropped, ...] = ()
     title: str | None = None
     """Title of the form; None for a line that is no row."""
@@ -51,22 +55,42 @@ def read_pairs(
         DataError: a source cannot be read, or no row of it is usable.
         ConfigError: there is no form of that name.
     """
+    return gather(
+        sources,
+        lambda source: outcomes(source, form=form, min_gap=min_gap),
+        on_bad_row=on_bad_row,
+        nothing="holds no usable pair: {why}. See docs/data.md for the forms that are read.",
+    )
+
+
+def gather(
+    sources: str | Sequence[str],
+    outcomes_of: Callable[[str], Iterable[Outcome[Made]]],
+    *,
+    on_bad_row: str,
+    nothing: str,
+) -> tuple[list[Made], ReadReport]:
+    """All that the rows of some sources became, with an account; a source of which nothing is usable is an error.
+
+    Args:
+        nothing: what to say of such a source; `{why}` is the first reason.
+    """
     if not sources:
         raise DataError("The list of preference files is empty. Name at least one file or hub data set.")
-    pairs: list[PreferencePair] = []
+    made: list[Made] = []
     report = ReadReport()
     for source in [sources] if isinstance(sources, str) else sources:
-        before, dropped_before = len(pairs), len(report.dropped)
-        for outcome in outcomes(source, form=form, min_gap=min_gap):
+        before, dropped_before = len(made), len(report.dropped)
+        for outcome in outcomes_of(source):
             if outcome.dropped and on_bad_row == "error":
                 bad = outcome.dropped[0]
                 raise DataError(f"{bad.origin.source}, row {bad.origin.row}: {bad.reason}.")
             account(report, outcome)
-            pairs.extend(outcome.pairs)
-        if len(pairs) == before:
+            made.extend(outcome.pairs)
+        if len(made) == before:
             why = report.dropped[dropped_before].reason if len(report.dropped) > dropped_before else "no rows"
-            raise DataError(f"{source} holds no usable pair: {why}. See docs/data.md for the forms that are read.")
-    return pairs, report
+            raise DataError(f"{source} {nothing.format(why=why)}")
+    return made, report
 
 
 def pair_at(source: str, row: int | None, *, form: str | None = None) -> PreferencePair:
@@ -96,7 +120,7 @@ def _rejected_row(pair: PreferencePair) -> Any:
     return made.get("rejected_row") if made.get("file") == pair.origin.source else None
 
 
-def account(report: ReadReport, outcome: Outcome) -> None:
+def account(report: ReadReport, outcome: Outcome[Made]) -> None:
     """Enter an outcome into the report."""
     report.rows += outcome.rows
     report.dropped.extend(outcome.dropped)
@@ -107,7 +131,7 @@ def account(report: ReadReport, outcome: Outcome) -> None:
 
 def outcomes(
     source: str, *, form: str | None = None, min_gap: float | None = None, tolerant: bool = False
-) -> Iterator[Outcome]:
+) -> Iterator[Outcome[PreferencePair]]:
     """What each row of a source became; votes come at the end, when all are known.
 
     Args:
@@ -120,9 +144,11 @@ def outcomes(
     forced = form_named(form) if form is not None else None
     ballot, vote_titles = Ballot(), dict[Origin, str]()
     for file in files_of(source):
-        broken: list[Outcome] = []
+        broken: list[Outcome[PreferencePair]] = []
 
-        def on_broken(line: int, reason: str, text: str, file: str = file, broken: list[Outcome] = broken) -> None:
+        def on_broken(
+            line: int, reason: str, text: str, file: str = file, broken: list[Outcome[PreferencePair]] = broken
+        ) -> None:
             dropped = Dropped(Origin(file, line), f"unreadable: {reason}", "unreadable")
             broken.append(Outcome(((dropped.origin, text),), dropped=(dropped,)))
 
@@ -134,7 +160,7 @@ def outcomes(
             try:
                 made = fits.read(row, origin)
             except BadRow as bad:
-                yield _dropped(origin, bad, fits.title, row)
+                yield left_out(origin, bad, fits.title, row)
                 continue
             if isinstance(made, Vote):
                 ballot.add(made)
@@ -147,7 +173,7 @@ def outcomes(
         problem = result if isinstance(result, BadRow) else _gap_problem(result, min_gap)
         if problem is not None:
             for vote in votes:
-                yield _dropped(vote.origin, problem, title, vote_row(vote))
+                yield left_out(vote.origin, problem, title, vote_row(vote))
         elif isinstance(result, PreferencePair):
             yield Outcome(tuple((vote.origin, vote_row(vote)) for vote in votes), (result,), title=title)
 
@@ -157,15 +183,18 @@ def vote_row(vote: Vote) -> Row:
     return {"prompt": list(vote.prompt), "completion": list(vote.answer), "label": vote.up}
 
 
-def _pairs(made: list[PreferencePair], origin: Origin, form: Form, min_gap: float | None, row: Row) -> Outcome:
+def _pairs(
+    made: list[PreferencePair], origin: Origin, form: Form, min_gap: float | None, row: Row
+) -> Outcome[PreferencePair]:
     problems = [_gap_problem(pair, min_gap) for pair in made]
     kept = tuple(pair for pair, problem in zip(made, problems, strict=True) if problem is None)
     if not kept and problems[0] is not None:
-        return _dropped(origin, problems[0], form.title, row)
+        return left_out(origin, problems[0], form.title, row)
     return Outcome(((origin, row),), kept, title=form.title)
 
 
-def _dropped(origin: Origin, bad: BadRow, title: str, content: Row) -> Outcome:
+def left_out(origin: Origin, bad: BadRow, title: str, content: Row) -> Outcome[Any]:
+    """The outcome of a row that is none."""
     return Outcome(((origin, content),), dropped=(Dropped(origin, str(bad), bad.kind),), title=title)
 
 

@@ -125,7 +125,7 @@ def dropped_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.dropped.jsonl")
 
 
-def _reason(outcome: Outcome, removals: Mapping[Origin, str]) -> str | None:
+def _reason(outcome: Outcome[PreferencePair], removals: Mapping[Origin, str]) -> str | None:
     """Why the rows of an outcome are removed, or None. All pairs of one row have one origin, so they go together."""
     if outcome.dropped:
         return outcome.dropped[0].reason
