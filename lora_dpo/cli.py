@@ -332,7 +332,9 @@ def _usage_error(error: Exception) -> int:
 def _plain(error: object) -> str:
     from rich.markup import escape
 
-    return escape(str(error))
+    from lora_dpo.wording import harmless
+
+    return escape(harmless(str(error)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from lora_dpo.cli_pairs import FORMAT_HELP
 from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.wording import counted, harmless, json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,9 +23,7 @@ err = Console(stderr=True)
 
 Source = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder of files, or a hub id.")]
 Sources = Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders of files, or hub ids.")]
-Format = Annotated[
-    str | None, typer.Option("--format", help="Form of all rows, by its name in docs/data.md. Without it: look.")
-]
+Format = Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)]
 MinGap = Annotated[
     float | None, typer.Option("--min-gap", min=0, help="Leave out pairs whose scores are closer than this.")
 ]
@@ -73,13 +72,15 @@ def check(
     from lora_dpo.console_data import diagnosis_view, fixed_view
     from lora_dpo.data.doctor import examine
     from lora_dpo.data.files import refuse_twice
-    from lora_dpo.data.write import check_name, write_fixed
-    from lora_dpo.files import refuse_existing
+    from lora_dpo.data.write import check_name, dropped_of, write_fixed
+    from lora_dpo.files import refuse_existing, refuse_unwritable
 
     refuse_twice(files)
     if fix is not None:
         check_name(fix)
-        refuse_existing(fix)
+        for path in (fix, dropped_of(fix)):
+            refuse_existing(path)
+            refuse_unwritable(path)
     with _counting() as count:
         diagnosis = examine(
             files,
@@ -91,7 +92,7 @@ def check(
             on_rows=count,
         )
     if as_json:
-        typer.echo(json.dumps(diagnosis.as_json(), indent=2, ensure_ascii=False))
+        typer.echo(json_text(diagnosis.as_json()))
     else:
         diagnosis_view(diagnosis, out)
     if not diagnosis.report.rows:  # as for a file without a byte: a script must not take it for clean data
@@ -123,7 +124,11 @@ def show(
 
     Examples:
 
+        lora-dpo data show pairs.jsonl
+
         lora-dpo data show data/quickstart.jsonl 3 --model smollm2-135m
+
+        lora-dpo data show feedback.csv 12 --format orca --model smollm2-135m --max-length 512
     """
     from lora_dpo.console_data import messages_view, tokens_view
     from lora_dpo.data.reading import pair_at
@@ -146,9 +151,11 @@ def convert(
 ) -> None:
     """Write pairs of any form in the canonical one: TRL's conversational JSONL, with scores and origin.
 
-    Example:
+    Examples:
 
         lora-dpo data convert feedback-export.json pairs.jsonl
+
+        lora-dpo data convert owner/name:train rated.jsonl.gz --format ratings --min-gap 1
     """
     from lora_dpo.console_data import read_view
     from lora_dpo.data.reading import read_pairs
@@ -159,7 +166,7 @@ def convert(
         pairs, report = read_pairs(file, form=format, min_gap=min_gap)
         count = write_pairs(pairs, output)
     read_view(report, out)
-    out.print(f"{count} pairs written to {output}", highlight=False, soft_wrap=True)
+    _written(count, output)
 
 
 @app.command()
@@ -174,9 +181,11 @@ def split(
 ) -> None:
     """Divide pairs into training and held-out data, so that no prompt is in both.
 
-    Example:
+    Examples:
 
-        lora-dpo data split pairs.jsonl train.jsonl eval.jsonl --share 0.05
+        lora-dpo data split pairs.jsonl train.jsonl eval.jsonl
+
+        lora-dpo data split pairs.jsonl train.jsonl eval.jsonl --share 0.05 --seed 1
     """
     from lora_dpo.console_data import read_view
     from lora_dpo.data.reading import read_pairs
@@ -188,7 +197,7 @@ def split(
         write_both(sides, (train, held_out))
     read_view(report, out)
     for side, path in zip(sides, (train, held_out), strict=True):
-        out.print(f"{len(side)} pairs written to {path}", highlight=False, soft_wrap=True)
+        _written(len(side), path)
 
 
 @app.command()
@@ -201,13 +210,17 @@ def stats(
 ) -> None:
     """Describe preference data in numbers: rows, forms, lengths, languages, repeated prompts.
 
-    Example:
+    Examples:
 
-        lora-dpo data stats pairs.jsonl --model smollm2-135m
+        lora-dpo data stats pairs.jsonl
+
+        lora-dpo data stats mine.jsonl folder-of-more/ --model smollm2-135m --max-length 512
     """
     from lora_dpo.console_data import stats_view
     from lora_dpo.data.doctor import examine
+    from lora_dpo.data.files import refuse_twice
 
+    refuse_twice(files)
     with _counting() as count:
         diagnosis = examine(
             files, form=format, min_gap=min_gap, tokenizer=_tokenizer(model), max_length=max_length, on_rows=count
@@ -226,24 +239,33 @@ def mix_files(
 ) -> None:
     """Mix sources in given shares, without repeating a pair, shuffled.
 
-    Example:
+    Examples:
 
         lora-dpo data mix mine.jsonl:0.7 public.jsonl:0.3 --output mixed.jsonl
+
+        lora-dpo data mix mine.jsonl:2 owner/name:test:1 --size 5000 --seed 1 --output mixed.jsonl.gz
     """
     from lora_dpo.console_data import read_view
+    from lora_dpo.data.files import refuse_twice
     from lora_dpo.data.reading import read_pairs
     from lora_dpo.data.write import check_name, mix, write_pairs
 
     check_name(output)
     named = [_share(part) for part in parts]
+    refuse_twice([source for source, _ in named])
     with err.status("reading"):
         read = [(*read_pairs(source, form=format, min_gap=min_gap), share) for source, share in named]
         count = write_pairs(mix([(pairs, share) for pairs, _, share in read], size=size, seed=seed), output)
     for (source, _), (_, report, _) in zip(named, read, strict=True):
-        out.print(f"\n{source}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"\n{harmless(source)}", highlight=False, markup=False, soft_wrap=True)
         read_view(report, out)
     out.print()
-    out.print(f"{count} pairs written to {output}", highlight=False, soft_wrap=True)
+    _written(count, output)
+
+
+def _written(pairs: int, path: Path) -> None:
+    text = harmless(f"{counted(pairs, 'pair')} written to {path}")
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _share(part: str) -> tuple[str, float]:

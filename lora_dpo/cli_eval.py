@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_dpo.cli_pairs import JUDGE_HELP, endpoint_settings
+from lora_dpo.wording import json_text
 
 if TYPE_CHECKING:
     from lora_dpo.assessment import Assessment
@@ -85,7 +85,7 @@ def evaluate(
     from lora_dpo.generate import Sampling
     from lora_dpo.library import find_adapter
     from lora_dpo.policy import load_policy, load_with_judge
-    from lora_dpo.prompts import read_prompts
+    from lora_dpo.prompts import prompts_with_report
     from lora_dpo.thresholds import parse_requirements
 
     if quantize is not None:
@@ -96,7 +96,10 @@ def evaluate(
     other = against if against == "base" else str(find_adapter(against))
     target = evaluation_folder(folder.resolve().name, output)
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge or [])
-    asked = read_prompts(prompts) if prompts else None
+    asked = None
+    if prompts:
+        asked, read = prompts_with_report(prompts)
+        err.print(f"prompts: {read.summary(prompts)}", highlight=False, markup=False, soft_wrap=True)
     plan = AssessPlan(
         answers=answers,
         kl_answers=kl_answers,
@@ -155,7 +158,7 @@ def _show(found: Assessment, requirements: list[Requirement], target: Path, *, a
     unmet = [one for one in requirements if not one.met(numbers)]
     if as_json:
         met = [{"require": one.text, "met": one not in unmet} for one in requirements]
-        print(json.dumps({**found.to_json(), "requirements": met, "report": str(target / "report.html")}, indent=2))
+        print(json_text({**found.to_json(), "requirements": met, "report": str(target / "report.html")}))
     else:
         out.print(table(found))
         out.print(found.verdict(), soft_wrap=True, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -10,13 +11,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_dpo.wording import counted, harmless
+
 if TYPE_CHECKING:
     from lora_dpo.pairs import PairReport
 
 out = Console()
 err = Console(stderr=True)
 
-JUDGE_HELP = "rules:RULE, reward:MODEL, llm:MODEL@URL, implicit, or module:function. Several add up."
+FORMAT_HELP = (
+    "Form of all rows: openwebui, shp, nectar, stackexchange, ratings, sharegpt, llamafactory-v1, alpaca, orca, "
+    "argilla, kto, hh-rlhf or trl (docs/data.md). Without it: look at each row."
+)
+JUDGE_HELP = (
+    "rules:RULE such as rules:length<=40, reward:MODEL, llm:MODEL@URL, implicit, or module:function. Several add up."
+)
 
 
 def pairs(
@@ -24,7 +33,7 @@ def pairs(
         str, typer.Argument(help="Prompts: a .txt with one a line, rows with 'prompt', or preference data.")
     ],
     judge: Annotated[list[str], typer.Option("--judge", help=JUDGE_HELP)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL to write. Must not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .jsonl or .jsonl.gz to write. Must not exist.")],
     model: Annotated[
         str | None, typer.Option(help="The model that answers: a packaged name, a folder, or a hub id.")
     ] = None,
@@ -33,6 +42,7 @@ def pairs(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many prompts, spread evenly over the file.")
     ] = None,
+    format: Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)] = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Higher is more varied.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this share.")] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -68,24 +78,45 @@ def pairs(
         lora-dpo pairs p.txt --adapter adapters/quickstart --judge llm:qwen3:8b@http://localhost:11434/v1 -o pairs.jsonl
 
         lora-dpo pairs p.jsonl --model smollm2-135m --judge my_judge:score --select gaps --min-gap 0.5 -o pairs.jsonl
+
+    Rules to judge by, each a score from 0 to 1 (docs/judges.md has all):
+
+        --judge 'rules:length<=40'         words; sentences, chars, tokens, too
+
+        --judge 'rules:regex=^Dear '       it is found in the answer
+
+        --judge 'rules:keywords=lake,sea'  the share of them that is there
+
+        --judge rules:json                 the whole answer is valid JSON
+
+        --judge rules:exact                it is a known answer
+
+        --judge rules:numeric              its last number is a known one
+
+    exact, contains and numeric compare with 'accepted' in the rows of PROMPTS. A weight is a number before it:
+    --judge '0.5*rules:no-repeat'.
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.console import RunView
-    from lora_dpo.files import refuse_existing
+    from lora_dpo.data.write import check_name
+    from lora_dpo.files import refuse_existing, refuse_unwritable
     from lora_dpo.generate import Sampling
     from lora_dpo.judges.grammar import check_specs
     from lora_dpo.pairs import Selection, make_pairs
     from lora_dpo.policy import load_with_judge
-    from lora_dpo.prompts import read_prompts
+    from lora_dpo.prompts import prompts_with_report
     from lora_dpo.samples import SamplePlan
 
     one_of("--select", select, ("best-worst", "gaps"))
     if quantize is not None:
         one_of("--quantize", quantize, ("nf4", "none"))
+    check_name(output)
     refuse_existing(output)
+    for path in (output, samples or output.with_name(output.name + ".samples.jsonl")):
+        refuse_unwritable(path)
     check_specs(judge)
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
-    asked = read_prompts(prompts, limit=limit)
+    asked, read = prompts_with_report(prompts, limit=limit, form=format)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     plan = SamplePlan(answers=answers, sampling=sampling, system=system, batch_size=batch_size)
     with strictness(strict), err.status("loading the model"):
@@ -101,7 +132,7 @@ def pairs(
         [
             ("model", policy.base.name + (f" with {adapter}" if adapter else "")),
             ("judge", judged_by.spec + (f" ({judged_by.about})" if judged_by.about else "")),
-            ("prompts", f"{len(asked)} of {prompts}"),
+            ("prompts", read.summary(prompts)),
             ("answers", f"{answers} a prompt, temperature {temperature:g}, at most {max_new_tokens} tokens"),
             ("output", str(output)),
         ]
@@ -134,8 +165,12 @@ def endpoint_settings(criterion: str | None, per_minute: float | None, prices: s
     if prices is not None:
         try:
             prompt_price, answer_price = map(float, prices.split(","))
+            if not (0 <= prompt_price < inf and 0 <= answer_price < inf):
+                raise ValueError
         except ValueError:
-            raise ConfigError(f"--judge-prices is {prices!r}: write two numbers, such as 0.15,0.6.") from None
+            raise ConfigError(
+                f"--judge-prices is {prices!r}: write two numbers, 0 or more, such as 0.15,0.6."
+            ) from None
         settings = replace(settings, prices=(prompt_price, answer_price))
     return replace(settings, criterion=criterion) if criterion else settings
 
@@ -146,23 +181,25 @@ def show_lines(lines: list[tuple[str, str]]) -> None:
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in lines:
-        table.add_row(label, escape(value))
+        table.add_row(label, escape(harmless(value)))
     out.print(table)
     out.print()
 
 
 def show_report(report: PairReport) -> None:
     """What came out, every prompt accounted for."""
-    out.print(f"\n[green]written[/] [bold]{escape(str(report.output))}[/]   {report.pairs} pairs", soft_wrap=True)
+    out.print(
+        f"\n[green]written[/] [bold]{escape(str(report.output))}[/]   {counted(report.pairs, 'pair')}", soft_wrap=True
+    )
     score = "none" if report.mean_score is None else f"{report.mean_score:.3f}"
-    lines = [("mean score", f"{score} over {report.answers} answers")]
+    lines = [("mean score", f"{score} over {counted(report.answers, 'answer')}")]
     used = report.prompts - sum(report.skipped.values())
     reasons = "".join(f", {count} {reason}" for reason, count in report.skipped.most_common())
     lines.append(("prompts", f"{used} of {report.prompts} gave pairs{reasons}"))
     lines.append(
         (
             "length",
-            f"chosen {report.chosen_words:.0f} words, rejected {report.rejected_words:.0f}; "
+            f"chosen {counted(round(report.chosen_words), 'word')}, rejected {report.rejected_words:.0f}; "
             f"the chosen one is longer in {report.chosen_longer:.0%} of the pairs",
         )
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from lora_dpo.wording import counted, json_text, reasons_text
 
 if TYPE_CHECKING:
     from lora_dpo.plan import Plan
@@ -59,7 +60,7 @@ def plan(
     with view.live():
         planned = make_plan(settings, card=card, memory=memory, measure=measure, on_event=view)
     if as_json:
-        print(json.dumps(planned.to_json(), indent=2, ensure_ascii=False))
+        print(json_text(planned.to_json()))
     else:
         draw(planned, out)
 
@@ -96,9 +97,9 @@ def lines(planned: Plan) -> Iterator[tuple[str, str]]:
     yield "model", planned.model
     yield "machine", f"{planned.machine.name}, computing in {planned.machine.dtype}"
     for which, rows in planned.data.items():
-        why = ", ".join(f"{number} {reason}" for reason, number in rows.dropped.items())
+        why = reasons_text(rows.dropped.items())
         dropped = sum(rows.dropped.values())
-        yield f"{which} data", f"{rows.pairs} pairs read, {dropped} dropped" + (f" ({why})" if why else "")
+        yield f"{which} data", f"{counted(rows.pairs, 'pair')} read, {dropped:,} dropped" + (f" ({why})" if why else "")
     if memory.activations is None:
         yield "tokens", f"{tokens.padded:,} in the run, padded"
     else:

@@ -346,6 +346,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 
 def check_recipe(settings: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """Validate plain settings. Raises `ConfigError` that names the key, the value and what is allowed."""
+    if "improve" in settings:
+        raise ConfigError(f"{where} is a recipe for lora-dpo improve: it has a section improve. Use that command.")
     return check_settings(Recipe, settings, where=where)
 
 

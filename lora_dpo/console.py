@@ -34,6 +34,7 @@ from lora_dpo.events import (
 )
 from lora_dpo.events import Progress as ProgressEvent
 from lora_dpo.fidelity import Fidelity
+from lora_dpo.wording import harmless
 
 
 class RunView:
@@ -78,7 +79,7 @@ class RunView:
             case Alarmed(_, _, text):
                 self.console.print(f"[yellow]alarm:[/] {escape(text)}", highlight=False)
             case Note(text, warning):
-                self.console.print(f"[yellow]warning:[/] {escape(text)}" if warning else escape(text))
+                self.console.print(("[yellow]warning:[/] " if warning else "") + escape(harmless(text)))
             case Compared(rows) if rows:
                 self._compared(rows)
             case Answered(rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -17,15 +16,10 @@ from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.template import Message
 from lora_dpo.data.view import PairView, Piece
 from lora_dpo.data.write import Fixed
+from lora_dpo.wording import counted, harmless
 
 ROWS_SHOWN = 8
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 STYLE = {"prompt": ("cyan", "bright_cyan"), "chosen": ("green", "bright_green"), "rejected": ("red", "bright_red")}
-
-
-def harmless(text: str) -> str:
-    r"""Text of a data set for a terminal: control characters, which could repaint it, are written as `\x1b`."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def diagnosis_view(diagnosis: Diagnosis, console: Console) -> None:
@@ -42,12 +36,8 @@ def diagnosis_view(diagnosis: Diagnosis, console: Console) -> None:
     stats_view(diagnosis, console, read=False)
     warnings = sum(finding.check.severity == "warning" for finding in diagnosis.findings.values())
     kinds = len(diagnosis.findings) - warnings
-    errors = f"{_count(kinds, 'kind')} of error in {_count(diagnosis.errors, 'row')}" if kinds else "no errors"
-    console.print(f"\n{errors}, {_count(warnings, 'kind')} of warning", highlight=False)
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+    errors = f"{counted(kinds, 'kind')} of error in {counted(diagnosis.errors, 'row')}" if kinds else "no errors"
+    console.print(f"\n{errors}, {counted(warnings, 'kind')} of warning", highlight=False)
 
 
 def _finding_view(finding: Finding, console: Console) -> None:
@@ -58,7 +48,7 @@ def _finding_view(finding: Finding, console: Console) -> None:
         f"[{colour}]{check.severity}[/] [bold]{count}{escape(check.title)}[/] \\[{check.name}]", highlight=False
     )
     if finding.rows:
-        console.print(Padding(Text(f"rows {rows_text(finding.rows)}"), (0, 0, 0, 2), expand=False))
+        console.print(Padding(Text(harmless(f"rows {rows_text(finding.rows)}")), (0, 0, 0, 2), expand=False))
     for origin, text in finding.examples:
         place = f"row {origin.row}: " if origin.row else ""
         console.print(
@@ -94,9 +84,9 @@ def stats_view(diagnosis: Diagnosis, console: Console, *, read: bool = True) -> 
 
 
 def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    facts = [("prompts", f"{diagnosis.prompts:,} different ones in {diagnosis.pairs:,} pairs")]
+    facts = [("prompts", f"{diagnosis.prompts:,} different ones in {counted(diagnosis.pairs, 'pair')}")]
     if diagnosis.scored:
-        facts.append(("scores", f"{diagnosis.scored:,} pairs have them"))
+        facts.append(("scores", f"{counted(diagnosis.scored, 'pair')} with them"))
     bias = diagnosis.bias
     facts.append(
         ("length", f"chosen is longer in {bias.chosen_longer:.0%} of the pairs; {bias.sentence(diagnosis.unit)}")
@@ -122,7 +112,8 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 def read_view(report: ReadReport, console: Console) -> None:
     """What was read, and as what."""
     console.print(
-        f"[bold cyan]{'read':<14}[/]{report.rows:,} rows, as {escape(report.read_as or 'no form')}", highlight=False
+        f"[bold cyan]{'read':<14}[/]{counted(report.rows, 'row')}, as {escape(report.read_as or 'no form')}",
+        highlight=False,
     )
     console.print(f"[bold cyan]{'pairs':<14}[/]{escape(harmless(report.summary()))}", highlight=False)
 
@@ -130,8 +121,10 @@ def read_view(report: ReadReport, console: Console) -> None:
 def fixed_view(fixed: Fixed, console: Console) -> None:
     """What a cleaning wrote."""
     console.print(
-        f"{fixed.rows} rows read: {fixed.rows - fixed.removed} became {fixed.pairs} pairs, written to {fixed.out}; "
-        f"{fixed.removed} removed with their reasons to {fixed.dropped}",
+        harmless(
+            f"{counted(fixed.rows, 'row')} read: {fixed.rows - fixed.removed:,} became {counted(fixed.pairs, 'pair')}, "
+            f"written to {fixed.out}; {fixed.removed:,} removed with their reasons to {fixed.dropped}"
+        ),
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -178,7 +171,7 @@ def _coloured(pieces: Sequence[Piece], shades: tuple[str, str]) -> Text:
 
 
 def _heading(pair: PreferencePair, console: Console) -> None:
-    console.print(f"[bold]{escape(str(pair.origin))}[/]", highlight=False)
+    console.print(f"[bold]{escape(harmless(str(pair.origin)))}[/]", highlight=False)
     if pair.gap is not None:
         console.print(f"scores {pair.chosen_score:g} and {pair.rejected_score:g}", highlight=False)
     for key, value in (pair.provenance or {}).items():

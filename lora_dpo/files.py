@@ -82,20 +82,34 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise `OutputError` if `target` is already there."""
-    if target.exists():
+    """Raise `OutputError` if `target` is already there, or cannot be: its name is too long."""
+    with disk_errors(target):
+        there = target.exists()
+    if there:
         raise OutputError(f"{target} already exists and is never overwritten. Choose another name, or remove it first.")
+
+
+def refuse_unwritable(target: Path) -> None:
+    """Raise `OutputError` unless a file of that name can be made there; leaves nothing.
+
+    For work that takes long before it writes: folders are not made yet, so the nearest one that exists is tried.
+    """
+    with disk_errors(target):
+        folder = next(folder for folder in target.absolute().parents if folder.exists())
+        try:
+            number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target)) from error
+        os.close(number)
+        os.unlink(name)
 
 
 @contextmanager
 def _beside(target: Path) -> Iterator[None]:
     """Make the parent folder; what the block makes in it may be refused as `disk_errors` says."""
     with disk_errors(target):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            yield
-        except FileNotFoundError as error:  # such as /proc: a folder that takes no files
-            raise OutputError(f"Cannot write {target}: nothing can be made there. Choose another folder.") from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 @contextmanager
@@ -111,9 +125,22 @@ def disk_errors(target: Path) -> Iterator[None]:
             raise
         raise OutputError(f"Cannot write {target}: the disk is full. {_DISK_ADVICE[errno.ENOSPC]}") from error
     except OSError as error:
-        if error.errno not in _DISK_ADVICE:
+        if error.errno not in _DISK_ADVICE or (error.errno == errno.ENOENT and not _on_the_way(error.filename, target)):
             raise
-        raise OutputError(f"Cannot write {target}: {os.strerror(error.errno)}. {_DISK_ADVICE[error.errno]}") from error
+        # mkdir says "File exists" of a file in the middle of the path
+        said = os.strerror(errno.ENOTDIR if error.errno == errno.EEXIST else error.errno)
+        raise OutputError(f"Cannot write {target}: {said}. {_DISK_ADVICE[error.errno]}") from error
+
+
+def _on_the_way(missing: object, target: Path) -> bool:
+    """True if what was not found is `target`, one of its folders, or a file beside it.
+
+    Long work runs inside `disk_errors`: a file that is missing elsewhere is no matter of this disk.
+    """
+    if not isinstance(missing, str | os.PathLike):
+        return False
+    path, goal = Path(missing).absolute(), target.absolute()
+    return path in goal.parents or path.parent == goal.parent
 
 
 _DISK_ADVICE = {
@@ -122,6 +149,8 @@ _DISK_ADVICE = {
     errno.EACCES: "Choose a folder you may write to.",
     errno.EPERM: "Choose a folder you may write to.",
     errno.EROFS: "Choose a folder on a writable disk.",
+    errno.ENOENT: "Nothing can be made there: choose another folder.",  # such as /proc, which takes no files
+    errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ENOTDIR: "A part of that path is a file, not a folder.",
     errno.EEXIST: "A part of that path is a file, not a folder.",
 }

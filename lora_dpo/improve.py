@@ -36,7 +36,8 @@ from lora_dpo.model import Base, detach, load_base
 from lora_dpo.pairs import Selection, make_pairs
 from lora_dpo.policy import Policy
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.prompts import Prompt, accepted_hash, prompts_hash, read_prompts
+from lora_dpo.prompts import Prompt, accepted_hash, prompts_hash, prompts_with_report
+from lora_dpo.quiet import quiet_libraries
 from lora_dpo.runs import ADAPTERS_DIR, checkpoints, partial_of
 from lora_dpo.samples import SamplePlan
 from lora_dpo.settings import trainer_settings
@@ -175,9 +176,12 @@ def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) 
     if recipe.reference != "base" and recipe.lora.model_fields_set:
         given = ", ".join(sorted(recipe.lora.model_fields_set))
         raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
-    trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
-    prompts = read_prompts(section.prompts, limit=section.limit)
-    held_out = read_prompts(section.held_out, limit=section.held_out_limit)
+    with quiet_libraries():  # TRL brings bitsandbytes in, which has advice to give
+        trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
+    prompts, read = prompts_with_report(section.prompts, limit=section.limit)
+    held_out, read_held_out = prompts_with_report(section.held_out, limit=section.held_out_limit)
+    emit(Note(f"prompts: {read.summary(section.prompts)}"))
+    emit(Note(f"held-out prompts: {read_held_out.summary(section.held_out)}"))
     if len(held_out) < FEWEST_HELD_OUT:
         raise DataError(
             f"{section.held_out} holds {len(held_out)} prompts: too few to see whether a round helped. "

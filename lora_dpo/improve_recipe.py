@@ -55,7 +55,7 @@ class ImproveSection(Section):
     criterion: Annotated[str | None, Field(description="What an LLM judge is to look at.")] = None
     judge_per_minute: Annotated[float | None, Field(gt=0, description="Most requests to an LLM judge.")] = None
     judge_prices: Annotated[
-        list[float] | None,
+        list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None,
         Field(min_length=2, max_length=2, description="[IN, OUT]: prices of a million tokens, to count the cost."),
     ] = None
 

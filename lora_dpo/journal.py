@@ -17,12 +17,17 @@ from lora_dpo.files import disk_errors, refuse_existing
 
 Row = dict[str, Any]
 
+OTHERWISE = "Go on with those settings, or choose another output."
+
 
 class Journal:
     """JSONL with a header line. Rows are on the disk when `append` returns."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, instead: str = OTHERWISE) -> None:
         """Open or start the journal; a last line that a killed process left half-written is cut off.
+
+        Args:
+            instead: what to do if the file holds rows of other settings. Without rows it is begun anew.
 
         Raises:
             OutputError: the file holds rows of other settings, or cannot be written.
@@ -37,12 +42,14 @@ class Journal:
                 content = path.read_bytes()
                 whole = content[: content.rfind(b"\n") + 1]
             if whole:
-                first, *rest = _parsed(whole, path)
-                _refuse_other_settings(path, first.get("settings"), json.loads(header)["settings"])
-                self.rows = rest
-                os.truncate(path, len(whole))
-            else:
-                self._write(header + "\n", mode="w")
+                first, *self.rows = _parsed(whole, path)
+                changed = _changed(path, first.get("settings"), json.loads(header)["settings"])
+                if changed and self.rows:
+                    raise OutputError(f"{path} was begun with other settings ({changed}). {instead}")
+                if not changed:
+                    os.truncate(path, len(whole))
+                    return
+            self._write(header + "\n", mode="w")
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows and wait until they are on the disk."""
@@ -113,13 +120,9 @@ def _parsed(content: bytes, path: Path) -> list[Row]:
     return rows
 
 
-def _refuse_other_settings(path: Path, old: Any, new: Row) -> None:
+def _changed(path: Path, old: Any, new: Row) -> str:
+    """The first setting that differs, with both values; empty if none does."""
     if not isinstance(old, dict):
         raise OutputError(f"{path} is no journal of lora-dpo. Move it away, or choose another output.")
-    if old == new:
-        return
-    key = next(key for key in [*new, *old] if old.get(key) != new.get(key))
-    raise OutputError(
-        f"{path} was begun with other settings ({key} was {old.get(key)!r}, now {new.get(key)!r}). "
-        "Go on with those settings, or choose another output."
-    )
+    key = next((key for key in [*new, *old] if old.get(key) != new.get(key)), None)
+    return "" if key is None else f"{key} was {old.get(key)!r}, now {new.get(key)!r}"

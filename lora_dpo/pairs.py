@@ -1,6 +1,6 @@
 """Preference pairs from a model's own answers: sample, judge, choose, write.
 
-FILE                 the pairs
+FILE                 the pairs, packed if its name ends in .gz
 FILE.samples.jsonl   every answer, as it was sampled
 FILE.scores.jsonl    every score
 """
@@ -16,11 +16,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_dpo.data.write import check_name, write_rows
 from lora_dpo.errors import ConfigError, NoPairs
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import refuse_existing
 from lora_dpo.generate import Answer
-from lora_dpo.journal import Journal, Row, alone, write_new
+from lora_dpo.journal import Journal, Row, alone
 from lora_dpo.judges import Judge
 from lora_dpo.prompts import Prompt, accepted_hash
 from lora_dpo.samples import Sample, SamplePlan, sample_answers
@@ -76,14 +77,16 @@ def make_pairs(
 
     Args:
         policy: the model that answers, in memory.
-        output: the JSONL to write; it must not exist, and appears whole at the end.
+        output: the `.jsonl` or `.jsonl.gz` to write; it must not exist, and appears whole at the end.
         samples: where sampled answers are kept; by default beside `output`.
 
     Raises:
+        ConfigError: the output has another suffix, or the judge needs known answers that no prompt has.
         OutputError: the output exists, or its journals hold work of other settings.
         JudgeError: the judge failed. What it scored before is kept.
         NoPairs: all prompts were sampled and judged, and none gave a pair.
     """
+    check_name(output)
     refuse_existing(output)
     plan, selection = plan or SamplePlan(), selection or Selection()
     emit = on_event or (lambda event: None)
@@ -105,6 +108,7 @@ def make_pairs(
             answers,
             judge,
             journal=output.with_name(output.name + ".scores.jsonl"),
+            samples=kept,
             on_prompt=_progress(emit, "judging prompts", len(prompts)),
         )
         report = PairReport(output, len(prompts), sum(map(len, answers)), cost=judge.cost())
@@ -118,7 +122,7 @@ def make_pairs(
         if not rows:
             why = ", ".join(f"{count} {reason}" for reason, count in report.skipped.most_common())
             raise NoPairs(f"No prompt gave a pair ({why}). The answers are kept in {kept}.")
-        write_new(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(rows, output)
     _warn(emit, report)
     return report
 
@@ -129,20 +133,28 @@ def judge_answers(
     judge: Judge,
     *,
     journal: Path,
+    samples: Path,
     on_prompt: Callable[[int], None] | None = None,
 ) -> list[list[float | None]]:
-    """The judge's scores of all answers; continues if the journal holds some already."""
-    texts = [[sample.answer.text for sample in samples] for samples in answers]
+    """The judge's scores of all answers; continues if the journal holds some already.
+
+    Args:
+        samples: where the answers are kept, to be named where the journal holds scores of another judge.
+    """
+    texts = [[sample.answer.text for sample in row] for row in answers]
     settings = {"judge": judge.spec, "facts": dict(judge.facts), "answers_sha256": _hash(texts)}
     if any(prompt.accepted for prompt in prompts):
         settings["accepted_sha256"] = accepted_hash(prompts)
-    log = Journal(journal, settings)
+    instead = (
+        f"Remove {journal} to judge the kept answers anew, or judge them into another output with --samples {samples}."
+    )
+    log = Journal(journal, settings, instead=instead)
     found = {row["prompt"]: row["scores"] for row in log.rows}
-    for index, (prompt, samples) in enumerate(zip(prompts, answers, strict=True)):
+    for index, (prompt, row) in enumerate(zip(prompts, answers, strict=True)):
         if on_prompt:
             on_prompt(index)
         if index not in found:
-            found[index] = judge.score(prompt, [sample.answer for sample in samples])
+            found[index] = judge.score(prompt, [sample.answer for sample in row])
             log.append([{"prompt": index, "scores": found[index]}])
     if on_prompt:
         on_prompt(len(prompts))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_dpo.data import Message, Origin
-from lora_dpo.data.files import Row, files_of, read_rows
+from lora_dpo.data.files import Row, files_of, near_file, read_rows
 from lora_dpo.data.forms import check_prompt
 from lora_dpo.data.messages import BadRow, asked_in_transcript, is_transcript, prompt_of, tools_of, with_system
-from lora_dpo.data.table import form_of
-from lora_dpo.errors import DataError
+from lora_dpo.data.table import Form, form_named, form_of
+from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.evaluate import evenly
+from lora_dpo.wording import counted, reasons_text
 
 
 @dataclass(frozen=True)
@@ -36,31 +38,76 @@ class Prompt:
         return self.messages[-1]["content"]
 
 
-def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
+@dataclass
+class PromptReport:
+    """The account of one reading of prompts: `kept = rows - sum(left_out)`."""
+
+    rows: int = 0
+    """Rows, or lines of a text that are not empty."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows that gave no prompt of their own, by reason."""
+
+    @property
+    def kept(self) -> int:
+        """Prompts that are left."""
+        return self.rows - self.left_out.total()
+
+    def summary(self, source: str) -> str:
+        """`2 of 4 rows of p.jsonl; left out: 1 without 'prompt', 1 a repeated prompt`."""
+        why = reasons_text(self.left_out.items())
+        return f"{self.kept:,} of {counted(self.rows, 'row')} of {source}" + (f"; left out: {why}" if why else "")
+
+
+def read_prompts(source: str, *, limit: int | None = None, form: str | None = None) -> list[Prompt]:
     """Read prompts in order, each once.
 
     - `.txt`: one prompt a line; empty lines are skipped.
-    - preference data and votes in any form that training reads: their prompts. Rows that are no pair and have no
-      `prompt` of their own are left out, as in training.
+    - preference data and votes in any form that training reads: their prompts, also where the answers are unusable.
     - other rows with `prompt` (text or messages) or `messages`, and perhaps `system`.
 
     Rows come from any file that preference data may have, a folder, or a hub data set. They may have `accepted` (a text
-    or a list of them).
+    or a list of them; in CSV a list is JSON); rows with the same prompt add theirs up. Rows without a prompt that can
+    be asked are left out: `prompts_with_report` says how many.
 
     Args:
         limit: keep this many prompts, spread evenly over the source.
+        form: name of the form of all rows; None looks at each row.
 
     Raises:
-        DataError: the source cannot be read or has no prompt, or a row has one that cannot be asked.
+        DataError: the source cannot be read or has no prompt, or an `accepted` is no text.
+        ConfigError: there is no form of that name, or it would change nothing.
     """
-    found = _text_prompts(Path(source)) if source.lower().endswith(".txt") else _row_prompts(source)
+    return prompts_with_report(source, limit=limit, form=form)[0]
+
+
+def prompts_with_report(
+    source: str, *, limit: int | None = None, form: str | None = None
+) -> tuple[list[Prompt], PromptReport]:
+    """As `read_prompts`, with an account of every row."""
+    report = PromptReport()
+    if source.lower().endswith(".txt"):
+        if form is not None:
+            raise ConfigError(
+                f"A form ({form}) changes nothing with {source}: a .txt holds one prompt a line. Remove it."
+            )
+        found = _text_prompts(Path(source))
+        report.rows = len(found)
+    else:
+        found = _row_prompts(source, form_named(form) if form is not None else None, report)
     first: dict[str, Prompt] = {}
     for prompt in found:
-        first.setdefault(json.dumps(prompt.messages), prompt)
+        same = first.setdefault(json.dumps(prompt.messages), prompt)
+        if same is not prompt:
+            known = tuple(dict.fromkeys((*same.accepted, *prompt.accepted)))
+            first[json.dumps(prompt.messages)] = replace(same, accepted=known)
+            report.left_out["a repeated prompt"] += 1
     unique = list(first.values())
     if not unique:
         raise DataError(f"{source} holds no prompt. Write one prompt a line, or rows with 'prompt'.")
-    return [unique[index] for index in evenly(len(unique), limit)] if limit else unique
+    kept = [unique[index] for index in evenly(len(unique), limit)] if limit else unique
+    if len(kept) < len(unique):
+        report.left_out["beyond the limit"] = len(unique) - len(kept)
+    return kept, report
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
@@ -77,7 +124,7 @@ def _text_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist. Give a file of prompts.") from None
+        raise DataError(f"{path} does not exist. Give a file of prompts.{near_file(path)}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:
@@ -89,30 +136,33 @@ def _text_prompts(path: Path) -> list[Prompt]:
     ]
 
 
-def _row_prompts(source: str) -> list[Prompt]:
-    found, no_pairs = [], []
+def _row_prompts(source: str, forced: Form | None, report: PromptReport) -> list[Prompt]:
+    found: list[Prompt] = []
+    problem = ""
     for file in files_of(source):
         for number, row in read_rows(file):
+            report.rows += 1
             try:
-                messages = _prompt_of(row, Origin(file, number))
-            except _NoPair as bad:
-                no_pairs.append(f"{file}, row {number}: {bad}")
+                messages = _prompt_of(row, Origin(file, number), forced or form_of(row))
             except BadRow as bad:
-                raise DataError(
-                    f"{file}, row {number}: {bad}. A prompt is text, or messages that end where an answer is to follow."
-                ) from None
+                report.left_out[str(bad)] += 1
+                problem = problem or f"{file}, row {number}: {bad}"
             else:
                 found.append(Prompt(messages, file, number, _accepted(row.get("accepted"), file, number)))
-    if not found and no_pairs:
-        raise DataError(f"{source} holds no prompt: {no_pairs[0]}. See docs/data.md for the forms that are read.")
+    if not found and problem:
+        raise DataError(
+            f"{source} holds no prompt: {problem}. A prompt is text, or messages that end where an answer is to follow."
+        )
     return found
 
 
-class _NoPair(Exception):
-    """A row of preference data that training would leave out, too, and without a column of its own for the prompt."""
+ASKED = ("system", "system_prompt", "instruction", "input", "question", "history", "conversations")
+"""Columns in which forms with a column of their own for the question keep what is asked."""
+ASKED_APART = ("alpaca", "argilla", "orca", "sharegpt")
+"""The forms whose prompt does not depend on the answers."""
 
 
-def _prompt_of(row: Row, origin: Origin) -> tuple[Message, ...]:
+def _prompt_of(row: Row, origin: Origin, form: Form) -> tuple[Message, ...]:
     """The prompt of a row, as the reader of its form makes it; else of its column `prompt` or `messages`.
 
     Raises:
@@ -120,16 +170,16 @@ def _prompt_of(row: Row, origin: Origin) -> tuple[Message, ...]:
     """
     if tools_of(row):
         raise BadRow("it has tools, which are not offered to the model while sampling: remove the column 'tools'")
-    form = form_of(row)
     value = row.get("prompt") if row.get("prompt") is not None else row.get("messages")
     if form.name:
         try:
-            made = form.read(row, origin)
-        except BadRow as bad:
+            return _prompt_of_form(form, row, origin)
+        except BadRow:
+            if form.name in ASKED_APART:  # answers that are missing, empty or the same do not matter here
+                asked = {name: row[name] for name in ASKED if name in row}
+                return _prompt_of_form(form, {**asked, "chosen": "1", "rejected": "2"}, origin)
             if value is None:
-                raise _NoPair(str(bad)) from bad
-        else:  # several pairs of one row follow one prompt
-            return (made[0] if isinstance(made, list) else made).prompt
+                raise
     if value is None:
         raise BadRow("without 'prompt'", "missing")
     messages = asked_in_transcript(value) if is_transcript(value) else prompt_of(value)
@@ -138,8 +188,26 @@ def _prompt_of(row: Row, origin: Origin) -> tuple[Message, ...]:
     return messages
 
 
+def _prompt_of_form(form: Form, row: Row, origin: Origin) -> tuple[Message, ...]:
+    made = form.read(row, origin)
+    return (made[0] if isinstance(made, list) else made).prompt  # several pairs of one row follow one prompt
+
+
 def _accepted(value: Any, source: str, number: int) -> tuple[str, ...]:
+    """Known answers of a row. A CSV cell is always text, so one that stands in brackets is a list as JSON."""
+    where = f"{source}, row {number}: 'accepted' must be a text or a list of texts"
+    if isinstance(value, str) and source.lower().endswith((".csv", ".csv.gz")):
+        cell = value.strip()
+        if cell.startswith("[") and cell.endswith("]"):
+            try:
+                value = json.loads(cell)
+            except ValueError:
+                raise DataError(
+                    f'{where}, in CSV a list as JSON, such as ["4", "four"]; it is {cell[:60]!r}.'
+                ) from None
+        elif not cell:
+            value = None
     listed = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str | int | float) for item in listed):
-        raise DataError(f"{source}, row {number}: 'accepted' must be a text or a list of texts.")
+    if not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in listed):
+        raise DataError(f"{where}; it is {value!r}.")
     return tuple(map(str, listed))

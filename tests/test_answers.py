@@ -53,6 +53,15 @@ def test_for_imitation_only_what_is_good_is_kept_and_the_rest_counted(write):
     assert report.reasons() == [("a thumb down, and this method learns from good answers alone", 1)]
 
 
+def test_rows_that_are_left_out_have_a_form_too_as_among_pairs(write):
+    source = write(PAIR, DOWN, SHOWN[0], {**PAIR, "chosen": ""}, {"colour": "red"})
+    _, report = read_answers(source, good_only=True)
+    assert report.forms == {"TRL preference pairs": 2, "unpaired votes": 1, "demonstrations": 1, "no known form": 1}
+    assert report.forms.total() == report.rows == 5
+    assert [dropped.origin.row for dropped in report.dropped] == [2, 4, 5]
+    assert read_pairs(source)[1].forms.total() == 5
+
+
 @pytest.mark.parametrize("form", [None, "demonstrations"])
 def test_demonstrations_in_their_usual_shapes(write, form):
     votes, report = read_answers(write(*SHOWN), good_only=True, form=form)

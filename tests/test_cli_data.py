@@ -131,6 +131,12 @@ def test_control_characters_of_a_text_do_not_reach_the_terminal(run, tiny_model_
         _, said, _ = run(*arguments)
         assert "\\x1b]0;title\\x07 \\x9b31m" in said
         assert not set(said) & {"\x1b", "\x07", "\x9b", "\r"}
+    held = set("\x1b\x07\x9b\x7f\r\u202e\u2066")
+    named = write("c\x9b31m\x7f\u202e\u2066.jsonl", row, row, ["no row"])
+    for arguments in (["check", named], ["check", named, "--json"], ["stats", named], ["show", named]):
+        assert not set(run(*arguments)[1]) & held
+    assert json.loads(run("check", named, "--json")[1])["findings"][0]["rows"] == [f"{named}:3"]
+    assert not set(run("check", f"none{named}")[2]) & held
     assert not set(run("show", source, "2")[2]) & {"\x1b", "\x07", "\x9b", "\r"}
     assert "tab\nline\n" in run("show", source)[1]  # rich writes the tab as spaces
 
@@ -155,6 +161,21 @@ def test_broken_lines_and_several_files_are_one_report(run):
     assert by_check["unreadable"]["rows"] == ["b.jsonl:2", "b.jsonl:3"]
     assert "broken JSON" in by_check["unreadable"]["examples"][0]["text"]
     assert by_check["duplicate"]["rows"] == ["b.jsonl:1"]
+
+
+def test_reasons_that_rows_differ_in_do_not_flood_the_report(run):
+    lines = [json.dumps(ORCA[0])[: 10 + number] for number in range(60)]
+    Path("a.jsonl").write_text("\n".join([*lines, json.dumps(ORCA[0])]))
+    _, said, _ = run("check", "a.jsonl")
+    assert "1 pair read, 60 dropped (60 unreadable: broken JSON)" in said
+    assert "row 1: unreadable: broken JSON (" in said  # an example has its details
+
+
+def test_a_finding_about_all_pairs_names_no_row(run):
+    rows = [{"prompt": f"{number}?", "chosen": "long " * 9 + str(number), "rejected": "no"} for number in range(40)]
+    found = json.loads(run("check", write("a.jsonl", *rows), "--json")[1])
+    [bias] = [each for each in found["findings"] if each["check"] == "length-bias"]
+    assert bias["examples"][0]["row"] == "all pairs"
 
 
 def test_check_against_held_out_data(run):
@@ -202,7 +223,7 @@ def test_check_through_a_model_counts_tokens(run, tiny_model_folder):
         (["check", "none.jsonl"], "none.jsonl does not exist"),
         (["check", "a.jsonl", "--format", "trl-chat"], "'trl-chat' is not a form of preference data"),
         (["check", "a.jsonl", "--fix", "out.csv"], "out.csv should end in .jsonl"),
-        (["show", "a.jsonl", "99"], "a.jsonl has no row 99: 8 rows were read"),
+        (["show", "a.jsonl", "99"], "a.jsonl has no row 99: 8 rows read"),
         (["convert", "a.jsonl", "a.jsonl"], "a.jsonl already exists"),
         (["convert", "a.jsonl", "out.parquet"], "out.parquet should end in .jsonl"),
         (["convert", "a.jsonl", "out.jsonl", "--min-gap", "1"], "without scores, and a least gap is asked for"),
@@ -210,6 +231,11 @@ def test_check_through_a_model_counts_tokens(run, tiny_model_folder):
         (["mix", "a.jsonl", "-o", "out.jsonl"], "'a.jsonl' names no share"),
         (["mix", "a.jsonl:0", "-o", "out.jsonl"], "'a.jsonl:0' names no share"),
         (["mix", "a.jsonl:1", "-o", "out.jsonl", "--size", "9"], "At most 8 are possible"),
+        (["mix", "a.jsonl:0.5", "a.jsonl:0.5", "-o", "out.jsonl"], "a.jsonl is named twice"),
+        (["mix", ".:0.5", "./a.jsonl:0.5", "-o", "out.jsonl"], "a.jsonl is named twice"),
+        (["stats", "a.jsonl", "."], "a.jsonl is named twice"),
+        (["check", "a.jsonl", "--fix", "/proc/x/y.jsonl"], "Cannot write /proc/x/y.jsonl: No such file"),
+        (["convert", "a.jsonl", "x" * 300 + ".jsonl"], "File name too long. Choose a shorter name"),
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, complaint):
@@ -238,6 +264,15 @@ def test_show_says_why_a_row_is_no_pair(run):
     assert "a.jsonl, row 2 is no pair: without 'chosen' (columns: question)" in complaint
 
 
+def test_rows_of_a_folder_are_numbered_in_each_file(run):
+    Path("fold").mkdir()
+    write("fold/a.jsonl", ORCA[0])
+    write("fold/b.jsonl", ORCA[1])
+    _, _, complaint = run("show", "fold", "2")
+    assert "fold has no row 2: 2 rows read, numbered in each of its 2 files." in complaint
+    assert "fold/a.jsonl has no row 2: 1 row read." in run("show", "fold/a.jsonl", "2")[2]
+
+
 def test_a_row_of_another_file_is_not_shown_for_this_one(run):
     votes = [{"prompt": f"{n}?", "completion": "ab"[up], "label": bool(up)} for n in range(3) for up in (1, 0)]
     assert run("convert", write("votes.jsonl", *votes), "pairs.jsonl")[0] == 0
@@ -245,7 +280,7 @@ def test_a_row_of_another_file_is_not_shown_for_this_one(run):
     assert "1?" in run("show", "pairs.jsonl", "2")[1]  # not the pair whose second vote was row 2 of votes.jsonl
     status, _, complaint = run("show", "pairs.jsonl", "6")
     assert status == 1
-    assert "pairs.jsonl has no row 6: 3 rows were read" in complaint
+    assert "pairs.jsonl has no row 6: 3 rows read" in complaint
 
 
 def test_show_with_a_model_shows_every_token_and_the_cut(run, tiny_model_folder):
@@ -366,12 +401,24 @@ def test_mix_reads_as_the_other_commands_and_says_what_was_dropped(run):
     status, said, _ = run("mix", write("a.jsonl", *scored) + ":1", other + ":1", "-o", "out.jsonl", "--min-gap", "3")
     assert status == 0
     assert "6 pairs read, 2 dropped (2 score gap below 3)" in said
-    assert "1 pairs read, 1 dropped (1 without scores, and a least gap is asked for)" in said
+    assert "1 pair read, 1 dropped (1 without scores, and a least gap is asked for)" in said
     assert said.index("a.jsonl") < said.index("b.jsonl")
     assert "2 pairs written to out.jsonl" in said
     status, _, complaint = run("mix", "a.jsonl:1", "-o", "more.jsonl", "--format", "shp")
     assert status == 1
     assert "without text in" in complaint or "labels" in complaint
+
+
+def test_shares_of_any_size_are_shares(run):
+    sides = ([pair("P", number) for number in range(4)], [pair("Q", number) for number in range(4)])
+    assert len(mix([(side, 1e308) for side in sides])) == 8
+    with pytest.raises(ConfigError, match="too far apart"):
+        mix([(sides[0], 1e308), (sides[1], 1e-308)])
+
+
+def test_a_place_for_clean_rows_is_tried_before_the_report(run):
+    _, said, _ = run("check", write("a.jsonl", *ORCA), "--fix", "/proc/x/y.jsonl")
+    assert said == ""
 
 
 def test_stats_describe_and_judge_nothing(run):

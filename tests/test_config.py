@@ -407,3 +407,9 @@ def test_the_description_lists_exactly_the_settings_that_a_recipe_holds():
         for inner in (value if isinstance(value, dict) and name != "trainer" else [""])
     ]
     assert [key for key, _, _ in describe_fields()] == held
+
+
+def test_a_recipe_of_rounds_is_sent_to_its_command():
+    path = Path(__file__).parent.parent / "configs" / "improve" / "quickstart.yaml"
+    with pytest.raises(ConfigError, match=r"quickstart\.yaml is a recipe for lora-dpo improve"):
+        read_recipe(path)

@@ -18,7 +18,7 @@ from lora_dpo.data import Origin, PreferencePair, ReadReport, read_pairs
 from lora_dpo.data.files import read_rows
 from lora_dpo.data.forms import pair_from_row
 from lora_dpo.data.messages import ROLES, BadRow
-from lora_dpo.errors import DataError
+from lora_dpo.errors import ConfigError, DataError
 
 HERE = Origin("rows", 1)
 
@@ -245,6 +245,49 @@ def test_a_hub_failure_is_a_data_error_in_one_line(monkeypatch):
     assert "owner/pairs" in str(caught.value)
     assert "RuntimeError: offline" in str(caught.value)
     assert "many" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("a.jsnl", "Did you mean a.jsonl?"),
+        ("a.jsol.gz", "Did you mean a.jsonl?"),
+        ("data", "does not exist. Give a preference file, or owner/name of the hub."),
+        ("pears", "Did you mean pairs?"),
+        ("pairs/bb.jsonl", "Did you mean pairs/b.jsonl?"),
+        ("pairs/b", "Did you mean pairs/b.jsonl?"),
+        ("pairs/unlike.csv", "owner/name of the hub."),
+        ("./owner/name", "does not exist"),
+        ("/owner/name", "does not exist"),
+        ("~/owner/name", "does not exist"),
+        ("owner/name/config/more", "does not exist"),
+        ("x" * 300 + ".jsonl", "cannot be read: File name too long"),
+        ("x" * 300, "cannot be read: File name too long"),
+    ],
+)
+def test_a_mistyped_file_is_answered_here_and_never_asked_from_the_hub(tmp_path, monkeypatch, source, hint):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "a.jsonl", TEXT_ROW)
+    (tmp_path / "pairs").mkdir()
+    jsonl(tmp_path / "pairs" / "b.jsonl", TEXT_ROW)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
+    with pytest.raises(DataError) as caught:
+        read_pairs(source)
+    assert hint in str(caught.value)
+    assert str(caught.value).count("Did you mean") == hint.count("Did you mean")
+
+
+def test_the_help_names_every_form():
+    from lora_dpo.cli_pairs import FORMAT_HELP
+    from lora_dpo.data.table import FORMS
+
+    named = FORMAT_HELP.partition(": ")[2].partition(" (")[0].replace(" or ", ", ").split(", ")
+    assert named == [form.name for form in FORMS]
+
+
+def test_a_mistyped_form_is_answered_with_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match=r"Did you mean llamafactory-v1\?"):
+        read_pairs(jsonl(tmp_path / "a.jsonl", TEXT_ROW), form="lamafactory")
 
 
 # --- files that cannot be read --------------------------------------------------------------------

@@ -80,6 +80,15 @@ def test_relative_links_lead_to_a_file_and_a_heading(page):
             assert anchor in anchors(file), f"{relative(page)} links to {target}"
 
 
+@pytest.mark.parametrize("page", LINKING, ids=relative)
+def test_every_row_of_a_table_stands_in_one(page):
+    lines = prose(page).split("\n")
+    heads = [
+        number for number, line in enumerate(lines) if line.startswith("|") and not lines[number - 1].startswith("|")
+    ]
+    assert [lines[number] for number in heads if not re.match(r"\|[-:| ]+\|$", lines[number + 1])] == []
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.name != "README.md" and f"({page.name}" not in index] == []

@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lora_dpo.errors import OutputError
-from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, sha256_of
+from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, refuse_unwritable, sha256_of
 
 DISK_REFUSALS = {
     errno.ENOSPC: "Free some space",
@@ -315,5 +315,37 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
 
 def test_a_place_where_no_file_can_be_made_is_an_output_error():
     for make, place in ((atomic_file, "/proc/x"), (atomic_file, "/proc/x/y"), (atomic_folder, "/proc/x/y")):
-        with pytest.raises(OutputError, match="nothing can be made there"), make(Path(place)):
+        with pytest.raises(OutputError, match="Nothing can be made there"), make(Path(place)):
             pytest.fail("nothing can be written there")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("/proc/x", "Nothing can be made there: choose another folder"),
+        ("/proc/x/y/z.jsonl", "Nothing can be made there"),
+        ("/dev/null/x.jsonl", "Not a directory. A part of that path is a file, not a folder"),
+        ("x" * 300 + ".jsonl", "File name too long. Choose a shorter name"),
+    ],
+)
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, place, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=says):
+        refuse_unwritable(Path(place))
+    with pytest.raises(OutputError, match=says), atomic_file(Path(place)):
+        pytest.fail("nothing can be written there")
+    assert os.listdir() == []
+
+
+def test_looking_whether_a_place_can_be_written_leaves_nothing(tmp_path):
+    refuse_unwritable(tmp_path / "deep" / "er" / "pairs.jsonl")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_file_on_the_way_is_told_from_one_that_is_missing_elsewhere(tmp_path):
+    for missing in ("a", "a/b", "a/b/c.jsonl", "a/b/c.jsonl.lock"):
+        with pytest.raises(OutputError, match="Nothing can be made there"), disk_errors(tmp_path / "a/b/c.jsonl"):
+            raise FileNotFoundError(errno.ENOENT, "", str(tmp_path / missing))
+    for elsewhere in ("d", "a/b/c.jsonl/weights", "config.json"):
+        with pytest.raises(FileNotFoundError), disk_errors(tmp_path / "a/b/c.jsonl"):
+            (tmp_path / elsewhere).read_text()

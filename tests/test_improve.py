@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +178,8 @@ def test_it_stops_when_a_round_does_not_raise_the_score(recipe, forced):
     assert result.best == 1
     assert result.adapter == Path("adapters/improved-round1")
     notes = [event.text for event in events if isinstance(event, Note)]
+    assert re.match(r"prompts: \d+ of \d+ rows of ", notes[0])
+    assert re.match(r"held-out prompts: \d+ of \d+ rows of ", notes[1])
     assert notes[-1].startswith("Round 2 did not raise the score: gain -0.001")
 
 
@@ -381,6 +386,21 @@ def test_too_few_held_out_prompts_are_refused(recipe):
         rounds.improve(recipe())
 
 
+def test_a_missing_file_of_prompts_is_all_that_is_said(tmp_path):
+    """In a process of its own: a library that is imported first has advice about kernels that nobody needs here."""
+    recipe = {"model": {"name": "m"}, "improve": {"prompts": "no.txt", "held_out": "no.txt", "judge": "rules:json"}}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = [sys.executable, "-m", "lora_dpo", "improve", "r.yaml"]
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stderr == "error: no.txt does not exist. Give a file of prompts.\n"
+
+
+def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(recipe):
+    with pytest.raises(OutputError, match=r"Cannot write .*Nothing can be made there: choose another folder"):
+        rounds.improve(recipe(output="/proc/x/y", model={"name": "no-such-model"}))
+
+
 def test_the_implicit_judge_cannot_measure_rounds(recipe):
     with pytest.raises(ConfigError, match="changes with every round"):
         rounds.improve(recipe(improve={"judge": "implicit"}))
@@ -408,6 +428,8 @@ def test_what_training_would_refuse_is_refused_before_anything_is_sampled(recipe
         ({"data": {"train": "x"}}, "data is not a setting"),
         ({"reference": "adapters/x"}, "allowed: base, or adapter:PATH"),
         ({"improve": {"judge_prices": [1.0]}}, "improve.judge_prices is [1.0]"),
+        ({"improve": {"judge_prices": [1.0, -1.0]}}, "improve.judge_prices.1 is -1.0"),
+        ({"improve": {"judge_prices": [1.0, float("nan")]}}, "improve.judge_prices.1 is nan"),
     ],
 )
 def test_a_wrong_setting_is_named(recipe, change, says):

@@ -238,9 +238,20 @@ def test_an_answer_longer_than_the_reward_models_window_is_not_scored(reward_fol
     assert open_judge([f"reward:{reward_folder}"]).score(prompt(), answers("x" * 300, "x"))[0] is None
 
 
-def test_a_chat_model_is_no_reward_model(tiny_model_folder):
-    with pytest.raises(JudgeError, match=r"no reward model: score\.weight"):
-        open_judge([f"reward:{tiny_model_folder}"])
+def test_a_chat_model_is_no_reward_model_and_that_is_said_once(tiny_model_folder, monkeypatch):
+    import logging
+
+    library = logging.getLogger("transformers")
+    logged = []
+    catch = logging.Handler(logging.WARNING)
+    monkeypatch.setattr(catch, "emit", logged.append)
+    library.addHandler(catch)
+    try:
+        with pytest.raises(JudgeError, match=r"no reward model: score\.weight"):
+            open_judge([f"reward:{tiny_model_folder}"])
+    finally:
+        library.removeHandler(catch)
+    assert [record.getMessage() for record in logged] == []
 
 
 def test_a_classifier_of_many_classes_is_no_reward_model(tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """Pairs from sampled answers: what is read, what is chosen, what is recorded, and going on after a kill."""
 
+import gzip
 import importlib
 import json
 import os
@@ -16,14 +17,14 @@ import lora_dpo.samples
 from lora_dpo.cli import main
 from lora_dpo.config import LoraSection
 from lora_dpo.data import read_pairs
-from lora_dpo.errors import AdapterError, ConfigError, DataError, OutputError
+from lora_dpo.errors import AdapterError, ConfigError, DataError, JudgeError, OutputError
 from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.journal import Journal, alone, write_new
 from lora_dpo.judges.base import Judge
 from lora_dpo.model import attach_lora, load_base
 from lora_dpo.pairs import Selection, choose, make_pairs
 from lora_dpo.policy import Policy, attach_reference, load_policy, load_with_judge
-from lora_dpo.prompts import Prompt, read_prompts
+from lora_dpo.prompts import Prompt, prompts_with_report, read_prompts
 from lora_dpo.samples import SamplePlan, batch_seed, conversation, sample_answers
 
 PLAN = SamplePlan(answers=3, sampling=Sampling(max_new_tokens=10, temperature=1.0, seed=5), batch_size=4)
@@ -130,10 +131,78 @@ def test_a_prompt_is_what_its_form_says(row, messages):
     assert list(found.messages) == (messages or [{"role": "user", "content": row["prompt"]}])
 
 
-def test_rows_that_are_no_pair_and_have_no_prompt_of_their_own_are_left_out():
-    rows = [{"question": f"{answer}?", "chosen": answer, "rejected": "no"} for answer in ("yes", "no", "sure")]
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Why?", "system": "Be brief.", "chosen": "", "rejected": "b"},
+        {"question": "Why?", "system": "Be brief.", "chosen": "b", "rejected": "b", "chosen_score": 1},
+        {"instruction": "Why?", "system": "Be brief.", "chosen": "b", "rejected": "b"},
+        {"input": "Why?", "system": "Be brief.", "chosen": "b"},
+        {"input": "Why?", "system": "Be brief.", "chosen_response": "b", "rejected_response": "b"},
+        {"conversations": [{"from": "human", "value": "Why?"}], "system": "Be brief.", "chosen": "b", "rejected": "b"},
+    ],
+)
+def test_a_prompt_is_asked_although_its_answers_make_no_pair(row):
+    Path("p.jsonl").write_text(json.dumps(row))
+    [found] = read_prompts("p.jsonl")
+    assert list(found.messages) == ASKED
+
+
+def test_rows_without_a_prompt_are_left_out_and_counted():
+    rows = [
+        {"question": "yes?", "chosen": "yes", "rejected": "no"},
+        {"question": "b?"},
+        {"prompt": " "},
+        {"chosen": "a", "rejected": "a"},
+        {"prompt": "yes?"},
+        {"prompt": "sure?"},
+        {"prompt": "well?"},
+    ]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [(prompt.text, prompt.row) for prompt in read_prompts("p.jsonl")] == [("yes?", 1), ("sure?", 3)]
+    found, report = prompts_with_report("p.jsonl")
+    assert [(prompt.text, prompt.row) for prompt in found] == [("yes?", 1), ("sure?", 6), ("well?", 7)]
+    assert (report.rows, report.kept, report.left_out.total()) == (7, 3, 4)
+    assert report.summary("p.jsonl") == (
+        "3 of 7 rows of p.jsonl; left out: 1 without 'prompt', 1 empty prompt, 1 chosen equals rejected, "
+        "1 a repeated prompt"
+    )
+    _, limited = prompts_with_report("p.jsonl", limit=1)
+    assert limited.summary("p.jsonl").startswith("1 of 7 rows of p.jsonl; left out: 2 beyond the limit")
+    Path("p.txt").write_text("One?\n\nTwo?\nOne?\n")
+    assert prompts_with_report("p.txt")[1].summary("p.txt") == "2 of 3 rows of p.txt; left out: 1 a repeated prompt"
+
+
+def test_a_form_can_be_forced_on_prompts():
+    Path("p.jsonl").write_text(json.dumps({"prompt": "Not this.", "question": "This?", "chosen": "a", "rejected": "b"}))
+    assert [prompt.text for prompt in read_prompts("p.jsonl")] == ["Not this."]
+    assert [prompt.text for prompt in read_prompts("p.jsonl", form="orca")] == ["This?"]
+    with pytest.raises(ConfigError, match="Did you mean orca"):
+        read_prompts("p.jsonl", form="orcas")
+    Path("p.txt").write_text("One?")
+    with pytest.raises(ConfigError, match=r"changes nothing with p\.txt: a \.txt holds one prompt a line"):
+        read_prompts("p.txt", form="orca")
+
+
+def test_known_answers_of_a_csv_cell_are_a_list():
+    Path("p.csv").write_text(
+        'prompt,accepted\nOne?,"[""x"", ""y""]"\nTwo?,"[1, 2)"\nThree?,\nFour?," [4] "\nFive?,true\n'
+    )
+    known = [prompt.accepted for prompt in read_prompts("p.csv")]
+    assert known == [("x", "y"), ("[1, 2)",), (), ("4",), ("true",)]
+
+
+def test_known_answers_of_a_repeated_prompt_add_up():
+    rows = [{"prompt": "Two?", "accepted": known} for known in ("2", ["two", "2"], "ii")]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [found] = read_prompts("p.jsonl")
+    assert (found.accepted, found.row) == (("2", "two", "ii"), 1)
+
+
+@pytest.mark.parametrize("name", ["prompts.tx", "promts.txt", "prompt"])
+def test_a_mistyped_file_of_prompts_is_answered_with_the_one_that_is_here(prompts, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=rf"{name} does not exist.*Did you mean prompts\.txt\?"):
+        read_prompts(name)
 
 
 def test_a_folder_of_prompts_is_read_file_by_file():
@@ -163,7 +232,7 @@ def test_a_limit_is_spread_over_the_file():
         ("none.txt", None, "none.txt does not exist"),
         ("empty.txt", b" \n\n", "holds no prompt"),
         ("latin.txt", b"caf\xe9", "not UTF-8 text (byte 3)"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "p.jsonl, row 2: without 'prompt'"),
+        ("p.jsonl", b'{"text": "b"}', "p.jsonl, row 1: without 'prompt'. A prompt is text"),
         ("p.jsonl", b'{"prompt": 3}', "p.jsonl, row 1: prompt is neither text"),
         ("p.jsonl", b'{"prompt": []}', "p.jsonl, row 1: empty prompt. A prompt is text, or messages that end where"),
         ("p.jsonl", b'{"prompt": " "}', "p.jsonl, row 1: empty prompt"),
@@ -181,10 +250,17 @@ def test_a_limit_is_spread_over_the_file():
         ),
         (
             "p.jsonl",
-            b'{"question": "a", "chosen": "b", "rejected": "b"}',
-            "holds no prompt: p.jsonl, row 1: chosen equals",
+            b'{"question": " ", "chosen": "b", "rejected": "b"}',
+            "holds no prompt: p.jsonl, row 1: empty prompt",
         ),
         ("p.jsonl", b'{"prompt": "a", "accepted": {"b": 1}}', "row 1: 'accepted' must be"),
+        ("p.jsonl", b'{"prompt": "a", "accepted": true}', "row 1: 'accepted' must be a text or a list of texts; it is"),
+        ("p.jsonl", b'{"prompt": "a", "accepted": ["b", false]}', "row 1: 'accepted' must be"),
+        (
+            "p.csv",
+            b"prompt,accepted\na,\"['b', 'c']\"\n",
+            "row 1: 'accepted' must be a text or a list of texts, in CSV a",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_used_are_named(name, content, says):
@@ -316,6 +392,16 @@ def test_a_journal_of_answers_with_line_separators_goes_on():
     assert Journal(Path("j"), {"a": "x\u2028y"}).rows == rows
 
 
+def test_a_journal_without_rows_is_begun_anew_with_other_settings():
+    for settings in ({"judge": "mine:broken"}, {"judge": "mine:corrected", "facts": {"by": 2}}):
+        assert Journal(Path("j"), settings).rows == []
+        assert rows_of("j") == [{"settings": settings}]
+    Journal(Path("j"), settings).append([{"scores": [1]}])
+    with pytest.raises(OutputError, match=r"\(facts was \{'by': 2\}, now \{'by': 3\}\)\. Do that\."):
+        Journal(Path("j"), {**settings, "facts": {"by": 3}}, instead="Do that.")
+    assert Journal(Path("j"), settings).rows == [{"scores": [1]}]
+
+
 def test_two_processes_never_write_to_one_place():
     with alone(Path("x")):
         code = "from lora_dpo.journal import alone; from pathlib import Path\nwith alone(Path('x')): pass"
@@ -372,6 +458,43 @@ def test_a_taken_output_is_refused_before_anything_is_sampled(policy, prompts):
     assert not Path("p.jsonl.samples.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["p.jsonl.gz", "P.JSONL.GZ"])
+def test_pairs_are_packed_if_their_name_says_so(policy, prompts, name):
+    report = make_pairs(prompts, policy, LONGEST, Path(name), plan=PLAN)
+    make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
+    unpacked = gzip.decompress(Path(name).read_bytes())
+    assert unpacked == Path("p.jsonl").read_bytes()
+    assert len(read_pairs(name)[0]) == report.pairs > 0
+
+
+def test_a_name_of_another_kind_is_refused_before_anything_is_sampled(policy, prompts):
+    with pytest.raises(ConfigError, match="should end in"):
+        make_pairs(prompts, policy, LONGEST, Path("p.csv"), plan=PLAN)
+    assert os.listdir() == ["prompts.txt"]
+
+
+def test_a_judge_that_was_mended_scores_the_kept_answers(policy, prompts, monkeypatch):
+    def broken(prompt, answers):
+        raise ValueError("a bug")
+
+    with pytest.raises(JudgeError, match="a bug"):
+        make_pairs(prompts, policy, Judge("mine:f", broken, {"source": 1}), Path("p.jsonl"), plan=PLAN)
+    monkeypatch.setattr(lora_dpo.samples, "generate", None)
+    assert make_pairs(prompts, policy, Judge("mine:f", longest, {"source": 2}), Path("p.jsonl"), plan=PLAN).pairs
+
+
+def test_scores_of_another_judge_are_not_mixed_in_and_the_way_on_is_named(policy, prompts):
+    alike = Judge("mine:alike", lambda prompt, answers: [1 for _ in answers])
+    with pytest.raises(DataError, match="No prompt gave a pair"):
+        make_pairs(prompts, policy, alike, Path("p.jsonl"), plan=PLAN)
+    with pytest.raises(OutputError, match=r"judge was 'mine:alike', now 'mine:longest'") as caught:
+        make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
+    says = "Remove p.jsonl.scores.jsonl to judge the kept answers anew, or judge them into another output with"
+    assert f"{says} --samples p.jsonl.samples.jsonl." in str(caught.value)
+    Path("p.jsonl.scores.jsonl").unlink()
+    assert make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN).pairs
+
+
 def test_a_judge_that_fails_half_way_keeps_what_it_judged(policy, prompts):
     seen = []
 
@@ -380,8 +503,6 @@ def test_a_judge_that_fails_half_way_keeps_what_it_judged(policy, prompts):
         if len(seen) == 3:
             raise ValueError("no more")
         return longest(prompt, answers)
-
-    from lora_dpo.errors import JudgeError
 
     with pytest.raises(JudgeError, match="no more"):
         make_pairs(prompts, policy, Judge("mine:f", fails), Path("p.jsonl"), plan=PLAN)
@@ -509,10 +630,13 @@ def test_strict_refuses_a_base_that_is_not_quite_the_adapters(adapter, tiny_mode
 
 
 def test_the_command_writes_pairs_and_accounts_for_every_prompt(tiny_model_folder, prompts, capsys):
+    with Path("prompts.txt").open("a") as file:
+        file.write("Say well.\n")
     assert main(command(tiny_model_folder)) == 0
     said = capsys.readouterr().out
     assert f"written p.jsonl   {len(rows_of('p.jsonl'))} pairs" in said
     assert "5 gave pairs" in said
+    assert "5 of 6 rows of prompts.txt; left out: 1 a repeated prompt" in said
     assert "over 15 answers" in said
     assert sorted(os.listdir()) == ["p.jsonl", "p.jsonl.samples.jsonl", "p.jsonl.scores.jsonl", "prompts.txt"]
 
@@ -524,6 +648,8 @@ def test_the_command_writes_pairs_and_accounts_for_every_prompt(tiny_model_folde
         (["--quantize", "nf8"], "--quantize is 'nf8'"),
         (["--criterion", "x"], "--criterion is about an LLM judge, and there is none"),
         (["--judge", "llm:m@http://127.0.0.1:9", "--judge-prices", "1"], "write two numbers"),
+        (["--judge", "llm:m@http://127.0.0.1:9", "--judge-prices", "-1,nan"], "write two numbers, 0 or more"),
+        (["--judge", "llm:m@http://127.0.0.1:9", "--judge-prices", "1,inf"], "write two numbers, 0 or more"),
         (["--judge", "rules:fun"], "There is no rule 'fun'"),
         (["--adapter", "nowhere"], "There is no adapter folder at nowhere"),
     ],
@@ -533,6 +659,27 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tiny_model_folder, prompts, ca
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
+    assert os.listdir() == ["prompts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["-o", "p.csv"], "p.csv should end in .jsonl or .jsonl.gz"),
+        (
+            ["-o", "/proc/x/p.jsonl"],
+            "/proc/x/p.jsonl: No such file or directory. Nothing can be made there",
+        ),
+        (["--samples", "/proc/x/s.jsonl"], "Cannot write /proc/x/s.jsonl: No such file or directory."),
+        (["-o", "x" * 300 + ".jsonl"], "File name too long. Choose a shorter name"),
+        (["-o", "/dev/null/p.jsonl"], "Not a directory. A part of that path is a file"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(prompts, capsys, more, says):
+    assert main(command("no-such-model", *more)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
     assert os.listdir() == ["prompts.txt"]
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.files import Row, files_of, read_rows
+from lora_dpo.data.files import Row, read_rows
 from lora_dpo.data.forms import check_answer, check_prompt
 from lora_dpo.data.messages import BadRow, tools_of
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
+from lora_dpo.data.reading import Outcome, all_files, gather, left_out
 from lora_dpo.data.shapes import ANSWERS, prompt_and_answer
-from lora_dpo.data.table import form_named, form_of
+from lora_dpo.data.table import Form, form_named, form_of
 from lora_dpo.data.tokens import TokenPair, tokenize_row
-from lora_dpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,45 +56,46 @@ def read_answers(
         DataError: a source cannot be read, or no row of it is usable.
         ConfigError: there is no form of that name.
     """
-    if not sources:
-        raise DataError("The list of preference files is empty. Name at least one file or hub data set.")
-    answers: list[Vote] = []
-    report = ReadReport()
-    for source in [sources] if isinstance(sources, str) else sources:
-        before, dropped_before = len(answers), len(report.dropped)
-        for file in files_of(source):
-            for number, row in read_rows(file):
-                origin = Origin(file, number)
-                report.rows += 1
-                try:
-                    title, made = _read_row(row, origin, good_only=good_only, form=form)
-                except BadRow as bad:
-                    if on_bad_row == "error":
-                        raise DataError(f"{origin.source}, row {origin.row}: {bad}.") from None
-                    report.dropped.append(Dropped(origin, str(bad), bad.kind))
-                    continue
-                report.forms[title] += 1
-                report.surplus += len(made) - 1
-                answers.extend(made)
-        if len(answers) == before:
-            why = report.dropped[dropped_before].reason if len(report.dropped) > dropped_before else "no rows"
-            raise DataError(f"{source} holds no usable answer: {why}. See docs/methods.md for what is read.")
-    return answers, report
+    return gather(
+        sources,
+        lambda named: _outcomes(named, good_only=good_only, form=form),
+        on_bad_row=on_bad_row,
+        nothing="holds no usable answer: {why}. See docs/methods.md for what is read.",
+    )
 
 
-def _read_row(row: Row, origin: Origin, *, good_only: bool, form: str | None) -> tuple[str, list[Vote]]:
-    """Title of the row's form, and its answers. Raises `BadRow`."""
-    if form == DEMONSTRATIONS or (form is None and not form_of(row).name and _is_demonstration(row)):
-        if not good_only:
-            raise BadRow("an answer that nobody judged, and this method needs good and bad ones", "vote")
-        return DEMONSTRATIONS, [_demonstration(row, origin)]
-    fits = form_named(form) if form is not None else form_of(row)
-    made = fits.read(row, origin)
+def _outcomes(sources: Sequence[str], *, good_only: bool, form: str | None) -> Iterator[Outcome[Vote]]:
+    """What each row of the sources became: its answers, or a reason."""
+    forced = form_named(form) if form not in (None, DEMONSTRATIONS) else None
+    for file in all_files(sources):
+        for number, row in read_rows(file):
+            origin = Origin(file, number)
+            fits = forced or form_of(row)
+            shown = form == DEMONSTRATIONS or (form is None and not fits.name and _is_demonstration(row))
+            title = DEMONSTRATIONS if shown else fits.title
+            try:
+                answers = _shown(row, origin, good_only) if shown else _judged(fits, row, origin, good_only)
+            except BadRow as bad:
+                yield left_out(origin, bad, title, row)
+            else:
+                yield Outcome(((origin, row),), tuple(answers), title=title)
+
+
+def _shown(row: Row, origin: Origin, good_only: bool) -> list[Vote]:
+    """The answer of a demonstration. Raises `BadRow`."""
+    if not good_only:
+        raise BadRow("an answer that nobody judged, and this method needs good and bad ones", "vote")
+    return [_demonstration(row, origin)]
+
+
+def _judged(form: Form, row: Row, origin: Origin, good_only: bool) -> list[Vote]:
+    """The answers of a pair or a vote. Raises `BadRow`."""
+    made = form.read(row, origin)
     read = [made] if isinstance(made, Vote) else list(_halves(made if isinstance(made, list) else [made]))
     kept = [vote for vote in read if vote.up or not good_only]
     if not kept:
         raise BadRow("a thumb down, and this method learns from good answers alone", "vote")
-    return fits.title, kept
+    return kept
 
 
 def _halves(pairs: Sequence[PreferencePair]) -> Iterator[Vote]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +61,7 @@ def files_of(source: str) -> list[str]:
     if not source.strip():  # to pathlib that is the current folder
         raise DataError("A preference file has an empty name. Name a file, a hub data set or a folder (. is this one).")
     path = Path(source)
-    if not path.is_dir():
+    if not _looked_at(source, path.is_dir):
         return [source]
     inside = sorted(item for item in path.rglob("*") if item.is_file() and _kind(item) in _READERS)
     rows = [item for item in inside if item.name not in NO_DATA and not _BESIDE.search(item.name)]
@@ -91,11 +93,14 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
     """
     path = Path(source)
     reader = _READERS.get(_kind(path))
-    if reader is None and not path.exists():
+    there = _looked_at(source, path.exists)
+    if not there and reader is None and _is_hub_id(source):
         yield from _hub_rows(source)
         return
+    if not there:
+        raise DataError(f"{source} does not exist. Give a preference file, or owner/name of the hub.{near_file(path)}")
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
+        problem = "is a folder" if path.is_dir() else "is no ordinary file"
         raise DataError(f"{source} {problem}. Give the path of a preference file.")
     if reader is None:
         raise DataError(f"{source}: unknown kind of file. Known are {_known()}.")
@@ -110,6 +115,34 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
         raise DataError(f"{source}: broken gzip ({error}). Copy or download it again.") from error
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+
+
+def near_file(path: Path) -> str:
+    """A hint ` Did you mean …?` with a file or folder beside `path` whose name is like its own, or the empty string."""
+    try:
+        names = [name for name in os.listdir(path.parent) if not name.startswith(".")]
+    except OSError:
+        return ""
+    known = {Path(name).stem: name for name in names} | {name: name for name in names}
+    close = difflib.get_close_matches(path.name, known, n=1)
+    return f" Did you mean {path.with_name(known[close[0]])}?" if close else ""
+
+
+def _looked_at(source: str, question: Callable[[], bool]) -> bool:
+    """The answer to a question about a path; `DataError` where the system will not look, as at too long a name."""
+    try:
+        return question()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+
+
+_HUB_ID = re.compile(r"(?P<owner>\w[\w.-]*)/[\w.-]+(/[\w.-]+)?(:.+)?")
+
+
+def _is_hub_id(source: str) -> bool:
+    """True for `owner/name…` unless `owner` is a folder here: the name of a local file is nobody else's matter."""
+    found = _HUB_ID.fullmatch(source)
+    return found is not None and not Path(found["owner"]).is_dir()
 
 
 def _kind(path: Path) -> str:

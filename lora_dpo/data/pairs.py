@@ -8,17 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_dpo.data.template import Message
+from lora_dpo.wording import counted, reasons_text
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a pair came from: the file or hub id, and the row (a line number in JSONL), from 1."""
+    """Where a pair came from: the file or hub id, and the row (a line number in JSONL), from 1; 0 is all of it."""
 
     source: str
     row: int
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.row}"
+        return f"{self.source}:{self.row}" if self.row else self.source
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class ReadReport:
         return Counter(dropped.reason for dropped in self.dropped).most_common()
 
     def summary(self, what: str = "pairs") -> str:
-        """`250 pairs read, 2 dropped (2 empty chosen answer)`; `what` names other things that rows become."""
-        why = ", ".join(f"{count} {reason}" for reason, count in self.reasons())
-        return f"{self.kept} {what} read, {len(self.dropped)} dropped" + (f" ({why})" if why else "")
+        """`250 pairs read, 2 dropped (2 empty chosen answer)`; `what` names other things that rows become.
+
+        Reasons are told without their details, and six of them: the rows are all in `dropped`.
+        """
+        why = reasons_text(self.reasons())
+        read = counted(self.kept, what.removesuffix("s"))
+        return f"{read} read, {len(self.dropped):,} dropped" + (f" ({why})" if why else "")

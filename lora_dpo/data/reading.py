@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lora_dpo.data.files import Row, files_of, read_rows
 from lora_dpo.data.messages import BadRow, Messages
@@ -12,15 +12,20 @@ from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vot
 from lora_dpo.data.table import Form, form_named, form_of
 from lora_dpo.data.votes import Ballot
 from lora_dpo.errors import DataError
+from lora_dpo.wording import counted
+
+Made = TypeVar("Made", PreferencePair, Vote)
+"""What rows become: pairs, or single answers."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one row became, or the votes that were counted together: pairs, or a reason for each row."""
+class Outcome(Generic[Made]):
+    """What one row became, or the votes that were counted together: pairs or answers, or a reason for each row."""
 
     read: tuple[tuple[Origin, Any], ...]
     """Each row with its place: as it was read, its text if it is broken, or the vote."""
-    pairs: tuple[PreferencePair, ...] = ()
+    pairs: tuple[Made, ...] = ()
+    """What was made; single answers where answers are read (`answers.py`)."""
     dropped: tuple[Dropped, ...] = ()
     title: str | None = None
     """Title of the form; None for a line that is no row."""
@@ -52,26 +57,46 @@ def read_pairs(
         DataError: a source cannot be read, or no row of it is usable.
         ConfigError: there is no form of that name.
     """
+    return gather(
+        sources,
+        lambda named: outcomes(named, form=form, min_gap=min_gap),
+        on_bad_row=on_bad_row,
+        nothing="holds no usable pair: {why}. See docs/data.md for the forms that are read.",
+    )
+
+
+def gather(
+    sources: str | Sequence[str],
+    outcomes_of: Callable[[Sequence[str]], Iterable[Outcome[Made]]],
+    *,
+    on_bad_row: str,
+    nothing: str,
+) -> tuple[list[Made], ReadReport]:
+    """All that the rows of some sources became, with an account; a source of which nothing is usable is an error.
+
+    Args:
+        nothing: what to say of such a source; `{why}` is the first reason.
+    """
     if not sources:
         raise DataError("The list of preference files is empty. Name at least one file or hub data set.")
     named = [sources] if isinstance(sources, str) else list(sources)
-    pairs: list[PreferencePair] = []
+    made: list[Made] = []
     report = ReadReport()
     used: set[str] = set()
-    for outcome in outcomes(named, form=form, min_gap=min_gap):
+    for outcome in outcomes_of(named):
         if outcome.dropped and on_bad_row == "error":
             bad = outcome.dropped[0]
             raise DataError(f"{bad.origin.source}, row {bad.origin.row}: {bad.reason}.")
         account(report, outcome)
-        pairs.extend(outcome.pairs)
+        made.extend(outcome.pairs)
         if outcome.pairs:
             used.update(origin.source for origin, _ in outcome.read)
     for source in named:
         files = files_of(source)
         if used.isdisjoint(files):
             why = next((bad.reason for bad in report.dropped if bad.origin.source in files), "no rows")
-            raise DataError(f"{source} holds no usable pair: {why}. See docs/data.md for the forms that are read.")
-    return pairs, report
+            raise DataError(f"{source} {nothing.format(why=why)}")
+    return made, report
 
 
 def pair_at(source: str, row: int | None, *, form: str | None = None) -> PreferencePair:
@@ -80,16 +105,19 @@ def pair_at(source: str, row: int | None, *, form: str | None = None) -> Prefere
     Raises:
         DataError: there is no such row, or it is no pair; the message says why.
     """
-    rows = 0
+    rows, files = 0, set[str]()
     for outcome in outcomes(source, form=form, tolerant=True):
         rows += outcome.rows
+        files.update(origin.source for origin, _ in outcome.read)
         for pair in outcome.pairs:
             if row is None or row in (pair.origin.row, _rejected_row(pair)):
                 return pair
         for bad in outcome.dropped:
             if bad.origin.row == row:
                 raise DataError(f"{bad.origin.source}, row {row} is no pair: {bad.reason}.")
-    raise DataError(f"{source} has no {'pair' if row is None else f'row {row}'}: {rows} rows were read.")
+    where = f", numbered in each of its {len(files)} files" if len(files) > 1 else ""
+    what = "pair" if row is None else f"row {row}"
+    raise DataError(f"{source} has no {what}: {counted(rows, 'row')} read{where}.")
 
 
 def _rejected_row(pair: PreferencePair) -> Any:
@@ -98,7 +126,7 @@ def _rejected_row(pair: PreferencePair) -> Any:
     return made.get("rejected_row") if made.get("file") == pair.origin.source else None
 
 
-def account(report: ReadReport, outcome: Outcome) -> None:
+def account(report: ReadReport, outcome: Outcome[Made]) -> None:
     """Enter an outcome into the report."""
     report.rows += outcome.rows
     report.dropped.extend(outcome.dropped)
@@ -109,7 +137,7 @@ def account(report: ReadReport, outcome: Outcome) -> None:
 
 def outcomes(
     sources: str | Sequence[str], *, form: str | None = None, min_gap: float | None = None, tolerant: bool = False
-) -> Iterator[Outcome]:
+) -> Iterator[Outcome[PreferencePair]]:
     """What each row of the sources became; votes come at the end, when all are known, paired across the sources.
 
     Args:
@@ -121,10 +149,12 @@ def outcomes(
     """
     forced = form_named(form) if form is not None else None
     ballot, vote_titles = Ballot(), dict[Origin, str]()
-    for file in (file for source in ([sources] if isinstance(sources, str) else sources) for file in files_of(source)):
-        broken: list[Outcome] = []
+    for file in all_files(sources):
+        broken: list[Outcome[PreferencePair]] = []
 
-        def on_broken(line: int, reason: str, text: str, file: str = file, broken: list[Outcome] = broken) -> None:
+        def on_broken(
+            line: int, reason: str, text: str, file: str = file, broken: list[Outcome[PreferencePair]] = broken
+        ) -> None:
             dropped = Dropped(Origin(file, line), f"unreadable: {reason}", "unreadable")
             broken.append(Outcome(((dropped.origin, text),), dropped=(dropped,)))
 
@@ -136,7 +166,7 @@ def outcomes(
             try:
                 made = fits.read(row, origin)
             except BadRow as bad:
-                yield _dropped(origin, bad, fits.title, row)
+                yield left_out(origin, bad, fits.title, row)
                 continue
             if isinstance(made, Vote):
                 ballot.add(made)
@@ -149,9 +179,15 @@ def outcomes(
         problem = result if isinstance(result, BadRow) else _gap_problem(result, min_gap)
         if problem is not None:
             for vote in votes:
-                yield _dropped(vote.origin, problem, title, vote_row(vote), asked=(vote.prompt,))
+                yield left_out(vote.origin, problem, title, vote_row(vote), asked=(vote.prompt,))
         elif isinstance(result, PreferencePair):
             yield Outcome(tuple((vote.origin, vote_row(vote)) for vote in votes), (result,), title=title)
+
+
+def all_files(sources: str | Sequence[str]) -> Iterator[str]:
+    """The files of one source or several, in order."""
+    for source in [sources] if isinstance(sources, str) else sources:
+        yield from files_of(source)
 
 
 def vote_row(vote: Vote) -> Row:
@@ -159,15 +195,18 @@ def vote_row(vote: Vote) -> Row:
     return {"prompt": list(vote.prompt), "completion": list(vote.answer), "label": vote.up}
 
 
-def _pairs(made: list[PreferencePair], origin: Origin, form: Form, min_gap: float | None, row: Row) -> Outcome:
+def _pairs(
+    made: list[PreferencePair], origin: Origin, form: Form, min_gap: float | None, row: Row
+) -> Outcome[PreferencePair]:
     problems = [_gap_problem(pair, min_gap) for pair in made]
     kept = tuple(pair for pair, problem in zip(made, problems, strict=True) if problem is None)
     if not kept and problems[0] is not None:
-        return _dropped(origin, problems[0], form.title, row)
+        return left_out(origin, problems[0], form.title, row)
     return Outcome(((origin, row),), kept, title=form.title)
 
 
-def _dropped(origin: Origin, bad: BadRow, title: str, content: Row, asked: tuple[Messages, ...] = ()) -> Outcome:
+def left_out(origin: Origin, bad: BadRow, title: str, content: Row, asked: tuple[Messages, ...] = ()) -> Outcome[Any]:
+    """The outcome of a row that is none."""
     return Outcome(((origin, content),), dropped=(Dropped(origin, str(bad), bad.kind),), title=title, asked=asked)
 
 

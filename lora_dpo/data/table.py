@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lora_dpo.config import nearest
 from lora_dpo.data import shapes, votes
 from lora_dpo.data.files import Row
 from lora_dpo.data.forms import pair_from_row
@@ -155,7 +156,8 @@ def form_named(name: str) -> Form:
     for form in FORMS:
         if form.name == name:
             return form
-    raise ConfigError(f"{name!r} is not a form of preference data: known are {', '.join(form.name for form in FORMS)}.")
+    names = [form.name for form in FORMS]
+    raise ConfigError(f"{name!r} is not a form of preference data: known are {', '.join(names)}.{nearest(name, names)}")
 
 
 def form_of(row: Row) -> Form:

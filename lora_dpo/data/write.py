@@ -67,6 +67,13 @@ def write_pairs(pairs: Iterable[PreferencePair], out: Path) -> int:
     return count
 
 
+def write_rows(rows: Iterable[Row], out: Path) -> None:
+    """Write rows that are canonical already. Raises as `write_pairs`, but takes no rows, too."""
+    with _writer(out) as file:
+        for row in rows:
+            _line(file, row)
+
+
 def write_both(sides: Sequence[Sequence[PreferencePair]], outs: Sequence[Path]) -> None:
     """Write several files of pairs; all of them appear, or none. Raises as `write_pairs`."""
     if len({path.absolute() for path in outs}) < len(outs):
@@ -91,7 +98,7 @@ def write_fixed(
     """
     refuse_twice(sources)
     removals = diagnosis.removals()
-    dropped = out.with_name(f"{out.name}.dropped.jsonl")
+    dropped = dropped_of(out)
     rows = kept = removed = 0
     with ExitStack() as stack:
         refuse_existing(dropped)
@@ -112,7 +119,12 @@ def write_fixed(
     return Fixed(rows, kept, removed, out, dropped)
 
 
-def _reason(outcome: Outcome, removals: Mapping[Origin, str]) -> str | None:
+def dropped_of(out: Path) -> Path:
+    """Where a cleaning to `out` accounts for what it removed."""
+    return out.with_name(f"{out.name}.dropped.jsonl")
+
+
+def _reason(outcome: Outcome[PreferencePair], removals: Mapping[Origin, str]) -> str | None:
     """Why the rows of an outcome are removed, or None. All pairs of one row have one origin, so they go together."""
     if outcome.dropped:
         return outcome.dropped[0].reason
@@ -150,10 +162,13 @@ def mix(
         size: pairs in all; None takes as many as the scarcest part allows.
 
     Raises:
-        ConfigError: a part has too few pairs for this size.
+        ConfigError: a part has too few pairs for this size, or a share is 0 beside the largest.
     """
-    total = sum(weight for _, weight in parts)
-    shares = [weight / total for _, weight in parts]
+    heaviest = max(weight for _, weight in parts)
+    weights = [weight / heaviest for _, weight in parts]  # the sum of large weights could be infinite
+    shares = [weight / sum(weights) for weight in weights]
+    if not all(shares):
+        raise ConfigError("The shares are too far apart: one of them is 0 beside the largest. Leave that part out.")
     largest = min(len(pairs) / share for (pairs, _), share in zip(parts, shares, strict=True))
     wanted = int(largest + 1e-9) if size is None else size
     counts = _rounded(shares, wanted)

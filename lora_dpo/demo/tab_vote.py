@@ -17,7 +17,7 @@ from lora_dpo.demo.draw import answer_card, note, win_table
 from lora_dpo.demo.kit import client_of, refusal, sampling_of, told
 from lora_dpo.desk import Desk
 from lora_dpo.errors import Busy, LoraDPOError, PromptTooLong
-from lora_dpo.prompts import Prompt, read_prompts
+from lora_dpo.prompts import Prompt, prompts_with_report
 
 LABELS = {
     "a": ("A is better", "vote-a"),
@@ -132,8 +132,9 @@ class Tab:
         if file is None:
             return
         check_upload(Path(file), Path(file).name, PROMPT_KINDS)
-        found = [_named(prompt, Path(file).name) for prompt in read_prompts(file)]
-        said = note(f"{len(found)} prompts imported.", kind="good")
+        read, report = prompts_with_report(file)
+        found = [_named(prompt, Path(file).name) for prompt in read]
+        said = note(f"{len(found)} prompts imported: {report.summary(Path(file).name)}.", kind="good")
         yield from self._play_first(found, who, (temp, most), client_of(request), said)
 
     def cast(self, verdict: str) -> Callable[..., Iterator[State]]:

@@ -15,7 +15,7 @@ from lora_dpo.generate import Answer
 from lora_dpo.judges.base import Judge, Scores
 from lora_dpo.model import pick_device, pick_dtype, resolve_model, weight_fingerprint
 from lora_dpo.prompts import Prompt
-from lora_dpo.quiet import quiet_libraries
+from lora_dpo.quiet import errors_only, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ def _load(spec: str, name: str) -> tuple[Any, PreTrainedTokenizerBase, str]:
     dtype = getattr(torch, pick_dtype("auto", device))
     try:
         path = resolve_model(name)
-        with quiet_libraries():
+        with quiet_libraries(), errors_only("transformers"):  # missing weights are told of below
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path,
