@@ -124,7 +124,7 @@ def _text_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist. Give a file of prompts.{near_file(path)}") from None
+        raise DataError(f"{path} does not exist.{near_file(path) or ' Give a file of prompts.'}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:

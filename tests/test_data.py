@@ -252,7 +252,7 @@ def test_a_hub_failure_is_a_data_error_in_one_line(monkeypatch):
     [
         ("a.jsnl", "Did you mean a.jsonl?"),
         ("a.jsol.gz", "Did you mean a.jsonl?"),
-        ("data", "does not exist. Give a preference file, or owner/name of the hub."),
+        ("none.jsonl", "none.jsonl does not exist. Give the path of a preference file, or owner/name of the hub."),
         ("pears", "Did you mean pairs?"),
         ("pairs/bb.jsonl", "Did you mean pairs/b.jsonl?"),
         ("pairs/b", "Did you mean pairs/b.jsonl?"),
@@ -268,6 +268,7 @@ def test_a_hub_failure_is_a_data_error_in_one_line(monkeypatch):
 def test_a_mistyped_file_is_answered_here_and_never_asked_from_the_hub(tmp_path, monkeypatch, source, hint):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "a.jsonl", TEXT_ROW)
+    (tmp_path / "a.csv").write_text("")
     (tmp_path / "pairs").mkdir()
     jsonl(tmp_path / "pairs" / "b.jsonl", TEXT_ROW)
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails

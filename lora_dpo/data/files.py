@@ -98,7 +98,8 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
         yield from _hub_rows(source)
         return
     if not there:
-        raise DataError(f"{source} does not exist. Give a preference file, or owner/name of the hub.{near_file(path)}")
+        hint = near_file(path) or " Give the path of a preference file, or owner/name of the hub."
+        raise DataError(f"{source} does not exist.{hint}")
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is no ordinary file"
         raise DataError(f"{source} {problem}. Give the path of a preference file.")
@@ -123,9 +124,17 @@ def near_file(path: Path) -> str:
         names = [name for name in os.listdir(path.parent) if not name.startswith(".")]
     except OSError:
         return ""
-    known = {Path(name).stem: name for name in names} | {name: name for name in names}
-    close = difflib.get_close_matches(path.name, known, n=1)
-    return f" Did you mean {path.with_name(known[close[0]])}?" if close else ""
+    # What comes before the suffixes decides: they alone make none.jsonl look like eval.jsonl.
+    close = difflib.get_close_matches(_base(path.name), set(map(_base, names)), n=1)
+    if not close:
+        return ""
+    alike = [name for name in names if _base(name) == close[0]]
+    nearest = max(alike, key=lambda name: difflib.SequenceMatcher(None, path.name, name).ratio())
+    return f" Did you mean {path.with_name(nearest)}?"
+
+
+def _base(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _looked_at(source: str, question: Callable[[], bool]) -> bool:
