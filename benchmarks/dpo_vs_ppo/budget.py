@@ -36,6 +36,8 @@ def units(name: str, preset: Preset) -> tuple[str, int]:
     kind = name.partition("-")[0]
     if kind == "ppo":
         return kind, answers
+    if name.endswith("-twice"):
+        return kind, 2 * preset.dpo_steps
     return kind, preset.dpo_steps // 2 if "round" in name else preset.dpo_steps
 
 

@@ -207,20 +207,41 @@ def side_table(study: Study) -> Iterator[str]:
         ("on-policy pairs, held to SFT on preferred", "dpo-after-sft"),
         ("round 1: half of the prompts, half of the steps", "dpo-round1"),
         ("round 2: new pairs of that policy, held to it", "dpo-round2"),
+        ("β 0.3, twice the steps", "dpo-b0.3-twice"),
+        ("β 1, twice the steps", "dpo-b1-twice"),
     ]
     rows = [(label, name) for label, name in rows if f"eval-{name}" in study.pieces]
     if len(rows) < 2:
         return
     yield (
         "| What differs (β "
-        + f"{study.preset['side_beta']:g}, one seed) | KL from the base | reward [95%] | against the first row [95%] |"
+        + f"{study.preset['side_beta']:g}, one seed) | KL from the base | reward [95%] | against the first row [95%] "
+        + "| against DPO's frontier at that KL [95%] | against PPO's |"
     )
-    yield "|---|---|---|---|"
+    yield "|---|---|---|---|---|---|"
     for label, name in rows:
         low, mid, high = _swap(study.interval(lambda draw, name=name: study.reward(name)[draw].mean()))
         gain = study.interval(lambda draw, name=name: (study.reward(name) - study.reward(start))[draw].mean())
-        against = "" if name == start else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
-        yield f"| {label} | {study.kl(name).mean():.2f} | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | {against} |"
+        against = "" if name == start else _signed(gain)
+        above = (
+            _signed(study.interval(lambda draw, name=name, method=method: _above(study, name, method, draw)))
+            for method in ("DPO", "PPO")
+        )
+        yield (
+            f"| {label} | {study.kl(name).mean():.2f} | {mid:+.3f} [{low:+.3f}, {high:+.3f}] | {against} "
+            f"| {' | '.join(above)} |"
+        )
+
+
+def _above(study: Study, name: str, method: str, draw: Draw) -> float:
+    """A policy's reward less that of a method's frontier (all seeds) at the policy's own KL; flat beyond its end."""
+    frontier = reward_at(study.curve(method, draw), float(study.kl(name)[draw].mean()))
+    return float(study.reward(name)[draw].mean()) - frontier
+
+
+def _signed(found: Interval) -> str:
+    mid, low, high = found
+    return f"{mid:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def samples_table(study: Study) -> Iterator[str]:

@@ -39,6 +39,8 @@ Result = dict[str, Any]
 
 JUDGED = 8
 """Answers to each test opening that an adapter's implicit reward puts in order."""
+LONGER_BETAS = (0.3, 1.0)
+"""β of the runs with twice the steps."""
 
 
 @dataclass
@@ -234,7 +236,7 @@ def _eval(adapter: str) -> Piece:
 
 
 def _side(preset: Preset) -> list[Piece]:
-    """One seed each: noisy labels, a quarter of the data, off-policy pairs, references, an on-policy round."""
+    """One seed each: noisy labels, little data, off-policy pairs, references, an on-policy round, more steps."""
     beta, steps, seed = preset.side_beta, preset.dpo_steps, preset.seeds[0]
 
     def settings(**changes: Any) -> DPOSettings:
@@ -265,7 +267,11 @@ def _side(preset: Preset) -> list[Piece]:
         )
     )
     second = Recipe(settings(steps=steps - steps // 2), pool="pool-round2", start="dpo-round1")
-    return found + _dpo("dpo-round2", second)
+    found += _dpo("dpo-round2", second)
+    # is DPO's frontier that of its loss, or of how long it was trained?
+    for held in LONGER_BETAS:
+        found += _dpo(f"dpo-b{held:g}-twice", Recipe(settings(beta=held, steps=2 * steps)))
+    return found
 
 
 # --- running --------------------------------------------------------------------------------------
