@@ -71,6 +71,22 @@ class Assessment:
     """`(prompt, answer of the other, answer of the adapter)`."""
     seconds: float
     cost: str = ""
+    trained_on: tuple[str, ...] = ()
+    """Those of `data` that the adapter was trained on."""
+
+    def warnings(self) -> list[str]:
+        """What makes the numbers say less than they seem to."""
+        found = []
+        if self.trained_on:
+            found.append(
+                f"The adapter was trained on {', '.join(self.trained_on)}: what it has seen flatters it. Give pairs "
+                "with other prompts."
+            )
+        if self.contest and self.contest.foreign:
+            found.append(
+                f"{self.contest.foreign} votes under these names are on other weights or another base: left out."
+            )
+        return found
 
     def numbers(self) -> dict[str, Interval]:
         """All estimates by the names that `--require` knows."""
@@ -137,6 +153,7 @@ class Assessment:
             "beta": self.beta,
             "called": self.called,
             "verdict": self.verdict(),
+            "warnings": self.warnings(),
             "numbers": {name: value.to_json() for name, value in self.numbers().items()},
             "pairs": {
                 "pairs": self.pairs.pairs,

@@ -58,6 +58,7 @@ def evaluation_page(stored: Stored) -> str:
         [
             page.heading(f"Evaluation of {stored['adapter']}", _under(stored)),
             page.box(stored["verdict"], kind),
+            *(page.box(text, "warn") for text in stored.get("warnings", ())),
             *(page.paragraph(text) for text in remarks(stored)),
             page.section(
                 "Numbers", page.table(("", "value", "95% interval", "from"), number_rows(stored)), _explained(stored)
@@ -80,11 +81,14 @@ def remarks(stored: Stored) -> Iterator[str]:
     numbers = stored["numbers"]
     contest = stored["contest"]
     if contest:
-        yield (
-            f"{contest['wins']} won, {contest['ties']} tied, {contest['losses']} lost by {contest['judge']}; in "
-            f"{contest['contradicted']} the two orders contradicted each other, {contest['unjudged']} could not "
-            "be judged."
-        )
+        counts = f"{contest['wins']} won, {contest['ties']} tied, {contest['losses']} lost by {contest['judge']}"
+        if contest.get("votes"):
+            yield f"{counts}: prompts, from {contest['votes']} votes."
+        else:
+            yield (
+                f"{counts}; in {contest['contradicted']} the two orders contradicted each other, "
+                f"{contest['unjudged']} could not be judged."
+            )
         raw, controlled = numbers["win-rate"], numbers["win-rate-lc"]
         if raw["low"] > 0.5 >= controlled["low"]:
             yield "With length taken out the win is no longer certain: much of it is a matter of length."
