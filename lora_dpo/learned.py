@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -83,6 +84,10 @@ def at_first_sight(folder: Path) -> Interval | None:
     None where no log says it (another method or tool, TRL's own passes), or of too few prompts.
     """
     run = read_run(folder)
+    kept = run.measured.get("health", {}).get(
+        "kept"
+    )  # the guard may have gone back: later steps are not this adapter's
+    run = replace(run, rows=tuple(row for row in run.rows if kept is None or row["step"] <= kept))
     counted = [row for row in run.trained if PROMPTS in row]
     if counted:
         right, prompts = sum(row[RIGHT] for row in counted), int(sum(row[PROMPTS] for row in counted))

@@ -99,7 +99,8 @@ def train(
 
 
 def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
-    odd = findings(run.recipe.data.train, run.reports["train"].rows, run.recipe.data.format)
+    data, method = run.recipe.data, run.recipe.method
+    odd = findings(data.train, run.reports["train"].rows, data.format, method)
     base = base or _load(run)
     model = _attach(base, run.recipe, seed=run.settings["seed"])
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_dpo.report import page, svg
@@ -25,7 +25,8 @@ NAMES = {
     "refusals": "refusals",
     "perplexity-ratio": "perplexity on plain text, × that of the base",
 }
-SHARES = ("accuracy", "accuracy-lc", "learned", "win-rate", "win-rate-lc", "finished", "refusals")
+AGAINST_CHANCE = ("accuracy", "accuracy-lc", "learned", "win-rate", "win-rate-lc")
+OF_ANSWERS = ("finished", "refusals")
 SHORT = {
     "accuracy-lc": "accuracy, no length",
     "learned": "accuracy at first sight",
@@ -63,7 +64,7 @@ def evaluation_page(stored: Stored) -> str:
             page.section(
                 "Numbers", page.table(("", "value", "95% interval", "from"), number_rows(stored)), _explained(stored)
             ),
-            page.section("At a glance", page.plots(_rates(stored), log_ratios(stored["pairs"]["log_ratios"]))),
+            page.section("At a glance", page.plots(*_shares(stored), log_ratios(stored["pairs"]["log_ratios"]))),
             page.section(
                 "The same prompts, answered by both",
                 page.answers(
@@ -107,13 +108,17 @@ def log_ratios(ratios: Mapping[str, Any]) -> str:
     return svg.histogram(groups, title="log-ratio of held-out answers", unit="nats against the reference")
 
 
-def _rates(stored: Stored) -> str:
-    rows = [
-        (SHORT.get(name, NAMES[name]), value["value"], value["low"], value["high"])
-        for name, value in stored["numbers"].items()
-        if name in SHARES and value["low"] is not None
-    ]
-    return svg.intervals(rows, title="shares with 95% intervals; the dashed line is chance", level=0.5)
+def _shares(stored: Stored) -> Iterator[str]:
+    def rows(names: Sequence[str]) -> list[tuple[str, float, float, float]]:
+        return [
+            (SHORT.get(name, NAMES[name]), value["value"], value["low"], value["high"])
+            for name, value in stored["numbers"].items()
+            if name in names and value["low"] is not None
+        ]
+
+    title = "with 95% intervals; the dashed line is chance"
+    yield svg.intervals(rows(AGAINST_CHANCE), title=title, level=0.5)
+    yield svg.intervals(rows(OF_ANSWERS), title="shares of the answers, with 95% intervals")
 
 
 def _under(stored: Stored) -> str:
@@ -123,8 +128,8 @@ def _under(stored: Stored) -> str:
 def _explained(stored: Stored) -> str:
     return page.paragraph(
         "Shares have Wilson intervals, means Student's t, both over prompts. Length is taken out by a logistic "
-        "regression on the difference of lengths, read where it is 0 (after AlpacaEval 2). A number whose interval "
-        "holds 0.5 is no better than chance."
+        "regression on the difference of lengths, read where it is 0 (after AlpacaEval 2). An accuracy or a "
+        "win rate whose interval holds 0.5 is no better than chance."
     )
 
 
