@@ -63,7 +63,7 @@ class Assessment:
     """Mean tokens of the adapter's answer less the other's, prompt by prompt."""
     contest: Contest | None
     learned: Interval | None
-    """Reward accuracy on training pairs at first sight (`lora_dpo.learned`); None where no log says it."""
+    """Reward accuracy on training prompts at first sight (`lora_dpo.learned`); None where no log says it."""
     kl: Interval | None
     """Nats a token."""
     text: TextPart | None
@@ -133,8 +133,8 @@ class Assessment:
             text = f"Undecided: {what}, but with length taken out {_interval(self.pairs.controlled)}."
         elif call(rests) == "better" and self.learned is not None:
             text = (
-                f"No better than chance: {what}, but in training the labels of pairs seen for the first time were not "
-                f"predicted ({_interval(self.learned)}), so this is drift that another seed would turn elsewhere."
+                f"No better than chance: {what}, but in training the labels of prompts seen for the first time were "
+                f"not predicted ({_interval(self.learned)}), so this is drift that another seed would turn elsewhere."
             )
         else:
             text = f"No better than chance: {what}."

@@ -313,8 +313,9 @@ def test_a_run_and_its_evaluation_have_names_of_their_own(run, tmp_path):
 
 def test_prompts_that_not_all_answered_are_shown_by_kind(run, tmp_path):
     rows = [{"prompt": "another", "against": "a", "adapter": "b"}]
-    evaluations = [stored_evaluation(tmp_path / name, rows=rows) for name in ("e1", "e2")]
+    evaluations = [stored_evaluation(tmp_path / name, rows=rows, warnings=["beware"]) for name in ("e1", "e2")]
     text = check(report_of([run("one"), run("two"), *evaluations]))
+    assert "e2: beware" in text
     assert text.count('class="answers') == 2
     assert "No prompt was answered by all of them." in text
     text = check(report_of([run("three"), evaluations[0]]))

@@ -134,7 +134,8 @@ def _evaluations(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> list[s
         ]
         figures.append(svg.intervals(points, title=NAMES[key], level=None if key == "kl" else 0.5))
     verdicts = [page.paragraph(f"{name}: {one['verdict']}") for name, one in evaluations]
-    return [*verdicts, page.table(head, rows), page.plots(*figures)]
+    warnings = [page.box(f"{name}: {text}", "warn") for name, one in evaluations for text in one.get("warnings", ())]
+    return [*verdicts, *warnings, page.table(head, rows), page.plots(*figures)]
 
 
 def _interval(found: Mapping[str, Any] | None) -> str:

@@ -13,7 +13,7 @@ Stored = Mapping[str, Any]
 NAMES = {
     "accuracy": "reward accuracy",
     "accuracy-lc": "reward accuracy, length taken out",
-    "learned": "accuracy on training pairs at first sight",
+    "learned": "accuracy on training prompts at first sight",
     "margin": "reward margin",
     "win-rate": "win rate",
     "win-rate-lc": "win rate, length taken out",
