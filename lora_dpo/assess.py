@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from lora_dpo.adapters import check_adapter, check_folder
+from lora_dpo.adapters import check_adapter, check_folder, read_passport
 from lora_dpo.assessment import AnswerPart, Assessment, PairPart, TextPart
 from lora_dpo.contest import Contest, judged, voted
 from lora_dpo.data import PreferencePair, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.evaluate import evenly, score_pairs
 from lora_dpo.events import Note, OnEvent, Progress
+from lora_dpo.files import sha256_of
 from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.intervals import Interval, length_controlled, mean, rate
 from lora_dpo.judges import Judge
 from lora_dpo.learned import at_first_sight
+from lora_dpo.lora_files import WEIGHTS
 from lora_dpo.model import POLICY, REFERENCE, reference
 from lora_dpo.policy import Policy, attach_reference, beta_of
 from lora_dpo.prompts import Prompt
@@ -110,6 +112,17 @@ def assess(
         rows=tuple((p.text, b.text, a.text) for p, a, b in zip(asked, ours, theirs, strict=True)),
         seconds=time.perf_counter() - began,
         cost=judge.cost() if judge else "",
+        trained_on=trained_on(policy.adapter, data),
+    )
+
+
+def trained_on(adapter: Path, data: Sequence[str]) -> tuple[str, ...]:
+    """Those of some files (or hub data sets) that an adapter was trained on, by its passport."""
+    passport = read_passport(adapter)
+    hashes = passport.data.get("train", {}).get("sha256", {}) if passport else {}
+    known = {sha for sha in hashes.values() if sha}
+    return tuple(
+        one for one in data if (sha256_of(Path(one)) in known if Path(one).is_file() else hashes.get(one, "") is None)
     )
 
 
@@ -209,7 +222,12 @@ class _Work:
         if self.plan.votes is None:
             return None
         assert self.policy.adapter is not None  # noqa: S101 - checked by `assess`
-        return voted(self.plan.votes, us=self.policy.adapter.resolve().name, against=self.against)
+        us, passport = self.policy.adapter.resolve(), read_passport(self.policy.adapter)
+        weights = {us.name: sha256_of(us / WEIGHTS)}
+        if self.plan.against != "base":
+            weights[self.against] = sha256_of(Path(self.plan.against) / WEIGHTS)
+        base = (passport.base_fingerprint if passport else None) or self.policy.base.fingerprint
+        return voted(self.plan.votes, us=us.name, against=self.against, weights=weights, base=base)
 
     def pieces(self) -> list[Sequence[int]]:
         """The plain text, in pieces of token ids."""

@@ -63,7 +63,7 @@ class Assessment:
     """Mean tokens of the adapter's answer less the other's, prompt by prompt."""
     contest: Contest | None
     learned: Interval | None
-    """Reward accuracy on training pairs at first sight (`lora_dpo.learned`); None where no log says it."""
+    """Reward accuracy on training prompts at first sight (`lora_dpo.learned`); None where no log says it."""
     kl: Interval | None
     """Nats a token."""
     text: TextPart | None
@@ -71,6 +71,22 @@ class Assessment:
     """`(prompt, answer of the other, answer of the adapter)`."""
     seconds: float
     cost: str = ""
+    trained_on: tuple[str, ...] = ()
+    """Those of `data` that the adapter was trained on."""
+
+    def warnings(self) -> list[str]:
+        """What makes the numbers say less than they seem to."""
+        found = []
+        if self.trained_on:
+            found.append(
+                f"The adapter was trained on {', '.join(self.trained_on)}: what it has seen flatters it. Give pairs "
+                "with other prompts."
+            )
+        if self.contest and self.contest.foreign:
+            found.append(
+                f"{self.contest.foreign} votes under these names are on other weights or another base: left out."
+            )
+        return found
 
     def numbers(self) -> dict[str, Interval]:
         """All estimates by the names that `--require` knows."""
@@ -117,8 +133,8 @@ class Assessment:
             text = f"Undecided: {what}, but with length taken out {_interval(self.pairs.controlled)}."
         elif call(rests) == "better" and self.learned is not None:
             text = (
-                f"No better than chance: {what}, but in training the labels of pairs seen for the first time were not "
-                f"predicted ({_interval(self.learned)}), so this is drift that another seed would turn elsewhere."
+                f"No better than chance: {what}, but in training the labels of prompts seen for the first time were "
+                f"not predicted ({_interval(self.learned)}), so this is drift that another seed would turn elsewhere."
             )
         else:
             text = f"No better than chance: {what}."
@@ -137,6 +153,7 @@ class Assessment:
             "beta": self.beta,
             "called": self.called,
             "verdict": self.verdict(),
+            "warnings": self.warnings(),
             "numbers": {name: value.to_json() for name, value in self.numbers().items()},
             "pairs": {
                 "pairs": self.pairs.pairs,

@@ -162,6 +162,8 @@ def _show(found: Assessment, requirements: list[Requirement], target: Path, *, a
     else:
         out.print(table(found))
         out.print(found.verdict(), soft_wrap=True, highlight=False)
+        for text in found.warnings():
+            out.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
         if found.cost:
             out.print(f"judge  {found.cost}", highlight=False)
         for one in requirements:

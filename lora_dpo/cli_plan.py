@@ -14,6 +14,8 @@ from rich.table import Table
 from lora_dpo.wording import counted, json_text, reasons_text
 
 if TYPE_CHECKING:
+    from lora_dpo.config import Recipe
+    from lora_dpo.console import RunView
     from lora_dpo.plan import Plan
 
 BAR = 10
@@ -41,6 +43,7 @@ def plan(
 
     Pairs and dropped rows, token lengths, tokens saved, parts of a step, memory and time; and, where it does not
     fit, the settings that make it fit. Loads no weights unless --measure is given, and writes nothing.
+    With method: sft or kto, rows, tokens and steps; what a step takes is not known.
 
     Examples:
 
@@ -57,12 +60,41 @@ def plan(
     settings = read_recipe(recipe, overrides or ())
     out = Console()
     view = RunView(Console(stderr=True))  # progress beside the result, so that the result can be piped
+    if settings.method != "dpo":
+        _plan_answers(settings, view, out, given=bool(card or memory or measure), as_json=as_json)
+        return
     with view.live():
         planned = make_plan(settings, card=card, memory=memory, measure=measure, on_event=view)
     if as_json:
         print(json_text(planned.to_json()))
     else:
         draw(planned, out)
+
+
+def _plan_answers(recipe: Recipe, view: RunView, out: Console, *, given: bool, as_json: bool) -> None:
+    """Print what is known of a run by SFT or KTO."""
+    from lora_dpo.errors import ConfigError
+    from lora_dpo.plan import plan_answers
+
+    if given:
+        raise ConfigError(
+            f"--card, --memory and --measure are about steps of pairs, not method: {recipe.method}. Leave them out."
+        )
+    with view.live():
+        planned = plan_answers(recipe, on_event=view)
+    if as_json:
+        print(json_text(planned.to_json()))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    held = f"{size(planned.weights)} weights, {size(planned.adapter)} adapter and Adam"
+    unknown = f"memory and time of a step: not known for {planned.method}; measured by train with trainer.max_steps=5"
+    for label, value in (*planned.lines, ("memory", held), ("", unknown)):
+        table.add_row(label, escape(value))
+    out.print(table)
+    for note in planned.notes:
+        out.print(f"[yellow]warning:[/] {escape(note)}", soft_wrap=True)
 
 
 def draw(planned: Plan, out: Console) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lora_dpo.data.files import read_rows
@@ -16,7 +19,7 @@ from lora_dpo.prompts import Prompt
 
 @dataclass(frozen=True)
 class Contest:
-    """Outcomes of one model against another, one a prompt or vote: 1 a win, 0.5 a tie, 0 a loss."""
+    """Outcomes of one model against another, one a prompt: 1 a win, 0.5 a tie, 0 a loss; the mean of several votes."""
 
     judge: str
     against: str
@@ -29,6 +32,10 @@ class Contest:
     """Prompts that the judge could not score: left out."""
     scores: tuple[tuple[float | None, float | None], ...] = ()
     """The judge's scores of the model's and the other's answer, one pair a prompt asked."""
+    votes: int | None = None
+    """Votes that were counted; None with a judge."""
+    foreign: int = 0
+    """Votes on other weights under these names, or on another base: left out."""
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -58,6 +65,8 @@ class Contest:
             "losses": losses,
             "contradicted": self.contradicted,
             "unjudged": self.unjudged,
+            "votes": self.votes,
+            "foreign_votes": self.foreign,
             "win_rate": self.win_rate.to_json(),
             "length_controlled_win_rate": self.controlled.to_json(),
         }
@@ -115,19 +124,30 @@ def _settle(one: float, other: float) -> float:
     return 1.0 if both > 1 else 0.0 if both < 1 else 0.5
 
 
-def voted(path: str, *, us: str, against: str) -> Contest:
-    """Count the demo's blind votes between two models.
+def voted(
+    path: str,
+    *,
+    us: str,
+    against: str,
+    weights: Mapping[str, str | None] | None = None,
+    base: str | None = None,
+) -> Contest:
+    """Count the demo's blind votes between two models; several votes on one prompt are averaged first.
 
     Args:
         path: the file of votes. Those without a winner (both good, both bad) are in a file beside it and count as
             ties; skipped ones do not count.
         us, against: the names that the votes know the two models by: an adapter's folder, or `base`.
+        weights: SHA-256 of each adapter's weights, by these names.
+        base: fingerprint of the base. A vote that names other weights or another base is left out, and counted; one
+            that names none is taken.
 
     Raises:
         DataError: there is no vote between these two.
     """
-    outcomes, longer_by = [], []
+    by_prompt: dict[str, list[tuple[float, float]]] = {}
     names: set[str] = set()
+    foreign = 0
     for row in _vote_rows(path):
         found = _vote(row)
         if found is None:
@@ -136,18 +156,32 @@ def voted(path: str, *, us: str, against: str) -> Contest:
         names.update(texts)
         if set(texts) != {us, against}:
             continue
-        first = next(iter(texts))
-        outcomes.append(outcome_of_first if first == us else 1 - outcome_of_first)
-        longer_by.append(float(len(texts[us].split()) - len(texts[against].split())))
-    if not outcomes:
+        if _is_foreign(row["origin"], weights or {}, base):
+            foreign += 1
+            continue
+        outcome = outcome_of_first if next(iter(texts)) == us else 1 - outcome_of_first
+        longer = float(len(texts[us].split()) - len(texts[against].split()))
+        by_prompt.setdefault(json.dumps(row.get("prompt")), []).append((outcome, longer))
+    if not by_prompt:
         known = f" It has votes on {', '.join(sorted(names))}." if names else ""
+        if foreign:
+            known = f" Its {foreign} votes under these names are on other weights or another base."
         raise DataError(f"{path} holds no vote between {us} and {against}.{known}")
-    return Contest(f"votes in {path}", against, tuple(outcomes), tuple(longer_by))
+    units = [tuple(fmean(column) for column in zip(*votes, strict=True)) for votes in by_prompt.values()]
+    outcomes, longer_by = zip(*units, strict=True)
+    count = sum(map(len, by_prompt.values()))
+    return Contest(f"votes in {path}", against, outcomes, longer_by, votes=count, foreign=foreign)
+
+
+def _is_foreign(origin: Mapping[str, Any], weights: Mapping[str, str | None], base: str | None) -> bool:
+    """Whether a vote says that it is on other weights than these, or on another base."""
+    sides = [side for side in map(origin.get, ("chosen", "rejected", "a", "b")) if isinstance(side, Mapping)]
+    named = [(side.get("adapter_sha256"), weights.get(str(side.get("who")))) for side in sides]
+    named.append((origin.get("model_fingerprint"), base))
+    return any(said and known and said != known for said, known in named)
 
 
 def _vote_rows(path: str) -> Iterator[Mapping[str, Any]]:
-    from pathlib import Path
-
     for _, row in read_rows(path):
         yield row
     file = Path(path)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_dpo.config import EngineSection
+from lora_dpo.learned import FirstSight
 from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget, free_bytes, give_back_memory, out_of_memory
 from lora_dpo.model import bare, reference
 from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
@@ -58,6 +59,7 @@ class Engine:
             set_checkpointing=lambda count: _checkpoint_lowest(layers, count),
         )
         self.whole_step = WholeStep(trainer, self, budget, split_pairs=settings.split_pairs)
+        self.first_sight = FirstSight()
 
     def close(self) -> None:
         """Give the model back its own forward pass."""
@@ -72,13 +74,25 @@ class Engine:
         Args:
             logged: whether TRL's logged values (entropy, mean logits, token accuracy) are computed.
         """
-        batch = merge_batches(self.gathered, self.trainer._tokenizer.pad_token_id)
+        batch = self.with_reference(merge_batches(self.gathered, self.trainer._tokenizer.pad_token_id))
         self.gathered.clear()
         self.forward.logged = logged
         try:
-            return self.whole_step.run(model, self.with_reference(batch))
+            loss = self.whole_step.run(model, batch)
         finally:
             self.forward.logged = True
+        self._note_first_sight(batch)
+        return loss
+
+    def _note_first_sight(self, inputs: Inputs) -> None:
+        """Count the step's prompts that no process has had before."""
+        gather, ld_alpha = self.trainer.accelerator.gather, self.trainer.ld_alpha
+        policy = answer_sums(self.whole_step.log_probs, inputs["completion_mask"])
+        policy_B2 = torch.tensor([logps.sums(ld_alpha) for logps in policy], dtype=torch.float64)
+        ref_B2 = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1).cpu()
+        margin_B = (policy_B2 - ref_B2) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+        prompt_B = torch.tensor(_prompt_numbers(inputs), device=self.device)
+        self.first_sight.note(gather(prompt_B).tolist(), gather(margin_B.float().to(self.device)).tolist())
 
     def kept_bytes(self, inputs: Inputs) -> float:
         """Bytes that a stream token keeps for the backward pass, measured on the shortest pair of a batch."""
@@ -170,6 +184,13 @@ def _pair_keys(inputs: Inputs) -> list[bytes]:
     starts = inputs["completion_mask"].argmax(dim=1).tolist()
     half = len(rows) // 2
     return [pair_key(rows[index], rows[half + index], (starts[index], starts[half + index])) for index in range(half)]
+
+
+def _prompt_numbers(inputs: Inputs) -> list[int]:
+    """A number for each pair's prompt; Python's hash of integers is the same in every process."""
+    rows = rows_of(inputs["input_ids"], inputs["attention_mask"])
+    starts = inputs["completion_mask"].argmax(dim=1).tolist()
+    return [hash(tuple(rows[index][: starts[index]])) for index in range(len(rows) // 2)]
 
 
 def _compute_dtype(trainer: DPOTrainer) -> torch.dtype:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import typing
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,16 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     try:
         TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        allowed = " or ".join(dict.fromkeys(_plain(problem["msg"]) for problem in error.errors()))
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is {allowed}.") from None
+        allowed = _choices(hint) or " or ".join(dict.fromkeys(_plain(problem["msg"]) for problem in error.errors()))
+        quote = ' YAML reads an unquoted no as false: write "no".' if value is False and "'no'" in allowed else ""
+        raise ConfigError(f"trainer.{name} is {value!r}: allowed is {allowed}.{quote}") from None
+
+
+def _choices(hint: Any) -> str:
+    """The values of an enumeration among a field's types; empty if there is none."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
+    values = [repr(member.value) for kind in kinds for member in kind]
+    return f"one of {', '.join(values)}" if values else ""
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -137,7 +137,7 @@ def memory_of(
 ) -> Memory:
     """The peak of a run over `batches`; without them, of its longest pair alone."""
     machine, layers = costs.machine, len(cost.layers) - cost.depth
-    adapter = cost.trainable * _bytes_per_trainable(costs.run)
+    adapter = cost.trainable * bytes_per_trainable(costs.run)
     held = machine.libraries + cost.weight_bytes + adapter
     longest = max(shapes, key=lambda shape: shape.stream)
     free = max(1, machine.memory - held) * SHARE
@@ -208,7 +208,7 @@ def _head_bytes(cost: Footprint, labels: int) -> int:
     return tile * (4 + 4 + rounded)  # logits, their exponentials beside them, the softmax in the compute dtype
 
 
-def _bytes_per_trainable(run: Run) -> int:
+def bytes_per_trainable(run: Run) -> int:
     """float32 weight and gradient, Adam's two moments (in 8 bits, if asked for), and a frozen copy to hold to."""
     moments = 2 if "8bit" in str(run.settings.get("optim", "")) else 8
     return 4 + 4 + moments + (4 if run.recipe.reference_adapter else 0)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config import Recipe
 from lora_dpo.errors import ConfigError
-from lora_dpo.events import Note, OnEvent
+from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped
 from lora_dpo.fitting import (
     CUDA_CONTEXT,
     GB,
@@ -26,6 +26,7 @@ from lora_dpo.fitting import (
     Fix,
     Machine,
     Memory,
+    bytes_per_trainable,
     find_fix,
     memory_of,
     parts_of,
@@ -34,7 +35,7 @@ from lora_dpo.fitting import (
 from lora_dpo.footprint import Footprint, PairShape, pair_shape
 from lora_dpo.memory import free_bytes
 from lora_dpo.model import attach_lora, decide_packed, load_skeleton, pick_device, pick_dtype
-from lora_dpo.prepare import Run, StopSignal, read_run
+from lora_dpo.prepare import Run, StopSignal, prepare, read_run
 from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -121,6 +122,64 @@ class Plan:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class AnswersPlan:
+    """What `lora-dpo plan` knows of a run on single answers, by SFT or KTO: time and memory of a step are not."""
+
+    method: str
+    data: dict[str, Rows]
+    """`pairs` are answers here."""
+    steps: int
+    cut: int
+    """Answers that `max_length` cuts."""
+    weights: int
+    """Bytes of the base."""
+    adapter: int
+    """Bytes of the adapter, its gradient, and the optimiser's state."""
+    lines: tuple[tuple[str, str], ...]
+    """Rows `(label, value)` of data, tokens, steps, and bytes."""
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the names of the fields."""
+        return asdict(self)
+
+
+def plan_answers(recipe: Recipe, *, on_event: OnEvent | None = None) -> AnswersPlan:
+    """What training with an SFT or KTO recipe will read and hold; nothing is written, and no weights are loaded.
+
+    Raises:
+        LoraDPOError: as `train` would, for anything in recipe, data or model.
+    """
+    notes: list[str] = []
+    resolved: list[tuple[str, str]] = []
+
+    def emit(event: Any) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+        elif isinstance(event, Resolved):
+            resolved.extend(event.lines)
+        elif on_event and not isinstance(event, RowsDropped):
+            on_event(event)
+
+    with quiet_libraries():
+        run = prepare(recipe, Path(recipe.output or "adapters/plan"), emit, StopSignal())
+        costs = _costs(run, {})
+        cost = costs.footprint(_choice(costs))
+    data = {which: Rows(report.rows, report.kept, dict(report.reasons())) for which, report in run.reports.items()}
+    adapter = cost.trainable * bytes_per_trainable(run)
+    return AnswersPlan(
+        method=recipe.method,
+        data=data,
+        steps=run.steps,
+        cut=sum(one.truncated for one in run.answers),
+        weights=cost.weight_bytes,
+        adapter=adapter,
+        lines=tuple(line for line in resolved if line[0] != "output"),
+        notes=tuple(notes),
+    )
+
+
 def plan(
     recipe: Recipe,
     *,
@@ -144,7 +203,8 @@ def plan(
         raise ConfigError(f"--card {card} is another machine: it goes without --memory and --measure.")
     if recipe.method != "dpo":
         raise ConfigError(
-            f"lora-dpo plan knows pairs, not method: {recipe.method}. Try a few steps: trainer.max_steps=5."
+            f"What a step takes is known of pairs, not with method: {recipe.method}. Use plan_answers, or try a few "
+            "steps: trainer.max_steps=5."
         )
     notes: list[str] = []
 

@@ -107,10 +107,14 @@ def load_with_judge(
 
 
 def beta_of(adapter: Path | None) -> float:
-    """The β that an adapter was trained with, by its recipe; DPO's usual 0.1 if it does not say."""
+    """The β that an adapter was trained with, by its recipe; DPO's usual 0.1 if it does not say.
+
+    1 for SFT, which has none: its margins are in nats, as in training.
+    """
     if adapter is None or not (adapter / "recipe.yaml").is_file():
         return 0.1
-    return float(read_recipe(adapter / "recipe.yaml").trainer.get("beta", 0.1))
+    recipe = read_recipe(adapter / "recipe.yaml")
+    return 1.0 if recipe.method == "sft" else float(recipe.trainer.get("beta", 0.1))
 
 
 def attach_reference(policy: Policy) -> None:

@@ -78,13 +78,53 @@ def record(
     }
 
 
-def findings(sources: str | Sequence[str], rows: int, form: str | None) -> list[dict[str, Any]] | None:
+OF_ANSWERS: dict[str, dict[str, str]] = {
+    "roles": {},
+    "double-bos": {},
+    "leftover": {},
+    "lost-end": {},
+    "language": {},
+    "mojibake": {"meaning": "The model learns to write the damage."},
+    "refusal": {
+        "title": "refusals among the good answers",
+        "meaning": "They are learnt: the model refuses more, also where it should not.",
+    },
+    "duplicate": {
+        "title": "exact duplicates of an earlier row",
+        "meaning": "Its answers are seen more often than the others in each pass, and are overfitted first.",
+    },
+    "near-duplicate": {
+        "title": "near duplicates of an earlier row",
+        "meaning": "Almost the same as a duplicate: such answers weigh more than others.",
+    },
+}
+"""The doctor's checks that say something about single answers, too, and what they say there. The others are about what
+makes a pair: rows without one are trained on here."""
+OF_VOTES: dict[str, dict[str, str]] = {
+    **OF_ANSWERS,
+    "equal": {"meaning": "The same answer is good and bad at once: the two pull in opposite directions and cancel."},
+    "contradiction": {},
+    "length-bias": {
+        "meaning": "It is the easiest difference between good and bad answers: it is learnt instead of the quality.",
+        "advice": "Add answers where it is the other way round.",
+    },
+}
+"""The same with bad answers beside the good ones."""
+
+
+def findings(
+    sources: str | Sequence[str], rows: int, form: str | None, method: str = "dpo"
+) -> list[dict[str, Any]] | None:
     """What the doctor finds in the training data; None if there is too much of it to look at again."""
     if rows > MOST_ROWS:
         return None
     diagnosis = examine([sources] if isinstance(sources, str) else list(sources), form=form)
     kept = ("check", "severity", "title", "count", "meaning", "advice")
-    return [{key: found[key] for key in kept} for found in diagnosis.as_json()["findings"]]
+    found = [{key: one[key] for key in kept} for one in diagnosis.as_json()["findings"]]
+    if method == "dpo":
+        return found
+    known = OF_ANSWERS if method == "sft" else OF_VOTES
+    return [{**one, **known[one["check"]]} for one in found if one["check"] in known]
 
 
 def peak_memory() -> dict[str, int]:

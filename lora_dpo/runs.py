@@ -40,12 +40,12 @@ def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
         return Path(recipe.output)
     names = [recipe_name, *(f"{recipe_name}-{number}" for number in range(2, 1000))]
     if resume:
-        unfinished = [out for out in map(ADAPTERS_DIR.joinpath, names) if _interrupted(out) and not _running(out)]
+        unfinished = [out for out in map(ADAPTERS_DIR.joinpath, names) if _interrupted(out) and not running(out)]
         if not unfinished:
             raise OutputError(f"No interrupted run of {recipe_name} is in {ADAPTERS_DIR}. Start it without --resume.")
         return max(unfinished, key=lambda output: partial_of(output).stat().st_mtime)
     places = map(ADAPTERS_DIR.joinpath, names)
-    return next(out for out in places if not (out.exists() or _interrupted(out) or _running(out)))
+    return next(out for out in places if not (out.exists() or _interrupted(out) or running(out)))
 
 
 def partial_of(output: Path) -> Path:
@@ -63,7 +63,7 @@ def interrupted_runs(root: Path) -> list[str]:
     """Names of the adapters in `root` that an interrupted run can still become, the last touched first."""
     ends = [partial.name.removesuffix(".partial") for partial in root.glob("[!.]*.partial")]
     left = [name for name in ends if _interrupted(root / name) and not (root / name).exists()]
-    left = [name for name in left if not _running(root / name)]
+    left = [name for name in left if not running(root / name)]
     return sorted(left, key=lambda name: _touched(partial_of(root / name)), reverse=True)
 
 
@@ -139,10 +139,11 @@ class RunLog:
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    return [row for row in _whole_rows(path) if row["step"] <= step]
+    return [row for row in whole_rows(path) if row["step"] <= step]
 
 
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+def whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log, up to one that was cut off."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
@@ -156,7 +157,7 @@ def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _check_place(output: Path, *, resume: bool) -> None:
     refuse_existing(output)
     partial = partial_of(output)
-    if process := _running(output):
+    if process := running(output):
         raise OutputError(
             f"A run is going on in {partial} (process {process}). Wait for its end, or set another output; if that "
             f"process is something else, remove {partial / LOCK}."
@@ -177,7 +178,7 @@ def _touched(partial: Path) -> float:
     return partial.stat().st_mtime if partial.exists() else 0.0  # removed, perhaps while we look
 
 
-def _running(output: Path) -> int | None:
+def running(output: Path) -> int | None:
     """The other process of this machine that works towards `output`, or None."""
     import psutil
 
@@ -197,7 +198,7 @@ def _process_in(lock: Path) -> int | None:
 def _claim(output: Path) -> None:
     """Write the lock. Only one of two processes that start together gets it."""
     lock = partial_of(output) / LOCK
-    if lock.exists() and not _running(output):
+    if lock.exists() and not running(output):
         lock.unlink(missing_ok=True)  # of a process that ended without `release`
     try:
         with lock.open("x", encoding="utf-8") as file:

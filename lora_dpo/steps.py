@@ -56,6 +56,8 @@ class WholeStep:
         self.trainer, self.engine, self.budget, self.split_pairs = trainer, engine, budget, split_pairs
         self.parts = 0
         """Parts that the last step ran in."""
+        self.log_probs: torch.Tensor
+        """The last step's per-token table `[R, T-1]`, as it was before the step."""
 
     def run(self, model: Any, inputs: Inputs) -> torch.Tensor:
         """Forward and backward of a whole optimiser batch; the loss, detached.
@@ -98,7 +100,9 @@ class WholeStep:
         alone = trainer.args.world_size == 1
         if len(parts) == 1 and alone:
             with trainer.compute_loss_context_manager():
-                loss = trainer.loss_of(model(**model_inputs(inputs)), inputs)
+                output = model(**model_inputs(inputs))
+                loss = trainer.loss_of(output, inputs)
+            self.log_probs = output.log_probs.detach()
             trainer.accelerator.backward(loss)
             return loss.detach()
         if couples_pairs(trainer.loss_types) and len(parts) > 1:
@@ -121,8 +125,13 @@ class WholeStep:
                     loss = trainer.loss_of(output, part.inputs) * share
                 trainer.accelerator.backward(loss)
             outputs.append(_detached(output))
+        return self._logged(assemble(outputs, parts), inputs)
+
+    def _logged(self, whole: Any, inputs: Inputs) -> torch.Tensor:
+        """The loss of the whole table, with its metrics."""
+        self.log_probs = whole.log_probs.detach()
         with torch.no_grad():
-            return trainer.loss_of(assemble(outputs, parts), inputs)
+            return self.trainer.loss_of(whole, inputs)
 
     def _two_passes(self, model: Any, inputs: Inputs, parts: Sequence[Part]) -> torch.Tensor:
         """The whole table without gradients, the loss's gradient on it, then each part again with its rows of that."""
@@ -141,8 +150,7 @@ class WholeStep:
                 with _synced(model, number == len(parts) - 1), trainer.compute_loss_context_manager():
                     log_probs = model(**model_inputs(part.inputs)).log_probs[: len(part.rows)]
                     trainer.accelerator.backward((log_probs * slope_RT[part.rows]).sum())
-        with torch.no_grad():
-            return trainer.loss_of(whole, inputs)
+        return self._logged(whole, inputs)
 
 
 def couples_pairs(loss_types: Sequence[str]) -> bool:

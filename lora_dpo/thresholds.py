@@ -33,6 +33,7 @@ NAMES = (
     "refusals",
     "perplexity-ratio",
 )
+PARTS = ("value", "low", "high")
 NEED = {
     "win-rate": "--judge or --votes",
     "win-rate-lc": "--judge or --votes",
@@ -66,16 +67,19 @@ def parse_requirements(texts: Sequence[str]) -> list[Requirement]:
     """Read requirements. Raises `ConfigError` for one that means nothing."""
     found = []
     for text in texts:
-        match = re.fullmatch(r"\s*([a-z-]+)(?:\.(value|low|high))?\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*", text)
+        match = re.fullmatch(r"\s*([A-Za-z_-]+)(?:\.([A-Za-z_-]+))?\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*", text)
         if not match:
             raise ConfigError(f"--require {text!r} is not written as it must be, such as 'accuracy>0.7'.")
         name, part, sign, bound = match.groups()
+        part = part or "value"
         if name not in NAMES:
-            raise ConfigError(
-                f"--require {text!r}: there is no number {name!r}. Known are {', '.join(NAMES)}.{nearest(name, NAMES)}"
-            )
+            meant = nearest(name.lower().replace("_", "-"), NAMES)
+            raise ConfigError(f"--require {text!r}: there is no number {name!r}. Known are {', '.join(NAMES)}.{meant}")
+        if part not in PARTS:
+            meant = nearest(part.lower(), PARTS)
+            raise ConfigError(f"--require {text!r}: {name} has no {part!r}. It has {', '.join(PARTS)}.{meant}")
         try:
-            found.append(Requirement(text.strip(), name, part or "value", sign, float(bound)))
+            found.append(Requirement(text.strip(), name, part, sign, float(bound)))
         except ValueError:
             raise ConfigError(f"--require {text!r}: {bound!r} is no number.") from None
     return found

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.adapters import attach_adapter, make_passport, restore_adapter, write_passport
 from lora_dpo.card import write_card, write_curves
 from lora_dpo.config import Recipe, dump_recipe
-from lora_dpo.data import ReadReport, TokenPair
+from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import crossed
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.evaluate import evenly, to_json
@@ -99,7 +99,8 @@ def train(
 
 
 def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
-    odd = findings(run.recipe.data.train, run.reports["train"].rows, run.recipe.data.format)
+    data, method = run.recipe.data, run.recipe.method
+    odd = findings(data.train, run.reports["train"].rows, data.format, method)
     base = base or _load(run)
     model = _attach(base, run.recipe, seed=run.settings["seed"])
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
@@ -315,7 +316,7 @@ def _save(
     }
     if run.stop.kept_at is not None:
         metrics["stopped"] = {"step": run.stop.kept_at, "of": run.steps}
-    data = {which: _data_record(sources, run.reports[which], run.unit) for which, sources in _sources(run.recipe)}
+    data = {which: _data_record(run, which, sources) for which, sources in _sources(run.recipe)}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     settings = run.recipe.model_dump(mode="json")
     passport = make_passport(
@@ -343,6 +344,14 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
             yield which, [sources] if isinstance(sources, str) else sources
 
 
-def _data_record(sources: list[str], report: ReadReport, unit: str) -> dict[str, Any]:
+def _data_record(run: Run, which: str, sources: list[str]) -> dict[str, Any]:
+    report = run.reports[which]
     hashes = {source: sha256_of(Path(source)) if Path(source).is_file() else None for source in sources}
-    return {"sha256": hashes, "rows": report.rows, unit: report.kept, "dropped": dict(report.reasons())}
+    rows = {"train": run.train or run.answers, "eval": run.held_out_answers or run.held_out}[which]
+    return {
+        "sha256": hashes,
+        "rows": report.rows,
+        run.unit: report.kept,
+        "prompts": len({tuple(row.prompt) for row in rows}),
+        "dropped": dict(report.reasons()),
+    }

@@ -11,6 +11,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -268,6 +269,23 @@ class DPOTrainer(trl.DPOTrainer):
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's log, with what was predicted of prompts seen for the first time (`lora_dpo.learned`)."""
+        if self.engine is not None and self.model.training:
+            logs.update(self.engine.first_sight.take())
+        super().log(logs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Here and not in a callback: whatever a checkpoint needs is in it before it counts as one.
+        super()._save_rng_state(output_dir)
+        if self.engine is not None and self.args.should_save:
+            self.engine.first_sight.save(Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if self.engine is not None:
+            self.engine.first_sight.load(Path(resume_from_checkpoint))
 
     def _logs_next_step(self) -> bool:
         if self.args.logging_strategy != "steps":

@@ -13,6 +13,7 @@ from lora_dpo.cli import main
 from lora_dpo.data import Origin, TokenPair
 from lora_dpo.data.template import prompt_ids
 from lora_dpo.errors import AdapterError, DataError
+from lora_dpo.files import sha256_of
 from lora_dpo.generate import Sampling, generate, stop_token_ids
 from lora_dpo.judges import open_judge
 from lora_dpo.policy import load_policy
@@ -235,6 +236,35 @@ def test_json_is_one_object_and_an_unmet_requirement_is_status_3(place, capsys):
     assert main([*place, "--json", "--require", "accuracy>1", "--require", "accuracy<=1"]) == 3
     found = json.loads(capsys.readouterr().out)
     assert [one["met"] for one in found["requirements"]] == [False, True]
+
+
+def test_data_that_was_trained_on_is_said(place, capsys, tmp_path):
+    passport = tmp_path / "adapters/mine/passport.json"
+    stored = json.loads(passport.read_text())
+    stored["data"] = {"train": {"sha256": {"elsewhere.jsonl": sha256_of(tmp_path / "eval.jsonl")}, "pairs": 5}}
+    passport.write_text(json.dumps(stored))
+    assert main(place) == 0
+    says = "The adapter was trained on eval.jsonl"
+    assert says in capsys.readouterr().out
+    assert says in json.loads((tmp_path / "evaluations/mine/eval.json").read_text())["warnings"][0]
+    assert says in (tmp_path / "evaluations/mine/report.html").read_text()
+    (tmp_path / "other.jsonl").write_text((tmp_path / "eval.jsonl").read_text() + "\n")
+    assert main([*place, "--data", "other.jsonl", "--json"]) == 0
+    assert "trained on eval.jsonl:" in json.loads(capsys.readouterr().out)["warnings"][0]
+
+
+def test_votes_on_other_weights_are_said(place, capsys, tmp_path):
+    def row(number, **facts):
+        sides = {"chosen": {"who": "mine", **facts}, "rejected": {"who": "base"}}
+        return {"prompt": f"q{number}", "chosen": "a", "rejected": "b", "origin": {"vote": "a", **sides}}
+
+    rows = [row(1), row(2, adapter_sha256="0" * 64), row(3, adapter_sha256="0" * 64)]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert main([*place, "--votes", "votes.jsonl"]) == 0
+    assert "2 votes under these names are on other weights" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "evaluations/mine/eval.json").read_text())
+    assert (stored["contest"]["votes"], stored["contest"]["foreign_votes"]) == (1, 2)
+    assert "2 votes under these names" in (tmp_path / "evaluations/mine/report.html").read_text()
 
 
 @pytest.mark.parametrize(

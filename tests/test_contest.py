@@ -71,9 +71,9 @@ def test_what_cannot_be_judged_is_left_out_and_counted():
 # --- votes ----------------------------------------------------------------------------------------
 
 
-def vote(verdict, a="base", b="mine", text_a="one two", text_b="one"):
+def vote(verdict, a="base", b="mine", text_a="one two", text_b="one", prompt="q"):
     origin = {"vote": verdict, "shown": [a, b]}
-    prompt = [{"role": "user", "content": "q"}]
+    prompt = [{"role": "user", "content": prompt}]
     if verdict in ("a", "b"):
         sides = [(a, text_a), (b, text_b)]
         (won, chosen), (lost, rejected) = sides if verdict == "a" else sides[::-1]
@@ -100,13 +100,48 @@ def votes(tmp_path):
 
 
 def test_votes_are_counted_from_our_side(votes):
-    path = votes(vote("b"), vote("b"), vote("a"), vote("both good"), vote("skip"), vote("a", a="other"))
+    cast = [("b", "base"), ("b", "base"), ("a", "base"), ("both good", "base"), ("skip", "base"), ("a", "other")]
+    path = votes(*(vote(verdict, a=a, prompt=f"q{number}") for number, (verdict, a) in enumerate(cast)))
     found = voted(path, us="mine", against="base")
     assert sorted(found.outcomes) == [0.0, 0.5, 1.0, 1.0]
     assert found.counts == (2, 1, 1)
     assert set(found.longer_by) == {-1.0}
     other_side = voted(path, us="base", against="mine")
     assert sorted(1 - value for value in other_side.outcomes) == sorted(found.outcomes)
+
+
+def test_votes_on_one_prompt_are_one_unit(votes):
+    many = [vote("b"), vote("b"), vote("a"), vote("both bad", text_b="one two three")]
+    found = voted(votes(*many, vote("a", prompt="other")), us="mine", against="base")
+    assert sorted(found.outcomes) == [0.0, 2.5 / 4]
+    assert sorted(found.longer_by) == [-1.0, (3 * -1 + 1) / 4]
+    assert (found.votes, found.win_rate.n, found.counts) == (5, 2, (1, 0, 1))
+
+
+def of(row, *, mine=None, base=None):
+    """The same vote, with the adapter's hash and the base's fingerprint in its origin."""
+    for side in ("chosen", "rejected", "a", "b"):
+        if mine and row["origin"].get(side, {}).get("who") == "mine":
+            row["origin"][side]["adapter_sha256"] = mine
+    if base:
+        row["origin"]["model_fingerprint"] = base
+    return row
+
+
+def test_votes_on_other_weights_or_another_base_are_left_out(votes):
+    path = votes(
+        of(vote("b", prompt="1"), mine="aaa", base="fff"),
+        vote("b", prompt="2"),  # says nothing: taken
+        of(vote("a", prompt="3"), mine="bbb", base="fff"),
+        of(vote("both good", prompt="4"), mine="bbb"),
+        of(vote("a", prompt="5"), mine="aaa", base="eee"),
+    )
+    found = voted(path, us="mine", against="base", weights={"mine": "aaa"}, base="fff")
+    assert (found.outcomes, found.foreign) == ((1.0, 1.0), 3)
+    assert found.to_json()["foreign_votes"] == 3
+    assert voted(path, us="mine", against="base").foreign == 0
+    with pytest.raises(DataError, match="5 votes under these names are on other weights or another base"):
+        voted(votes(*(of(vote("a"), mine="bbb") for _ in range(5))), us="mine", against="base", weights={"mine": "aaa"})
 
 
 def test_no_vote_between_the_two_is_said_with_whom_there_are_votes_on(votes):

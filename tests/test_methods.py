@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.adapters import read_passport
 from lora_dpo.answer_trainers import KTOTrainer, SFTTrainer, kto_rows, sft_rows
-from lora_dpo.config import LoraSection, check_recipe, read_recipe
+from lora_dpo.cli import main
+from lora_dpo.config import LoraSection, check_recipe, dump_recipe, read_recipe
 from lora_dpo.data.answers import read_answers, tokenize_answers
 from lora_dpo.errors import ConfigError, DataError, ReferenceMismatch
 from lora_dpo.events import Compared, Progress, Resolved, Sampled
@@ -358,9 +359,27 @@ def test_fields_named_in_the_tables_are_trls(method, tmp_path):
     assert type(config).__name__ == METHODS[method].config
 
 
-def test_plan_says_that_it_knows_pairs_only(recipe):
-    with pytest.raises(ConfigError, match="plan knows pairs, not method: kto"):
+def test_a_plan_of_pairs_refuses_single_answers(recipe):
+    with pytest.raises(ConfigError, match="known of pairs, not with method: kto"):
         plan(recipe("kto"))
+
+
+@pytest.mark.parametrize(("method", "answers"), [("sft", 12), ("kto", 24)])
+def test_a_plan_of_single_answers_reads_what_training_reads(method, answers, recipe, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe(method)))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main(["plan", str(tmp_path / "recipe.yaml")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{answers} answers" in shown
+    assert f"not known for {method}; measured by train with trainer.max_steps=5" in shown
+    assert "None" not in shown
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["data"]["train"]["pairs"], found["steps"], found["cut"]) == (answers, 2, 0)
+    assert found["weights"] > 0 < found["adapter"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--measure"]) == 1
+    assert "Leave them out" in capsys.readouterr().err
 
 
 RECIPES = sorted((ROOT / "configs" / "methods").glob("*.yaml"))

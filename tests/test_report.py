@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,10 +12,16 @@ from xml.etree import ElementTree
 import pytest
 
 from lora_dpo.cli import main
+from lora_dpo.config import check_recipe
 from lora_dpo.errors import AdapterError, OutputError
+from lora_dpo.events import Progress
+from lora_dpo.learned import at_first_sight
+from lora_dpo.policy import beta_of
+from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.report import evaluation_page, report_of, svg, write_report
 from lora_dpo.report.compare import differences
 from lora_dpo.report.stored import read_run
+from lora_dpo.train import train
 
 ROOT = Path(__file__).parent.parent
 EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -192,6 +199,142 @@ def test_a_broken_evaluation_is_named(content, tmp_path):
         report_of([tmp_path])
 
 
+# --- other methods, and runs without an end --------------------------------------------------------
+
+
+@pytest.fixture
+def answers_recipe(recipe_dict, tmp_path, monkeypatch):
+    """A run on single answers: forty pairs of which the longer answer is always good, a twin, and votes alone."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(method, **changes):
+        rows = [{"prompt": f"q{n}", "chosen": f"a much longer answer {n}", "rejected": f"no {n}"} for n in range(40)]
+        rows += [rows[0], {"prompt": "v", "completion": "a vote alone", "label": True}]
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return check_recipe(recipe_dict(method=method, data={"train": "rows.jsonl"}, **changes))
+
+    return make
+
+
+@pytest.mark.parametrize(("method", "rows", "finds"), [("sft", 42, 1), ("kto", 42, 2)])
+def test_a_page_of_single_answers_says_what_was_trained_on(method, rows, finds, answers_recipe):
+    folder = train(answers_recipe(method), name=method).folder
+    text = check(report_of([folder]))
+    number = 42 if method == "sft" else 83  # both answers of 41 pairs, and the vote
+    assert "None" not in text
+    assert f"{number} train answers, " in text
+    assert f"rows.jsonl: {number} answers of 42 rows" in text
+    assert "left out" not in text
+    assert "ld_alpha" not in text
+    assert "exact duplicates of an earlier row" in text
+    assert ("length alone predicts the preference" in text) is (method == "kto")
+    assert len(read_run(folder).measured["findings"]) >= finds
+
+
+def test_margins_without_a_beta_are_marked_and_are_the_same_in_eval(answers_recipe):
+    sft = train(answers_recipe("sft"), name="sft").folder
+    dpo = train(answers_recipe("dpo"), name="dpo").folder
+    assert (beta_of(sft), beta_of(dpo), read_run(sft).beta) == (1.0, 0.1, 1.0)
+    assert "margin (nats: SFT has no β)" in report_of([sft])
+    text = check(report_of([sft, dpo]))
+    assert "at β 1<" in text
+    assert "at β 0.1<" in text
+    assert "None" not in text
+
+
+def test_an_interrupted_run_has_a_page(answers_recipe, capsys):
+    stop = StopSignal()
+
+    def stop_after_three(event):
+        if isinstance(event, Progress) and event.stage == "training" and event.done == 3:
+            stop.requested = True
+
+    with pytest.raises(Stopped):
+        train(answers_recipe("dpo", trainer={"max_steps": 6}, output="cut"), on_event=stop_after_three, stop=stop)
+    with Path("cut.partial/metrics.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')  # as a kill leaves it
+    text = check(report_of([Path("cut.partial")]))
+    assert "Not finished: 3 of 6 steps. Continue with: lora-dpo train cut.partial/recipe.yaml --resume" in text
+    assert "None" not in text
+    assert "Answers on the way" in text
+    assert text.count("<svg") >= 4
+    assert main(["report", "cut.partial"]) == 0
+    assert main(["report", "cut"]) == 1
+    assert "An unfinished run is in cut.partial" in capsys.readouterr().err
+    check(report_of([Path("cut.partial"), Path("cut.partial")]))
+
+
+def test_an_untrained_adapter_is_called_that_and_nothing_else(run):
+    folder = run()
+    measured = json.loads((folder / "measured.json").read_text())
+    measured["health"] |= {"kept": 0, "sentence": "Stopped; the adapter is the untrained one."}
+    (folder / "measured.json").write_text(json.dumps(measured))
+    passport = json.loads((folder / "passport.json").read_text())
+    pairs = {"pairs": 20, "accuracy": 0.5, "margin": 0.0, "chosen_logratio": 0.0, "rejected_logratio": 0.0}
+    passport["metrics"] = {"before": {"pairs": pairs}, "after": {"pairs": pairs}}
+    (folder / "passport.json").write_text(json.dumps(passport))
+    rows = [{"step": s, "loss": 0.1, "first_sight/right": 8.0, "first_sight/prompts": 8.0} for s in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report_of([folder])
+    assert "untrained one" in text
+    assert "likelier" not in text
+    assert at_first_sight(folder) is None
+    measured["health"] |= {"kept": 4}
+    (folder / "measured.json").write_text(json.dumps(measured))
+    assert "the chosen answers are as likely as before" in report_of([folder])
+    assert at_first_sight(folder).n == 32
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+
+def stored_evaluation(folder, **changes):
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps({**evaluation("x"), **changes}))
+    return folder
+
+
+def test_a_setting_that_one_recipe_leaves_out_has_its_value(run):
+    runs = [read_run(run(name)) for name in ("one", "two")]
+    settings = {"trainer": {"learning_rate": 2e-4, "beta": 0.3}}
+    found = differences([replace(runs[0], recipe=settings), replace(runs[1], recipe={"trainer": {}})])
+    assert found == [("trainer.learning_rate", "0.0002", "5e-05"), ("trainer.beta", "0.3", "0.1")]
+    after = {"reference": "adapter:one", "method": "sft"}
+    found = differences([replace(runs[0], recipe={"lora": {"rank": 4}, **settings}), replace(runs[1], recipe=after)])
+    assert ("lora.rank", "4", "as the reference has it") in found
+    assert ("trainer.beta", "0.3", "none") in found
+    assert ("trainer.learning_rate", "0.0002", "0.0001") in found
+
+
+def test_a_run_and_its_evaluation_have_names_of_their_own(run, tmp_path):
+    text = report_of([run("mine"), stored_evaluation(tmp_path / "evaluations" / "mine")])
+    assert "mine, mine (evaluation)" in text
+
+
+def test_prompts_that_not_all_answered_are_shown_by_kind(run, tmp_path):
+    rows = [{"prompt": "another", "against": "a", "adapter": "b"}]
+    evaluations = [stored_evaluation(tmp_path / name, rows=rows, warnings=["beware"]) for name in ("e1", "e2")]
+    text = check(report_of([run("one"), run("two"), *evaluations]))
+    assert "e2: beware" in text
+    assert text.count('class="answers') == 2
+    assert "No prompt was answered by all of them." in text
+    text = check(report_of([run("three"), evaluations[0]]))
+    assert "The same prompts" in text
+    text = report_of(evaluations)
+    assert text.count('class="answers') == 1
+    assert "No prompt was" not in text
+
+
+def test_chance_is_a_matter_of_accuracies_and_win_rates():
+    stored = evaluation("x")
+    stored["numbers"] |= {"finished": interval(0.9, 0.8, 0.95), "refusals": interval(0.02, 0.0, 0.1)}
+    text = evaluation_page(stored)
+    assert "An accuracy or a win rate whose interval holds 0.5 is no better than chance" in text
+    figures = [figure for figure in text.split("<figure>") if "95% intervals" in figure]
+    assert ["chance" in figure for figure in figures] == [True, False]
+    assert ["refusals" in figure for figure in figures] == [False, True]
+
+
 # --- plots ----------------------------------------------------------------------------------------
 
 
@@ -253,6 +396,9 @@ def test_a_page_opens_in_a_browser_without_errors_or_requests(run, tmp_path):
             assert errors == []
             assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
             assert page.locator("figure svg").count() >= 2
+            page.set_viewport_size({"width": 1200, "height": 800})
+            cut = "[...document.querySelectorAll('table')].filter(t => t.scrollWidth > t.parentElement.clientWidth)"
+            assert page.evaluate(f"{cut}.map(t => t.innerText.slice(0, 60))") == [], name
             for width in (1280, 390):
                 page.set_viewport_size({"width": width, "height": 800})
                 wide = page.evaluate("document.documentElement.scrollWidth")

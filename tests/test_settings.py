@@ -49,6 +49,14 @@ def build(tmp_path: Path, **trainer: Any) -> Any:
 # --- names and types ------------------------------------------------------------------------------
 
 
+def test_yamls_no_is_answered_with_the_choices():
+    message = refusal(logging_strategy=False)
+    assert message.startswith("trainer.logging_strategy is False: allowed is one of 'no', 'steps', 'epoch'.")
+    assert 'write "no"' in message
+    assert "instance of" not in refusal(save_strategy=3) + refusal(lr_scheduler_type=True)
+    assert resolve(logging_strategy="no")["logging_strategy"] == "no"
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [("bta", "beta"), ("learning_rat", "learning_rate"), ("los_type", "loss_type"), ("max_step", "max_steps")],

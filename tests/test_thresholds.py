@@ -39,9 +39,21 @@ def test_what_is_no_requirement_is_refused(text):
         parse_requirements([text])
 
 
-def test_a_mistyped_number_is_named():
-    with pytest.raises(ConfigError, match="Did you mean win-rate"):
-        parse_requirements(["winrate>0.5"])
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("winrate>0.5", "win-rate"),
+        ("win_rate>0.5", "win-rate"),
+        ("Accuracy>0.5", "accuracy"),
+        ("Win_Rate.low>0.5", "win-rate"),
+        ("kl.hgh<1", "high"),
+        ("kl.High<1", "high"),
+        ("accuracy.lo>0.5", "low"),
+    ],
+)
+def test_a_mistyped_number_or_part_is_named(text, meant):
+    with pytest.raises(ConfigError, match=f"Did you mean {meant}\\?"):
+        parse_requirements([text])
 
 
 def test_what_is_not_measured_cannot_be_required():

@@ -12,7 +12,8 @@ from lora_dpo.files import atomic_file
 from lora_dpo.report.compare import comparison_page
 from lora_dpo.report.evaluation import evaluation_page, number_rows
 from lora_dpo.report.run import run_page
-from lora_dpo.report.stored import is_evaluation, read_evaluation, read_run
+from lora_dpo.report.stored import is_evaluation, is_unfinished, read_evaluation, read_run
+from lora_dpo.runs import partial_of
 
 __all__ = ["PAGE", "evaluation_page", "number_rows", "report_of", "write_report"]
 
@@ -45,8 +46,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """
     for folder in folders:
         if not folder.is_dir():
-            raise AdapterError(f"There is no folder {folder}. Name adapter folders, or what lora-dpo eval wrote.")
-        if not is_evaluation(folder):
+            partial = partial_of(folder)
+            hint = f" An unfinished run is in {partial}." if is_unfinished(partial) else ""
+            raise AdapterError(f"There is no folder {folder}.{hint} Name adapter folders, or what lora-dpo eval wrote.")
+        if not is_evaluation(folder) and not is_unfinished(folder):
             check_folder(folder)
     text = report_of(folders)
     stem = folders[0].resolve().name if len(folders) == 1 else "comparison"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lora_dpo.report import page, svg
@@ -16,6 +17,7 @@ HIDDEN = ("output",)
 
 def comparison_page(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """The whole page; either list may be empty."""
+    runs, evaluations = _named_apart(runs, evaluations)
     names = [run.name for run in runs] + [name for name, _ in evaluations]
     return page.page(
         "Comparison",
@@ -26,8 +28,26 @@ def comparison_page(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, 
             page.section("Health", *_health(runs)),
             page.section("Training", page.plots(*_curves(runs))),
             page.section("Evaluations", *_evaluations(evaluations)),
-            page.section("The same prompts", _answers(runs, evaluations)),
+            page.section("The same prompts", *_answers(runs, evaluations)),
         ],
+    )
+
+
+def _named_apart(
+    runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping[str, Any]]]
+) -> tuple[list[StoredRun], list[tuple[str, Mapping[str, Any]]]]:
+    """The same, each with a name of its own: an evaluation is kept under its adapter's name."""
+    taken: set[str] = set()
+
+    def free(name: str, kind: str = "") -> str:
+        names = [name, *([f"{name} ({kind})"] if kind else []), *(f"{name} ({number})" for number in range(2, 1000))]
+        found = next(one for one in names if one not in taken)
+        taken.add(found)
+        return found
+
+    return (
+        [replace(run, name=free(run.name)) for run in runs],
+        [(free(name, "evaluation"), one) for name, one in evaluations],
     )
 
 
@@ -35,8 +55,9 @@ def differences(runs: Sequence[StoredRun]) -> list[tuple[str, ...]]:
     """Rows `(setting, value of each run)` of settings that are not the same in all runs."""
     settings = [dict(flat(run.recipe)) for run in runs]
     keys = list(dict.fromkeys(key for one in settings for key in one))
-    rows = [(key, *(one.get(key, "default") for one in settings)) for key in keys if key not in HIDDEN]
-    return [row for row in rows if len(set(row[1:])) > 1]
+    both = list(zip(runs, settings, strict=True))
+    rows = [(key, *(one[key] if key in one else run.default(key) for run, one in both)) for key in keys]
+    return [row for row in rows if row[0] not in HIDDEN and len(set(row[1:])) > 1]
 
 
 def _columns() -> list[str]:
@@ -45,17 +66,25 @@ def _columns() -> list[str]:
 
 def _results(runs: Sequence[StoredRun]) -> list[tuple[str, ...]]:
     rows = []
+    several = len({run.beta for run in runs}) > 1
     for run in runs:
         cells = []
         for kind, known in (("pairs", PAIRS), ("answers", ANSWERS)):
             metrics = run.metrics("after", kind)
-            cells += [form.format(metrics[key]) if metrics.get(key) is not None else "" for key, _, form in known]
+            for key, _, form in known:
+                note = _at(run.beta) if several and key == "margin" else ""
+                cells.append(form.format(metrics[key]) + note if metrics.get(key) is not None else "")
         rows.append((run.name, *cells))
     return rows
 
 
+def _at(beta: float) -> str:
+    """Margins of other β are no like quantities; that of SFT is in nats, with a β of 1."""
+    return f" at β {beta:g}"
+
+
 def _health(runs: Sequence[StoredRun]) -> list[str]:
-    found = [(run.name, run.measured.get("health", {}).get("sentence")) for run in runs]
+    found = [(run.name, run.unfinished or run.measured.get("health", {}).get("sentence")) for run in runs]
     return [page.box(f"{name}: {sentence}", "warn") for name, sentence in found if sentence]
 
 
@@ -83,7 +112,18 @@ def _evaluations(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> list[s
     if not evaluations:
         return []
     names = [name for name in NAMES if any(name in one["numbers"] for _, one in evaluations)]
-    rows = [(NAMES[name], *(_interval(one["numbers"].get(name)) for _, one in evaluations)) for name in names]
+    several = len({one["beta"] for _, one in evaluations}) > 1
+    rows = [
+        (
+            NAMES[name],
+            *(
+                _interval(one["numbers"].get(name))
+                + (_at(one["beta"]) if several and name == "margin" and name in one["numbers"] else "")
+                for _, one in evaluations
+            ),
+        )
+        for name in names
+    ]
     head = ("", *(name for name, _ in evaluations))
     figures = []
     for key in ("win-rate", "win-rate-lc", "accuracy", "kl"):
@@ -94,7 +134,8 @@ def _evaluations(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> list[s
         ]
         figures.append(svg.intervals(points, title=NAMES[key], level=None if key == "kl" else 0.5))
     verdicts = [page.paragraph(f"{name}: {one['verdict']}") for name, one in evaluations]
-    return [*verdicts, page.table(head, rows), page.plots(*figures)]
+    warnings = [page.box(f"{name}: {text}", "warn") for name, one in evaluations for text in one.get("warnings", ())]
+    return [*verdicts, *warnings, page.table(head, rows), page.plots(*figures)]
 
 
 def _interval(found: Mapping[str, Any] | None) -> str:
@@ -105,19 +146,36 @@ def _interval(found: Mapping[str, Any] | None) -> str:
     return f"{found['value']:.3g} ({found['low']:.3g} to {found['high']:.3g})"
 
 
-def _answers(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Prompts that all of them answered, with each one's answer."""
-    columns: list[tuple[str, dict[str, str]]] = []
+Column = tuple[str, Mapping[str, str]]
+"""A name, and its answer to each prompt."""
+
+
+def _answers(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """Prompts that all of them answered, with each one's answer; else those of the runs and of the evaluations."""
+    of_runs: list[Column] = []
     for run in runs:
         rows = run.measured.get("answers", [])
-        if rows and not columns:
-            columns.append(("before", {row["prompt"]: row["before"]["text"] for row in rows}))
-        columns.append((run.name, {row["prompt"]: row["after"]["text"] for row in rows}))
-    for name, one in evaluations:
-        columns.append((name, {row["prompt"]: row["adapter"] for row in one["rows"]}))
+        if rows and not of_runs:
+            of_runs.append(("before", {row["prompt"]: row["before"]["text"] for row in rows}))
+        of_runs.append((run.name, {row["prompt"]: row["after"]["text"] for row in rows}))
+    of_evaluations: list[Column] = [
+        (name, {row["prompt"]: row["adapter"] for row in one["rows"]}) for name, one in evaluations
+    ]
+    together = _side_by_side([*of_runs, *of_evaluations])
+    if together:
+        yield together
+        return
+    apart = [_side_by_side(columns) for columns in (of_runs, of_evaluations)]
+    yield from apart
+    if sum(bool(answers) for _, answers in (*of_runs, *of_evaluations)) > 1:
+        yield page.paragraph("No prompt was answered by all of them.")
+
+
+def _side_by_side(columns: Sequence[Column]) -> str:
+    """The prompts that all columns with answers have; nothing of fewer than two."""
     columns = [column for column in columns if column[1]]
     if len(columns) < 2:
         return ""
     shared = [prompt for prompt in columns[0][1] if all(prompt in answers for _, answers in columns)]
-    rows_ = [[prompt, *(answers[prompt] for _, answers in columns)] for prompt in shared]
-    return page.answers(["prompt", *(name for name, _ in columns)], rows_)
+    rows = [[prompt, *(answers[prompt] for _, answers in columns)] for prompt in shared]
+    return page.answers(["prompt", *(name for name, _ in columns)], rows)

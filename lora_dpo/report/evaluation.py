@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_dpo.report import page, svg
@@ -13,7 +13,7 @@ Stored = Mapping[str, Any]
 NAMES = {
     "accuracy": "reward accuracy",
     "accuracy-lc": "reward accuracy, length taken out",
-    "learned": "accuracy on training pairs at first sight",
+    "learned": "accuracy on training prompts at first sight",
     "margin": "reward margin",
     "win-rate": "win rate",
     "win-rate-lc": "win rate, length taken out",
@@ -25,7 +25,8 @@ NAMES = {
     "refusals": "refusals",
     "perplexity-ratio": "perplexity on plain text, × that of the base",
 }
-SHARES = ("accuracy", "accuracy-lc", "learned", "win-rate", "win-rate-lc", "finished", "refusals")
+AGAINST_CHANCE = ("accuracy", "accuracy-lc", "learned", "win-rate", "win-rate-lc")
+OF_ANSWERS = ("finished", "refusals")
 SHORT = {
     "accuracy-lc": "accuracy, no length",
     "learned": "accuracy at first sight",
@@ -58,11 +59,12 @@ def evaluation_page(stored: Stored) -> str:
         [
             page.heading(f"Evaluation of {stored['adapter']}", _under(stored)),
             page.box(stored["verdict"], kind),
+            *(page.box(text, "warn") for text in stored.get("warnings", ())),
             *(page.paragraph(text) for text in remarks(stored)),
             page.section(
                 "Numbers", page.table(("", "value", "95% interval", "from"), number_rows(stored)), _explained(stored)
             ),
-            page.section("At a glance", page.plots(_rates(stored), log_ratios(stored["pairs"]["log_ratios"]))),
+            page.section("At a glance", page.plots(*_shares(stored), log_ratios(stored["pairs"]["log_ratios"]))),
             page.section(
                 "The same prompts, answered by both",
                 page.answers(
@@ -80,11 +82,14 @@ def remarks(stored: Stored) -> Iterator[str]:
     numbers = stored["numbers"]
     contest = stored["contest"]
     if contest:
-        yield (
-            f"{contest['wins']} won, {contest['ties']} tied, {contest['losses']} lost by {contest['judge']}; in "
-            f"{contest['contradicted']} the two orders contradicted each other, {contest['unjudged']} could not "
-            "be judged."
-        )
+        counts = f"{contest['wins']} won, {contest['ties']} tied, {contest['losses']} lost by {contest['judge']}"
+        if contest.get("votes"):
+            yield f"{counts}: prompts, from {contest['votes']} votes."
+        else:
+            yield (
+                f"{counts}; in {contest['contradicted']} the two orders contradicted each other, "
+                f"{contest['unjudged']} could not be judged."
+            )
         raw, controlled = numbers["win-rate"], numbers["win-rate-lc"]
         if raw["low"] > 0.5 >= controlled["low"]:
             yield "With length taken out the win is no longer certain: much of it is a matter of length."
@@ -103,13 +108,17 @@ def log_ratios(ratios: Mapping[str, Any]) -> str:
     return svg.histogram(groups, title="log-ratio of held-out answers", unit="nats against the reference")
 
 
-def _rates(stored: Stored) -> str:
-    rows = [
-        (SHORT.get(name, NAMES[name]), value["value"], value["low"], value["high"])
-        for name, value in stored["numbers"].items()
-        if name in SHARES and value["low"] is not None
-    ]
-    return svg.intervals(rows, title="shares with 95% intervals; the dashed line is chance", level=0.5)
+def _shares(stored: Stored) -> Iterator[str]:
+    def rows(names: Sequence[str]) -> list[tuple[str, float, float, float]]:
+        return [
+            (SHORT.get(name, NAMES[name]), value["value"], value["low"], value["high"])
+            for name, value in stored["numbers"].items()
+            if name in names and value["low"] is not None
+        ]
+
+    title = "with 95% intervals; the dashed line is chance"
+    yield svg.intervals(rows(AGAINST_CHANCE), title=title, level=0.5)
+    yield svg.intervals(rows(OF_ANSWERS), title="shares of the answers, with 95% intervals")
 
 
 def _under(stored: Stored) -> str:
@@ -119,8 +128,8 @@ def _under(stored: Stored) -> str:
 def _explained(stored: Stored) -> str:
     return page.paragraph(
         "Shares have Wilson intervals, means Student's t, both over prompts. Length is taken out by a logistic "
-        "regression on the difference of lengths, read where it is 0 (after AlpacaEval 2). A number whose interval "
-        "holds 0.5 is no better than chance."
+        "regression on the difference of lengths, read where it is 0 (after AlpacaEval 2). An accuracy or a "
+        "win rate whose interval holds 0.5 is no better than chance."
     )
 
 

@@ -25,7 +25,7 @@ padding:10px 14px;margin:12px 0}
 .box.good{border-left-color:var(--good);color:inherit}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:5px 10px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600;color:var(--soft);font-size:13px}td.n,th.n{text-align:right;white-space:nowrap}
+th{font-weight:600;color:var(--soft);font-size:13px}td.n,th.n{text-align:right}td.n{white-space:nowrap}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:14px}
 @media(max-width:420px){.grid{grid-template-columns:1fr}}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:8px 10px}

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_dpo.report import page, svg
-from lora_dpo.report.stored import StoredRun, number
+from lora_dpo.report.stored import StoredRun
+from lora_dpo.report.stored import number as number_of
 
 CURVES = (
     ("loss", "loss", 1.0, None),
@@ -53,11 +54,12 @@ def run_page(run: StoredRun) -> str:
 def before_and_after(run: StoredRun) -> list[tuple[str, str, str]]:
     """Rows `(name, before, after)` of what was measured."""
     rows = []
+    named = {"margin": "margin (nats: SFT has no β)"} if run.method == "sft" else {}
     for kind, known in (("pairs", PAIRS), ("answers", ANSWERS)):
         before, after = run.metrics("before", kind), run.metrics("after", kind)
         for key, label, form in known:
             if before.get(key) is not None and after.get(key) is not None:
-                rows.append((label, form.format(before[key]), form.format(after[key])))
+                rows.append((named.get(key, label), form.format(before[key]), form.format(after[key])))
     return rows
 
 
@@ -65,10 +67,10 @@ def curves(run: StoredRun) -> Iterator[str]:
     """Loss, margin, accuracy, log-ratios, and what the guard saw, over the steps."""
     steps = [row["step"] for row in run.trained]
     for key, title, scale, level in CURVES:
-        series = svg.Series(key, steps, [number(row, key, scale) for row in run.trained])
+        series = svg.Series(key, steps, [number_of(row, key, scale) for row in run.trained])
         yield svg.lines([series], title=title, level=level)
     ratios = [
-        svg.Series(side, steps, [number(row, f"rewards/{side}", 1 / run.beta) for row in run.trained])
+        svg.Series(side, steps, [number_of(row, f"rewards/{side}", 1 / run.beta) for row in run.trained])
         for side in ("chosen", "rejected")
     ]
     yield svg.lines(ratios, title="log-ratio to the reference (nats an answer)", level=0.0)
@@ -79,7 +81,7 @@ def curves(run: StoredRun) -> Iterator[str]:
         ("health/kl", "KL (nats a token)"),
     ):
         if len(looked) > 1:
-            yield svg.lines([svg.Series(key, at, [number(row, key) for row in looked])], title=title)
+            yield svg.lines([svg.Series(key, at, [number_of(row, key) for row in looked])], title=title)
 
 
 def answer_rows(run: StoredRun) -> list[tuple[str, str, str]]:
@@ -97,17 +99,29 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def _under(run: StoredRun) -> str:
+    if run.unfinished:
+        return f"{run.recipe.get('model', {}).get('name', 'unknown base')}, not finished"
     if run.passport is None:
         return "an adapter without a passport"
-    counts = [f"{record.get('pairs')} {which} pairs" for which, record in run.passport.data.items()]
+    counts = [f"{number} {which} {unit}" for which, number, unit in _counts(run)]
     return f"{run.passport.base}, {', '.join(counts)}, {run.passport.created}"
+
+
+def _counts(run: StoredRun) -> Iterator[tuple[str, Any, str]]:
+    """`(train or eval, number, pairs or answers)`."""
+    for which, record in (run.passport.data if run.passport else {}).items():
+        unit = "answers" if "answers" in record else "pairs"
+        yield which, record.get(unit, "?"), unit
 
 
 def _summary(run: StoredRun) -> Iterator[str]:
     """What came of it, in words."""
-    sentence = run.measured.get("health", {}).get("sentence")
-    if sentence:
-        yield page.box(sentence, "warn")
+    health = run.measured.get("health", {})
+    for sentence in (run.unfinished, health.get("sentence")):
+        if sentence:
+            yield page.box(sentence, "warn")
+    if run.unfinished or health.get("kept") == 0:
+        return  # nothing was measured yet, or nothing has changed
     pairs, answers, before = (
         run.metrics("after", "pairs"),
         run.metrics("after", "answers"),
@@ -116,7 +130,8 @@ def _summary(run: StoredRun) -> Iterator[str]:
     if {"pairs", "accuracy", "margin", "chosen_logratio"} <= pairs.keys():
         yield page.paragraph(
             f"Of {pairs['pairs']} held-out pairs it tells {pairs['accuracy']:.0%} apart as the data does (margin "
-            f"{pairs['margin']:.2f}); the chosen answers became {_likelier(pairs['chosen_logratio'])}."
+            f"{pairs['margin']:.2f}{' nats' if run.method == 'sft' else ''}); the chosen answers "
+            f"{_likelier(pairs['chosen_logratio'])}."
         )
     if answers.get("answers") and {"mean_tokens", "finished"} <= before.keys() & answers.keys():
         yield page.paragraph(
@@ -129,11 +144,16 @@ def _summary(run: StoredRun) -> Iterator[str]:
 
 
 def _likelier(nats: float) -> str:
-    return f"{'likelier' if nats >= 0 else 'less likely'} by {abs(nats):.1f} nats"
+    if abs(nats) < 0.05:
+        return "are as likely as before"
+    return f"became {'likelier' if nats > 0 else 'less likely'} by {abs(nats):.1f} nats"
 
 
 def _health(run: StoredRun) -> Iterator[str]:
     health = run.measured.get("health")
+    if run.unfinished:
+        steps = max((row["step"] for row in run.rows), default=0)
+        health = {"steps": steps, "alarms": [row["alarm"] for row in run.rows if "alarm" in row]}
     if health is None:
         return
     if not health["alarms"]:
@@ -151,9 +171,10 @@ def _histogram(run: StoredRun) -> str:
 
 def _samples(run: StoredRun) -> Iterator[str]:
     looked = [row for row in run.rows if row.get("answers")]
-    if looked:
+    if looked or run.first_look:
         yield page.paragraph("What the guard's few prompts were answered at each look, greedily and cut short.")
-        rows = [[f"step {row['step']}", *map(str, row["answers"][:3])] for row in looked]
+        first = [["before", *run.first_look[:3]]] if run.first_look else []
+        rows = first + [[f"step {row['step']}", *map(str, row["answers"][:3])] for row in looked]
         yield page.answers(["", *(f"prompt {index + 1}" for index in range(max(map(len, rows)) - 1))], _even(rows))
 
 
@@ -164,13 +185,14 @@ def _even(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def _data(run: StoredRun) -> Iterator[str]:
     rows = []
-    for which, record in (run.passport.data if run.passport else {}).items():
+    for which, number, unit in _counts(run):
+        record = run.passport.data[which] if run.passport else {}
         dropped = ", ".join(f"{count} {reason}" for reason, count in record.get("dropped", {}).items())
         files = ", ".join(record.get("sha256", {}))
         rows.append(
             (
                 which,
-                f"{files}: {record.get('pairs')} pairs of {record.get('rows')} rows"
+                f"{files}: {number} {unit} of {record.get('rows', '?')} rows"
                 + (f"; dropped {dropped}" if dropped else ""),
             )
         )
@@ -182,8 +204,12 @@ def _data(run: StoredRun) -> Iterator[str]:
         kind = "bad" if one["severity"] == "error" else "warn"
         many = f" ({one['count']} rows)" if one["count"] else ""
         yield page.box(f"{one['title']}{many}: {one['meaning']} {one['advice']}", kind)
-    if found == []:
+    if found == [] and run.method == "dpo":
         yield page.paragraph("lora-dpo data check finds nothing in the training data.")
+    elif found == []:
+        yield page.paragraph(
+            "Nothing is odd about the answers of the training pairs. Rows without a pair are not looked at."
+        )
 
 
 def _cost(run: StoredRun) -> Iterator[tuple[str, str]]:
