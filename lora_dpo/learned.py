@@ -84,9 +84,8 @@ def at_first_sight(folder: Path) -> Interval | None:
     None where no log says it (another method or tool, TRL's own passes), or of too few prompts.
     """
     run = read_run(folder)
-    kept = run.measured.get("health", {}).get(
-        "kept"
-    )  # the guard may have gone back: later steps are not this adapter's
+    kept = run.measured.get("health", {}).get("kept")
+    # The guard may have gone back: later steps are not this adapter's.
     run = replace(run, rows=tuple(row for row in run.rows if kept is None or row["step"] <= kept))
     counted = [row for row in run.trained if PROMPTS in row]
     if counted:
