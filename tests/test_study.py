@@ -421,7 +421,7 @@ def test_the_whole_study_in_pieces(tiny_model_folder, toy_reward, tmp_path, monk
     parts = report.tables(found)
     assert sum("PPO, KL weight 0.05" in line for line in parts["frontier"]) == 2
     assert len([line for line in parts["side"] if "wrong labels" in line]) == 3
-    assert len(parts["agreement"]) == 2 + len(PRESETS["smoke"].betas)
+    assert len(parts["agreement"]) == 3
     assert len(parts["samples"]) == 2 + len(PRESETS["smoke"].betas) + 1 + 1
     assert all(line.count(" | ") == 3 for line in parts["samples"][2:])
     report.write_plot(found, tmp_path / "plot.png")

@@ -31,7 +31,7 @@ def units(name: str, preset: Preset) -> tuple[str, int]:
         return "sample", 2 * preset.test_prompts * preset.base_answers
     if name in ("pool", "hot"):
         return "sample", answers
-    if name == "pool-round2":
+    if name.startswith("pool-round2"):
         return "sample", answers // 2
     kind = name.partition("-")[0]
     if kind == "ppo":

@@ -41,6 +41,8 @@ JUDGED = 8
 """Answers to each test opening that an adapter's implicit reward puts in order."""
 LONGER_BETAS = (0.3, 1.0)
 """β of the runs with twice the steps."""
+ROUNDS_BETA = 0.3
+"""β of a second run in two rounds, beside the one at the preset's `side_beta`."""
 
 
 @dataclass
@@ -214,9 +216,8 @@ def pieces(preset: Preset) -> list[Piece]:
             found += _ppo(preset, weight, seed)
         name = f"sft-s{seed}"
         found += [Piece(name, lambda s, name=name, seed=seed: run_sft(s, name, pool="pool", seed=seed)), _eval(name)]
-        for beta in preset.betas:
-            name = f"dpo-b{beta:g}-s{seed}"
-            found.append(Piece(f"agree-{name}", lambda s, name=name: agree(s, name)))
+        name = f"dpo-b{preset.side_beta:g}-s{seed}"
+        found.append(Piece(f"agree-{name}", lambda s, name=name: agree(s, name)))
     return found + (_side(preset) if preset.side else [])
 
 
@@ -255,23 +256,26 @@ def _side(preset: Preset) -> list[Piece]:
     found += [Piece("sft-hot", lambda s: run_sft(s, "sft-hot", pool="hot", seed=seed)), _eval("sft-hot")]
     found += _dpo("dpo-hot-after-sft", Recipe(settings(), pool="hot", start="sft-hot"))
     found += _dpo("dpo-after-sft", Recipe(settings(), start=f"sft-s{seed}"))
-    # half of the prompts, then new pairs from that policy for the other half; as many steps in all
-    half = Recipe(settings(steps=steps // 2), share=0.5)
-    found += _dpo("dpo-round1", half)
-    found.append(
-        Piece(
-            "pool-round2",
-            lambda s: sample_pool(
-                s, s.train[len(s.train) // 2 :], preset.samples, adapter="dpo-round1", temperature=1.0
-            ),
-        )
-    )
-    second = Recipe(settings(steps=steps - steps // 2), pool="pool-round2", start="dpo-round1")
-    found += _dpo("dpo-round2", second)
+    for held, mark in ((beta, ""), (ROUNDS_BETA, f"-b{ROUNDS_BETA:g}")):
+        found += _rounds(mark, lambda count, held=held: settings(beta=held, steps=count), steps)
     # is DPO's frontier that of its loss, or of how long it was trained?
     for held in LONGER_BETAS:
         found += _dpo(f"dpo-b{held:g}-twice", Recipe(settings(beta=held, steps=2 * steps)))
     return found
+
+
+def _rounds(mark: str, settings: Callable[[int], DPOSettings], steps: int) -> list[Piece]:
+    """Half of the prompts, then new pairs from that policy for the other half; as many samples and steps in all."""
+    first, second, pool = f"dpo-round1{mark}", f"dpo-round2{mark}", f"pool-round2{mark}"
+    sample = Piece(
+        pool,
+        lambda s: sample_pool(s, s.train[len(s.train) // 2 :], s.preset.samples, adapter=first, temperature=1.0),
+    )
+    return [
+        *_dpo(first, Recipe(settings(steps // 2), share=0.5)),
+        sample,
+        *_dpo(second, Recipe(settings(steps - steps // 2), pool=pool, start=first)),
+    ]
 
 
 # --- running --------------------------------------------------------------------------------------
