@@ -133,6 +133,8 @@ class Study:
         return bootstrap(statistic, self.prompts, seed=0)
 
 
+TWO_ROUNDS = (("round 2: new pairs of that policy, held to it", "dpo-round2"), ("round 2", "dpo-round2-b0.3"))
+"""What they are called, and their names."""
 METHODS = ("DPO", "PPO", "SFT", "best-of-n")
 
 
@@ -206,9 +208,9 @@ def side_table(study: Study) -> Iterator[str]:
         ("the same pairs, held to that SFT adapter", "dpo-hot-after-sft"),
         ("on-policy pairs, held to SFT on preferred", "dpo-after-sft"),
         ("round 1: half of the prompts, half of the steps", "dpo-round1"),
-        ("round 2: new pairs of that policy, held to it", "dpo-round2"),
+        TWO_ROUNDS[0],
         ("the same rounds with β 0.3: round 1", "dpo-round1-b0.3"),
-        ("round 2", "dpo-round2-b0.3"),
+        TWO_ROUNDS[1],
         ("β 0.3, twice the steps", "dpo-b0.3-twice"),
         ("β 1, twice the steps", "dpo-b1-twice"),
     ]
@@ -356,6 +358,11 @@ def write_plot(study: Study, path: Path) -> None:
             mid, low, high = study.interval(lambda draw, m=method, n=number: study.curve(m, draw)[n][1])
             axes.errorbar(points[number][0], mid, yerr=[[mid - low], [high - mid]], fmt="o", color=colour, markersize=5,
                           capsize=3, linewidth=1, label=method if number == 1 else None)  # fmt: skip
+    for number, (_, name) in enumerate(row for row in TWO_ROUNDS if f"eval-{row[1]}" in study.pieces):
+        mid, low, high = study.interval(lambda draw, name=name: float(study.reward(name)[draw].mean()))
+        axes.errorbar(study.kl(name).mean(), mid, yerr=[[mid - low], [high - mid]], fmt="s", color=COLOURS["DPO"],
+                      markerfacecolor="white", markersize=5, capsize=3, linewidth=1,
+                      label=None if number else "DPO, second half of the pairs its own (one seed)")  # fmt: skip
     axes.axhline(study.origin(everything)[1], color="#888888", linewidth=0.8, linestyle=":", label="the base")
     axes.set_xlabel("KL from the base, nats an answer (best-of-n: its upper bound)")
     axes.set_ylabel("true reward (VADER compound)")
