@@ -54,11 +54,10 @@ def speeds(results: dict[str, Any]) -> dict[str, float]:
 
 
 def plan_lines(preset: Preset, folder: Path) -> Iterator[str]:
-    """A table of what a preset computes, with times at the speed of its own results, or of the quick study's."""
-    files = [HERE / "results" / f"{name}.json" for name in (preset.name, "quick")]
-    measured = next((path for path in files if path.is_file()), None)
-    known = json.loads(measured.read_text(encoding="utf-8")) if measured else None
-    speed = speeds(known) if known else {}
+    """A table of what a preset computes, with times at the speed of the published study."""
+    measured = HERE / "results" / "full.json"
+    known = json.loads(measured.read_text(encoding="utf-8"))
+    speed = speeds(known)
     total: dict[str, int] = {}
     names = [piece.name for piece in pieces(preset)]
     for name in names:
@@ -66,9 +65,7 @@ def plan_lines(preset: Preset, folder: Path) -> Iterator[str]:
         total[kind] = total.get(kind, 0) + count
     yield f"{preset.name}: {len(names)} pieces, {sum((folder / f'{name}.json').is_file() for name in names)} done"
     for what, kind in UNITS.items():
-        minutes = f"{total[kind] * speed[kind] / 60:6.1f} min" if kind in speed else "   not measured"
-        yield f"  {total.get(kind, 0):6d} {what:<46}{minutes}"
-    if measured and known and total.keys() <= speed.keys():
-        whole = sum(total[kind] * speed[kind] for kind in total) / 60
-        threads = known["machine"]["threads"]
-        yield f"  {whole:.0f} minutes in all, at the speed of results/{measured.name} (threads: {threads})"
+        yield f"  {total[kind]:6d} {what:<46}{total[kind] * speed[kind] / 60:6.1f} min"
+    whole = sum(total[kind] * speed[kind] for kind in total) / 60
+    threads = known["machine"]["threads"]
+    yield f"  {whole:.0f} minutes in all, at the speed of results/{measured.name} (threads: {threads})"

@@ -1,7 +1,8 @@
-"""From finished pieces to results/PRESET.json, and from that to the tables, the plot and docs/study.md.
+"""From finished pieces to one file of results, and from that to tables, a plot and a page.
 
-python -m benchmarks.dpo_vs_ppo.report quick           plot and page of the quick study's results
-python -m benchmarks.dpo_vs_ppo.report quick --check   exit 1 if the page says something else than the results
+python -m benchmarks.dpo_vs_ppo.report quick            a page beside the study's own work
+python -m benchmarks.dpo_vs_ppo.report full --publish   results/full.json, docs/study.md and its plot
+python -m benchmarks.dpo_vs_ppo.report full --check     exit 1 if docs/study.md says something else than results/
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from .maths import Point, best_of_n_kl, bootstrap, expected_best, hull, reward_a
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
 PAGE = DOCS / "study.md"
+RESULTS, OWN_PAGE, PLOT = "results.json", "report.md", "frontier.png"
+"""What a study writes into its own folder."""
 
 Results = dict[str, Any]
 Draw = np.ndarray
@@ -36,8 +39,8 @@ Interval = tuple[float, float, float]
 # --- one file of results --------------------------------------------------------------------------
 
 
-def write_results(work: Path, folder: Path) -> Path:
-    """Gather a finished study's pieces into one small file: numbers by prompt, costs, a few samples."""
+def write_results(work: Path) -> Path:
+    """Gather a finished study's pieces into one small file beside them: numbers by prompt, costs, a few samples."""
     import torch
 
     from .presets import PRESETS
@@ -51,7 +54,7 @@ def write_results(work: Path, folder: Path) -> Path:
         found[piece.name] = _slim(piece.name, result)
     machine = {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "vaderSentiment")}
-    target = folder / f"{preset.name}.json"
+    target = work / RESULTS
     write_json(target, {**stored, "machine": machine, "versions": versions, "pieces": found})
     return target
 
@@ -399,23 +402,50 @@ def filled(text: str, parts: dict[str, list[str]]) -> str:
     return text
 
 
+TITLES = {
+    "frontier": "Reward against KL",
+    "matched": "DPO against PPO at the same KL",
+    "side": "Side experiments",
+    "agreement": "DPO's implicit reward against the true one",
+    "samples": "What the first seed's policies write",
+    "lines": "Lines of code",
+}
+
+
+def own_page(study: Study) -> str:
+    """The tables of one study; what they mean is said in docs/study.md."""
+    parts = tables(study)
+    sections = ["\n".join([f"## {title}", "", *parts[name]]) for name, title in TITLES.items()]
+    head = f"# The {study.preset['name']} study\n\n![reward against KL]({PLOT})"
+    return "\n\n".join([head, *sections]) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="where the study worked")
+    parser.add_argument("--publish", action="store_true", help="write results/ and docs/ of this repository")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if docs/study.md is stale")
     given = parser.parse_args(arguments)
-    path = HERE / "results" / f"{given.preset}.json"
+    published, work = HERE / "results" / f"{given.preset}.json", given.work / given.preset
+    path = published if given.check else work / RESULTS
     if not path.is_file():
         print(f"There is no {os.path.relpath(path)}: run the study first.", file=sys.stderr)
         return 1
     study = Study(json.loads(path.read_text(encoding="utf-8")))
+    if not (given.check or given.publish):
+        (work / OWN_PAGE).write_text(own_page(study), encoding="utf-8")
+        write_plot(study, work / PLOT)
+        print("\n".join(f"written: {os.path.relpath(work / name)}" for name in (OWN_PAGE, PLOT)))
+        return 0
     page = PAGE.read_text(encoding="utf-8")
     made = filled(page, tables(study))
     if given.check:
         return int(made != page)
+    published.write_bytes(path.read_bytes())
     PAGE.write_text(made, encoding="utf-8")
     write_plot(study, DOCS / "study-frontier.png")
-    print(f"written: {os.path.relpath(PAGE)}, docs/study-frontier.png")
+    print(f"written: {', '.join(map(os.path.relpath, (published, PAGE, DOCS / 'study-frontier.png')))}")
     return 0
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.dpo_vs_ppo.study full --minutes 30      stop after the piece (or PPO iteration) under way then
     python -m benchmarks.dpo_vs_ppo.study full --plan            what it will compute
 
-A killed study goes on with the same command. Results are in work/PRESET; a finished study is written to
-results/PRESET.json, from which `report.py` makes the table, the plot and the page.
+A killed study goes on with the same command. Results are in work/PRESET; a finished study is gathered in its
+results.json, from which `report.py` makes tables, a plot and a page. What was published is in results/ and
+docs/study.md.
 """
 
 from __future__ import annotations
@@ -353,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     from .report import write_results
 
-    print(f"written: {write_results(study.folder, HERE / 'results')}")
+    print(f"written: {os.path.relpath(write_results(study.folder))}")
     return 0
 
 
