@@ -74,13 +74,13 @@ def curves(run: StoredRun) -> Iterator[str]:
         for side in ("chosen", "rejected")
     ]
     yield svg.lines(ratios, title="log-ratio to the reference (nats an answer)", level=0.0)
-    looked = [row for row in run.rows if "health/answer_tokens" in row]
+    looked = [row for row in run.rows if "answers" in row]  # the next log repeats the numbers, for trackers
     at = [row["step"] for row in looked]
     for key, title in (
         ("health/answer_tokens", "length of sampled answers (tokens)"),
         ("health/kl", "KL (nats a token)"),
     ):
-        if len(looked) > 1:
+        if looked:
             yield svg.lines([svg.Series(key, at, [number_of(row, key) for row in looked])], title=title)
 
 
