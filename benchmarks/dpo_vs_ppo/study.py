@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel that is not used here
 
 from lora_dpo import LoraDPOError, load_base
 from lora_dpo.config import LoraSection
