@@ -486,3 +486,30 @@ def test_it_starts_beside_what_a_kill_left_and_ctrl_c_ends_it_without_a_tracebac
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said, said
     assert process.returncode in (0, 130)
+
+
+# --- what a page sees of a run --------------------------------------------------------------------
+
+
+def test_a_run_that_ends_while_it_is_drawn_is_drawn_again(monkeypatch):
+    from types import SimpleNamespace
+
+    from lora_dpo.demo import tab_train
+    from lora_dpo.watch import Seen
+
+    job = SimpleNamespace(state="stopping", name="new", error="", running=True)
+    watch = SimpleNamespace(seen=Seen("new"))
+    desk = SimpleNamespace(training=SimpleNamespace(began=0.0, job=job, beta=0.1, watch=watch))
+
+    def ends_meanwhile(training):
+        job.state, job.running = "done", False
+        return ""
+
+    tab = tab_train.Tab(desk)
+    with monkeypatch.context() as once:
+        once.setattr(tab_train, "outcome_view", ends_meanwhile)
+        text, *_, version = tab.follow(None)
+    assert "stopping" in text
+    text, *_, version = tab.follow(version)
+    assert "Done: new" in text
+    assert "__type__" in tab.follow(version)[0]  # nothing new: gradio leaves the page as it is

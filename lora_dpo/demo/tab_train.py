@@ -180,7 +180,11 @@ class Tab:
     def follow(self, version: Any) -> State:
         """What changed since `version`, for a page that looks again and again."""
         now = self.desk.training
-        if now is None or version_of(now) == version:
+        if now is None:
+            return (*[gr.skip()] * 5, version)
+        # Before what is shown is made: a run that ends meanwhile has another version, and is shown at the next look.
+        shown = version_of(now)
+        if shown == version:
             return (*[gr.skip()] * 5, version)
         view = now.watch.seen
         return (
@@ -189,7 +193,7 @@ class Tab:
             outcome_view(now) + samples_table(view),
             gr.update(visible=now.job.running),
             gr.update(value="Continue" if now.job.state == "paused" else "Pause"),
-            version_of(now),
+            shown,
         )
 
 
