@@ -433,23 +433,29 @@ def test_a_kill_while_people_vote_and_train_loses_no_vote_and_leaves_no_adapter(
 ):
     shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
     process, client = start(tiny_model_folder, tmp_path, free_port())
-    acknowledged = []
+    acknowledged, ended = [], []
 
     def people():
         for number in range(1000):
             match = client.predict(f"Say {number}.", ["base", "first"], max_new_tokens=4, api_name="/match")
-            client.predict(match["id"], "b", api_name="/vote")
+            try:
+                client.predict(match["id"], "b", api_name="/vote")
+            except gradio_client.exceptions.AppError as error:
+                if "makes no pair" in str(error):  # four tokens of a tiny model can be the same twice
+                    continue
+                raise
             acknowledged.append(match["id"])
 
     def quietly():
         try:
             people()
-        except Exception:
-            return  # the server was killed: that is the point
+        except Exception as error:  # the server was killed: that is the point
+            ended.append(error)
 
     voters = threading.Thread(target=quietly)
     voters.start()
     while len(acknowledged) < 4:
+        assert not ended, ended  # too early: it would be waited for without end
         time.sleep(0.05)
     settings = "trainer: {max_steps: 500}"
     client.predict(["votes"], "second", "quick", settings, ["Say it."], api_name="/train")
@@ -479,7 +485,7 @@ def test_it_starts_beside_what_a_kill_left_and_ctrl_c_ends_it_without_a_tracebac
     votes.write_text(json.dumps(row) + "\n" + json.dumps(row)[:-9])
     process, client = start(tiny_model_folder, tmp_path, free_port())
     assert client.predict(api_name="/models") == ["base", "first"]
-    match = client.predict("Say it.", ["base", "first"], max_new_tokens=4, api_name="/match")
+    match = client.predict("Say it.", ["base", "first"], max_new_tokens=12, api_name="/match")
     client.predict(match["id"], "b", api_name="/vote")
     assert len(client.predict("votes", api_name="/pairs")) == 2
     process.send_signal(signal.SIGINT)
