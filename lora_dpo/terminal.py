@@ -10,6 +10,7 @@ from rich.markup import escape
 from lora_dpo.chat import Chat
 from lora_dpo.console import side_by_side
 from lora_dpo.errors import LoraDPOError
+from lora_dpo.wording import harmless
 
 HELP = """/base  answer with the base model     /adapter  answer with the adapter
 /compare TEXT  both answers           /reset  forget the conversation
@@ -38,7 +39,7 @@ def converse(chat: Chat, console: Console, *, compare: bool = False) -> None:
         except KeyboardInterrupt:
             console.print("[dim](stopped)[/]")
         except LoraDPOError as error:
-            console.print(f"[red]error:[/] {escape(str(error))}")
+            console.print(f"[red]error:[/] {escape(harmless(str(error)))}")
 
 
 def command(chat: Chat, line: str, console: Console) -> None:

@@ -291,7 +291,7 @@ _TOKENS = (
     "<end_of_turn>",
 )
 """What chat templates write and people hardly do: a leftover wherever it stands."""
-_HINTS = ("<|", "<｜", "[", "<<", "<</", "_of_turn>", "###", "Human:", "Assistant:")
+_HINTS = ("<|", "<｜", "[", "<<", "_of_turn>", "###", "Human:", "Assistant:")
 _LEFTOVER = re.compile(
     rf"<\|(?:{'|'.join(re.escape(token[2:-2]) for token in _TOKENS if token.startswith('<|'))})\|>|"
     + "|".join(re.escape(token) for token in _TOKENS if not token.startswith("<|"))
