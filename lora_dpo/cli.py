@@ -1,7 +1,9 @@
-"""The command line: parse, call, draw. Errors become one line and exit status 1."""
+"""The command line: parse, call, draw. Errors become one line and exit status 1, bugs a report and 70."""
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -19,6 +21,7 @@ from lora_dpo.cli_eval import evaluate, report
 from lora_dpo.cli_export import export
 from lora_dpo.cli_plan import plan
 from lora_dpo.cli_serve import serve
+from lora_dpo.crash import first_line, quiet_exit, write_crash
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 
 app = typer.Typer(
@@ -36,6 +39,9 @@ app.command()(export)
 
 out = Console()
 err = Console(stderr=True)
+
+CRASHED = 70
+"""Exit status of an error that nobody foresaw (EX_SOFTWARE of sysexits.h)."""
 
 STRICT = "Refuse a base that differs from the adapter's passport in any way; otherwise that is a warning."
 
@@ -294,6 +300,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no β shows \u03b2
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", BaseDiffers)
@@ -308,8 +317,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         err.print("Interrupted.")
         return 130
-    except Exception as error:
-        return _usage_error(error)
+    except BrokenPipeError:
+        quiet_exit()
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except Exception as error:  # the last net: whatever else a user meets is a fault of ours
+        return _usage_error(error, arguments, debug=debug)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -319,14 +331,20 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
         sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
 
 
-def _usage_error(error: Exception) -> int:
-    """Show a mistyped command line as typer does; anything else is a bug and keeps its traceback."""
+def _usage_error(error: Exception, arguments: list[str], *, debug: bool) -> int:
+    """Show a mistyped command line as typer does; anything else is a bug, whose traceback goes into a file."""
     import click
 
     if isinstance(error, click.exceptions.ClickException) or hasattr(error, "format_message"):
         getattr(error, "show")()  # noqa: B009 - typer may bring its own click
         return int(getattr(error, "exit_code", 2))
-    raise error
+    if debug:
+        raise error
+    report = write_crash(error, arguments)
+    place = f"The report is in {report}: please send it with what you did" if report else "Run it again with --debug"
+    said = f"This is a fault of lora-dpo, not of yours: {first_line(error)}. {place}."
+    err.print(f"[red]error:[/] {_plain(said)}", soft_wrap=True, highlight=False)
+    return CRASHED
 
 
 def _plain(error: object) -> str:

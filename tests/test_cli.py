@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 import lora_dpo
 from lora_dpo.cli import main
+from lora_dpo.crash import without_secrets
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.events import Compared, Progress, Resolved, Saved, StepLogged
 
@@ -137,13 +139,69 @@ def test_a_mistyped_command_line_exits_with_2_and_shows_how_it_goes(capsys, argu
     assert "Traceback" not in said
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch, write_recipe):
+@pytest.fixture
+def a_bug(monkeypatch, tmp_path):
+    """A command that ends in a fault of ours; crash reports go to the folder that is returned."""
+
     def bug(*arguments: object) -> None:
-        raise ZeroDivisionError("a bug")
+        raise ZeroDivisionError("a bug\nof two lines, with hf_abcdefghijklmnop in it")
 
     monkeypatch.setattr("lora_dpo.config.read_recipe", bug)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_bug_is_one_sentence_with_the_place_of_its_report(a_bug, capsys):
+    assert main(["train", "none.yaml", "judge=sk-abcdefghijkl"]) == 70
+    said = capsys.readouterr().err
+    [report] = a_bug.glob("lora-dpo-crash-*.txt")
+    assert f"fault of lora-dpo, not of yours: ZeroDivisionError: a bug. The report is in {report}" in said
+    assert "Traceback" not in said
+    text = report.read_text(encoding="utf-8")
+    assert "Traceback" in text
+    assert "ZeroDivisionError: a bug\nof two lines, with hf_… in it" in text
+    assert "lora-dpo train none.yaml judge=sk-…" in text
+    assert "torch" in text
+    assert report.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_bug_with_debug_keeps_its_traceback(a_bug):
     with pytest.raises(ZeroDivisionError):
-        main(["train", write_recipe(MINIMAL)])
+        main(["train", "none.yaml", "--debug"])
+
+
+def test_a_bug_where_no_report_can_be_written_is_still_one_sentence(a_bug, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(a_bug / "gone"))
+    assert main(["train", "none.yaml"]) == 70
+    assert "ZeroDivisionError: a bug. Run it again with --debug." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["serve", "--api-key", "abc", "--port", "1"], ["serve", "--api-key", "…", "--port", "1"]),
+        (["demo", "--auth=me:abc"], ["demo", "--auth=…"]),
+        (["eval", "--judge-key", "abc"], ["eval", "--judge-key", "…"]),
+        (["train", "keys.yaml", "lora.rank=4"], ["train", "keys.yaml", "lora.rank=4"]),
+    ],
+)
+def test_a_crash_report_names_no_secret_option(words, shown):
+    assert without_secrets(words) == shown
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_greek_letters_shows_their_numbers(encoding):
+    command, environment = [sys.executable, "-m", "lora_dpo", "recipe"], {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, capture_output=True, encoding=encoding, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_nobody_who_reads_on_is_no_error():
+    command = f"{sys.executable} -m lora_dpo recipe | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 141), result.stderr
+    assert result.stderr == ""
 
 
 # --- mistakes that training finds before it loads weights -----------------------------------------

@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
-    "errors advice config files events quiet journal improve_recipe intervals texts thresholds wording yaml_text",
+    "errors advice config files events quiet journal improve_recipe intervals texts thresholds wording yaml_text "
+    "telemetry crash",
     "data shared_prefix fetch lora_files package turns address",
     "model adapters probe library hub merging generate runs settings card memory reference_cache footprint request "
     "shelf openai_api health report fields methods",
