@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import lora_dpo.telemetry  # noqa: F401 - first: switches off what libraries would count and tell
 from lora_dpo.adapters import attach_adapter
 from lora_dpo.assess import AssessPlan, assess
 from lora_dpo.chat import Chat, open_chat

@@ -8,22 +8,17 @@ from collections.abc import Callable
 from html import escape
 from typing import Any, NamedTuple
 
-from lora_dpo.address import is_local_name
-from lora_dpo.desk import Desk
-
-# Gradio reads these when it is imported: nothing is counted, asked or fetched over a network.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
 import gradio as gr
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lora_dpo.address import is_local_name
 from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
 from lora_dpo.demo.draw import win_table
 from lora_dpo.demo.page import TITLE, css, head, theme
+from lora_dpo.desk import Desk
 
 MAX_UPLOAD = "1gb"
 """Largest file that a browser may send: an adapter's package. Files of pairs have a limit of their own."""
