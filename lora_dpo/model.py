@@ -120,9 +120,25 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     fingerprint = weight_fingerprint(path, revision=revision)
-    revision = getattr(model.config, "_commit_hash", None) or revision  # "main" moves, a commit does not
+    revision = commit_of(path, revision)
     packed = packed and quantize == "nf4"
     return Base(model, tokenizer, name, revision, quantize, packed, str(compute).removeprefix("torch."), fingerprint)
+
+
+def commit_of(path: str, revision: str | None = None) -> str | None:
+    """The commit that a hub model's files on this disk are of: "main" moves, a commit does not.
+
+    Args:
+        path: as `resolve_model` returns it.
+        revision: the branch, tag or commit that was asked for.
+
+    Returns:
+        The commit; for a model folder, and where nothing is on this disk yet, `revision` itself.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = None if Path(path).exists() else try_to_load_from_cache(path, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else revision  # …/snapshots/COMMIT/config.json
 
 
 def load_tokenizer(

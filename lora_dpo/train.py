@@ -28,7 +28,7 @@ from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.guard_callback import add_guard
 from lora_dpo.measure import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.memory import memory_advice, out_of_memory
-from lora_dpo.model import POLICY, Base, attach_lora, load_base
+from lora_dpo.model import POLICY, Base, attach_lora, commit_of, load_base, resolve_model
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.record import Stopwatch, findings, record, write_record
@@ -189,10 +189,11 @@ def _load(run: Run) -> Base:
 def _attach(base: Base, recipe: Recipe, *, seed: int) -> PeftModel:
     if base.name != recipe.model.name:
         raise ConfigError(f"The base handed in is {base.name}, but the recipe names {recipe.model.name}.")
-    if (base.quantize, base.revision) != (recipe.model.quantize, recipe.model.revision):
+    revision = commit_of(resolve_model(recipe.model.name), recipe.model.revision)
+    if (base.quantize, base.revision) != (recipe.model.quantize, revision):
         raise ConfigError(
             f"The base handed in is quantised {base.quantize}, revision {base.revision}; the recipe says "
-            f"{recipe.model.quantize}, {recipe.model.revision}. Load it as the recipe says."
+            f"{recipe.model.quantize}, {revision}. Load it as the recipe says."
         )
     if any("lora_" in name for name, _ in base.model.named_parameters()):
         raise ConfigError("The base handed in has an adapter on it already. Load a base without one.")

@@ -228,3 +228,21 @@ def text_tokenizer(tokenizer):
         chat_template=tokenizer.chat_template,
         clean_up_tokenization_spaces=False,
     )
+
+
+COMMIT, OLD_COMMIT = "1234567890abcdef1234567890abcdef12345678", "f" * 40
+
+
+@pytest.fixture
+def hub_model(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a hub model in the hub's cache on this disk: `main` and `v1` are at `COMMIT`, `old` elsewhere."""
+    import shutil
+
+    cache = tmp_path / "hub"
+    folder = cache / "models--someone--tiny"
+    (folder / "refs").mkdir(parents=True)
+    for branch, commit in {"main": COMMIT, "v1": COMMIT, "old": OLD_COMMIT}.items():
+        shutil.copytree(tiny_model_folder, folder / "snapshots" / commit, dirs_exist_ok=True)
+        (folder / "refs" / branch).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return "someone/tiny"

@@ -36,6 +36,24 @@ def test_students_t(df, t):
     assert t_quantile(df) == pytest.approx(t, abs=2e-4)
 
 
+@pytest.mark.parametrize("df", [199, 200, 201, 202, 1_000, 30_000, 50_000, 100_000, 300_000, 1_000_000, 10**12])
+def test_students_t_of_many_values_is_where_its_tail_is_one_fortieth(df):
+    # The tail by another way: the density of T, log-gamma for its constant, summed over 40,000 points from t to 60
+    constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+    if df > 10**7:  # log-gamma's digits run out; T is normal to eight digits there
+        assert t_quantile(df) == pytest.approx(1.959963985, abs=1e-8)
+        return
+    low, step = t_quantile(df), (60 - t_quantile(df)) / 40_000
+    density = [math.exp(constant - (df + 1) / 2 * math.log1p((low + i * step) ** 2 / df)) for i in range(40_001)]
+    assert step * (math.fsum(density) - (density[0] + density[-1]) / 2) == pytest.approx(0.025, abs=2e-6)
+
+
+def test_students_t_falls_towards_the_normal_quantile():
+    found = [t_quantile(df) for df in (1, 2, 3, 10, 100, 200, 201, 500, 10_000, 10**6)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] > 1.959963
+
+
 def test_a_mean_has_students_interval():
     found = mean([1.0, 2.0, 3.0])
     assert found.value == 2

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import COMMIT
 
 from lora_dpo.config import LoraSection
 from lora_dpo.errors import ConfigError, ModelError
@@ -154,3 +155,12 @@ def test_model_errors_say_the_next_step(tmp_path):
 def test_auto_dtype_is_float32_on_a_cpu():
     assert pick_dtype("auto", torch.device("cpu")) == "float32"
     assert pick_dtype("bfloat16", torch.device("cpu")) == "bfloat16"
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1", COMMIT])
+def test_the_commit_of_a_hub_model_is_recorded_whatever_was_asked_for(hub_model, revision):
+    assert load_base(hub_model, revision=revision, quantize="none").revision == COMMIT
+
+
+def test_a_model_folder_has_no_commit(tiny_model_folder):
+    assert load_base(str(tiny_model_folder), quantize="none").revision is None

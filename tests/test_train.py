@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import COMMIT, OLD_COMMIT
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -15,6 +16,7 @@ from lora_dpo.data import Origin, TokenPair
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
 from lora_dpo.evaluate import score_pairs
 from lora_dpo.events import Compared, Note, Progress, Resolved, Saved, StepLogged
+from lora_dpo.model import load_base
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.train import train
 
@@ -246,3 +248,16 @@ def test_leaked_prompts_are_said(recipe, recipe_dict):
     notes = []
     train(recipe(data__eval=file), name="tiny", on_event=lambda e: notes.append(e) if isinstance(e, Note) else None)
     assert any("also trained on" in note.text and note.warning for note in notes)
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_hub_base_that_is_handed_in_fits_the_recipe_and_its_commit_is_in_the_passport(hub_model, revision, recipe):
+    settings = recipe(model__name=hub_model, model__quantize="none", model__revision=revision)
+    result = train(settings, base=load_base(hub_model, revision=revision, quantize="none"))
+    assert read_passport(result.folder).base_revision == COMMIT
+
+
+def test_a_hub_base_of_another_commit_than_the_recipe_s_is_refused(hub_model, recipe):
+    base = load_base(hub_model, quantize="none")
+    with pytest.raises(ConfigError, match=f"revision {COMMIT}; the recipe says none, {OLD_COMMIT}"):
+        train(recipe(model__name=hub_model, model__quantize="none", model__revision="old"), base=base)
