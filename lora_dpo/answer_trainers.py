@@ -15,6 +15,7 @@ import trl
 from datasets import Dataset
 
 from lora_dpo.errors import ReferenceMismatch
+from lora_dpo.fields import trl_refusals
 from lora_dpo.model import POLICY, REFERENCE
 from lora_dpo.settings import trainer_config
 from lora_dpo.trainer import TOLERANCE
@@ -123,14 +124,15 @@ def answer_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> 
     # KTO reads its rows in order; files are often sorted by prompt or by vote, and a batch needs both
     shuffled = random.Random(settings["seed"]).sample(run.answers, len(run.answers))  # noqa: S311 - no secret
     held_out = Dataset.from_list(rows_of(run.held_out_answers)) if run.held_out_answers else None
-    return kind(
-        model,
-        args=trainer_config(settings, output_dir=run.partial / "checkpoints", dtype=dtype, method=method),
-        train_dataset=Dataset.from_list(rows_of(shuffled)),
-        eval_dataset=held_out,
-        processing_class=run.tokenizer,
-        callbacks=[callback],
-    )
+    with trl_refusals():
+        return kind(
+            model,
+            args=trainer_config(settings, output_dir=run.partial / "checkpoints", dtype=dtype, method=method),
+            train_dataset=Dataset.from_list(rows_of(shuffled)),
+            eval_dataset=held_out,
+            processing_class=run.tokenizer,
+            callbacks=[callback],
+        )
 
 
 def sft_rows(answers: Sequence[TokenAnswer]) -> list[dict[str, list[int]]]:

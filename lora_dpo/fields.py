@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import math
 import typing
 import warnings
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from lora_dpo.errors import ConfigError
 
 NO_UPLOADS = "a run uploads nothing; share the adapter folder yourself when training is done"
 NO_SECOND_MODEL = "the reference is the same base, so there is no second model to move"
+
+NO_SECOND_DEVICE = "a run has one base on one device; a script with lora_dpo.DPOTrainer can shard"
 
 ELSEWHERE = {
     "output_dir": "set output: instead",
@@ -33,6 +38,10 @@ ELSEWHERE = {
     "do_predict": "nothing is predicted in a run",
     "remove_unused_columns": "rows are token ids already",
     "dataset_num_proc": "rows are tokenised before training starts",
+    "fsdp": NO_SECOND_DEVICE,
+    "fsdp_config": NO_SECOND_DEVICE,
+    "deepspeed": NO_SECOND_DEVICE,
+    "parallelism_config": NO_SECOND_DEVICE,
     "use_cpu": "a GPU is used if there is one; hide it with CUDA_VISIBLE_DEVICES= before the command",
     "push_to_hub": NO_UPLOADS,
     "hub_always_push": NO_UPLOADS,
@@ -85,22 +94,93 @@ def build_config(kind: type, settings: dict[str, Any], *, output_dir: Path, dtyp
     import torch
 
     cuda = torch.cuda.is_available()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            config = kind(
-                output_dir=str(output_dir),
-                bf16=cuda and dtype == "bfloat16",
-                fp16=cuda and dtype == "float16",
-                use_cpu=not cuda,
-                disable_tqdm=True,
-                **{"dataloader_pin_memory": cuda, **settings},
-            )
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from error
+    with trl_refusals(kinds=(*REFUSALS, TypeError)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        config = kind(
+            output_dir=str(output_dir),
+            bf16=cuda and dtype == "bfloat16",
+            fp16=cuda and dtype == "float16",
+            use_cpu=not cuda,
+            disable_tqdm=True,
+            **{"dataloader_pin_memory": cuda, **settings},
+        )
     if config.n_gpu > 1:
         config._n_gpu = 1  # one base on one GPU; transformers would copy the model to every visible one
     return config
+
+
+REFUSALS = (ValueError, NotImplementedError, ImportError)
+ARGUMENTS = (*REFUSALS, TypeError, AttributeError, KeyError)
+"""Where nothing but the library's code runs, wrong arguments end in these, too."""
+
+
+@contextlib.contextmanager
+def trl_refusals(what: str = "", kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
+    """What TRL, transformers or torch refuse while they are set up becomes a `ConfigError` with their own reason.
+
+    Args:
+        what: the settings that the reason is about, such as `.optim is lion`.
+        kinds: the exceptions that are refusals.
+    """
+    try:
+        yield
+    except kinds as error:
+        # str of a KeyError is its key alone
+        said = f"there is no {error}" if isinstance(error, KeyError) else next(iter(str(error).split("\n")), "")
+        raise ConfigError(f"trainer{what}: {said.strip().rstrip('.')}.") from error
+
+
+def check_optimizer(config: Any) -> None:
+    """Make optimizer and schedule once for a single number: what they lack is found before any weights are loaded.
+
+    Raises:
+        ConfigError: a package that is not installed, or an argument that is missing or unknown.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    with trl_refusals(f".optim is {_value(config.optim)}", ARGUMENTS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said again by the run itself
+        kind, arguments = Trainer.get_optimizer_cls_and_kwargs(config)
+        if set(arguments) & {"optimizer_dict", "params", "model"}:
+            return  # per layer, from the model itself
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **arguments)
+    with trl_refusals(f".lr_scheduler_type is {_value(config.lr_scheduler_type)}", ARGUMENTS):
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=1,
+            num_training_steps=4,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )
+
+
+def _value(name: Any) -> Any:
+    return name.value if isinstance(name, Enum) else name
+
+
+def check_held_out(settings: dict[str, Any]) -> None:
+    """Raise `ConfigError` for settings that need an evaluation during training, where there is none."""
+    evaluated = settings.get("eval_strategy", "no") != "no"
+    for name, value in NEEDS_EVALUATION.items():
+        if not evaluated and settings.get(name) == value:
+            raise ConfigError(
+                f"trainer.{name} is {value!r}, which needs an evaluation during training: set data.eval and "
+                "trainer.eval_strategy."
+            )
+    best = settings.get("save_strategy") == "best" or settings.get("load_best_model_at_end")
+    metric = settings.get("metric_for_best_model")
+    if metric is not None and not best:
+        raise ConfigError(
+            "trainer.metric_for_best_model changes nothing without load_best_model_at_end or save_strategy: best. "
+            "Remove it."
+        )
+    if metric is None and settings.get("save_strategy") == "best":
+        raise ConfigError("trainer.save_strategy is 'best': say by what, such as metric_for_best_model: eval_loss.")
+
+
+NEEDS_EVALUATION: dict[str, Any] = {"eval_on_start": True, "save_strategy": "best"}
+"""Values of fields that work on what an evaluation finds, and that TRL's config takes without one."""
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -127,6 +207,14 @@ def _check_number(name: str, value: Any) -> None:
         raise ConfigError(f"trainer.{name} is {value!r}: allowed is 1 or more.")
     if name in ABOVE_ZERO and value <= 0:
         raise ConfigError(f"trainer.{name} is {value!r}: allowed is a number above 0.")
+    if name == "max_steps" and value == 0:
+        raise ConfigError("trainer.max_steps is 0: allowed is 1 or more, or -1 for num_train_epochs.")
+    if name == "ld_alpha" and value is not None and not 0 <= value <= 1:
+        raise ConfigError(f"trainer.{name} is {value!r}: allowed is a number from 0 to 1.")
+    if name == "use_liger_kernel" and value and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "trainer.use_liger_kernel is true, but liger-kernel is not installed. Install it, or leave it out."
+        )
     if name == "label_smoothing" and not 0 <= value < 0.5:
         raise ConfigError(f"trainer.{name} is {value!r}: allowed is 0 or more, and below 0.5.")
 

@@ -168,6 +168,7 @@ class Guard:
         inner = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
         if hasattr(inner, "base_lrs"):
             inner.base_lrs = [rate * 0.5 for rate in inner.base_lrs]
+            inner._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the next step's log says
         self.monitor.forget()
         text = f"Step {self.step}: the learning rate is halved, {self.halved} of at most {HALVINGS} times."
         self.run.emit(Note(text, warning=True))

@@ -20,6 +20,7 @@ from lora_dpo.data.reading import outcomes
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.evaluate import Question, evenly, read_questions
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
+from lora_dpo.fields import check_optimizer
 from lora_dpo.model import attach_lora, decide_packed, load_skeleton, load_tokenizer, pick_device, pick_dtype
 from lora_dpo.runs import check_space, partial_of
 from lora_dpo.settings import trainer_config, trainer_settings
@@ -140,7 +141,8 @@ def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> R
     section = recipe.model
     dtype = pick_dtype(section.dtype, pick_device())
     folder = partial_of(output) / "checkpoints"
-    trainer_config(settings, output_dir=folder, dtype=dtype, method=recipe.method)  # TRL's own refusals, early
+    # what TRL refuses by itself, before anything is loaded for nothing
+    check_optimizer(trainer_config(settings, output_dir=folder, dtype=dtype, method=recipe.method))
     tokenizer = load_tokenizer(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     run = Run(recipe, output, emit, stop, tokenizer, settings)
     stop.output = output

@@ -11,7 +11,7 @@ from typing import Any
 from lora_dpo.config import EvaluationSection, Recipe, nearest
 from lora_dpo.errors import ConfigError
 from lora_dpo.fields import ELSEWHERE as COMMON_ELSEWHERE
-from lora_dpo.fields import NO_SECOND_MODEL, build_config, check_given, check_trackers
+from lora_dpo.fields import NO_SECOND_MODEL, build_config, check_given, check_held_out, check_trackers
 from lora_dpo.methods import METHODS, answer_settings
 
 DEFAULTS: dict[str, Any] = {
@@ -84,6 +84,7 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
         ConfigError: an unknown field, a value of the wrong type, or a field that would do nothing.
     """
     settings = _dpo_settings(recipe) if recipe.method == "dpo" else answer_settings(recipe)
+    check_held_out(settings)
     _refuse_inert_sections(recipe, settings)
     _refuse_head(recipe)
     return settings

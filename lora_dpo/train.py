@@ -23,6 +23,7 @@ from lora_dpo.data.answers import crossed
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.evaluate import evenly, to_json
 from lora_dpo.events import Answered, Compared, OnEvent, Progress, Saved, StepLogged
+from lora_dpo.fields import trl_refusals
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.guard_callback import add_guard
@@ -157,15 +158,16 @@ def _dpo_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> An
 
     from lora_dpo.trainer import DPOTrainer
 
-    return DPOTrainer(
-        model,
-        args=trainer_config(run.settings, output_dir=run.partial / "checkpoints", dtype=dtype),
-        train_dataset=_training_set(run),
-        eval_dataset=Dataset.from_list([_columns(pair) for pair in run.held_out]) if run.held_out else None,
-        processing_class=run.tokenizer,
-        callbacks=[callback],
-        engine=run.recipe.engine,
-    )
+    with trl_refusals():
+        return DPOTrainer(
+            model,
+            args=trainer_config(run.settings, output_dir=run.partial / "checkpoints", dtype=dtype),
+            train_dataset=_training_set(run),
+            eval_dataset=Dataset.from_list([_columns(pair) for pair in run.held_out]) if run.held_out else None,
+            processing_class=run.tokenizer,
+            callbacks=[callback],
+            engine=run.recipe.engine,
+        )
 
 
 # --- one base in memory ---------------------------------------------------------------------------

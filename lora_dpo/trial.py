@@ -15,6 +15,7 @@ from lora_dpo.adapters import attach_adapter
 from lora_dpo.data import TokenPair
 from lora_dpo.errors import ModelError
 from lora_dpo.events import OnEvent, Progress
+from lora_dpo.fields import trl_refusals
 from lora_dpo.footprint import PairShape
 from lora_dpo.memory import out_of_memory
 from lora_dpo.model import attach_lora, load_base
@@ -91,14 +92,15 @@ def _train(
 
     clock = _make_clock(on_event)
     engine = run.recipe.engine.model_copy(update={"reference_cache": "off"})
-    trainer = DPOTrainer(
-        model,
-        args=trainer_config(_two_steps(run.settings), output_dir=folder, dtype=dtype),
-        train_dataset=_dataset(pairs),
-        processing_class=run.tokenizer,
-        callbacks=[clock],
-        engine=engine,
-    )
+    with trl_refusals():
+        trainer = DPOTrainer(
+            model,
+            args=trainer_config(_two_steps(run.settings), output_dir=folder, dtype=dtype),
+            train_dataset=_dataset(pairs),
+            processing_class=run.tokenizer,
+            callbacks=[clock],
+            engine=engine,
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     clock.trainer = trainer

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -123,18 +124,20 @@ def test_tensorboards_files_outlive_the_run(recipe, monkeypatch):
 
 
 def test_trackers_that_take_numbers_alone_get_no_texts(recipe, monkeypatch):
-    from lora_dpo.guard import Guard
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
 
     seen = []
-    original = Guard.logged
-    monkeypatch.setattr(
-        Guard,
-        "logged",
-        lambda self, step, logs, texts: (original(self, step, logs, texts=False), seen.append(dict(logs)))[0],
-    )
-    train(recipe(trainer={"max_steps": 2}, health={"every": 1}), name="tiny")
+
+    class Numbers(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Numbers)
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["mlflow"])
+    train(recipe(trainer={"max_steps": 2, "report_to": ["mlflow"]}, health={"every": 1}), name="tiny")
     assert any("health/kl" in row for row in seen)
-    assert not any(isinstance(value, str) for row in seen for value in row.values())
+    assert [value for row in seen for value in row.values() if isinstance(value, str)] == []
 
 
 # --- alarms that act ------------------------------------------------------------------------------
@@ -177,11 +180,12 @@ def test_lower_lr_halves_the_rate_three_times_at_most(recipe):
     events = []
     settings = recipe(trainer=RUINOUS, health={"action": "lower-lr"})
     result = train(settings, name="tiny", on_event=events.append)
-    rates = [row["learning_rate"] for row in rows_of(result.folder) if "loss" in row]
-    lowered = [event for event in events if isinstance(event, Note) and "halved" in event.text]
+    rates = {row["step"]: row["learning_rate"] for row in rows_of(result.folder) if "loss" in row}
+    told = [event.text for event in events if isinstance(event, Note) and "halved" in event.text]
+    lowered = [int(re.match(r"Step (\d+): the learning rate is halved", text)[1]) for text in told]
     assert 1 <= len(lowered) <= 3
-    assert set(rates) <= {1e-3 / 2**number for number in range(4)}
-    assert min(rates) == 1e-3 / 2 ** len(lowered) or max(losses(result.folder)) == result.outcome.steps
+    assert lowered[0] < max(rates), "no step was taken at the lower rate"
+    assert rates == {step: 1e-3 / 2 ** sum(one < step for one in lowered) for step in rates}
 
 
 def test_nan_in_training_ends_in_the_last_good_state(recipe, monkeypatch):

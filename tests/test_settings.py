@@ -1,34 +1,27 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 import yaml
 
 from lora_dpo.config import check_recipe, dump_recipe
 from lora_dpo.errors import ConfigError
-from lora_dpo.settings import DEFAULTS, ELSEWHERE, trainer_config, trainer_settings
+from lora_dpo.fields import build_config, check_optimizer
+from lora_dpo.settings import DEFAULTS, ELSEWHERE, LOSSES, trainer_config, trainer_settings
 
-TRL_LOSSES = [
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-]
+TRL_LOSSES = re.findall(r"if loss_type == \"(\w+)\"", inspect.getsource(trl.DPOTrainer._compute_loss))
+
+
+def test_the_losses_of_recipes_are_those_that_trl_computes():
+    assert len(TRL_LOSSES) > 10
+    assert sorted(TRL_LOSSES) == sorted(LOSSES)
 
 
 def resolve(lora: dict[str, Any] | None = None, **trainer: Any) -> dict[str, Any]:
@@ -338,3 +331,63 @@ def test_precision_follows_the_hardware_and_the_models_dtype(tmp_path, monkeypat
 def test_gradient_checkpointing_is_allowed_unless_refused(tmp_path):
     assert trainer_config(resolve(), output_dir=tmp_path, dtype="float32").gradient_checkpointing
     assert not build(tmp_path, gradient_checkpointing=False).gradient_checkpointing
+
+
+# --- what TRL and transformers would refuse with a traceback, after the weights are loaded ------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"eval_on_start": True}, "eval_on_start is True, which needs an evaluation during training: set data.eval"),
+        ({"save_strategy": "best"}, "save_strategy is 'best', which needs an evaluation"),
+        ({"metric_for_best_model": "eval_loss"}, "metric_for_best_model changes nothing without"),
+        ({"use_liger_kernel": True}, "liger-kernel is not installed"),
+        ({"fsdp": "full_shard"}, "fsdp has no effect here"),
+        ({"deepspeed": "zero2.json"}, "deepspeed has no effect here"),
+        ({"max_steps": 0}, "max_steps is 0: allowed is 1 or more, or -1"),
+        ({"ld_alpha": 2.0}, "ld_alpha is 2.0: allowed is a number from 0 to 1"),
+    ],
+)
+def test_settings_without_what_they_need_are_refused(given, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        resolve(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer.lr_scheduler_type is .*cosine_with_min_lr: .*min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "trainer.lr_scheduler_type is .*warmup_stable_decay: .*decay"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 3}}, "lr_scheduler_type is .*'cycles'"),
+        ({"load_best_model_at_end": True}, "trainer: .*load_best_model_at_end.* requires"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "trainer: .*requires an eval strategy"),
+        ({"optim": "schedule_free_adamw"}, "trainer.optim is .*schedule_free_adamw: .*install"),
+        ({"optim": "galore_adamw"}, "trainer.optim is .*galore_adamw: "),
+        ({"optim": "adamw_torch", "optim_args": "no_such=1"}, None),  # transformers ignores what it does not know
+    ],
+)
+def test_an_optimizer_or_schedule_that_cannot_be_made_is_one_sentence(given, said, tmp_path):
+    settings = resolve(**given)
+    if said is None:
+        return check_optimizer(trainer_config(settings, output_dir=tmp_path, dtype="float32"))
+    with pytest.raises(ConfigError, match=said):
+        check_optimizer(trainer_config(settings, output_dir=tmp_path, dtype="float32"))
+
+
+def test_every_optimizer_and_schedule_can_be_made_or_is_one_sentence(tmp_path):
+    from transformers.training_args import OptimizerNames, SchedulerType
+
+    made, refused = [], []
+    for field, names in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        for name in names:
+            settings = {field: name.value, "eval_strategy": "epoch"}
+            try:
+                check_optimizer(build_config(trl.DPOConfig, settings, output_dir=tmp_path, dtype="float32"))
+            except ConfigError as error:
+                refused.append((f"trainer.{field} is ", str(error)))
+            else:
+                made.append(name.value)
+    assert [said for start, said in refused if not said.startswith(start) or "\n" in said] == []
+    assert refused
+    assert {"adamw_torch", "adafactor", "adamw_bnb_8bit", "cosine", "linear", "reduce_lr_on_plateau"} <= set(made)
