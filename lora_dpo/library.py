@@ -29,6 +29,7 @@ from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_exist
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
 from lora_dpo.model import load_skeleton, resolve_model, weight_files, weight_fingerprint
 from lora_dpo.package import (
+    BASE,
     CARD,
     KNOWN,
     SUFFIX,
@@ -307,7 +308,9 @@ def _listed(folder: Path, record: Mapping[str, Any]) -> Listed:
         return Listed(folder.name, "", 0, _size(folder), "", None, f"broken: {plain(error, 200)}")
     entry = record.get(folder.name)
     state = "not yet verified" if passport else "unverified"
-    if passport and isinstance(entry, dict) and entry.get("sha256") == sha256_of(folder / WEIGHTS):
+    if folder.name == BASE:
+        state = "not served: that is the name of the model without an adapter. Rename the folder"
+    elif passport and isinstance(entry, dict) and entry.get("sha256") == sha256_of(folder / WEIGHTS):
         state = f"verified {plain(str(entry.get('when'))[:10])}"
     base = plain(passport.base if passport else config.base or "?")
     accuracy = _after(passport).get("pairs", {}).get("accuracy") if passport else None

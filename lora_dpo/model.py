@@ -22,6 +22,7 @@ from lora_dpo.config import Dtype, LoraSection, Quantize
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +236,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
     elif lora.layers.startswith("top-"):
         layers = list(range(count))[-int(lora.layers.removeprefix("top-")) :]
     if layers and (max(layers) >= count or min(layers) < 0):
-        raise ConfigError(f"lora.layers is {lora.layers!r}: this model has layers 0 to {count - 1}.")
+        raise ConfigError(f"lora.layers is {shown(lora.layers)}: this model has layers 0 to {count - 1}.")
     targets = lora.targets
     if layers is not None and targets == "all-linear":
         targets = linear_names(model)  # peft picks layers by number only for named targets

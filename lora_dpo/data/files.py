@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.wording import shown
 
 Row = dict[str, Any]
 
@@ -228,7 +229,7 @@ def _listed(parsed: Any, path: Path) -> list[Any]:
     if not COLUMNS.isdisjoint(parsed):
         return [parsed]
     lists = {key: len(value) for key, value in parsed.items() if isinstance(value, list) and value}
-    hint = "".join(f" Its {key!r} is a list of {length}: save that list alone." for key, length in lists.items())
+    hint = "".join(f" Its {shown(key)} is a list of {length}: save that list alone." for key, length in lists.items())
     raise DataError(f"{path} holds one object, not a list of rows.{hint}")
 
 
@@ -268,7 +269,7 @@ def _refuse_other_separator(header: Sequence[str], path: Path) -> None:
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(header) == 1 and separator in header[0]:
             raise DataError(
-                f"{path}: its header is one column, {header[0][:80]!r}: its cells seem to stand between {name}. "
+                f"{path}: its header is one column, {shown(header[0][:80])}: its cells seem to stand between {name}. "
                 "Save it with commas between them."
             )
 
