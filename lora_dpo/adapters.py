@@ -14,6 +14,7 @@ README.md        the model card
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -128,7 +129,7 @@ def parse_passport(path: Path) -> Passport:
 
 def check_folder(folder: Path) -> None:
     """Raise `AdapterError` unless `folder` holds a finished adapter in safetensors."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir without an error for a name that is too long
         raise AdapterError(f"There is no adapter folder at {folder}.{_known_adapters()}")
     if folder.name.startswith(".") and folder.name.strip("."):
         raise AdapterError(f"{folder} is what a cut-off write left behind, not an adapter. Remove it.")

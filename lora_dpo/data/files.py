@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.fetch import looks_local
 from lora_dpo.wording import shown
 
 Row = dict[str, Any]
@@ -150,9 +151,9 @@ _HUB_ID = re.compile(r"(?P<owner>\w[\w.-]*)/[\w.-]+(/[\w.-]+)?(:.+)?")
 
 
 def _is_hub_id(source: str) -> bool:
-    """True for `owner/name…` unless `owner` is a folder here: the name of a local file is nobody else's matter."""
+    """True for `owner/name…` unless `owner` looks like a folder here: a local file's name is nobody else's matter."""
     found = _HUB_ID.fullmatch(source)
-    return found is not None and not Path(found["owner"]).is_dir()
+    return found is not None and not looks_local(f"{found['owner']}/name")
 
 
 def _kind(path: Path) -> str:
