@@ -36,7 +36,7 @@ def shown(value: object, limit: int = SHOWN) -> str:
         text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
     except (ValueError, RecursionError):  # such as a number of more digits than Python writes
         return f"a {type(value).__name__} that is too long to show"
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text if len(text) <= limit else text[: limit - 1] + "…")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def one_line(text: str, limit: int = LONGEST) -> str:
@@ -44,7 +44,8 @@ def one_line(text: str, limit: int = LONGEST) -> str:
     if len(text) > limit:
         end = limit // 3
         text = f"{text[: limit - end - 3]} … {text[-end:]}"
-    return harmless(_BREAK.sub(" ", text.strip())).replace("\t", " ")
+    text = _BREAK.sub(" ", text.strip()).replace("\t", " ")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def json_text(value: Any) -> str:

@@ -48,12 +48,9 @@ def _parquet_size(source: Path | IO[bytes], limit: int) -> int:
     size = 0
     try:
         index = pyarrow.parquet.read_metadata(source)
-        size = max(
-            index.num_rows * ROW, *(_claimed(index.row_group(group)) for group in range(index.num_row_groups)), 0
-        )
-        if size > limit:
-            return size
-        size = 0
+        claimed = sum(_claimed(index.row_group(group)) for group in range(index.num_row_groups))
+        if max(index.num_rows * ROW, claimed) > limit:
+            return limit + 1
         columns = [index.schema.column(number) for number in range(index.num_columns)]
         texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
         file = pyarrow.parquet.ParquetFile(source, read_dictionary=texts)
