@@ -140,7 +140,7 @@ def _function_judge(text: str) -> Judge:
     """A user's function, found as Python finds it when started in the current folder."""
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
         kind = re.split(r"[:<>=]", text)[0]
-        hint = f" Did you mean {shown('rules:' + text)}?" if kind in KNOWN else nearest(kind, KINDS)
+        hint = f" Did you mean rules:{shown(text)[1:-1]}?" if kind in KNOWN else nearest(kind, KINDS)
         raise ConfigError(
             f"{shown(text)} is no judge: write rules:…, reward:…, llm:…, implicit, or module:function.{hint}"
         )
