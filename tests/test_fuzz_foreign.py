@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from lora_dpo.adapters import attach_adapter
 from lora_dpo.config import check_recipe, parse_settings, read_recipe, read_settings
+from lora_dpo.data.template import render
 from lora_dpo.improve_recipe import read_improve_recipe
 from lora_dpo.judges.grammar import check_specs
 from lora_dpo.library import describe, diff, install, list_adapters
@@ -447,3 +448,61 @@ REQUEST = {
 def test_odd_requests(content):
     with ends_well():
         read_request(content, max_new_tokens=16)
+
+
+bits = st.sampled_from(
+    [
+        *(
+            "{{ messages }}",
+            "{% for m in messages %}",
+            "{% endfor %}",
+            "{{ m.content }}",
+            "{{ 1/0 }}",
+            "{{ 2**10**9 }}",
+        ),
+        *(
+            "{{ 2**10**9 }}",
+            "{{ 'a' * 10**9 }}",
+            "{% for i in range(10**8) %}",
+            "{{ x.y.z }}",
+            "{% set x = 'a' %}",
+            "{{ x ~ x }}",
+        ),
+        *("{% if 1 %}", "{% endif %}", "{% macro f() %}", "{% endmacro %}", "{{ f() }}", "{{ raise_exception('no') }}"),
+        *("{{ messages|map('x') }}", "{{ ''.__class__ }}", "{{ 'x'|center(10**9) }}", "{% break %}", "{{"),
+    ]
+)
+
+
+@settings(FUZZ, max_examples=EXAMPLES or 8)
+@given(template=st.lists(bits | st.text(max_size=3), max_size=9).map("".join))
+def test_odd_chat_templates(tokenizer, template):
+    odd = copy.copy(tokenizer)
+    odd.chat_template = template
+    with ends_well():
+        assert len(render(odd, [{"role": "user", "content": "Hi"}])) < LARGE
+
+
+RUNS_ON = {
+    "a power": "{{ 10**(10**9) }}",
+    "loops within loops": "{% set r = range(99999)|list %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "a text that doubles": (
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+    ),
+    "a long text": "{{ 'a' * 10**8 }}",
+    "a wide text": "{{ 'a'|center(10**11) }}",
+    "one divided by nothing": "{{ 1/0 }}",
+    "a macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a long range": "{% for i in range(10**8) %}x{% endfor %}",
+    "a template of megabytes": "x" * 3_000_000,
+    "deep brackets": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+}
+
+
+@pytest.mark.parametrize("case", RUNS_ON)
+def test_a_chat_template_that_runs_on_is_refused(case, tokenizer):
+    odd = copy.copy(tokenizer)
+    odd.chat_template = RUNS_ON[case]
+    with ends_well() as said:
+        render(odd, [{"role": "user", "content": "Hi"}])
+    assert "chat template" in str(said[0])
