@@ -14,6 +14,7 @@ README.md        the model card
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from lora_dpo.files import sha256_of
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config, read_json
 from lora_dpo.memory import out_of_memory
 from lora_dpo.model import POLICY, Base, resolve_model
+from lora_dpo.peft_config import live_config
 from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ def parse_passport(path: Path) -> Passport:
 
 def check_folder(folder: Path) -> None:
     """Raise `AdapterError` unless `folder` holds a finished adapter in safetensors."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir without an error for a name that is too long
         raise AdapterError(f"There is no adapter folder at {folder}.{_known_adapters()}")
     if folder.name.startswith(".") and folder.name.strip("."):
         raise AdapterError(f"{folder} is what a cut-off write left behind, not an adapter. Remove it.")
@@ -171,8 +173,11 @@ def put_adapter(base: Base, folder: Path, *, trainable: bool = False, name: str 
     with quiet_libraries():  # peft brings bitsandbytes in, which has advice to give
         from peft import PeftModel
 
-        with _peft_errors(folder, base.name):
-            model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, is_trainable=trainable)
+        with peft_errors(folder, base.name):
+            config = live_config(read_config(folder), base.model)
+            model = PeftModel.from_pretrained(
+                base.model, str(folder.absolute()), adapter_name=name, is_trainable=trainable, config=config
+            )
         _check_names(model, folder, name, base.name)
     model.eval()
     return model
@@ -184,8 +189,11 @@ def put_beside(model: PeftModel, folder: Path, *, name: str, base: str) -> None:
     Raises:
         AdapterError: its config does not fit the base called `base`.
     """
-    with _peft_errors(folder, base):
-        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    with peft_errors(folder, base):
+        config = live_config(read_config(folder), model)
+        config.inference_mode = True
+        model.add_adapter(name, config)
+        model.load_adapter(str(folder.absolute()), adapter_name=name, is_trainable=False)
     _check_names(model, folder, name, base)
 
 
@@ -202,7 +210,8 @@ def _check_names(model: PeftModel, folder: Path, name: str, base: str) -> None:
 
 
 @contextmanager
-def _peft_errors(folder: Path, base: str) -> Iterator[None]:
+def peft_errors(folder: Path, base: str) -> Iterator[None]:
+    """Turn what peft says of an adapter that it does not take into one `AdapterError`."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:

@@ -21,7 +21,7 @@ from lora_dpo.files import sha256_of
 from lora_dpo.generate import Sampling
 from lora_dpo.host import Host
 from lora_dpo.lora_files import WEIGHTS
-from lora_dpo.shelf import BASE
+from lora_dpo.package import BASE
 from lora_dpo.talk import Said, write
 from lora_dpo.votes import Candidate, VoteBook
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lora_dpo.cli_pairs import FORMAT_HELP
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.wording import counted, harmless, json_text
+from lora_dpo.wording import counted, harmless, json_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -275,7 +275,9 @@ def _share(part: str) -> tuple[str, float]:
     except ValueError:
         weight = 0.0
     if not source or not 0 < weight < float("inf"):
-        raise ConfigError(f"{part!r} names no share: write FILE:SHARE with a share above 0, such as pairs.jsonl:0.7.")
+        raise ConfigError(
+            f"{shown(part)} names no share: write FILE:SHARE with a share above 0, such as pairs.jsonl:0.7."
+        )
     return source, weight
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_dpo.wording import counted, harmless
+from lora_dpo.wording import counted, harmless, shown
 
 if TYPE_CHECKING:
     from lora_dpo.pairs import PairReport
@@ -169,7 +169,7 @@ def endpoint_settings(criterion: str | None, per_minute: float | None, prices: s
                 raise ValueError
         except ValueError:
             raise ConfigError(
-                f"--judge-prices is {prices!r}: write two numbers, 0 or more, such as 0.15,0.6."
+                f"--judge-prices is {shown(prices)}: write two numbers, 0 or more, such as 0.15,0.6."
             ) from None
         settings = replace(settings, prices=(prompt_price, answer_price))
     return replace(settings, criterion=criterion) if criterion else settings
@@ -214,7 +214,7 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     from lora_dpo.errors import ConfigError
 
     if value not in allowed:
-        raise ConfigError(f"{option} is {value!r}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
+        raise ConfigError(f"{option} is {shown(value)}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
 
 
 def improve(

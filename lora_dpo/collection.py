@@ -7,18 +7,15 @@ FOLDER/runs/           what the runs that were started here train on, and what w
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gzip
 import hashlib
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from lora_dpo.data import Message, PreferencePair, ReadReport, read_pairs
 from lora_dpo.data.checks import Texts
@@ -27,6 +24,7 @@ from lora_dpo.data.files import Row
 from lora_dpo.data.forms import checked_pair
 from lora_dpo.data.messages import BadRow
 from lora_dpo.data.reading import outcomes
+from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import disk_errors
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 
 VOTES = "votes"
 MAX_UPLOAD = 64 << 20
-"""Bytes of a file of pairs or prompts. More is for the command line."""
+"""Bytes of a file of pairs or prompts, unpacked. More is for the command line."""
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".gz")
 PROMPT_KINDS = (*KINDS, ".txt")
 
@@ -186,23 +184,17 @@ def check_upload(path: Path, name: str, kinds: Sequence[str]) -> None:
     if path.suffix.lower() not in kinds or not path.is_file():
         raise DataError(f"{plain(Path(name).name)} is no file of a known kind: known are {', '.join(kinds)}.")
     size = path.stat().st_size
-    has = f"has {size / 1e6:,.0f} MB"
-    if size <= MAX_UPLOAD and path.suffix.lower() == ".gz":
-        size, has = _unpacked(path), "unpacks to more than that"
     if size > MAX_UPLOAD:
-        raise DataError(
-            f"{plain(Path(name).name)} {has}; at most {MAX_UPLOAD / 1e6:,.0f} MB are taken in here. Use lora-dpo data "
-            "convert and train with a recipe."
-        )
+        _refuse_size(name, f"has {size / 1e6:,.0f} MB")
+    if unpacked_size(path, MAX_UPLOAD) > MAX_UPLOAD:
+        _refuse_size(name, "unpacks to more than that")
 
 
-def _unpacked(path: Path) -> int:
-    """Bytes that are packed in a gzip file; counted no further than is allowed."""
-    size = 0
-    with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(path) as file:  # the reader says what is broken
-        while size <= MAX_UPLOAD and (block := file.read(1 << 20)):
-            size += len(block)
-    return size
+def _refuse_size(name: str, has: str) -> NoReturn:
+    raise DataError(
+        f"{plain(Path(name).name)} {has}; at most {MAX_UPLOAD / 1e6:,.0f} MB are taken in here. Use lora-dpo data "
+        "convert and train with a recipe."
+    )
 
 
 def clean_name(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lora_dpo.errors import ConfigError
+from lora_dpo.wording import SHOWN, one_line, shown
 from lora_dpo.yaml_text import dump_yaml, parse_yaml
 
 Quantize = Literal["nf4", "none"]
@@ -339,7 +340,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{override!r} is not a setting. Write key=value, such as trainer.beta=0.2.")
+            raise ConfigError(f"{shown(override)} is not a setting. Write key=value, such as trainer.beta=0.2.")
         _set_dotted(settings, key, parse_yaml(value, where=override))
     return settings
 
@@ -391,7 +392,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless a command-line option has one of its allowed values."""
     if value not in allowed:
-        raise ConfigError(f"{option} is {value!r}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
+        raise ConfigError(f"{option} is {shown(value)}: allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
 
 
 def describe_fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -419,7 +420,7 @@ def _set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:
 def _sentences(error: ValidationError, kind: type[Section]) -> Iterator[str]:
     known = [key for key, _, _ in describe_fields(kind)]
     for problem in error.errors()[:3]:
-        key = ".".join(str(part) for part in problem["loc"] if not _is_type_tag(part))
+        key = one_line(".".join(str(part) for part in problem["loc"] if not _is_type_tag(part)), SHOWN)
         if problem["type"] == "extra_forbidden":
             hint = _meant(key, problem["input"], known)
             yield f"{key} is not a setting.{hint or ' Fields of TRL go under trainer:.'}"
@@ -427,7 +428,7 @@ def _sentences(error: ValidationError, kind: type[Section]) -> Iterator[str]:
             yield f"{key} is missing; it has no default."
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            yield f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
+            yield f"{key} is {shown(problem['input'])}: {message[0].lower()}{message[1:]}."
 
 
 def _meant(key: str, value: Any, known: list[str]) -> str:

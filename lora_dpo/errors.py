@@ -16,12 +16,22 @@
         └── PromptTooLong  its prompt is longer than the model or its host takes
 
 A message says what is wrong, the value seen and the next step, in one or two sentences: the
-command line prints it as it is and exits with status 1.
+command line prints it as it is and exits with status 1. Whatever a message repeats from a file or a
+request, it stays one line of bounded length.
 """
+
+from lora_dpo.wording import one_line
 
 
 class LoraDPOError(Exception):
-    """Base of all errors that lora-dpo raises on purpose."""
+    """Base of all errors that lora-dpo raises on purpose.
+
+    Args:
+        message: written on one line, cut in the middle if it is longer than `wording.LONGEST`.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class ConfigError(LoraDPOError):

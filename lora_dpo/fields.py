@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lora_dpo.config import nearest
 from lora_dpo.errors import ConfigError
+from lora_dpo.wording import shown
 
 NO_UPLOADS = "a run uploads nothing; share the adapter folder yourself when training is done"
 NO_SECOND_MODEL = "the reference is the same base, so there is no second model to move"
@@ -83,10 +84,12 @@ def check_trackers(settings: dict[str, Any]) -> None:
     for tracker in [asked] if isinstance(asked, str) else asked:
         if tracker not in known:
             raise ConfigError(
-                f"trainer.report_to has {tracker!r}: allowed are {', '.join(known)}.{nearest(tracker, known)}"
+                f"trainer.report_to has {shown(tracker)}: allowed are {', '.join(known)}.{nearest(tracker, known)}"
             )
         if tracker not in (*get_available_reporting_integrations(), "all", "none"):
-            raise ConfigError(f"trainer.report_to has {tracker!r}, which is not installed. Install it, or use none.")
+            raise ConfigError(
+                f"trainer.report_to has {shown(tracker)}, which is not installed. Install it, or use none."
+            )
 
 
 def build_config(kind: type, settings: dict[str, Any], *, output_dir: Path, dtype: str) -> Any:
@@ -189,7 +192,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     except ValidationError as error:
         allowed = _choices(hint) or " or ".join(dict.fromkeys(_plain(problem["msg"]) for problem in error.errors()))
         quote = ' YAML reads an unquoted no as false: write "no".' if value is False and "'no'" in allowed else ""
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is {allowed}.{quote}") from None
+        raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is {allowed}.{quote}") from None
 
 
 def _choices(hint: Any) -> str:
@@ -202,21 +205,21 @@ def _choices(hint: Any) -> str:
 def _check_number(name: str, value: Any) -> None:
     numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
     if not all(map(math.isfinite, numbers)):
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is a finite number.")
+        raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is a finite number.")
     if name in AT_LEAST_ONE and value < 1:
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is 1 or more.")
+        raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is 1 or more.")
     if name in ABOVE_ZERO and value <= 0:
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is a number above 0.")
+        raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is a number above 0.")
     if name == "max_steps" and value == 0:
         raise ConfigError("trainer.max_steps is 0: allowed is 1 or more, or -1 for num_train_epochs.")
     if name == "ld_alpha" and value is not None and not 0 <= value <= 1:
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is a number from 0 to 1.")
+        raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is a number from 0 to 1.")
     if name == "use_liger_kernel" and value and importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError(
             "trainer.use_liger_kernel is true, but liger-kernel is not installed. Install it, or leave it out."
         )
     if name == "label_smoothing" and not 0 <= value < 0.5:
-        raise ConfigError(f"trainer.{name} is {value!r}: allowed is 0 or more, and below 0.5.")
+        raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is 0 or more, and below 0.5.")
 
 
 def _plain(message: str) -> str:

@@ -13,21 +13,44 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_dpo.data.template import Message, prompt_ids
+from lora_dpo.errors import ConfigError
 from lora_dpo.memory import free_bytes
+from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+MAX_TEMPERATURE = 100.0
+"""Every token is as likely as any other there."""
+MIN_TEMPERATURE = 1e-6
+"""Below it quotients of logits would overflow float32; there the likeliest token alone is drawn, but for ties."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy: always the likeliest token."""
+    """How tokens are drawn. `temperature` 0 is greedy: always the likeliest token.
+
+    Raises:
+        ConfigError: a value with which nothing can be drawn.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values: they come from commands, recipes, pages and requests."""
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {shown(self.max_new_tokens)}: an answer has 1 or more.")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:  # NaN is not, either
+            raise ConfigError(f"temperature is {shown(self.temperature)}: allowed is 0 to {MAX_TEMPERATURE:g}.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {shown(self.top_p)}: allowed is above 0, up to 1.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed is {shown(self.seed)}: allowed is what 64 bits hold.")
 
 
 @dataclass(frozen=True)
@@ -208,7 +231,7 @@ def pick(logits_BV: torch.Tensor, sampling: Sampling, draws: torch.Generator) ->
 
     if sampling.temperature <= 0:
         return logits_BV.argmax(dim=-1)
-    probs_BV = torch.softmax(logits_BV.cpu() / sampling.temperature, dim=-1)
+    probs_BV = torch.softmax(logits_BV.cpu() / max(sampling.temperature, MIN_TEMPERATURE), dim=-1)
     if sampling.top_p >= 1:
         return torch.multinomial(probs_BV, 1, generator=draws).squeeze(1)
     # Sorting a whole vocabulary costs as much as a third of a small model's step: sort the likeliest
@@ -217,7 +240,9 @@ def pick(logits_BV: torch.Tensor, sampling: Sampling, draws: torch.Generator) ->
     if bool((top_BK.sum(dim=-1) < sampling.top_p).any()):
         top_BK, order_BK = probs_BV.sort(dim=-1, descending=True)
     # Keep the smallest set that reaches top_p: drop a token if those before it already do.
-    top_BK = top_BK.masked_fill(top_BK.cumsum(dim=-1) - top_BK >= sampling.top_p, 0.0)
+    beyond_BK = top_BK.cumsum(dim=-1) - top_BK >= sampling.top_p
+    beyond_BK[:, 0] = False  # the likeliest stays, also if float32 holds top_p as 0
+    top_BK = top_BK.masked_fill(beyond_BK, 0.0)
     return order_BK.gather(1, torch.multinomial(top_BK, 1, generator=draws)).squeeze(1)
 
 

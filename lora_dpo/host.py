@@ -32,7 +32,7 @@ from lora_dpo.model import Base, load_base
 from lora_dpo.package import check_name
 from lora_dpo.request import Asked, Outcome, Reply, Stream, Ticket
 from lora_dpo.runs import ADAPTERS_DIR
-from lora_dpo.shelf import BASE, Shelf
+from lora_dpo.shelf import Shelf
 from lora_dpo.train import Look
 from lora_dpo.turns import OWN, Chore, Turns
 
@@ -199,13 +199,11 @@ class Host:
 
         Raises:
             Busy: a training goes on already.
-            ConfigError: the recipe names another output, or the adapter would be called `base`.
+            ConfigError: the recipe names another output.
             PackageError: that is no name for an adapter.
             OutputError: there is one of that name.
         """
         output = self.adapters_dir / check_name(name)
-        if name == BASE:
-            raise ConfigError(f"An adapter cannot be called {BASE}: that is the model without one.")
         if recipe.output is not None and Path(recipe.output).absolute() != output.absolute():
             raise ConfigError(f"The recipe sets output: {recipe.output}, but the adapter is to be {output}. Unset it.")
         refuse_existing(output)

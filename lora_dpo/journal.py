@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_dpo.errors import OutputError
 from lora_dpo.files import disk_errors, refuse_existing
+from lora_dpo.wording import shown
 
 Row = dict[str, Any]
 
@@ -125,4 +126,4 @@ def _changed(path: Path, old: Any, new: Row) -> str:
     if not isinstance(old, dict):
         raise OutputError(f"{path} is no journal of lora-dpo. Move it away, or choose another output.")
     key = next((key for key in [*new, *old] if old.get(key) != new.get(key)), None)
-    return "" if key is None else f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+    return "" if key is None else f"{key} was {shown(old.get(key))}, now {shown(new.get(key))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -29,6 +30,7 @@ from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_exist
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
 from lora_dpo.model import load_skeleton, resolve_model, weight_files, weight_fingerprint
 from lora_dpo.package import (
+    BASE,
     CARD,
     KNOWN,
     SUFFIX,
@@ -84,8 +86,8 @@ def list_adapters(root: Path = ADAPTERS_DIR) -> list[Listed]:
 def find_adapter(name: str | Path, root: Path = ADAPTERS_DIR) -> Path:
     """The folder of an adapter, given as a folder or as a name under `root`. Raises `AdapterError`."""
     given = Path(name).expanduser()
-    folder = given if given.is_dir() or len(given.parts) > 1 else root / given
-    if not folder.is_dir() and root.is_dir():
+    folder = given if os.path.isdir(given) or len(given.parts) > 1 else root / given
+    if not os.path.isdir(folder) and root.is_dir():
         names = adapter_names(root)
         known = f" There is {', '.join(names)}." if names else ""
         raise AdapterError(f"There is no adapter {plain(name)}.{nearest(given.name, names) or known}")
@@ -175,11 +177,11 @@ def install(
         staged = Path(scratch) / "adapter"
         staged.mkdir()
         notes: list[str] = []
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file without an error for a name that is too long
             name = name or package_name(path)
             target = _target(root, name)
             unpack(path, staged)
-        elif path.is_dir():
+        elif os.path.isdir(path):
             target = _target(root, name or path.resolve().name)
             left_out = copy_folder(path, staged)
             notes += [f"left out: {', '.join(left_out[:6])}{' …' if len(left_out) > 6 else ''}"] if left_out else []
@@ -307,7 +309,9 @@ def _listed(folder: Path, record: Mapping[str, Any]) -> Listed:
         return Listed(folder.name, "", 0, _size(folder), "", None, f"broken: {plain(error, 200)}")
     entry = record.get(folder.name)
     state = "not yet verified" if passport else "unverified"
-    if passport and isinstance(entry, dict) and entry.get("sha256") == sha256_of(folder / WEIGHTS):
+    if folder.name == BASE:
+        state = "not served: that is the name of the model without an adapter. Rename the folder"
+    elif passport and isinstance(entry, dict) and entry.get("sha256") == sha256_of(folder / WEIGHTS):
         state = f"verified {plain(str(entry.get('when'))[:10])}"
     base = plain(passport.base if passport else config.base or "?")
     accuracy = _after(passport).get("pairs", {}).get("accuracy") if passport else None

@@ -13,11 +13,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lora_dpo.errors import AdapterError
+from lora_dpo.module_names import MAX_NAME, MAX_NAMES, MAX_PATTERNS, ByModule, is_name, is_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +30,11 @@ PREFIX = "base_model.model."
 MAX_JSON = 1 << 20
 MAX_RANK = 4096
 MAX_DIMENSION = 1 << 24
+MAX_TENSORS = 100_000
+"""Of one file. A LoRA on all experts of Qwen3-235B has 72,192."""
 FLOATS = ("F32", "F16", "BF16")
 
-# Ways to adapt that PEFT knows and that are not W + scale·B·A: a merge or an export would lose them.
+# Ways to adapt that PEFT knows and that are not W + scale·B·A on the base's own layers.
 _FOREIGN = (
     "layer_replication",
     "trainable_token_indices",
@@ -42,8 +47,8 @@ _FOREIGN = (
     "use_bdlora",
     "velora_config",
     "monteclora_config",
+    "kasa_config",
 )
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 _INITS = (True, False, None, "gaussian", "orthogonal", "true", "false")
 
 
@@ -63,13 +68,19 @@ class AdapterConfig:
     revision: str | None
     raw: dict[str, Any] = field(repr=False)
 
-    def rank_of(self, module: str) -> int:
-        """The rank that the config gives to a module."""
-        return int(self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.rank))
+    @cached_property
+    def ranks(self) -> ByModule[int]:
+        """`rank_pattern`, to be asked for many modules at once."""
+        return ByModule(self.rank_pattern)
+
+    @cached_property
+    def alphas(self) -> ByModule[float]:
+        """`alpha_pattern`, to be asked for many modules at once."""
+        return ByModule(self.alpha_pattern)
 
     def scale_of(self, module: str, rank: int) -> float:
         """The factor of B·A: alpha / r (Hu et al. 2021, section 4.1), alpha / √r with rsLoRA (Kalajdzievski 2023)."""
-        alpha = float(self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha))
+        alpha = float(self.alphas.of([module]).get(module, self.alpha))
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
@@ -111,48 +122,48 @@ class AdapterTensors:
 
 def read_config(folder: Path) -> AdapterConfig:
     """Read `adapter_config.json`. Raises `AdapterError` for anything that is no plain LoRA."""
-    raw = read_json(folder / CONFIG)
+    path = folder / CONFIG
+    raw = read_json(path)
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{folder / CONFIG} describes {plain(kind)}, not LORA. Only LoRA adapters are supported.")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    patterns = [raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}]
-    ranks = [rank, *(patterns[0].values() if isinstance(patterns[0], dict) else [None])]
-    if any(not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_RANK for value in ranks):
-        raise AdapterError(f"{folder / CONFIG} has rank {plain(rank)}: allowed is 1 to {MAX_RANK}.")
-    alphas = [alpha, *(patterns[1].values() if isinstance(patterns[1], dict) else [None])]
-    if any(not _is_number(value) for value in alphas):
-        raise AdapterError(f"{folder / CONFIG} has lora_alpha {plain(alpha)}, which is not a finite number.")
-    for pattern in (*patterns[0], *patterns[1], *(raw.get(key) for key in _PATTERNS)):
-        _check_pattern(folder, pattern)
+        raise AdapterError(f"{path} describes {plain(kind)}, not LORA. Only LoRA adapters are supported.")
+    ranks, alphas = _numbers(path, raw)
+    if found := [name for name in _FOREIGN if raw.get(name)]:
+        raise AdapterError(
+            f"{path} uses {', '.join(found)}: only LoRA, DoRA and whole saved modules are supported, since a merge and "
+            "a server would lose the rest. Ask its maker for one converted to plain LoRA."
+        )
+    for name in ("target_modules", "exclude_modules"):
+        _check_modules(path, name, raw.get(name))
+    for name in ("modules_to_save", "layers_pattern"):
+        _check_modules(path, name, raw.get(name), patterns=False)
     _check_library(folder, raw.get("auto_mapping"))
     init = raw.get("init_lora_weights", True)
     if isinstance(init, list | dict) or init not in _INITS:
         raise AdapterError(
-            f"{folder / CONFIG} says init_lora_weights {plain(init)}: such an adapter belongs to a changed base. "
+            f"{path} says init_lora_weights {plain(init)}: such an adapter belongs to a changed base. "
             "Ask its maker for one converted to plain LoRA."
         )
-    base = raw.get("base_model_name_or_path")
+    _check_kinds(path, raw)
     return AdapterConfig(
-        rank=int(ranks[0]),
-        alpha=float(alphas[0]),
+        rank=raw["r"],
+        alpha=float(raw["lora_alpha"]),
         rslora=bool(raw.get("use_rslora")),
         dora=bool(raw.get("use_dora")),
-        rank_pattern=patterns[0],
-        alpha_pattern=patterns[1],
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         targets=raw.get("target_modules"),
-        base=base if isinstance(base, str) and base else None,
-        revision=raw.get("revision") if isinstance(raw.get("revision"), str) else None,
+        base=raw.get("base_model_name_or_path") or None,
+        revision=raw.get("revision"),
         raw=raw,
     )
 
 
 def foreign_features(config: AdapterConfig) -> list[str]:
     """What the adapter does besides W + scale·B·A, DoRA and whole saved modules: it cannot be merged or exported."""
-    found = [name for name in _FOREIGN if config.raw.get(name)]
     bias = config.raw.get("bias", "none")
-    return found if bias in ("none", None) else [*found, f"bias: {plain(bias)}"]
+    return [] if bias in ("none", None) else [f"bias: {bias}"]
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -161,16 +172,13 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         AdapterError: truncated, or a header that lies.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            found = {name: Stored(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise AdapterError(
-            f"{path} is no whole safetensors file ({plain(error)}). Take the adapter from its source again."
-        ) from error
+    with _file_errors(path), safe_open(path, framework="numpy") as file:
+        names = list(file.keys())
+        _check_tensor_names(path, names)
+        parts = {name: file.get_slice(name) for name in names}
+        found = {name: Stored(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     if not found:
         raise AdapterError(f"{path} holds no tensors. Take the adapter from its source again.")
     return found
@@ -195,7 +203,11 @@ def sort_tensors(path: Path, header: Mapping[str, Stored], config: AdapterConfig
             found.copies[bare.replace(".base_layer.", ".")] = stored
         else:
             found.saved[bare] = stored
-    found.lora = {module: _lora_module(path, module, part, config) for module, part in parts.items()}
+    ranks = config.ranks.of(list(parts))
+    found.lora = {
+        module: _lora_module(path, module, part, config.dora, ranks.get(module, config.rank))
+        for module, part in parts.items()
+    }
     if not found.lora and not found.saved:
         raise AdapterError(f"{path} holds no LoRA weights. Take the adapter from its source again.")
     return found
@@ -249,12 +261,17 @@ def check_finite(folder: Path) -> None:
 
 
 def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the adapter's tensors one by one."""
+    """Yield the adapter's tensors one by one. Raises `AdapterError` if the file is broken, or changed meanwhile."""
     from safetensors import safe_open
 
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            yield name, file.get_tensor(name)
+    path = folder / WEIGHTS
+    with _file_errors(path):
+        file: Any = safe_open(path, framework="pt")
+        names = list(file.keys())
+    for name in names:
+        with _file_errors(path):
+            tensor = file.get_tensor(name)
+        yield name, tensor
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
@@ -289,7 +306,7 @@ _PARTS = {
 }
 
 
-def _lora_module(path: Path, module: str, part: dict[str, Stored], config: AdapterConfig) -> LoraModule:
+def _lora_module(path: Path, module: str, part: dict[str, Stored], dora: bool, wanted: int) -> LoraModule:
     embedding = "embedding_A" in part or "embedding_B" in part
     a, b = part.get("embedding_A" if embedding else "A"), part.get("embedding_B" if embedding else "B")
     if a is None or b is None:
@@ -297,13 +314,12 @@ def _lora_module(path: Path, module: str, part: dict[str, Stored], config: Adapt
         raise AdapterError(f"{path}: {plain(module)} has no {missing}. Take the adapter from its source again.")
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterError(f"{path}: the tensors of {plain(module)} are no matrices.")
-    wanted = config.rank_of(module)
     for rank, stored in ((a.shape[0], a), (b.shape[1], b)):
         if rank != wanted:
             raise AdapterError(f"{path}: {plain(stored.name)} has rank {rank}, but its config says {wanted}.")
     magnitude = part.get("magnitude")
-    if (magnitude is not None) != config.dora:
-        raise AdapterError(f"{path}: {plain(module)} and the config disagree on DoRA (use_dora: {config.dora}).")
+    if (magnitude is not None) != dora:
+        raise AdapterError(f"{path}: {plain(module)} and the config disagree on DoRA (use_dora: {dora}).")
     return LoraModule(a, b, magnitude, embedding)
 
 
@@ -319,32 +335,83 @@ def _weight_shape(module: torch.nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
-def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    # PEFT's rule: the first pattern that matches the end of the name, in the order given
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
 
-
-def _check_pattern(folder: Path, pattern: object) -> None:
-    """Patterns become regular expressions in PEFT: no form that could run for hours."""
-    for text in pattern if isinstance(pattern, list) else [pattern]:
-        if text is not None and not (isinstance(text, str) and _is_tame(text)):
-            raise AdapterError(f"{folder / CONFIG} names modules by {plain(text)}: no pattern that is accepted.")
-
-
-def _is_tame(text: str) -> bool:
-    """True if matching takes no longer than a polynomial of small degree: no group is repeated, so no repeat is inside
-    another one, and there are few of them."""
-    if len(text) > 2000 or sum(map(text.count, "*+{")) > 8:
-        return False
-    if re.search(r"\)[*+{?]|[*+?}][*+{]", text):
-        return False
-    if re.search(r"\(\?[a-zA-Z-]*x", text):  # in verbose mode a space may stand between a group and its repeat
-        return False
     try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+        yield
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise AdapterError(
+            f"{path} is no whole safetensors file ({plain(error)}). Take the adapter from its source again."
+        ) from error
+
+
+def _check_tensor_names(path: Path, names: list[str]) -> None:
+    if len(names) > MAX_TENSORS:
+        raise AdapterError(f"{path} lists {len(names):,} tensors; an adapter has at most {MAX_TENSORS:,}.")
+    if odd := [name for name in names if len(name) > MAX_NAME or not name.isprintable()]:
+        raise AdapterError(f"{path}: {plain(odd[0])} is no name of a tensor ({len(odd[0]):,} characters).")
+
+
+def _numbers(path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float]]:
+    """`rank_pattern` and `alpha_pattern`, after they and `r` and `lora_alpha` were checked."""
+    patterns = [raw.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    for name, pattern in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True):
+        if not isinstance(pattern, dict):
+            raise AdapterError(f"{path}: {name} is {plain(pattern)}, no table of modules.")
+        _check_modules(path, name, list(pattern))
+        if odd := [key for key in pattern if "(?!" in key or "(?=" in key]:
+            raise AdapterError(f"{path} names modules by {plain(odd[0])} ({name}): no pattern that is accepted.")
+    for rank in (raw.get("r"), *patterns[0].values()):
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_RANK:
+            raise AdapterError(f"{path} has rank {plain(rank)}: allowed is 1 to {MAX_RANK}.")
+    for alpha in (raw.get("lora_alpha"), *patterns[1].values()):
+        if not _is_number(alpha):
+            raise AdapterError(f"{path} has lora_alpha {plain(alpha)}, which is not a finite number.")
+    return patterns[0], patterns[1]
+
+
+def _check_modules(path: Path, field: str, given: object, *, patterns: bool = True) -> None:
+    """Names of modules, or regular expressions where PEFT takes them, of forms that cannot run for hours."""
+    texts = given if isinstance(given, list) else [] if given is None else [given]
+    if len(texts) > MAX_NAMES:
+        raise AdapterError(f"{path}: {field} has {len(texts):,} names; at most {MAX_NAMES:,} are read.")
+    others = [text for text in texts if not is_name(text)]
+    if patterns and len(others) > MAX_PATTERNS:
+        raise AdapterError(f"{path}: {field} has {len(others):,} patterns; at most {MAX_PATTERNS} are read.")
+    if odd := [text for text in others if not (patterns and is_pattern(text))]:
+        raise AdapterError(f"{path} names modules by {plain(odd[0])} ({field}): no pattern that is accepted.")
+
+
+def _check_kinds(path: Path, raw: dict[str, Any]) -> None:
+    """The other fields that PEFT is given (`adapters.live_config`), each of its type."""
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+    class Fields(BaseModel):
+        model_config = ConfigDict(strict=True)
+        bias: Literal["none", "all", "lora_only"] | None = None
+        lora_dropout: float | None = Field(None, ge=0, le=1)
+        fan_in_fan_out: bool | None = None
+        use_rslora: bool | None = None
+        use_dora: bool | None = None
+        layers_to_transform: (
+            Annotated[int, Field(ge=0, le=MAX_NAMES)]
+            | Annotated[list[Annotated[int, Field(ge=0, le=MAX_NAMES)]], Field(max_length=MAX_NAMES)]
+            | None
+        ) = None
+        task_type: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+        base_model_name_or_path: str | None = None
+        revision: str | None = None
+
+    try:
+        Fields.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise AdapterError(
+            f"{path}: {field} is {plain(raw[field])}: {plain(first['msg'])}. Ask its maker for one that peft saved."
+        ) from None
 
 
 def _check_library(folder: Path, mapping: object) -> None:

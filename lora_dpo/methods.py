@@ -12,6 +12,7 @@ from typing import Any
 from lora_dpo.config import EngineSection, Recipe, nearest
 from lora_dpo.errors import ConfigError
 from lora_dpo.fields import ELSEWHERE, NO_SECOND_MODEL, check_given, check_trackers
+from lora_dpo.wording import shown
 
 TITLES = {
     "dpo": "preference-tuned with Direct Preference Optimization",
@@ -105,7 +106,7 @@ def answer_settings(recipe: Recipe) -> dict[str, Any]:
     loss = settings.get("loss_type", method.losses[0])
     if loss not in method.losses:
         raise ConfigError(
-            f"trainer.loss_type is {loss!r}: with method: {recipe.method} allowed are {', '.join(method.losses)}."
+            f"trainer.loss_type is {shown(loss)}: with method: {recipe.method} allowed are {', '.join(method.losses)}."
             f"{nearest(loss, method.losses)}"
         )
     check_trackers(settings)
@@ -151,6 +152,6 @@ def _check_kto(recipe: Recipe, settings: dict[str, Any]) -> None:
         )
     if settings.get("train_sampling_strategy", "sequential") != "sequential":
         raise ConfigError(
-            f"trainer.train_sampling_strategy is {settings['train_sampling_strategy']!r}, but KTO pairs each answer "
-            "with its neighbour in a fixed order. Leave it out: answers are shuffled once, by the seed."
+            f"trainer.train_sampling_strategy is {shown(settings['train_sampling_strategy'])}, but KTO pairs each "
+            "answer with its neighbour in a fixed order. Leave it out: answers are shuffled once, by the seed."
         )

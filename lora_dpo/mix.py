@@ -44,6 +44,7 @@ from lora_dpo.model import Base, load_base
 from lora_dpo.probe import MAX_PAIRS, Probe, Sides, read_probe, save_probe
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.verify import accuracy, pad_of
+from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -162,7 +163,7 @@ def parse_part(text: str) -> tuple[str, float]:
     try:
         return name, float(weight)
     except ValueError:
-        raise ConfigError(f"{text!r} is no NAME:WEIGHT: {weight!r} is not a number.") from None
+        raise ConfigError(f"{shown(text)} is no NAME:WEIGHT: {shown(weight)} is not a number.") from None
 
 
 def _check_options(

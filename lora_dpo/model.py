@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo.config import Dtype, LoraSection, Quantize
 from lora_dpo.errors import ConfigError, ModelError
-from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
+from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS, looks_local
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
     import torch
@@ -105,13 +106,14 @@ def load_base(
     compute = getattr(torch, pick_dtype(dtype, place))
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(name, **common)
+    here_alone = looks_local(path)  # a folder that vanishes now is not asked of the hub either
     with quiet_libraries(), _load_errors(name):
         if packed == "auto":
             packed = quantize == "nf4" and decide_packed(load_skeleton(name, **common), place, compute)
         arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
         if quantize == "nf4" and packed:
             arguments["quantization_config"] = _nf4_config(compute)
-        model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=here_alone, **arguments, **common)
     if quantize == "nf4" and not packed:
         with quiet_libraries():
             hold_dequantized(model)
@@ -149,7 +151,8 @@ def load_tokenizer(
 
     with quiet_libraries(), _load_errors(name):
         path = resolve_model(name)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=looks_local(path), **common)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name} has no chat template, so chat messages cannot be written for it. "
@@ -165,7 +168,8 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
 
     with quiet_libraries(), _load_errors(name), torch.device("meta"):
         path = resolve_model(name)
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -184,8 +188,7 @@ def resolve_model(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise ModelError(f"The model {name} is not here yet. Get it once with: lora-dpo models fetch {name}")
         return str(folder)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if looks_local and not (Path(name) / "config.json").is_file():
+    if looks_local(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ModelError(f"{name} is no model folder: there is no config.json in it.")
     return name
 
@@ -251,7 +254,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
     elif lora.layers.startswith("top-"):
         layers = list(range(count))[-int(lora.layers.removeprefix("top-")) :]
     if layers and (max(layers) >= count or min(layers) < 0):
-        raise ConfigError(f"lora.layers is {lora.layers!r}: this model has layers 0 to {count - 1}.")
+        raise ConfigError(f"lora.layers is {shown(lora.layers)}: this model has layers 0 to {count - 1}.")
     targets = lora.targets
     if layers is not None and targets == "all-linear":
         targets = linear_names(model)  # peft picks layers by number only for named targets
@@ -399,7 +402,8 @@ def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
     """The safetensors files that hold a model's weights; those of its index, if it has one."""
     from transformers.utils import cached_file
 
-    folder = Path(cached_file(path, "config.json", revision=revision)).parent
+    config = cached_file(path, "config.json", revision=revision, local_files_only=looks_local(path))
+    folder = Path(config).parent
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -411,7 +415,8 @@ def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
 def _is_tied(path: str, revision: str | None) -> bool:
     from transformers.utils import cached_file
 
-    config = json.loads(Path(cached_file(path, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    found = cached_file(path, "config.json", revision=revision, local_files_only=looks_local(path))
+    config = json.loads(Path(found).read_text(encoding="utf-8"))
     tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
     return bool(tied)
 

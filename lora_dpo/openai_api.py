@@ -19,6 +19,7 @@ from lora_dpo.data import Message
 from lora_dpo.errors import RequestRefused
 from lora_dpo.generate import Sampling
 from lora_dpo.request import Reply
+from lora_dpo.wording import shown
 
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "n": (1,),
@@ -173,7 +174,7 @@ def _refusal(error: ValidationError) -> RequestRefused:
     if first["type"] == "missing":
         return RequestRefused(f"{where} is missing.", param=name)
     if name == "messages" and str(first["loc"][-1]) == "type":
-        return RequestRefused(f"{where} is {first['input']!r}: only text is understood here.", param=name)
+        return RequestRefused(f"{where} is {shown(first['input'])}: only text is understood here.", param=name)
     return RequestRefused(f"{where}: {first['msg']}.", param=name)
 
 

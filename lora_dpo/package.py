@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import stat
+import struct
 import unicodedata
 import zipfile
 import zlib
@@ -36,6 +37,8 @@ PICTURE = b"![training curves](curves.png)\n\n"
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+BASE = "base"
+"""What the model without an adapter is called wherever one is chosen: no adapter can have that name."""
 _RATIO = 50  # float weights shrink by a tenth, text by ten; a bomb by a thousand
 _EOCD = 22  # bytes of the smallest zip file
 
@@ -46,6 +49,11 @@ def check_name(name: str) -> str:
         raise PackageError(
             f"{plain(name)} is no name for an adapter: use letters, digits, '.', '_' and '-', and begin with a letter "
             "or digit. Choose one with --name."
+        )
+    if name.casefold() == BASE:
+        raise PackageError(
+            f"An adapter cannot be called {name}: in serve and demo that is the model without one. Choose another with "
+            "--name."
         )
     return name
 
@@ -124,7 +132,7 @@ def copy_folder(source: Path, target: Path) -> list[str]:
 def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise PackageError(f"{path} is no whole zip file ({plain(error)}). Download it again.") from error
 
 
@@ -174,6 +182,11 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, name: str) -> None:
     if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
         kind = "a symlink" if stat.S_ISLNK(mode) else "no ordinary file"
         raise PackageError(f"{path.name} holds {plain(name)}, {kind}. Nothing was unpacked.")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise PackageError(
+            f"{path.name} holds {plain(name)} packed by method {entry.compress_type}; only stored and deflated files "
+            "are read. Pack it with lora-dpo adapters pack, or an ordinary zip."
+        )
     if entry.flag_bits & 0x1:
         raise PackageError(f"{path.name} is encrypted ({plain(name)}): adapters are shared in the open.")
     refuse_pickle(path, name)
@@ -189,21 +202,27 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, name: str) -> None:
 
 def _extract(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
     written = 0
-    try:
-        with archive.open(entry) as reader, target.open("xb") as writer:
-            while block := reader.read(1 << 20):
-                written += len(block)
-                if written > entry.file_size:
-                    raise PackageError(
-                        f"{path.name}: {target.name} unpacks to more than it claims. Nothing was installed."
-                    )
-                writer.write(block)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
-        raise PackageError(
-            f"{path.name}: {target.name} cannot be unpacked ({plain(error)}): it is cut off, or not what it claims."
-        ) from error
+    with target.open("xb") as writer:
+        for block in _blocks(path, archive, entry, target.name):
+            written += len(block)
+            if written > entry.file_size:
+                raise PackageError(f"{path.name}: {target.name} unpacks to more than it claims. Nothing was installed.")
+            writer.write(block)
     if written != entry.file_size:
         raise PackageError(f"{path.name}: {target.name} has {written:,} bytes, but claims {entry.file_size:,}.")
+
+
+def _blocks(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> Iterator[bytes]:
+    """The unpacked bytes of an entry. What is wrong with them is said here; the disk's errors are the writer's."""
+    try:
+        with archive.open(entry) as reader:
+            while block := reader.read(1 << 20):
+                yield block
+    # zipfile has no one error for damage: OSError and ValueError are from seeking to where an entry claims to be
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, ValueError, struct.error) as error:
+        raise PackageError(
+            f"{path.name}: {name} cannot be unpacked ({plain(error)}): it is cut off, or not what it claims."
+        ) from error
 
 
 def refuse_pickle(where: Path | str, name: str) -> None:

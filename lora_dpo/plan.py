@@ -33,10 +33,12 @@ from lora_dpo.fitting import (
     run_apart,
 )
 from lora_dpo.footprint import Footprint, PairShape, pair_shape
+from lora_dpo.lora_files import read_config
 from lora_dpo.memory import free_bytes
 from lora_dpo.model import attach_lora, decide_packed, load_skeleton, pick_device, pick_dtype
 from lora_dpo.prepare import Run, StopSignal, prepare, read_run
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
     import torch
@@ -237,7 +239,7 @@ def parse_size(text: str) -> int | None:
 def _bytes(option: str, text: str) -> int:
     size = parse_size(text)
     if size is None:
-        raise ConfigError(f"{option} is {text!r}: write a size such as 12GB or 512MB.")
+        raise ConfigError(f"{option} is {shown(text)}: write a size such as 12GB or 512MB.")
     return size
 
 
@@ -255,12 +257,15 @@ def _costs(run: Run, sizes: dict[str, int]) -> Costs:
 def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:
     if recipe.reference_adapter is None:
         return attach_lora(skeleton, recipe.lora, seed=0)
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
-    from lora_dpo.adapters import check_folder
+    from lora_dpo.adapters import check_folder, peft_errors
+    from lora_dpo.peft_config import live_config
 
-    check_folder(recipe.reference_adapter)
-    return get_peft_model(skeleton, PeftConfig.from_pretrained(str(recipe.reference_adapter)))
+    folder = recipe.reference_adapter
+    check_folder(folder)
+    with peft_errors(folder, recipe.model.name):
+        return get_peft_model(skeleton, live_config(read_config(folder), skeleton))
 
 
 def _machine(recipe: Recipe, sizes: dict[str, int]) -> Machine:

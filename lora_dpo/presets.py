@@ -15,6 +15,7 @@ from lora_dpo.data import PreferencePair, read_pairs
 from lora_dpo.data.checks import Texts
 from lora_dpo.data.write import split_by_prompt, write_pairs
 from lora_dpo.errors import ConfigError
+from lora_dpo.wording import SHOWN, one_line, shown
 
 BATCH = 4
 HOLD_OUT_FROM = 12
@@ -100,7 +101,7 @@ def draft(
         DataError: a file cannot be read.
     """
     if preset not in PRESETS:
-        raise ConfigError(f"{preset!r} is no preset: there is {', '.join(PRESETS)}.")
+        raise ConfigError(f"{shown(preset)} is no preset: there is {', '.join(PRESETS)}.")
     if not sources:
         raise ConfigError("There is nothing to train on: choose some pairs.")
     chosen = PRESETS[preset]
@@ -166,14 +167,17 @@ def with_settings(recipe: Recipe, text: str) -> Recipe:
     settings = recipe.model_dump(mode="json")
     for section, values in given.items():
         if section not in CHANGEABLE:
-            raise ConfigError(f"{section} cannot be changed here, only {', '.join(CHANGEABLE)}. Use a recipe file.")
+            raise ConfigError(
+                f"{shown(section)} cannot be changed here, only {', '.join(CHANGEABLE)}. Use a recipe file."
+            )
         if not isinstance(values, dict):
-            raise ConfigError(f"{section} is {values!r}: it has settings inside.")
+            raise ConfigError(f"{section} is {shown(values)}: it has settings inside.")
         known = CHANGEABLE[section]
         for key, value in values.items():
             if known and key not in known and value != settings[section].get(key):
                 raise ConfigError(
-                    f"{section}.{key} cannot be changed here, only {', '.join(known)}. Use a recipe file for the rest."
+                    f"{section}.{one_line(str(key), SHOWN)} cannot be changed here, only {', '.join(known)}. Use a "
+                    "recipe file for the rest."
                     f"{nearest(str(key), known)}"
                 )
         settings[section] = {**settings[section], **values}

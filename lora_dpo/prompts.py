@@ -17,7 +17,7 @@ from lora_dpo.data.messages import BadRow, asked_in_transcript, is_transcript, p
 from lora_dpo.data.table import Form, form_named, form_of
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.evaluate import evenly
-from lora_dpo.wording import counted, reasons_text
+from lora_dpo.wording import counted, reasons_text, shown
 
 
 @dataclass(frozen=True)
@@ -203,11 +203,11 @@ def _accepted(value: Any, source: str, number: int) -> tuple[str, ...]:
                 value = json.loads(cell)
             except ValueError:
                 raise DataError(
-                    f'{where}, in CSV a list as JSON, such as ["4", "four"]; it is {cell[:60]!r}.'
+                    f'{where}, in CSV a list as JSON, such as ["4", "four"]; it is {shown(cell[:60])}.'
                 ) from None
         elif not cell:
             value = None
     listed = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in listed):
-        raise DataError(f"{where}; it is {value!r}.")
+        raise DataError(f"{where}; it is {shown(value)}.")
     return tuple(map(str, listed))

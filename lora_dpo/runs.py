@@ -21,6 +21,7 @@ from typing import Any
 from lora_dpo.config import Recipe, dump_recipe, read_recipe
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.files import disk_errors, refuse_existing
+from lora_dpo.package import BASE
 
 ADAPTERS_DIR = Path("adapters")
 LOCK = "running.json"
@@ -39,6 +40,7 @@ def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
         _check_place(Path(recipe.output), resume=resume)
         return Path(recipe.output)
     names = [recipe_name, *(f"{recipe_name}-{number}" for number in range(2, 1000))]
+    names = names[recipe_name.casefold() == BASE :]  # that adapter could not be chosen in serve and demo
     if resume:
         unfinished = [out for out in map(ADAPTERS_DIR.joinpath, names) if _interrupted(out) and not running(out)]
         if not unfinished:

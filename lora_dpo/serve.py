@@ -36,8 +36,9 @@ from lora_dpo.openai_api import (
     model_entry,
     read_request,
 )
+from lora_dpo.package import BASE
 from lora_dpo.request import Outcome, Reply, Ticket
-from lora_dpo.shelf import BASE
+from lora_dpo.wording import shown
 
 MAX_BODY = 4 << 20
 """Bytes of a request. A prompt of 4,096 tokens has some ten thousand."""
@@ -104,7 +105,7 @@ class _Api:
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in await anyio.to_thread.run_sync(self.host.names):
-            raise AdapterError(f"There is no model {name!r} here. GET /v1/models lists them.")
+            raise AdapterError(f"There is no model {shown(name)} here. GET /v1/models lists them.")
         return JSONResponse(self._entry(name))
 
     async def chat(self, request: Request) -> Response:

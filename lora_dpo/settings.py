@@ -13,6 +13,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.fields import ELSEWHERE as COMMON_ELSEWHERE
 from lora_dpo.fields import NO_SECOND_MODEL, build_config, check_given, check_held_out, check_trackers
 from lora_dpo.methods import METHODS, answer_settings
+from lora_dpo.wording import shown
 
 DEFAULTS: dict[str, Any] = {
     # TRL's 1e-6 is meant for whole models; an adapter needs more, and 2e-4 ruined a small model (docs/decisions.md).
@@ -139,7 +140,7 @@ def _check_loss_names(given: dict[str, Any]) -> None:
     for loss in losses or ():
         if loss not in LOSSES:
             raise ConfigError(
-                f"trainer.loss_type has {loss!r}: allowed are {', '.join(LOSSES)}.{nearest(loss, LOSSES)}"
+                f"trainer.loss_type has {shown(loss)}: allowed are {', '.join(LOSSES)}.{nearest(loss, LOSSES)}"
             )
 
 
@@ -154,7 +155,7 @@ def _check_losses(settings: dict[str, Any]) -> None:
     divergence = settings.get("f_divergence_type", "reverse_kl")
     if divergence not in DIVERGENCES:
         raise ConfigError(
-            f"trainer.f_divergence_type is {divergence!r}: allowed are {', '.join(DIVERGENCES)}."
+            f"trainer.f_divergence_type is {shown(divergence)}: allowed are {', '.join(DIVERGENCES)}."
             f"{nearest(divergence, DIVERGENCES)}"
         )
     without = [loss for loss in losses if loss not in DIVERGENCE_LOSSES]

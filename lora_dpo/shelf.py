@@ -19,11 +19,9 @@ from lora_dpo.config import nearest
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
 from lora_dpo.model import Base, share_weights
+from lora_dpo.package import BASE
 
 logger = logging.getLogger(__name__)
-
-BASE = "base"
-"""The name of the model without an adapter."""
 
 KEPT = 8
 """Adapters that stay in memory; the one that was used longest ago goes first."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lora_dpo.config import nearest
 from lora_dpo.errors import ConfigError
 from lora_dpo.intervals import Interval
+from lora_dpo.wording import shown
 
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -69,19 +70,23 @@ def parse_requirements(texts: Sequence[str]) -> list[Requirement]:
     for text in texts:
         match = re.fullmatch(r"\s*([A-Za-z_-]+)(?:\.([A-Za-z_-]+))?\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*", text)
         if not match:
-            raise ConfigError(f"--require {text!r} is not written as it must be, such as 'accuracy>0.7'.")
+            raise ConfigError(f"--require {shown(text)} is not written as it must be, such as 'accuracy>0.7'.")
         name, part, sign, bound = match.groups()
         part = part or "value"
         if name not in NAMES:
             meant = nearest(name.lower().replace("_", "-"), NAMES)
-            raise ConfigError(f"--require {text!r}: there is no number {name!r}. Known are {', '.join(NAMES)}.{meant}")
+            raise ConfigError(
+                f"--require {shown(text)}: there is no number {shown(name)}. Known are {', '.join(NAMES)}.{meant}"
+            )
         if part not in PARTS:
             meant = nearest(part.lower(), PARTS)
-            raise ConfigError(f"--require {text!r}: {name} has no {part!r}. It has {', '.join(PARTS)}.{meant}")
+            raise ConfigError(
+                f"--require {shown(text)}: {name} has no {shown(part)}. It has {', '.join(PARTS)}.{meant}"
+            )
         try:
             found.append(Requirement(text.strip(), name, part, sign, float(bound)))
         except ValueError:
-            raise ConfigError(f"--require {text!r}: {bound!r} is no number.") from None
+            raise ConfigError(f"--require {shown(text)}: {shown(bound)} is no number.") from None
     return found
 
 
@@ -89,4 +94,6 @@ def check_measurable(requirements: Sequence[Requirement], measured: Sequence[str
     """Raise `ConfigError` for a requirement on a number that this evaluation will not measure."""
     for one in requirements:
         if one.name not in measured:
-            raise ConfigError(f"--require {one.text!r}: that is measured with {NEED.get(one.name, 'answers')} only.")
+            raise ConfigError(
+                f"--require {shown(one.text)}: that is measured with {NEED.get(one.name, 'answers')} only."
+            )

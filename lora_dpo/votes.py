@@ -26,6 +26,7 @@ from lora_dpo.data.messages import BadRow
 from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import disk_errors
+from lora_dpo.wording import shown
 
 Verdict = Literal["a", "b", "both good", "both bad", "skip"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -104,7 +105,7 @@ class VoteBook:
             OutputError: the disk refuses. Then the vote was not counted.
         """
         if verdict not in VERDICTS:
-            raise ConfigError(f"{verdict!r} is no verdict: allowed are {', '.join(VERDICTS)}.")
+            raise ConfigError(f"{shown(verdict)} is no verdict: allowed are {', '.join(VERDICTS)}.")
         origin: Row = {
             "vote": verdict,
             "id": vote_id,

@@ -11,7 +11,13 @@ from typing import Any
 # C0 but tab and line feed, DEL and C1; line separators; and the marks that reorder text (Trojan Source, CVE-2021-42574)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
+_BREAK = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
 REASONS_SHOWN = 6
+SHOWN = 200
+"""Characters of a value from outside that a message repeats."""
+LONGEST = 1500
+"""Characters of a message. The longest that names what there is, with paths of usual length, has about 900."""
 
 
 def counted(number: int, word: str) -> str:
@@ -22,6 +28,24 @@ def counted(number: int, word: str) -> str:
 def harmless(text: str) -> str:
     r"""Text of a data set for a terminal: characters that could repaint or reorder it are written as `\x1b`."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def shown(value: object, limit: int = SHOWN) -> str:
+    """A value from outside as Python writes it: on one line, and no more of it than `limit` characters."""
+    try:
+        text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
+    except (ValueError, RecursionError):  # such as a number of more digits than Python writes
+        return f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def one_line(text: str, limit: int = LONGEST) -> str:
+    """A message as one line that no text in it can repaint or lengthen: cut in the middle, so that its end stays."""
+    if len(text) > limit:
+        end = limit // 3
+        text = f"{text[: limit - end - 3]} … {text[-end:]}"
+    text = _BREAK.sub(" ", text.strip()).replace("\t", " ")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def json_text(value: Any) -> str:

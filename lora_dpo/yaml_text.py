@@ -1,4 +1,4 @@
-"""YAML as recipes write it: PyYAML's safe loader and dumper with two repairs."""
+"""YAML as recipes write it: PyYAML's safe loader and dumper with two repairs, and limits on what is read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from typing import Any
 import yaml
 
 from lora_dpo.errors import ConfigError
+from lora_dpo.wording import shown
+
+MAX_TEXT = 64 << 10
+"""Characters of a text; the longest recipe of this repository has 3,000. PyYAML reads about 100,000 a second."""
+MAX_VALUES = 10_000
+"""Values in it, each counted as often as aliases repeat it."""
+MAX_DEPTH = 50
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
     """The value of a YAML text. Raises `ConfigError` that names `where` and the line."""
+    where = shown(where)[1:-1]
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"{where} has {len(text):,} characters; at most {MAX_TEXT:,} are read as settings.")
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
@@ -30,6 +40,26 @@ def dump_yaml(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML with two repairs: `5e-7` is a number (YAML 1.1 reads text), a repeated key is an error."""
 
+    depth = 0
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _measure(node, {})
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        if getattr(event, "tag", None) not in (None, "!", "tag:yaml.org,2002:str"):
+            raise ConfigError(f"The tag {shown(event.tag)} on line {line} means nothing in settings. Leave it out.")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"The value on line {line} is more than {MAX_DEPTH} deep. Settings are flatter.")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here and not where values are made: by then `<<` has mixed in the keys of another mapping.
         node = super().compose_mapping_node(anchor)
@@ -39,9 +69,39 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(f"A key on line {line} is a list or a mapping. Write a name before the colon.")
             if key.value in seen:
-                raise ConfigError(f"The key {key.value!r} appears twice (line {line}). Keep one of them.")
+                raise ConfigError(f"The key {shown(key.value)} appears twice (line {line}). Keep one of them.")
             seen.add(key.value)
         return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node) if len(node.value) <= 100 else 1 << 64
+        if abs(value) >= 1 << 63:
+            raise ValueError(f"a number of {len(node.value)} digits, line {node.start_mark.line + 1}")
+        return value
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values are in a node and how deep, aliases followed. Raises `ConfigError` if it is too much."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1, 0
+    line = node.start_mark.line + 1
+    if id(node) not in known:
+        known[id(node)] = None
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = [_measure(part, known) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in inner), 1 + max((depth for _, depth in inner), default=0)
+    found = known[id(node)]
+    if found is None:
+        raise ConfigError(f"The value on line {line} holds itself. Write it out.")
+    if found[0] > MAX_VALUES or found[1] > MAX_DEPTH:
+        raise ConfigError(
+            f"The value on line {line} has too much in it, aliases counted: at most {MAX_VALUES:,} values, {MAX_DEPTH} "
+            "deep, are read as settings."
+        )
+    return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):

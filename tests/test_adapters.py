@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounded import ends_well, within
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_dpo.adapters import attach_adapter, read_passport, strictness, write_passport
+from lora_dpo.adapters import attach_adapter, put_beside, read_passport, strictness, write_passport
 from lora_dpo.chat import open_chat
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, BaseDiffers
@@ -212,6 +214,103 @@ def test_the_usual_patterns_of_other_trainers_are_accepted(place):
     for pattern in patterns:
         (adapter / "adapter_config.json").write_text(json.dumps({**config, **pattern}))
         open_chat(adapter)
+
+
+def edited(adapter, **changes):
+    """The adapter's config with other fields, and no passport that knows better."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (adapter / "passport.json").unlink(missing_ok=True)
+    return adapter
+
+
+LONG = {f"another.{number}": 4 for number in range(19_000)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {".*a.*a.*a.*a.*a.*a.*a.*Z": 2}},
+        {"rank_pattern": {**LONG, "q_proj": 4}, "alpha_pattern": LONG},
+        {"alpha_pattern": {**LONG, r"layers\.\d+\.mlp\..*": 8}},
+        {"target_modules": [*LONG, "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+        {"target_modules": "all-linear", "layers_to_transform": None},
+        {"target_modules": r".*(self_attn|mlp).*\.[a-z]+_proj"},
+        {"modules_to_save": list(LONG)},
+        {
+            "exclude_modules": [*LONG, ".*a.*a.*a.*a.*Z"],
+            "layers_pattern": list(LONG)[:9],
+            "layers_to_transform": [0, 1],
+        },
+        {
+            "rank_pattern": None,
+            "alpha_pattern": None,
+            "bias": None,
+            "loftq_config": {},
+            "peft_version": "9",
+            "new": [1],
+        },
+    ],
+)
+def test_odd_configs_that_mean_the_same_adapter_load_as_it_in_time(place, fields):
+    wanted = open_chat(place / "adapters" / "mine", quantize="none").model
+    adapter = edited(place / "adapters" / "mine", **fields)
+    if "layers_pattern" in fields:
+        edited(adapter, layers_pattern=[*fields["layers_pattern"], "layers"])
+    with within(4), pytest.warns(BaseDiffers, match="no passport"):
+        chat = open_chat(adapter, quantize="none")
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        assert torch.equal(chat.model(ids).logits, wanted(ids).logits)
+
+
+def test_ranks_and_alphas_by_pattern_are_those_that_peft_gives(place, tiny_model_folder, tmp_path):
+    """Also beside an adapter that is on the model already; plain peft reads the patterns itself."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=r"model\.layers\.\d+\.(self_attn|mlp)\.(q|up|down)_proj",
+        rank_pattern={r"layers\.1\..*": 2, "q_proj": 3, "mlp.up_proj": 5},
+        alpha_pattern={r".*\.0\.mlp.*": 3, "down_proj": 7.5},
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_folder), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "patterns")
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        wanted = model.eval()(ids).logits
+        base = load_base(str(tiny_model_folder), quantize="none")
+        with pytest.warns(BaseDiffers):
+            live = attach_adapter(base, tmp_path / "patterns")
+        assert torch.equal(live(ids).logits, wanted)
+        other = attach_adapter(load_base("smollm2-135m", quantize="none"), place / "adapters" / "mine")
+        put_beside(other, tmp_path / "patterns", name="second", base="it")
+        other.set_adapter("second")
+        assert torch.equal(other(ids).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"layers_pattern": "layers", "layers_to_transform": [0], "target_modules": ".*q_proj"}, "beside a pattern"),
+        ({"target_modules": "nothing"}, "does not fit"),
+        ({"target_modules": None}, "does not fit"),
+        ({"task_type": "POETRY"}, "does not fit"),
+        ({"r": 3}, "rank 4, but its config says 3"),
+        (
+            {"alpha_pattern": {f"self_attn|m{n}": n / 7 for n in range(60)} | {"mlp": float("nan")}},
+            "not a finite number",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_in_one_sentence(place, fields, reason):
+    adapter = edited(place / "adapters" / "mine", **fields)
+    with ends_well(4) as said, warnings.catch_warnings():
+        warnings.simplefilter("ignore", BaseDiffers)
+        open_chat(adapter, quantize="none")
+    assert reason in str(said[0])
 
 
 def test_passports_of_before_are_read(place):

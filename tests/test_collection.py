@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from bounded import within
 
 from lora_dpo.collection import KINDS, Collection, check_upload, clean_name
 from lora_dpo.data import read_pairs
+from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.errors import DataError
 from lora_dpo.votes import Candidate
 
@@ -146,6 +151,51 @@ def test_an_export_holds_all_chosen_files_in_the_canonical_form(collection, take
     assert target.read_text() == collection.path_of("My-pairs-1").read_text()
     with pytest.raises(DataError, match="no pair to take away"):
         collection.export([], tmp_path / "none.jsonl")
+
+
+def repeated(text, rows):
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), [text])
+
+
+def in_lists(values):
+    return pyarrow.ListArray.from_arrays([0, len(values)], values)
+
+
+LARGE = {
+    "a long text in every row": lambda: {"prompt": repeated("x" * 100_000, 5000)},
+    "a long text in one row": lambda: {"messages": in_lists(repeated("x" * 100_000, 5000))},
+    "a long text in a message": lambda: {
+        "messages": in_lists(pyarrow.StructArray.from_arrays([repeated("x" * 100_000, 5000)], ["content"]))
+    },
+    "many rows of nothing": lambda: {"prompt": pyarrow.nulls(3_000_000)},
+    "one row of many": lambda: {"prompt": in_lists(pyarrow.nulls(20_000_000, pyarrow.int8()))},
+    "a long text that is packed": lambda: {"prompt": pyarrow.array(["x" * 80_000_000])},
+}
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("case", LARGE)
+def test_a_small_parquet_file_that_holds_much_is_refused(case, packed, tmp_path):
+    path = tmp_path / f"pairs.parquet{packed}"
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(LARGE[case]()), buffer, compression="zstd")
+    path.write_bytes(gzip.compress(buffer.getvalue()) if packed else buffer.getvalue())
+    assert path.stat().st_size < 100_000
+    with within(2), pytest.raises(DataError, match="unpacks to more than that; at most 67 MB"):
+        check_upload(path, path.name, KINDS)
+
+
+def test_what_is_counted_of_parquet_is_about_its_values(tmp_path):
+    rows = [{"prompt": "p" * 50, "chosen": [{"role": "user", "content": "c" * 100}], "n": 1.5} for _ in range(3000)]
+    table = pyarrow.Table.from_pylist(rows).append_column(
+        "map", pyarrow.array([[("key", "value")]] * 3000, pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
+    counted = unpacked_size(tmp_path / "pairs.parquet", 64 << 20)
+    as_json = sum(len(json.dumps(row)) for row in table.to_pylist())
+    assert 0.9 * as_json < counted < 1.6 * as_json
+    (tmp_path / "broken.parquet").write_bytes((tmp_path / "pairs.parquet").read_bytes()[:-50])
+    assert unpacked_size(tmp_path / "broken.parquet", 64 << 20) == 0  # the reader says what is wrong
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_dpo.data.template import prompt_ids
+from lora_dpo.errors import ConfigError
 from lora_dpo.generate import Sampling, first_of, generate, held_back, pick, rows_that_fit, stream, stream_from
 
 CHATS = [[{"role": "user", "content": text}] for text in ("hi", "tell me about the sea, please", "why?", "é ü")]
@@ -52,6 +53,38 @@ def test_same_seed_same_answer_other_seed_another(model, tokenizer):
 
 def test_pick_is_argmax_at_temperature_zero():
     assert pick(torch.tensor([[0.0, 3.0, 1.0]]), Sampling(), torch.Generator()).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-20, 1e-6])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-320, 1e-45, 0.5, 1.0])
+def test_a_tiny_temperature_draws_the_likeliest_token(temperature, top_p):
+    logits = torch.tensor([[-30.0, 200.0, 199.0], [float("-inf"), -5.0, 3.0]])
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    assert pick(logits, sampling, torch.Generator().manual_seed(0)).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-45, 1e-9])
+def test_a_tiny_top_p_keeps_the_likeliest_token(top_p):
+    logits = torch.tensor([[0.0, 1.0, 0.5]]).repeat(100, 1)
+    assert set(pick(logits, Sampling(temperature=1.0, top_p=top_p), torch.Generator().manual_seed(0)).tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": -0.1},
+        {"top_p": 0.0},
+        {"top_p": float("nan")},
+        {"top_p": 1.5},
+        {"max_new_tokens": 0},
+        {"seed": 2**70},
+    ],
+)
+def test_what_nothing_can_be_drawn_with_is_refused(odd):
+    with pytest.raises(ConfigError, match=f"{next(iter(odd))} is "):
+        Sampling(**odd)
 
 
 def test_nucleus_never_leaves_the_smallest_set_that_reaches_top_p():

@@ -104,6 +104,8 @@ def test_the_last_number(text, number):
         ("rules:lenght<=3", "Did you mean length?"),
         ("rules:length=3", "rules:length<=40"),
         ("rules:length<=0", "allows no answer"),
+        ("rules:length<=" + "9" * 5000, "is not written as it must be"),
+        ("9" * 5000 + "*rules:json", "is no judge"),
         ("rules:regex=(", "no regular expression"),
         ("rules:regex", "'rules:regex="),
         ("rules:keywords=,", "'rules:keywords=please,thanks'"),

@@ -179,13 +179,15 @@ def test_ranks_by_layer_are_mixed_where_that_is_right_and_refused_where_it_is_no
             mix(some, tmp_path / "mixed", method=method, **model)
 
 
-def test_targets_by_name_and_by_pattern_are_refused_in_one_sentence(tiny_model_folder, tmp_path):
+def test_targets_by_name_and_by_pattern_are_mixed(tiny_model_folder, tmp_path):
+    """A pattern means the modules that it matches."""
     names = with_patterns(tmp_path / "names", tiny_model_folder, r=4, target_modules=["q_proj"])
     pattern = with_patterns(tmp_path / "pattern", tiny_model_folder, r=4, target_modules=r".*\.q_proj")
-    with pytest.raises(AdapterError, match="cannot be mixed with --method cat: all adapter configs") as error:
-        mix([(names, 0.5), (pattern, 0.5)], tmp_path / "mixed", model=str(tiny_model_folder))
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "mixed").exists()
+    model = {"model": str(tiny_model_folder)}
+    mixed = updates(mix([(names, 0.5), (pattern, 0.25)], tmp_path / "mixed", **model).folder)
+    one, other = updates(names), updates(pattern)
+    assert mixed.keys() == one.keys()
+    assert all(torch.allclose(mixed[module], 0.5 * one[module] + 0.25 * other[module], atol=1e-5) for module in mixed)
 
 
 def test_lora_on_the_head_is_mixed(tiny_model_folder, tmp_path):

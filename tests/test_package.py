@@ -1,4 +1,4 @@
-"""Packages: what is packed comes back byte for byte, and at least 25 hostile ones change nothing here."""
+"""Packages: what is packed comes back byte for byte, and hostile ones change nothing here and take no time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounded import within
 from safetensors.torch import load_file, save_file
 
 from lora_dpo.cli import main
@@ -252,6 +253,47 @@ def swapped_weights(place, tiny_adapter):
     return zipped(place, {**files, WEIGHTS: tensors(lambda found: found[first(found)].mul_(2))(files[WEIGHTS])})
 
 
+def packed_by(method):
+    """The weights are packed by another method of zip than the two that are usual."""
+
+    def make(place, tiny_adapter):
+        path = place / "evil.lora.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for file, content in parts(tiny_adapter).items():
+                archive.writestr(f"evil/{file}", content, method if file == WEIGHTS else zipfile.ZIP_STORED)
+        return path
+
+    return make
+
+
+def claimed(mark, offset, value):
+    """A number of the first entry's header (PK 3 4) or of its line in the directory (PK 1 2) is another one."""
+
+    def make(place, tiny_adapter):
+        path = zipped(place, parts(tiny_adapter))
+        content = bytearray(path.read_bytes())
+        at = content.index(mark) + offset
+        content[at : at + len(value)] = value
+        path.write_bytes(bytes(content))
+        return path
+
+    return make
+
+
+def long_names(found):
+    for name in list(found):
+        found[name.replace("q_proj", "q_proj." + "a." * 10_000 + "Z")] = found.pop(name)
+
+
+def many_tensors(content):
+    """A file of 100,001 tensors of one number each."""
+    name = "base_model.model.model.layers.{}.q_proj.lora_A.weight"
+    places = range(100_001)
+    head = {name.format(n): {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * n, 4 * n + 4]} for n in places}
+    text = json.dumps(head).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(4 * len(places))
+
+
 def probe_of(value):
     def change(content):
         found = json.loads(content)
@@ -310,6 +352,41 @@ HOSTILE = {
     "another method": (one(CONFIG, config(peft_type="PROMPT_TUNING")), "not LORA"),
     "config that imports": (one(CONFIG, config(auto_mapping={"parent_library": "os"})), "would import os"),
     "endless pattern": (one(CONFIG, config(target_modules="(a+)+$")), "no pattern"),
+    "endless pattern of ranks": (one(CONFIG, config(rank_pattern={"(.*a)*b": 4})), "no pattern"),
+    "endless pattern to save": (one(CONFIG, config(modules_to_save=[".*.*.*.*"])), "no pattern"),
+    "a pattern of layers": (one(CONFIG, config(layers_pattern=".*.*")), "no pattern"),
+    "a lookahead of ranks": (one(CONFIG, config(alpha_pattern={"(?!a)b": 4})), "no pattern"),
+    "a backreference": (one(CONFIG, config(target_modules=r"(.)\1.*")), "no pattern"),
+    "many patterns": (one(CONFIG, config(rank_pattern={f"a.*b{n}": 4 for n in range(100)})), "at most 64"),
+    "many names": (one(CONFIG, config(target_modules=[f"m{n}" for n in range(50_000)])), "at most 20,000"),
+    "many names to save": (one(CONFIG, config(modules_to_save=[f"m{n}" for n in range(50_000)])), "at most 20,000"),
+    "many ranks": (one(CONFIG, config(rank_pattern={f"m{n}": 4 for n in range(50_000)})), "at most 20,000"),
+    "many layers": (one(CONFIG, config(layers_to_transform=[0] * 90_000)), "layers_to_transform"),
+    "a layer number without end": (one(CONFIG, config(layers_to_transform=10**400)), "layers_to_transform"),
+    "layers repeated": (one(CONFIG, config(layer_replication=[[0, 2]] * 10_000)), "uses layer_replication"),
+    "modules that are nothing": (one(CONFIG, config(target_modules=[None])), "no pattern"),
+    "modules that are a table": (one(CONFIG, config(target_modules={"q_proj": 1})), "no pattern"),
+    "ranks that are a list": (one(CONFIG, config(rank_pattern=[["q_proj", 4]])), "no table"),
+    "a rank that is text": (one(CONFIG, config(rank_pattern={"q_proj": "4"})), "has rank 4: allowed"),
+    "a bias that is a table": (one(CONFIG, config(bias={})), "bias is {}"),
+    "a bias of another name": (one(CONFIG, config(bias="some")), "bias is some"),
+    "a dropout that is text": (one(CONFIG, config(lora_dropout="much")), "lora_dropout"),
+    "a switch that is text": (one(CONFIG, config(use_dora="yes")), "use_dora"),
+    "a base that is a list": (one(CONFIG, config(base_model_name_or_path=["x"])), "base_model_name_or_path"),
+    "config of another library": (one(CONFIG, config(megatron_config={"a": 1})), "uses megatron_config"),
+    "a method within the method": (one(CONFIG, config(arrow_config={"top_k": 3})), "uses arrow_config"),
+    "long names of tensors": (one(WEIGHTS, tensors(long_names)), "no name of a tensor"),
+    "more tensors than any model": (one(WEIGHTS, many_tensors), "at most 100,000"),
+    "packed with bzip2": (packed_by(zipfile.ZIP_BZIP2), "packed by method 12"),
+    "packed with lzma": (packed_by(zipfile.ZIP_LZMA), "packed by method 14"),
+    "an unknown method": (claimed(b"PK\x01\x02", 10, b"\x63\x00"), "packed by method 99"),
+    "bytes that claim to be bzip2": (claimed(b"PK\x01\x02", 10, b"\x0c\x00"), "packed by method 12"),
+    "a place beyond the file": (claimed(b"PK\x01\x02", 42, b"\xf0\xff\xff\x7f"), "cannot be unpacked"),
+    "a place inside another file": (claimed(b"PK\x01\x02", 42, b"\x07\x00\x00\x00"), "cannot be unpacked"),
+    "a header of another name": (claimed(b"PK\x03\x04", 30, b"other"), "cannot be unpacked"),
+    "packed bytes that are none": (claimed(b"PK\x03\x04", 80, b"\xff" * 40), "cannot be unpacked"),
+    "the base's own name": (named("base"), "cannot be called base"),
+    "the base's own name in capitals": (named("BASE"), "cannot be called BASE"),
     "config that changes the base": (one(CONFIG, config(init_lora_weights="pissa")), "changed base"),
     "deep JSON": (one(CONFIG, lambda content: b"[" * 200_000), "cannot be read"),
     "passport of another type": (one(PASSPORT, config(base=["x"])), "cannot be read"),
@@ -329,7 +406,8 @@ def test_a_hostile_package_is_refused_in_one_sentence_and_changes_nothing(case, 
     package = make(place, tiny_adapter)
     before = state(place / "adapters")
     outside = sorted(path.name for path in place.parent.iterdir())
-    assert main(["adapters", "install", str(package)]) == 1
+    with within(2):
+        assert main(["adapters", "install", str(package)]) == 1
     said = capsys.readouterr().err.strip()
     assert reason in said
     assert said.count("\n") == 0
@@ -337,10 +415,6 @@ def test_a_hostile_package_is_refused_in_one_sentence_and_changes_nothing(case, 
     assert "lora-dpo-install-" not in said
     assert state(place / "adapters") == before
     assert sorted(path.name for path in place.parent.iterdir()) == outside
-
-
-def test_there_are_at_least_25_hostile_packages():
-    assert len(HOSTILE) >= 25
 
 
 def test_what_is_packed_comes_back_byte_for_byte(place, tiny_adapter):

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.fetch import looks_local
+from lora_dpo.wording import shown
 
 Row = dict[str, Any]
 
@@ -149,9 +151,9 @@ _HUB_ID = re.compile(r"(?P<owner>\w[\w.-]*)/[\w.-]+(/[\w.-]+)?(:.+)?")
 
 
 def _is_hub_id(source: str) -> bool:
-    """True for `owner/name…` unless `owner` is a folder here: the name of a local file is nobody else's matter."""
+    """True for `owner/name…` unless `owner` looks like a folder here: a local file's name is nobody else's matter."""
     found = _HUB_ID.fullmatch(source)
-    return found is not None and not Path(found["owner"]).is_dir()
+    return found is not None and not looks_local(f"{found['owner']}/name")
 
 
 def _kind(path: Path) -> str:
@@ -228,7 +230,7 @@ def _listed(parsed: Any, path: Path) -> list[Any]:
     if not COLUMNS.isdisjoint(parsed):
         return [parsed]
     lists = {key: len(value) for key, value in parsed.items() if isinstance(value, list) and value}
-    hint = "".join(f" Its {key!r} is a list of {length}: save that list alone." for key, length in lists.items())
+    hint = "".join(f" Its {shown(key)} is a list of {length}: save that list alone." for key, length in lists.items())
     raise DataError(f"{path} holds one object, not a list of rows.{hint}")
 
 
@@ -268,7 +270,7 @@ def _refuse_other_separator(header: Sequence[str], path: Path) -> None:
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(header) == 1 and separator in header[0]:
             raise DataError(
-                f"{path}: its header is one column, {header[0][:80]!r}: its cells seem to stand between {name}. "
+                f"{path}: its header is one column, {shown(header[0][:80])}: its cells seem to stand between {name}. "
                 "Save it with commas between them."
             )
 

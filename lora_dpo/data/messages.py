@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lora_dpo.data.files import Row
 from lora_dpo.data.template import Message
+from lora_dpo.wording import shown
 
 Messages = tuple[Message, ...]
 Tools = tuple[dict[str, Any], ...]
@@ -244,7 +245,7 @@ def _chat(item: Any, part: str) -> Message:
         raise BadRow(f"{part} has a message without text content")
     role = item.get("role")
     if role not in ROLES:
-        raise BadRow(f"{part} has a message with an unknown role ({role!r})")
+        raise BadRow(f"{part} has a message with an unknown role ({shown(role)})")
     made = message(role, content, part)
     if role == "assistant" and calls:
         made["tool_calls"] = _tool_calls(calls, part)
@@ -267,7 +268,7 @@ def _typed_text(content: Sequence[Any], part: str) -> str:
             continue
         text = item.get("text") if item.get("text") is not None else item.get("value")
         if kind != "text" or not isinstance(text, str):
-            raise BadRow(f"{part} has content that is not text ({kind!r})")
+            raise BadRow(f"{part} has content that is not text ({shown(kind)})")
         texts.append(text)
     if not texts:
         raise BadRow(f"{part} has a message without text content")
@@ -295,7 +296,7 @@ def _sharegpt(item: dict[str, Any], part: str) -> Message:
         return made
     role = _SHAREGPT_ROLES.get(said) if isinstance(said, str) else None
     if role is None:
-        raise BadRow(f"{part} has a message with an unknown role ({said!r})")
+        raise BadRow(f"{part} has a message with an unknown role ({shown(said)})")
     return message(role, value, part)
 
 

@@ -12,6 +12,7 @@ from lora_dpo.data.forms import pair_from_row
 from lora_dpo.data.messages import is_transcript
 from lora_dpo.data.pairs import Origin, PreferencePair, Vote
 from lora_dpo.errors import ConfigError
+from lora_dpo.wording import shown
 
 Reading = PreferencePair | list[PreferencePair] | Vote
 
@@ -157,7 +158,9 @@ def form_named(name: str) -> Form:
         if form.name == name:
             return form
     names = [form.name for form in FORMS]
-    raise ConfigError(f"{name!r} is not a form of preference data: known are {', '.join(names)}.{nearest(name, names)}")
+    raise ConfigError(
+        f"{shown(name)} is not a form of preference data: known are {', '.join(names)}.{nearest(name, names)}"
+    )
 
 
 def form_of(row: Row) -> Form:

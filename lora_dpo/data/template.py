@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from lora_dpo.data.template_trial import fault_of
 from lora_dpo.errors import ModelError
 
 if TYPE_CHECKING:
@@ -41,15 +42,21 @@ def render(
         tools: JSON schemas of the functions that the model may call.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or the template refuses the messages.
+        ModelError: the tokenizer has no chat template, or the template refuses the messages, does not end, or writes
+            or holds without end.
     """
+    import jinja2
+
     if not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer of {tokenizer.name_or_path} has no chat template, so chat messages cannot be "
             "written for it. Use an instruction-tuned (chat) model, or data with plain text prompts."
         )
-    import jinja2
-
+    named = tokenizer.chat_template  # a tokenizer may have several, by their use
+    if fault := fault_of("\n".join(named.values()) if isinstance(named, dict) else named):
+        raise ModelError(
+            f"The chat template of {tokenizer.name_or_path} is not used: {fault}. Take the model from its source again."
+        )
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -57,8 +64,11 @@ def render(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except (jinja2.exceptions.TemplateError, TypeError) as error:  # TypeError: a filter on a tool call's odd value
-        raise ModelError(f"The model's chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template is a program of the model's maker: it raises what it likes
+        reason = (
+            f"{error}" if isinstance(error, jinja2.exceptions.TemplateError) else f"{type(error).__name__}: {error}"
+        )
+        raise ModelError(f"The model's chat template refuses these messages: {reason}") from error
     return str(text)
 
 

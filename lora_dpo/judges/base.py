@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from lora_dpo.errors import JudgeError, LoraDPOError
 from lora_dpo.generate import Answer
 from lora_dpo.prompts import Prompt
+from lora_dpo.wording import shown
 
 Scores = Sequence[float | None]
 """One number an answer, higher is better; None where the judge cannot say."""
@@ -63,7 +64,7 @@ class Judge:
         for value in scores:
             number = None if value is None else _as_number(value)
             if number is not None and not math.isfinite(number):
-                raise JudgeError(f"{where} gave the score {value!r}. It must be a finite number, or None.")
+                raise JudgeError(f"{where} gave the score {shown(value)}. It must be a finite number, or None.")
             checked.append(number)
         return checked
 

@@ -28,6 +28,7 @@ from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judges.base import Judge, add_up
 from lora_dpo.judges.endpoint import API_KEY, EndpointSettings
 from lora_dpo.judges.rules import KNOWN, rule_judge
+from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
     from lora_dpo.model import Base
@@ -78,7 +79,7 @@ def check_specs(specs: Sequence[str]) -> None:
         elif kind == "llm":
             _split_endpoint(text, argument)
         elif kind == "implicit" and text != "implicit":
-            raise ConfigError(f"The judge is {text!r}: write implicit alone. It is about the model that answers.")
+            raise ConfigError(f"The judge is {shown(text)}: write implicit alone. It is about the model that answers.")
         elif kind == "reward" and not argument:
             raise ConfigError("The judge is 'reward:' without a model. Write reward:FOLDER or reward:HUB/ID.")
 
@@ -94,7 +95,7 @@ def _weighted(spec: str, means: Means) -> tuple[float, Judge]:
 
 
 def _split_weight(spec: str) -> tuple[float, str]:
-    match = re.match(r"(-?\d+(?:\.\d+)?|-?\.\d+)\*(.+)$", spec, re.DOTALL)
+    match = re.match(r"(-?\d{1,9}(?:\.\d+)?|-?\.\d+)\*(.+)$", spec, re.DOTALL)
     return (float(match[1]), match[2].strip()) if match else (1.0, spec)
 
 
@@ -125,7 +126,7 @@ def _split_endpoint(text: str, argument: str) -> tuple[str, str]:
     model, _, url = argument.rpartition("@")
     if not model or not re.match(r"https?://[^/]+", url):
         raise ConfigError(
-            f"The judge is {text!r}: write llm:MODEL@URL, such as llm:qwen2.5:14b@http://localhost:11434/v1."
+            f"The judge is {shown(text)}: write llm:MODEL@URL, such as llm:qwen2.5:14b@http://localhost:11434/v1."
         )
     if "?" in url:
         raise ConfigError(
@@ -139,8 +140,10 @@ def _function_judge(text: str) -> Judge:
     """A user's function, found as Python finds it when started in the current folder."""
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
         kind = re.split(r"[:<>=]", text)[0]
-        hint = f" Did you mean rules:{text}?" if kind in KNOWN else nearest(kind, KINDS)
-        raise ConfigError(f"{text!r} is no judge: write rules:…, reward:…, llm:…, implicit, or module:function.{hint}")
+        hint = f" Did you mean rules:{shown(text)[1:-1]}?" if kind in KNOWN else nearest(kind, KINDS)
+        raise ConfigError(
+            f"{shown(text)} is no judge: write rules:…, reward:…, llm:…, implicit, or module:function.{hint}"
+        )
     module_name, _, name = text.partition(":")
     module = _import(module_name, text)
     function = getattr(module, name, None)

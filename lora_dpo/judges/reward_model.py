@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.data import Message
 from lora_dpo.data.template import encode, render
 from lora_dpo.errors import JudgeError, ModelError
+from lora_dpo.fetch import looks_local
 from lora_dpo.generate import Answer
 from lora_dpo.judges.base import Judge, Scores
 from lora_dpo.model import pick_device, pick_dtype, resolve_model, weight_fingerprint
@@ -82,13 +83,15 @@ def _load(spec: str, name: str) -> tuple[Any, PreTrainedTokenizerBase, str]:
     try:
         path = resolve_model(name)
         with quiet_libraries(), errors_only("transformers"):  # missing weights are told of below
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            here_alone = looks_local(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=here_alone)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 dtype=dtype,
                 device_map={"": device},
                 use_safetensors=True,
                 trust_remote_code=False,
+                local_files_only=here_alone,
                 output_loading_info=True,
             )
     except (OSError, ValueError, ImportError, ModelError) as error:

@@ -21,6 +21,7 @@ from lora_dpo.evaluate import is_correct
 from lora_dpo.generate import Answer
 from lora_dpo.judges.base import Judge, Scores
 from lora_dpo.prompts import Prompt
+from lora_dpo.wording import shown
 
 Rule = Callable[[Prompt, Answer], float | None]
 
@@ -62,7 +63,7 @@ def rule_judge(spec: str, text: str) -> Judge:
 
 
 def _parse(text: str) -> Rule:
-    if limit := re.fullmatch(r"(length|sentences|chars|tokens)\s*(<=|>=)\s*(\d+)", text):
+    if limit := re.fullmatch(r"(length|sentences|chars|tokens)\s*(<=|>=)\s*(\d{1,9})", text):
         return _size_rule(limit[1], limit[2], int(limit[3]))
     name, equals, value = text.partition("=")
     if equals and value and name in ("regex", "no-regex"):
@@ -74,8 +75,8 @@ def _parse(text: str) -> Rule:
         return _PLAIN[text]
     name = re.split(r"[<>=]", text)[0].strip()
     if name in KNOWN:
-        raise ConfigError(f"The rule {text!r} is not written as it must be. Examples: {_example(name)}.")
-    raise ConfigError(f"There is no rule {name!r}: rules are {', '.join(KNOWN)}.{nearest(name, KNOWN)}")
+        raise ConfigError(f"The rule {shown(text)} is not written as it must be. Examples: {_example(name)}.")
+    raise ConfigError(f"There is no rule {shown(name)}: rules are {', '.join(KNOWN)}.{nearest(name, KNOWN)}")
 
 
 def _example(name: str) -> str:
@@ -116,7 +117,7 @@ def _regex_rule(pattern: str, *, wanted: bool) -> Rule:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ConfigError(f"The rule's pattern {pattern!r} is no regular expression: {error}.") from None
+        raise ConfigError(f"The rule's pattern {shown(pattern)} is no regular expression: {error}.") from None
     return lambda prompt, answer: float(bool(compiled.search(answer.text)) == wanted)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_dpo.report import page, svg
-from lora_dpo.report.evaluation import NAMES
+from lora_dpo.report.evaluation import NAMES, is_known
 from lora_dpo.report.run import ANSWERS, PAIRS, flat
 from lora_dpo.report.stored import StoredRun, number
 
@@ -84,7 +84,7 @@ def _at(beta: float) -> str:
 
 
 def _health(runs: Sequence[StoredRun]) -> list[str]:
-    found = [(run.name, run.unfinished or run.measured.get("health", {}).get("sentence")) for run in runs]
+    found = [(run.name, run.unfinished or (run.measured.get("health") or {}).get("sentence")) for run in runs]
     return [page.box(f"{name}: {sentence}", "warn") for name, sentence in found if sentence]
 
 
@@ -130,7 +130,7 @@ def _evaluations(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> list[s
         points = [
             (name, one["numbers"][key]["value"], one["numbers"][key]["low"], one["numbers"][key]["high"])
             for name, one in evaluations
-            if key in one["numbers"] and one["numbers"][key]["low"] is not None
+            if key in one["numbers"] and is_known(one["numbers"][key])
         ]
         figures.append(svg.intervals(points, title=NAMES[key], level=None if key == "kl" else 0.5))
     verdicts = [page.paragraph(f"{name}: {one['verdict']}") for name, one in evaluations]
@@ -141,8 +141,8 @@ def _evaluations(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> list[s
 def _interval(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    if found["low"] is None or found["high"] is None:
-        return f"{found['value']:.3g}"
+    if not is_known(found):
+        return "not known" if found["value"] is None else f"{found['value']:.3g}"
     return f"{found['value']:.3g} ({found['low']:.3g} to {found['high']:.3g})"
 
 

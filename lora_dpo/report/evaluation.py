@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_dpo.report import page, svg
 
@@ -43,10 +43,11 @@ def number_rows(stored: Stored) -> list[tuple[str, str, str, str]]:
     rows = []
     for name, interval in stored["numbers"].items():
         value = _number(name, interval["value"])
-        if name in OF_BOTH and OF_BOTH[name] in other:
+        if name in OF_BOTH and other.get(OF_BOTH[name]):
             value += f" ({stored['against']} {_number(name, other[OF_BOTH[name]]['value'])})"
-        known = interval["low"] is not None and interval["high"] is not None
-        ends = f"{_number(name, interval['low'])} to {_number(name, interval['high'])}" if known else "not known"
+        ends = "not known"
+        if is_known(interval):
+            ends = f"{_number(name, interval['low'])} to {_number(name, interval['high'])}"
         rows.append((NAMES[name], value, ends, str(interval["n"])))
     return rows
 
@@ -90,16 +91,21 @@ def remarks(stored: Stored) -> Iterator[str]:
                 f"{counts}; in {contest['contradicted']} the two orders contradicted each other, "
                 f"{contest['unjudged']} could not be judged."
             )
-        raw, controlled = numbers["win-rate"], numbers["win-rate-lc"]
-        if raw["low"] > 0.5 >= controlled["low"]:
+        raw, controlled = numbers.get("win-rate"), numbers.get("win-rate-lc")
+        if is_known(raw) and is_known(controlled) and raw["low"] > 0.5 >= controlled["low"]:
             yield "With length taken out the win is no longer certain: much of it is a matter of length."
     change = numbers.get("perplexity-ratio")
-    if change and change["low"] is not None and change["low"] > 1.05:
+    if is_known(change) and change["low"] > 1.05:
         yield f"Plain text became less likely (perplexity × {change['value']:.2f}): something was forgotten."
     refusals = stored["answers"].get("adapter", {}).get("refusals")
     before = stored["answers"].get(stored["against"], {}).get("refusals")
-    if refusals and before and refusals["low"] > before["high"]:
+    if is_known(refusals) and is_known(before) and refusals["low"] > before["high"]:
         yield "It refuses more often than the other model."
+
+
+def is_known(interval: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """True for an estimate with both ends of its interval."""
+    return interval is not None and interval["low"] is not None and interval["high"] is not None
 
 
 def log_ratios(ratios: Mapping[str, Any]) -> str:
@@ -113,7 +119,7 @@ def _shares(stored: Stored) -> Iterator[str]:
         return [
             (SHORT.get(name, NAMES[name]), value["value"], value["low"], value["high"])
             for name, value in stored["numbers"].items()
-            if name in names and value["low"] is not None
+            if name in names and is_known(value)
         ]
 
     title = "with 95% intervals; the dashed line is chance"

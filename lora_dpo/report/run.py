@@ -100,7 +100,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 def _under(run: StoredRun) -> str:
     if run.unfinished:
-        return f"{run.recipe.get('model', {}).get('name', 'unknown base')}, not finished"
+        return f"{(run.recipe.get('model') or {}).get('name') or 'unknown base'}, not finished"
     if run.passport is None:
         return "an adapter without a passport"
     counts = [f"{number} {which} {unit}" for which, number, unit in _counts(run)]
@@ -116,7 +116,7 @@ def _counts(run: StoredRun) -> Iterator[tuple[str, Any, str]]:
 
 def _summary(run: StoredRun) -> Iterator[str]:
     """What came of it, in words."""
-    health = run.measured.get("health", {})
+    health = run.measured.get("health") or {}
     for sentence in (run.unfinished, health.get("sentence")):
         if sentence:
             yield page.box(sentence, "warn")
@@ -157,7 +157,7 @@ def _health(run: StoredRun) -> Iterator[str]:
     if health is None:
         return
     if not health["alarms"]:
-        yield page.box(f"No alarm in {health['steps']} steps.", "good")
+        yield page.box(f"No alarm in {health.get('steps', 0)} steps.", "good")
     for alarm in health["alarms"]:
         text = f"step {alarm['step']}, {alarm['name']}: {alarm['seen']}. {alarm['cause']}. {alarm['advice']}."
         yield page.box(text, "bad" if alarm["severe"] else "warn")
@@ -218,7 +218,7 @@ def _cost(run: StoredRun) -> Iterator[tuple[str, str]]:
         yield "whole run, since it was last started", f"{total / 60:.1f} min"
     for stage, seconds in run.measured.get("seconds", {}).items():
         yield stage, f"{seconds:.1f} s"
-    looking = run.measured.get("health", {}).get("seconds")
+    looking = (run.measured.get("health") or {}).get("seconds")
     if looking:
         yield "of which the guard's looks at answers", f"{looking:.1f} s"
     memory = run.measured.get("memory", {})

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from lora_dpo.adapters import PASSPORT, Passport, parse_passport
 from lora_dpo.config import read_settings
 from lora_dpo.errors import AdapterError
 from lora_dpo.methods import METHODS
-from lora_dpo.runs import METRICS, checkpoints, resume_command, running, whole_rows
+from lora_dpo.report.schema import (
+    Evaluation,
+    FirstLook,
+    PassportParts,
+    RecipeParts,
+    Recorded,
+    Row,
+    TrainerState,
+    check,
+)
+from lora_dpo.runs import METRICS, checkpoints, resume_command, running
 from lora_dpo.settings import DEFAULTS
 
 NUMBERS = "eval.json"
@@ -21,6 +34,10 @@ MEASURED = "measured.json"
 BEFORE = "health-before.json"
 BETA = 0.1
 """TRL's default of DPO and KTO."""
+MAX_BYTES = 64 << 20
+"""Of one file that a page shows."""
+DRAWN = 1e30
+"""The largest number of a row that is drawn, and one over the smallest."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +64,18 @@ class StoredRun:
     @property
     def method(self) -> str:
         """`dpo`, `sft` or `kto`."""
-        return str(self.recipe.get("method") or "dpo")
+        return self.recipe.get("method") or "dpo"
 
     @property
     def beta(self) -> float:
         """β of DPO and KTO, TRL's default if the recipe names none; 1 for SFT, which has none."""
-        return 1.0 if self.method == "sft" else float(self.recipe.get("trainer", {}).get("beta", BETA))
+        given = (self.recipe.get("trainer") or {}).get("beta")
+        return 1.0 if self.method == "sft" else BETA if given is None else float(given)
 
     def default(self, key: str) -> str:
         """The value of a setting that the recipe does not name; `default` where it is TRL's own."""
         section, _, name = key.partition(".")
-        if section == "lora" and str(self.recipe.get("reference", "")).startswith("adapter:"):
+        if section == "lora" and (self.recipe.get("reference") or "").startswith("adapter:"):
             return "as the reference has it"
         if section != "trainer":
             return "default"
@@ -68,8 +86,8 @@ class StoredRun:
 
     def metrics(self, when: str, kind: str) -> Mapping[str, Any]:
         """`metrics("after", "pairs")` by the passport; empty if it has none."""
-        found = (self.passport.metrics if self.passport else {}).get(when, {}).get(kind, {})
-        return found if isinstance(found, Mapping) else {}
+        found = (self.passport.metrics if self.passport else {}).get(when, {}).get(kind) or {}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -79,19 +97,22 @@ def is_unfinished(folder: Path) -> bool:
 
 def _read_unfinished(folder: Path) -> StoredRun:
     """Read the folder of an unfinished run; a line that was cut off with it is left out."""
-    recipe = read_settings(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
-    rows = tuple(whole_rows(folder / METRICS))
-    before = _json(folder / BEFORE) if (folder / BEFORE).is_file() else {}
-    texts = tuple(map(str, (before.get("checkup") or {}).get("texts", ())))
+    rows = tuple(_lines(folder / METRICS, cut_off=True))
+    before = _json(folder / BEFORE, FirstLook) if (folder / BEFORE).is_file() else {}
+    texts = tuple((before.get("checkup") or {}).get("texts", ()))
     return StoredRun(
-        folder.resolve().name, folder, None, recipe, rows, unfinished=_how_far(folder, rows), first_look=texts
+        *(folder.resolve().name, folder, None, _recipe(folder), rows),
+        unfinished=_how_far(folder, rows),
+        first_look=texts,
     )
 
 
 def _how_far(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    if odd := [path for path in folder.glob("checkpoints/checkpoint-*") if not re.search(r"-\d{1,15}$", path.name)]:
+        raise AdapterError(f"{odd[0]} is no checkpoint: they are called by their step. Remove it.")
     output, saved = folder.with_suffix(""), checkpoints(folder)
-    step = max((int(row["step"]) for row in rows), default=0)
-    total = f" of {_json(saved[-1] / 'trainer_state.json').get('max_steps')}" if saved else ""
+    step = max((row["step"] for row in rows), default=0)
+    total = f" of {_json(saved[-1] / 'trainer_state.json', TrainerState).get('max_steps')}" if saved else ""
     if running(output):
         return f"Not finished: {step}{total} steps so far. The run is going on."
     if not saved:
@@ -104,10 +125,11 @@ def read_run(folder: Path) -> StoredRun:
     if is_unfinished(folder):
         return _read_unfinished(folder)
     passport = parse_passport(folder / PASSPORT) if (folder / PASSPORT).is_file() else None
-    recipe = read_settings(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
-    rows = tuple(_lines(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").is_file() else ()
-    measured = _json(folder / MEASURED) if (folder / MEASURED).is_file() else {}
-    return StoredRun(folder.resolve().name, folder, passport, recipe, rows, measured)
+    if passport is not None:
+        check(folder / PASSPORT, PassportParts, {"metrics": passport.metrics, "data": passport.data})
+    rows = tuple(_lines(folder / METRICS)) if (folder / METRICS).is_file() else ()
+    measured = _json(folder / MEASURED, Recorded) if (folder / MEASURED).is_file() else {}
+    return StoredRun(folder.resolve().name, folder, passport, _recipe(folder), rows, measured)
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -115,6 +137,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     found = _json(folder / NUMBERS)
     if found.get("format") != 1 or "numbers" not in found:
         raise AdapterError(f"{folder / NUMBERS} is no evaluation of this version. Evaluate again with: lora-dpo eval")
+    check(folder / NUMBERS, Evaluation, found)
     return found
 
 
@@ -124,26 +147,53 @@ def is_evaluation(folder: Path) -> bool:
 
 
 def number(row: Mapping[str, Any], key: str, scale: float = 1.0) -> float:
-    """A number of a row, NaN where it is missing."""
+    """A number of a row, NaN where it is missing or beyond what can be drawn; 0 for what is as good as that."""
     value = row.get(key)
-    return float(value) * scale if isinstance(value, int | float) else math.nan
+    if not isinstance(value, int | float) or not -DRAWN <= value <= DRAWN:
+        return math.nan
+    return float(value) * scale if abs(value) > 1 / DRAWN else 0.0
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _recipe(folder: Path) -> dict[str, Any]:
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return {}
+    recipe = read_settings(path)
+    check(path, RecipeParts, recipe)
+    return recipe
+
+
+def _json(path: Path, kind: type[BaseModel] | None = None) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read ({error}). Make it again, or remove it.") from error
     if not isinstance(found, dict):
         raise AdapterError(f"{path} cannot be read (it is no JSON object). Make it again, or remove it.")
+    if kind is not None:
+        check(path, kind, found)
     return found
 
 
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    for number_, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+def _lines(path: Path, *, cut_off: bool = False) -> Iterator[Mapping[str, Any]]:
+    """The rows of a log; with `cut_off` those before a line that is none, of a process that was killed meanwhile."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read ({error}). Make it again, or remove it.") from error
+    for number_, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if cut_off:
+                return
             raise AdapterError(f"{path}, line {number_}: broken JSON ({error}). Repair or remove that line.") from error
         if isinstance(row, dict):
+            check(path, Row, row, f", line {number_},")
             yield row

@@ -9,6 +9,8 @@ from html import escape
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 30
+POINTS = 2 * WIDTH
+"""Points of a line at most."""
 COLOURS = 8
 """Series have the classes c0 to c7; further ones begin again."""
 
@@ -158,7 +160,20 @@ def _pieces(one: Series) -> list[list[tuple[float, float]]]:
             found[-1].append((x, y))
         elif found[-1]:
             found.append([])
-    return [piece for piece in found if piece]
+    return [_thinned(piece) for piece in found if piece]
+
+
+def _thinned(piece: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The lowest and the highest point of each stretch, where there are more points than the drawing has places."""
+    if len(piece) <= POINTS:
+        return piece
+    width = math.ceil(2 * len(piece) / POINTS)
+    kept = []
+    for start in range(0, len(piece), width):
+        stretch = piece[start : start + width]
+        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+        kept += sorted(ends)
+    return kept
 
 
 def _counts(values: Sequence[float], low: float, high: float, bins: int) -> list[int]:

@@ -1,0 +1,109 @@
+"""A chat template is a program that came with a model: it is run once in a process with limits before it runs here.
+
+This file is that process's program, too: it reads the template from standard input and imports nothing but Jinja.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import subprocess
+import sys
+
+CPU_SECONDS = 2
+WALL_SECONDS = 60
+MEMORY = 1 << 30
+MAX_TEMPLATE = 256 << 10
+"""Characters; the longest of a known model has about 20,000."""
+MAX_TEXT = 1 << 20
+"""Characters that it may write of the few words of the trial."""
+
+_WORDS = [{"role": "user", "content": "Hi"}]
+_TURNS = [*_WORDS, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Say it."}]
+_CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+_TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+_CONVERSATIONS = (
+    _WORDS,
+    _TURNS,
+    [{"role": "system", "content": "Be brief."}, *_TURNS],
+    [
+        *_WORDS,
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "content": "c", "name": "f"},
+    ],
+)
+
+
+@functools.lru_cache(maxsize=64)
+def fault_of(template: str) -> str | None:
+    """What a template does that no chat template may: run on, or write or hold without end. None if it does not.
+
+    A template that is broken, or refuses the conversations of the trial, is none of these: it says so when it is used.
+    """
+    if len(template) > MAX_TEMPLATE:
+        return f"it has {len(template):,} characters, at most {MAX_TEMPLATE:,} are run"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", __file__],
+            input=json.dumps(template).encode(),
+            capture_output=True,
+            timeout=WALL_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "it does not end"
+    if done.returncode < 0:
+        return f"it does not end within {CPU_SECONDS} seconds"
+    return done.stdout.decode("utf-8", "replace").strip() or None
+
+
+def _limit() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    with contextlib.suppress(ValueError, OSError):  # macOS takes none
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def _try_out(template: str) -> str:
+    """What `fault_of` says; in the process with limits."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """The tag around what the assistant writes, as transformers has it."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own form
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            """The body alone."""
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: "1 January 2026"}
+    for conversation in _CONVERSATIONS:
+        for tools in (None, _TOOLS):
+            try:
+                given = {"messages": conversation, "tools": tools, "add_generation_prompt": True}
+                text = environment.from_string(template).render(**given, bos_token="<s>", eos_token="</s>")  # noqa: S106
+            except MemoryError:
+                return f"it takes more than {MEMORY >> 20:,} MB"
+            except Exception:  # noqa: S112 - a program of someone else: whatever it raises is said when it is used
+                continue
+            if len(text) > MAX_TEXT:
+                return f"it writes {len(text):,} characters of a few words"
+    return ""
+
+
+if __name__ == "__main__":
+    _limit()
+    sys.stdout.write(_try_out(json.loads(sys.stdin.buffer.read())))
