@@ -1,6 +1,7 @@
 # make train   set everything up, then preference-tune the quickstart model
 # make test    set everything up, then run the tests on tiny models
 # make test-slow   those on the real model, and on 100,000 rows
+# make test-rounding   those on how trainings end, with the CPU held to older instructions, which round otherwise
 # make demo    set everything up, then chat, vote, train and swap in a browser
 # make check   lint, types and all tests: what CI runs
 # make bench   a step of ours and of stock TRL, side by side on three shapes of data (an hour on 2 cores, by estimate)
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m
 
-.PHONY: train test test-slow demo check lint types bench study study-quick setup clean
+.PHONY: train test test-rounding test-slow demo check lint types bench study study-quick setup clean
 
 train: $(BIN)/lora-dpo $(MODEL)/config.json
 	$(BIN)/lora-dpo train configs/quickstart.yaml
@@ -27,7 +28,13 @@ test: $(BIN)/.dev $(MODEL)/config.json
 test-slow: $(BIN)/.dev $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
-check: lint types test test-slow
+test-rounding: $(BIN)/.dev $(MODEL)/config.json
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -n 2 --dist loadfile -m "outcome and not slow"
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 \
+		$(BIN)/pytest -n 2 --dist loadfile -m "outcome and not slow"
+
+check: lint types test test-rounding test-slow
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from taught import SUBJECTS, long, prompt, short
 from lora_dpo.config import check_recipe
 from lora_dpo.train import train
 
+pytestmark = pytest.mark.outcome
+
 SEEDS, WANTED = range(5), 2
 """A run's course hangs on the CPU's rounding, as on its seed. A cause that provokes an alarm in four of five runs does
 so in fewer than two of five once in 149 times (5·0.2⁴·0.8 + 0.2⁵), one that does in nine of ten once in 2,174 times."""

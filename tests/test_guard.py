@@ -14,6 +14,8 @@ from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.train import train
 from lora_dpo.trainer import DPOTrainer
 
+pytestmark = pytest.mark.outcome
+
 
 @pytest.fixture
 def recipe(recipe_dict, tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from lora_dpo.policy import load_policy
 from lora_dpo.prepare import StopSignal, prepare
 from lora_dpo.train import train
 
+pytestmark = pytest.mark.outcome
+
 SEEDS = range(5)
 HEALTHY = 4
 """Of five runs that learn a rule: their course hangs on the CPU's rounding, as on their seed."""
