@@ -1,6 +1,7 @@
 # make train   set everything up, then preference-tune the quickstart model
 # make test    set everything up, then run the tests on tiny models
 # make test-slow   those on the real model, and on 100,000 rows
+# make fuzz    broken and hostile files of every kind, by the thousand (about 20 minutes on 2 cores, by estimate)
 # make demo    set everything up, then chat, vote, train and swap in a browser
 # make check   lint, types and all tests: what CI runs
 # make bench   a step of ours and of stock TRL, side by side on three shapes of data (an hour on 2 cores, by estimate)
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m
 
-.PHONY: train test test-slow demo check lint types bench study study-quick setup clean
+.PHONY: train test test-slow fuzz demo check lint types bench study study-quick setup clean
 
 train: $(BIN)/lora-dpo $(MODEL)/config.json
 	$(BIN)/lora-dpo train configs/quickstart.yaml
@@ -26,6 +27,9 @@ test: $(BIN)/.dev $(MODEL)/config.json
 
 test-slow: $(BIN)/.dev $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+fuzz: $(BIN)/.dev $(MODEL)/config.json
+	OMP_NUM_THREADS=1 LORA_DPO_FUZZ=1000 $(BIN)/pytest -n 2 tests/test_fuzz_foreign.py
 
 check: lint types test test-slow
 
