@@ -2,6 +2,7 @@
 # make test    set everything up, then run the tests on tiny models
 # make test-slow   those on the real model, and on 100,000 rows
 # make test-rounding   those on how trainings end, with the CPU held to older instructions, which round otherwise
+# make fuzz    broken and hostile files of every kind, by the thousand (about 20 minutes on 2 cores, by estimate)
 # make demo    set everything up, then chat, vote, train and swap in a browser
 # make check   lint, types and all tests: what CI runs
 # make bench   a step of ours and of stock TRL, side by side on three shapes of data (an hour on 2 cores, by estimate)
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m
 
-.PHONY: train test test-rounding test-slow demo check lint types bench study study-quick setup clean
+.PHONY: train test test-rounding test-slow fuzz demo check lint types bench study study-quick setup clean
 
 train: $(BIN)/lora-dpo $(MODEL)/config.json
 	$(BIN)/lora-dpo train configs/quickstart.yaml
@@ -33,6 +34,9 @@ test-rounding: $(BIN)/.dev $(MODEL)/config.json
 		$(BIN)/pytest -n 2 --dist loadfile -m "outcome and not slow"
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 \
 		$(BIN)/pytest -n 2 --dist loadfile -m "outcome and not slow"
+
+fuzz: $(BIN)/.dev $(MODEL)/config.json
+	OMP_NUM_THREADS=1 LORA_DPO_FUZZ=1000 $(BIN)/pytest -n 2 tests/test_fuzz_foreign.py
 
 check: lint types test test-rounding test-slow
 

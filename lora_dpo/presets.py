@@ -168,7 +168,8 @@ def with_settings(recipe: Recipe, text: str) -> Recipe:
     for section, values in given.items():
         if section not in CHANGEABLE:
             raise ConfigError(
-                f"{shown(section)} cannot be changed here, only {', '.join(CHANGEABLE)}. Use a recipe file."
+                f"{one_line(str(section), SHOWN)} cannot be changed here, only {', '.join(CHANGEABLE)}. Use a recipe "
+                "file."
             )
         if not isinstance(values, dict):
             raise ConfigError(f"{section} is {shown(values)}: it has settings inside.")

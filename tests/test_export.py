@@ -224,10 +224,16 @@ def test_dora_is_merged_and_refused_as_an_adapter(models, adapters, tmp_path):
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_every_kind_of_weights_is_read_by_llama_cpp(kind, models, adapters, tmp_path):
-    wanted = live(models("llama"), adapters("llama"))
-    found = run(export(adapters("llama"), tmp_path / "m.gguf", to="gguf", kind=kind))
-    error = (found.log_softmax(-1) - wanted.log_softmax(-1)).abs().mean()
-    assert error < {"f16": 0.01, "bf16": 0.05, "q8_0": 0.1, "q5_1": 0.6, "q5_0": 0.6}.get(kind, 1.0)
+    """Each is nearer to the live adapter than its base is by far: leaving the adapter out would show."""
+    adapter = adapters("llama", alpha=128)
+    wanted = live(models("llama"), adapter).log_softmax(-1)
+    without = logits(AutoModelForCausalLM.from_pretrained(models("llama"))).log_softmax(-1)
+    effect = (without - wanted).abs().mean()
+    found = run(export(adapter, tmp_path / "m.gguf", to="gguf", kind=kind)).log_softmax(-1)
+    error = (found - wanted).abs().mean()
+    # measured: 0.002, 0.015, 0.045, 0.2 (5 bits), 0.34 to 0.38 (4 bits)
+    limit = {"f16": 0.005, "bf16": 0.03, "q8_0": 0.09, "q5_1": 0.35, "q5_0": 0.35}.get(kind, 0.6)
+    assert error < limit * effect
 
 
 def test_llama_cpp_reads_text_as_the_tokenizer_does(models, text_tokenizer, tmp_path):
