@@ -81,10 +81,11 @@ def train(
         lora-dpo train configs/quickstart.yaml trainer.beta=0.2 lora.rank=8 output=adapters/beta02
     """
     from lora_dpo.adapters import strictness
+    from lora_dpo.checkpoints import checkpoints
     from lora_dpo.config import read_recipe
     from lora_dpo.console import RunView
     from lora_dpo.prepare import Stopped, StopSignal
-    from lora_dpo.runs import checkpoints, partial_of, resume_command
+    from lora_dpo.runs import partial_of, resume_command
     from lora_dpo.signals import stop_on_signals
     from lora_dpo.train import train as run_training
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +13,11 @@ from lora_dpo.collection import Collection
 from lora_dpo.config import Recipe, nearest, read_recipe
 from lora_dpo.data import Message
 from lora_dpo.errors import AdapterError, ConfigError
+from lora_dpo.files import disk_errors
 from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host
 from lora_dpo.job import Job
+from lora_dpo.leftovers import discard, scratch_folder
 from lora_dpo.lora_files import CONFIG, plain
 from lora_dpo.package import check_name
 from lora_dpo.runs import interrupted_runs, logged_rows, partial_of
@@ -49,7 +49,7 @@ class Desk:
         self.host, self.adapters_dir = host, host.adapters_dir
         self.pairs = Collection(folder)
         self.arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
-        self.scratch = scratch or Path(tempfile.mkdtemp(prefix="lora-dpo-demo-"))
+        self.scratch = scratch or scratch_folder("demo")
         """For files on their way to a browser; emptied at the end."""
         self.training: Training | None = None
 
@@ -106,7 +106,9 @@ class Desk:
 
     def discard_training(self, name: str) -> None:
         """Remove what an interrupted run left. Raises `AdapterError` if there is none of that name."""
-        shutil.rmtree(self._partial(name))
+        partial = self._partial(name)
+        with disk_errors(partial):
+            discard(partial)
 
     def _partial(self, name: str) -> Path:
         names = self.interrupted()

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "do_eval": "held-out pairs are evaluated whenever data.eval is set",
     "do_predict": "nothing is predicted in a run",
     "remove_unused_columns": "rows are token ids already",
+    "save_only_model": "a run could not go on from such a checkpoint",
     "dataset_num_proc": "rows are tokenised before training starts",
     "use_cpu": "a GPU is used if there is one; hide it with CUDA_VISIBLE_DEVICES= before the command",
     "push_to_hub": NO_UPLOADS,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Literal
 from lora_dpo.config import Recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.events import Event, OnEvent, Progress, Saved
+from lora_dpo.files import disk_errors
+from lora_dpo.leftovers import discard
 from lora_dpo.model import Base, share_weights
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.runs import partial_of
@@ -156,7 +157,9 @@ class Job:
             )
         except Stopped:
             if self._discard:
-                shutil.rmtree(partial_of(self.output), ignore_errors=True)
+                partial = partial_of(self.output)
+                with disk_errors(partial):
+                    discard(partial)
             return "stopped"
         return "done"
 

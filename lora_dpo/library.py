@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from lora_dpo.adapters import (
 )
 from lora_dpo.config import nearest
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError, PackageError
-from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, sha256_of
+from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, replace_file, sha256_of
+from lora_dpo.leftovers import discard, scratch, settle
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
 from lora_dpo.model import load_skeleton, resolve_model, weight_files, weight_fingerprint
 from lora_dpo.package import (
@@ -171,8 +171,8 @@ def install(
         OutputError: the name is taken.
     """
     path = Path(source).expanduser()
-    with tempfile.TemporaryDirectory(prefix="lora-dpo-install-") as scratch, disk_errors(root):
-        staged = Path(scratch) / "adapter"
+    with disk_errors(root), scratch("install") as place:
+        staged = place / "adapter"
         staged.mkdir()
         notes: list[str] = []
         if path.is_file():
@@ -221,8 +221,9 @@ def remove(name: str, root: Path = ADAPTERS_DIR) -> Path:
         OutputError: the folder cannot be removed.
     """
     folder = removable(name, root)
-    with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".removed-", dir=root) as grave:
-        folder.rename(Path(grave) / "adapter")
+    with disk_errors(folder):
+        settle(root)
+        discard(folder)
     return folder
 
 
@@ -293,10 +294,8 @@ def record_verified(folder: Path, root: Path = ADAPTERS_DIR) -> None:
     record = _read_record(root)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     record[folder.name] = {"sha256": sha256_of(folder / WEIGHTS), "when": today}
-    temporary = root / f"{RECORD}.new"
     with disk_errors(root):
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(root / RECORD)
+        replace_file(root / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _listed(folder: Path, record: Mapping[str, Any]) -> Listed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from lora_dpo.data import TokenPair
 from lora_dpo.errors import ModelError
 from lora_dpo.events import OnEvent, Progress
 from lora_dpo.footprint import PairShape
+from lora_dpo.leftovers import scratch
 from lora_dpo.memory import out_of_memory
 from lora_dpo.model import attach_lora, load_base
 from lora_dpo.prepare import Run
@@ -70,9 +70,9 @@ def try_steps(run: Run, shapes: Sequence[PairShape], *, on_event: OnEvent) -> Tr
         model = attach_adapter(base, adapter, trainable=True)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory(prefix="lora-dpo-plan-") as folder:
+    with scratch("plan") as folder:
         try:
-            return _train(run, model, pairs, base.dtype, Path(folder), on_event)
+            return _train(run, model, pairs, base.dtype, folder, on_event)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not out_of_memory(error):
                 raise

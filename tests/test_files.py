@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -23,6 +24,8 @@ DISK_REFUSALS = {
     errno.EACCES: "a folder you may write to",
     errno.EPERM: "a folder you may write to",
     errno.EROFS: "a writable disk",
+    errno.EIO: "look after it",
+    errno.EFBIG: "may not grow so large",
     errno.ENOTDIR: "is a file, not a folder",
 }
 
@@ -151,10 +154,14 @@ def test_a_refused_rename_becomes_an_output_error(tmp_path, monkeypatch):
 
 
 def test_a_refused_folder_becomes_an_output_error(tmp_path, monkeypatch):
-    def refuse(*args: object, **kwargs: object) -> str:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    real = os.mkdir
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name.startswith("."):  # the temporary one
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr("os.mkdir", refuse)
 
     def write() -> None:
         with atomic_folder(tmp_path / "result"):
@@ -219,8 +226,8 @@ def test_other_errors_of_the_system_pass_as_they_are(tmp_path):
         with atomic_folder(tmp_path / "result"):
             raise error
 
-    with pytest.raises(OSError, match="Input/output"):
-        write(OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(OSError, match="Broken pipe"):
+        write(OSError(errno.EPIPE, "Broken pipe"))
     with pytest.raises(FileNotFoundError):
         write(FileNotFoundError(errno.ENOENT, "No such file"))
 

@@ -12,10 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
-    "errors advice config files events quiet journal improve_recipe intervals texts thresholds wording yaml_text",
+    "errors advice config files leftovers events quiet journal improve_recipe intervals texts thresholds wording "
+    "yaml_text",
     "data shared_prefix fetch lora_files package turns address",
     "model adapters probe library hub merging generate runs settings card memory reference_cache footprint request "
-    "shelf openai_api health report fields methods",
+    "shelf openai_api health report fields methods checkpoints",
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
     "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk outgoing "
     "token_laws learned contest assessment assess evaluations keeping looking guard guard_callback record "
