@@ -71,10 +71,14 @@ def begin(partial: Path, resumed: Path | None) -> None:
 
 def clear_torn(partial: Path) -> None:
     """Remove what is no whole checkpoint: it takes space, and nothing goes on from it."""
+    for path in torn(partial):
+        discard(path)
+
+
+def torn(partial: Path) -> list[Path]:
+    """What looks like a checkpoint and is not whole."""
     whole = checkpoints(partial)
-    for path in _folders(partial):
-        if path not in whole:
-            discard(path)
+    return [path for path in _folders(partial) if path not in whole]
 
 
 def seal(folder: Path, **facts: Any) -> None:

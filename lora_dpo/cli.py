@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lora_dpo import cli_pairs
 from lora_dpo.cli_adapters import app as adapters_app
+from lora_dpo.cli_clean import clean
 from lora_dpo.cli_data import app as data_app
 from lora_dpo.cli_demo import demo
 from lora_dpo.cli_eval import evaluate, report
@@ -20,6 +21,7 @@ from lora_dpo.cli_export import export
 from lora_dpo.cli_plan import plan
 from lora_dpo.cli_serve import serve
 from lora_dpo.errors import BaseDiffers, LoraDPOError
+from lora_dpo.files import refusal
 
 app = typer.Typer(
     name="lora-dpo",
@@ -241,6 +243,7 @@ def merge(
 
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.command()(clean)
 app.command()(cli_pairs.pairs)
 app.command()(cli_pairs.improve)
 
@@ -309,8 +312,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         err.print("Interrupted.")
         return 130
+    except MemoryError:
+        if debug:
+            raise
+        err.print("[red]error:[/] Memory ran out. Close other programs, or give less at once.", soft_wrap=True)
+        return 1
     except Exception as error:
-        return _usage_error(error)
+        said = refusal(error) if isinstance(error, OSError) else None
+        if said is None or debug:
+            return _usage_error(error)
+        err.print(f"[red]error:[/] {_plain(said)}", soft_wrap=True, highlight=False)
+        return 1
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

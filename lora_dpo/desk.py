@@ -13,14 +13,13 @@ from lora_dpo.collection import Collection
 from lora_dpo.config import Recipe, nearest, read_recipe
 from lora_dpo.data import Message
 from lora_dpo.errors import AdapterError, ConfigError
-from lora_dpo.files import disk_errors
 from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host
 from lora_dpo.job import Job
-from lora_dpo.leftovers import discard, scratch_folder
+from lora_dpo.leftovers import scratch_folder
 from lora_dpo.lora_files import CONFIG, plain
 from lora_dpo.package import check_name
-from lora_dpo.runs import interrupted_runs, logged_rows, partial_of
+from lora_dpo.runs import discard_run, interrupted_runs, logged_rows, partial_of
 from lora_dpo.watch import Sample, Watch
 
 if TYPE_CHECKING:
@@ -106,9 +105,8 @@ class Desk:
 
     def discard_training(self, name: str) -> None:
         """Remove what an interrupted run left. Raises `AdapterError` if there is none of that name."""
-        partial = self._partial(name)
-        with disk_errors(partial):
-            discard(partial)
+        self._partial(name)
+        discard_run(self.adapters_dir / name)
 
     def _partial(self, name: str) -> Path:
         names = self.interrupted()

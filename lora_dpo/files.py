@@ -185,7 +185,8 @@ def refusal(error: BaseException, target: Path | None = None) -> str | None:
         return f"Cannot open or write {path}: {os.strerror(number)}. {_DISK_ADVICE[number]}"
     # mkdir says "File exists" of a file in the middle of the path
     said = os.strerror(errno.ENOTDIR if number == errno.EEXIST else number)
-    return f"Cannot write {target or 'a file'}: {said}. {_DISK_ADVICE[number]}"
+    left = " Nothing half-written was left." if target and number in _IN_THE_MIDDLE else ""
+    return f"Cannot write {target or 'a file'}: {said}. {_DISK_ADVICE[number]}{left}"
 
 
 def _number(error: BaseException | None) -> int | None:
@@ -222,12 +223,14 @@ def _belongs(path: Path, target: Path) -> bool:
     return inside and path.relative_to(goal.parent).parts[0].removeprefix(".").startswith(goal.name[:40])
 
 
-_NOTHING_LEFT = "nothing half-written was left."
+_IN_THE_MIDDLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What comes when a part is written already. Whoever writes inside `disk_errors` removes that part."""
+
 _DISK_ADVICE = {
-    errno.ENOSPC: f"Free some space or choose another disk; {_NOTHING_LEFT}",
-    errno.EDQUOT: f"Your disk quota is used up; {_NOTHING_LEFT}",
-    errno.EFBIG: f"Files may not grow so large there (see ulimit -f): choose another disk; {_NOTHING_LEFT}",
-    errno.EIO: f"The disk, or the connection to it, failed: look after it or choose another one; {_NOTHING_LEFT}",
+    errno.ENOSPC: "Free some space or choose another disk.",
+    errno.EDQUOT: "Your disk quota is used up: free some space or choose another disk.",
+    errno.EFBIG: "Files may not grow so large there (see ulimit -f): choose another disk.",
+    errno.EIO: "The disk, or the connection to it, failed: look after it or choose another one.",
     errno.EACCES: "Choose a folder you may write to.",
     errno.EPERM: "Choose a folder you may write to.",
     errno.EROFS: "Choose a folder on a writable disk.",

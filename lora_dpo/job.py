@@ -17,11 +17,9 @@ from typing import Literal
 from lora_dpo.config import Recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.events import Event, OnEvent, Progress, Saved
-from lora_dpo.files import disk_errors
-from lora_dpo.leftovers import discard
 from lora_dpo.model import Base, share_weights
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.runs import partial_of
+from lora_dpo.runs import discard_run
 from lora_dpo.train import Look, train
 from lora_dpo.turns import OWN, Turns
 
@@ -157,9 +155,7 @@ class Job:
             )
         except Stopped:
             if self._discard:
-                partial = partial_of(self.output)
-                with disk_errors(partial):
-                    discard(partial)
+                discard_run(self.output)
             return "stopped"
         return "done"
 

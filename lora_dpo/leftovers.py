@@ -209,8 +209,8 @@ def left_in(folder: Path) -> list[Path]:
     """Everything in a folder that has a temporary name, whoever holds it."""
     try:
         return sorted(Path(entry.path) for entry in os.scandir(folder) if _OURS.fullmatch(entry.name))
-    except OSError:
-        return []  # not there, or not ours to look into
+    except (OSError, ValueError):
+        return []  # not there, not ours to look into, or no path at all
 
 
 def scratch_folders(folder: Path) -> list[Path]:

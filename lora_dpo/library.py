@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -83,7 +84,7 @@ def list_adapters(root: Path = ADAPTERS_DIR) -> list[Listed]:
 
 def find_adapter(name: str | Path, root: Path = ADAPTERS_DIR) -> Path:
     """The folder of an adapter, given as a folder or as a name under `root`. Raises `AdapterError`."""
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     folder = given if given.is_dir() or len(given.parts) > 1 else root / given
     if not folder.is_dir() and root.is_dir():
         names = adapter_names(root)
@@ -170,7 +171,7 @@ def install(
         AdapterError: it is no adapter, or its base is here and it does not fit.
         OutputError: the name is taken.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     with disk_errors(root), scratch("install") as place:
         staged = place / "adapter"
         staged.mkdir()
@@ -202,7 +203,7 @@ def install(
 
 def removable(name: str, root: Path = ADAPTERS_DIR) -> Path:
     """The folder of `root` that a name means, of a broken adapter too. Raises `AdapterError`."""
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     folder = given if len(given.parts) > 1 else root / given
     if not folder.is_dir():
         return find_adapter(name, root)  # raises, with a hint

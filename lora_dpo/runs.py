@@ -140,6 +140,19 @@ def release(partial: Path) -> None:
     lock.release()
 
 
+def discard_run(output: Path) -> None:
+    """Remove what an unfinished run left. Raises `OutputError` if the run goes on, or the disk refuses."""
+    partial = partial_of(output)
+    with disk_errors(partial):
+        if not partial.is_dir():
+            return
+        _claim(output)
+        try:
+            discard(partial)
+        finally:
+            release(partial)
+
+
 def check_space(output: Path, needed: int) -> None:
     """Raise `OutputError` if the disk cannot hold `needed` bytes."""
     folder = next(parent for parent in output.absolute().parents if parent.is_dir())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from lora_dpo.errors import ModelError
 from lora_dpo.events import OnEvent, Progress
 from lora_dpo.footprint import PairShape
 from lora_dpo.leftovers import scratch
-from lora_dpo.memory import out_of_memory
+from lora_dpo.memory import out_of_memory, peak_of_process
 from lora_dpo.model import attach_lora, load_base
 from lora_dpo.prepare import Run
 from lora_dpo.settings import trainer_config
@@ -170,14 +168,6 @@ def _make_clock(on_event: OnEvent) -> Any:
 
 def peak_bytes() -> int:
     """Most memory so far: allocated on the GPU, or of this process."""
-    import psutil
     import torch
 
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return int(peak if sys.platform == "darwin" else peak * 1024)
-    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_of_process()

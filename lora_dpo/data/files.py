@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.leftovers import settle
 
 Row = dict[str, Any]
 
@@ -97,6 +98,9 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
     if not there and reader is None and _is_hub_id(source):
         yield from _hub_rows(source)
         return
+    if not there:
+        settle(path.parent)  # it may be the second file of two that a killed command had not named yet
+        there = _looked_at(source, path.exists)
     if not there:
         hint = near_file(path) or " Give the path of a preference file, or owner/name of the hub."
         raise DataError(f"{source} does not exist.{hint}")
