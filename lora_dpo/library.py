@@ -202,7 +202,11 @@ def install(
 
 
 def removable(name: str, root: Path = ADAPTERS_DIR) -> Path:
-    """The folder of `root` that a name means, of a broken adapter too. Raises `AdapterError`."""
+    """The folder of `root` that a name means, of a broken adapter too. Raises `AdapterError`.
+
+    What an earlier removal left there, because it was killed, is removed first.
+    """
+    settle(root)
     given = Path(os.path.expanduser(name))
     folder = given if len(given.parts) > 1 else root / given
     if not folder.is_dir():
@@ -223,7 +227,6 @@ def remove(name: str, root: Path = ADAPTERS_DIR) -> Path:
     """
     folder = removable(name, root)
     with disk_errors(folder):
-        settle(root)
         discard(folder)
     return folder
 

@@ -241,6 +241,7 @@ def _writers(outs: Sequence[Path]) -> Iterator[list[IO[str]]]:
 @contextmanager
 def _text(path: Path, *, packed: bool) -> Iterator[IO[str]]:
     with path.open("wb") as raw:
-        inner = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) if packed else raw
+        # no name and no time inside: the same pairs give the same bytes
+        inner = gzip.GzipFile("", fileobj=raw, mode="wb", mtime=0) if packed else raw
         with io.TextIOWrapper(inner, encoding="utf-8", newline="\n") as text:
             yield text
