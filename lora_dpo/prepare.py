@@ -139,11 +139,12 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
 def space_needed(run: Run, trainable: int) -> int:
     """Bytes that a run writes at most at a time: its checkpoints, one more while it is written, and the adapter.
 
-    A checkpoint has the adapter in float32, Adam's two moments, up to four states of the guard, and the tokenizer.
+    A checkpoint has the adapter in float32, TRL's copy of it as the reference, Adam's two moments, up to four states
+    of the guard, and the tokenizer.
     """
     limit = run.settings.get("save_total_limit") or 0
     kept = limit if limit > 0 else _saves(run)
-    checkpoint = trainable * 4 * (1 + 2 + 4) + _tokenizer_bytes(run.tokenizer) + SMALL_FILES
+    checkpoint = trainable * 4 * (2 + 2 + 4) + _tokenizer_bytes(run.tokenizer) + SMALL_FILES
     return (kept + 1) * checkpoint + trainable * 4 + SMALL_FILES
 
 
