@@ -97,7 +97,6 @@ def open_run(
     if resume:
         _check_same_recipe(recipe, output)
     with disk_errors(partial):
-        partial.mkdir(parents=True, exist_ok=True)
         _claim(output)
         try:
             return _opened(recipe, partial, resume, say)
@@ -266,10 +265,16 @@ def _claim(output: Path) -> None:
     if key in _held:
         return
     lock = _lock(partial)
+    taken = OutputError(f"A run has just started in {partial}. Wait for its end, or set another output.")
     try:
+        partial.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0.5)  # another may just be looking whether it is held
     except TimeoutError:
-        raise OutputError(f"A run has just started in {partial}. Wait for its end, or set another output.") from None
+        raise taken from None
+    except FileNotFoundError:
+        if partial.parent.is_dir():  # the folder went in between: another run ended in this moment
+            raise taken from None
+        raise
     path = partial / LOCK
     path.write_text(json.dumps({"process": os.getpid(), "host": platform.node()}), encoding="utf-8")
     _held[key] = lock, path.stat().st_ino

@@ -150,7 +150,9 @@ WARM = (
 )
 TRAINING = ("lora_dpo.train", "lora_dpo.trainer", "trl.trainer.dpo_trainer", "matplotlib.pyplot")
 CASES = {
-    "split": Case(command("data", "split", "pairs.jsonl", "train.jsonl", "deep/held.jsonl"), ("train.jsonl", "deep/held.jsonl")),
+    "split": Case(
+        command("data", "split", "pairs.jsonl", "train.jsonl", "deep/held.jsonl"), ("train.jsonl", "deep/held.jsonl")
+    ),
     "fix": Case(
         command("data", "check", "odd.jsonl", "--fix", "clean.jsonl.gz"),
         ("clean.jsonl.gz", "clean.jsonl.gz.dropped.jsonl"),
@@ -168,7 +170,9 @@ CASES = {
         ("merged",),
         warm=("lora_dpo.merge", "lora_dpo.fidelity", "transformers.models.llama.modeling_llama"),
     ),
-    "export": Case(command("export", "mine", "--to", "peft", "--output", "plain"), ("plain",), warm=("lora_dpo.export",)),
+    "export": Case(
+        command("export", "mine", "--to", "peft", "--output", "plain"), ("plain",), warm=("lora_dpo.export",)
+    ),
     "votes": Case(vote_often, (), vote_again),
     "forget": Case(forget, (), forget_again, before=vote_often),
     "pairs": Case(
@@ -180,7 +184,9 @@ CASES = {
     "improve": Case(command("improve", "rounds.yaml"), ("better-round1",), warm=TRAINING),
     "train": Case(command("train", "recipe.yaml"), ("out",), train_again, warm=TRAINING),
     "resume": Case(
-        command("train", "out.partial/recipe.yaml", "--resume"), ("out",), train_again, before=interrupted, warm=TRAINING
+        command("train", "out.partial/recipe.yaml", "--resume"),
+        *(("out",), train_again, interrupted),
+        warm=TRAINING,
     ),
 }  # fmt: skip
 

@@ -349,6 +349,61 @@ def test_looking_whether_a_place_can_be_written_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/secret/token"),
+            "Cannot open or write /secret/token: Perm",
+        ),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "/tracker/runs"),
+            "Cannot make /tracker/runs: a file of that name",
+        ),
+        (OSError(errno.ENOSPC, "No space left", "/cache/blob"), "Cannot open or write /cache/blob: No space left"),
+        (OSError(errno.ENOSPC, "No space left"), "Cannot write adapters/mine: No space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "adapters/mine"), "Cannot write adapters/mine: Permission"),
+        (
+            PermissionError(errno.EACCES, "", "adapters/mine.partial/before.json"),
+            "Cannot write adapters/mine: Permission",
+        ),
+        (PermissionError(errno.EACCES, "", "adapters/.mine.12345678.unfinished/a"), "Cannot write adapters/mine: Perm"),
+        (
+            PermissionError(errno.EACCES, "", "adapters/other/weights"),
+            "Cannot open or write adapters/other/weights: Perm",
+        ),
+        (Exception("No space left on device (os error 28)"), "Cannot write adapters/mine: No space left on device"),
+        (Exception("Disk quota exceeded (os error 122)"), "Cannot write adapters/mine: Disk quota exceeded"),
+        (
+            SafetensorError("I/O error: Input/output error (os error 5)"),
+            "Cannot write adapters/mine: Input/output error",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_an_error_of_the_disk_names_whose_file_it_was(error, said):
+    def write() -> None:
+        with disk_errors(Path("adapters/mine")):
+            raise error
+
+    with pytest.raises(OutputError) as caught:
+        write()
+    assert str(caught.value).startswith(said)
+    assert ("Nothing half-written" in str(caught.value)) == ("write adapters/mine: " in said and "Perm" not in said)
+
+
+def test_torchs_words_for_a_failed_write_tell_the_error_below_them():
+    def write() -> None:
+        with disk_errors(Path("a")):
+            try:
+                raise OSError(errno.EFBIG, "File too large")
+            except OSError as error:
+                raise RuntimeError("[enforce fail at inline_container.cc:862] . unexpected pos 1 vs 0") from error
+
+    with pytest.raises(OutputError, match="Cannot write a: File too large"):
+        write()
+
+
 def test_a_missing_file_on_the_way_is_told_from_one_that_is_missing_elsewhere(tmp_path):
     for missing in ("a", "a/b", "a/b/c.jsonl", "a/b/c.jsonl.lock"):
         with pytest.raises(OutputError, match="Nothing can be made there"), disk_errors(tmp_path / "a/b/c.jsonl"):

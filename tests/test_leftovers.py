@@ -1,4 +1,4 @@
-"""What killed commands leave is never taken for a result, is swept by the next one, and never while somebody holds it."""
+"""What killed commands leave is never taken for a result; the next one sweeps it, unless somebody holds it."""
 
 from __future__ import annotations
 
@@ -235,13 +235,12 @@ def test_who_reads_the_second_of_two_files_finds_it():
 
 
 def test_a_name_that_is_taken_undoes_the_other():
-    with (
-        pytest.raises(OutputError, match=r"held\.jsonl already exists"),
-        atomic_files([Path("train.jsonl"), Path("held.jsonl")]) as temporaries,
-    ):
-        for temporary in temporaries:
-            temporary.write_text("mine")
-        Path("held.jsonl").write_text("theirs")
+    def write():
+        with atomic_files([Path("train.jsonl"), Path("held.jsonl")]):
+            Path("held.jsonl").write_text("theirs")
+
+    with pytest.raises(OutputError, match=r"held\.jsonl already exists"):
+        write()
     assert listed() == ["held.jsonl"]
 
 

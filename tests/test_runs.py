@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from lora_dpo.checkpoints import checkpoints, seal
 from lora_dpo.config import Recipe, check_recipe, read_recipe
 from lora_dpo.errors import ConfigError, OutputError
+from lora_dpo.leftovers import discard
 from lora_dpo.runs import (
     RunLog,
     check_space,
@@ -219,6 +221,7 @@ def test_resume_does_not_mind_the_order_of_trainer_fields():
 
 RUNS = """
 import sys
+import traceback
 from pathlib import Path
 from lora_dpo.config import check_recipe
 from lora_dpo.runs import open_run
@@ -300,6 +303,41 @@ def test_release_gives_up_the_own_lock_only(another_process):
     assert (theirs / "running.json").exists()
 
 
+def test_only_one_process_at_a_time_owns_a_run():
+    """Each would find the other's mark if both owned the folder, which comes and goes with its lock."""
+
+    def own_often() -> int:
+        owned = 0
+        while owned < 15:
+            try:
+                open_run(recipe(), Path("out"), resume=False)
+            except OutputError:
+                continue
+            try:
+                os.close(os.open("mark", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return 1
+            os.unlink("mark")
+            discard(partial_of(Path("out")))
+            release(partial_of(Path("out")))
+            owned += 1
+        return 0
+
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            status = 2
+            try:
+                status = own_often()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 3
+
+
 # --- the log --------------------------------------------------------------------------------------
 
 
@@ -321,6 +359,21 @@ def test_a_reopened_log_forgets_the_steps_that_will_run_again(from_step, kept):
     assert [row["step"] for row in log.rows] == kept
     log.append({"step": 99})
     assert [json.loads(line)["step"] for line in Path("metrics.jsonl").read_text().splitlines()] == [*kept, 99]
+
+
+def test_a_log_that_cannot_be_opened_keeps_its_rows(monkeypatch):
+    before = RunLog(Path("metrics.jsonl"), from_step=-1)
+    before.append({"step": 1})
+    before.append({"step": 2})
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            RunLog(Path("metrics.jsonl"), from_step=1)
+    assert RunLog(Path("metrics.jsonl"), from_step=9).rows == [{"step": 1}, {"step": 2}]
 
 
 def test_a_log_whose_last_line_was_cut_off_is_read_up_to_there():
