@@ -57,15 +57,17 @@ def begin(partial: Path, resumed: Path | None) -> None:
     """Before a run's first step: from here on a checkpoint counts only with its manifest.
 
     Args:
-        resumed: the checkpoint that the run goes on from; newer ones, which are not whole, are removed.
+        resumed: the checkpoint that the run goes on from; newer ones, which are not whole, are removed, and all
+            that is no checkpoint.
     """
     place = place_of(partial)
     place.mkdir(parents=True, exist_ok=True)
     if resumed is not None and not (resumed / MANIFEST).is_file():
         seal(resumed)
-    for path in _folders(partial):
-        if resumed is not None and _step(path) > _step(resumed):
-            discard(path)
+    mine = [path for path in _folders(partial) if resumed is not None and _step(path) <= _step(resumed)]
+    for path in list(place.iterdir()):
+        if path.is_dir() and path not in mine:
+            discard(path)  # or what a killed run's trunk cache had on the disk
     replace_file(place / _SEALED, "")
 
 
