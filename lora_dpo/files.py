@@ -73,6 +73,8 @@ def atomic_files(targets: Sequence[Path]) -> Iterator[list[Path]]:
     A kill between the first name and the last is made good by whoever next writes, or misses a file, there.
     """
     for target in targets:
+        settle(target.parent)  # of all of them, before the first that is there is refused
+    for target in targets:
         refuse_existing(target)
     with ExitStack() as stack:
         temporaries = []
