@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.data import Message
-from lora_dpo.errors import ConfigError, LoraDPOError
+from lora_dpo.errors import ConfigError
 from lora_dpo.files import sha256_of
 from lora_dpo.generate import Sampling
 from lora_dpo.host import Host
@@ -129,15 +129,17 @@ class Arena:
             if a is None or b is None:
                 raise ConfigError("Both answers must be there before the vote.")
             match.verdict = verdict
+        counted = False
         try:
             sides = (
                 _candidate(a, match.sampling[0], match.weights[0]),
                 _candidate(b, match.sampling[1], match.weights[1]),
             )
             self.book.add(match.prompt, *sides, verdict, vote_id=match.id, facts=self._facts(match))
-        except LoraDPOError:
-            match.verdict = None  # it was not counted: another verdict may be
-            raise
+            counted = True
+        finally:
+            if not counted:
+                match.verdict = None  # whatever was in the way: it may be given again
         return match
 
     def match(self, match_id: str) -> Match:

@@ -5,7 +5,6 @@ Everything a line of input can do is a method here, so that the terminal face on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.config import Dtype, Quantize
 from lora_dpo.data import Message
 from lora_dpo.errors import OutputError
-from lora_dpo.files import disk_errors
 from lora_dpo.generate import Sampling, stream
 from lora_dpo.model import Base, load_base
+from lora_dpo.votes import append_durably
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,9 +68,7 @@ class Chat:
         """Write the conversation as one JSONL row of messages, added to the file's end."""
         if not self.history:
             raise OutputError("There is nothing to save yet: say something first.")
-        with disk_errors(path), path.open("a", encoding="utf-8") as file:
-            row = {"messages": self.history, "answered_by": "adapter" if self.use_adapter else "base"}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_durably(path, {"messages": self.history, "answered_by": "adapter" if self.use_adapter else "base"})
 
     def _stream(self, messages: list[Message]) -> Iterator[str]:
         turns = [Message(role="system", content=self.system)] if self.system else []

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lora_dpo import cli_pairs
 from lora_dpo.cli_adapters import app as adapters_app
+from lora_dpo.cli_clean import clean
 from lora_dpo.cli_data import app as data_app
 from lora_dpo.cli_demo import demo
 from lora_dpo.cli_eval import evaluate, report
@@ -23,6 +24,7 @@ from lora_dpo.cli_plan import plan
 from lora_dpo.cli_serve import serve
 from lora_dpo.crash import first_line, quiet_exit, write_crash
 from lora_dpo.errors import BaseDiffers, LoraDPOError
+from lora_dpo.files import refusal
 
 app = typer.Typer(
     name="lora-dpo",
@@ -87,10 +89,11 @@ def train(
         lora-dpo train configs/quickstart.yaml trainer.beta=0.2 lora.rank=8 output=adapters/beta02
     """
     from lora_dpo.adapters import strictness
+    from lora_dpo.checkpoints import checkpoints
     from lora_dpo.config import read_recipe
     from lora_dpo.console import RunView
     from lora_dpo.prepare import Stopped, StopSignal
-    from lora_dpo.runs import checkpoints, partial_of, resume_command
+    from lora_dpo.runs import partial_of, resume_command
     from lora_dpo.signals import stop_on_signals
     from lora_dpo.train import train as run_training
 
@@ -246,6 +249,7 @@ def merge(
 
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.command()(clean)
 app.command()(cli_pairs.pairs)
 app.command()(cli_pairs.improve)
 
@@ -320,8 +324,17 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         quiet_exit()
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except MemoryError:
+        if debug:
+            raise
+        err.print("[red]error:[/] Memory ran out. Close other programs, or give less at once.", soft_wrap=True)
+        return 1
     except Exception as error:  # the last net: whatever else a user meets is a fault of ours
-        return _usage_error(error, arguments, debug=debug)
+        said = refusal(error) if isinstance(error, OSError) else None
+        if said is None or debug:
+            return _usage_error(error, arguments, debug=debug)
+        err.print(f"[red]error:[/] {_plain(said)}", soft_wrap=True, highlight=False)
+        return 1
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

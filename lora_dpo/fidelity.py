@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.data import TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.evaluate import evenly
-from lora_dpo.files import disk_errors
+from lora_dpo.files import disk_errors, replace_file
 from lora_dpo.generate import Sampling, decode, stop_token_ids
+from lora_dpo.leftovers import temporary_folder
 from lora_dpo.model import load_base, load_tokenizer
 from lora_dpo.probe import PROBE, Sides, read_probe
 from lora_dpo.quiet import quiet_libraries
@@ -92,7 +93,7 @@ def fidelity(
 
     adapter = Path(adapter)
     tick = on_stage or (lambda stage, done, total: None)
-    with quiet_libraries(), tempfile.TemporaryDirectory(prefix="lora-dpo-fidelity-") as scratch:
+    with quiet_libraries(), _waiting_room(merged) as scratch:
         name, revision = base_name(adapter)
         passport = read_passport(adapter)
         quantize: Any = "none" if passport is not None and passport.quantize == "none" else "nf4"
@@ -101,7 +102,7 @@ def fidelity(
         held = thinned(given, base.model.config.get_text_config().vocab_size)
         prompts = [held[index].prompt for index in range(min(PROMPTS, len(held)))]
         live = attach_adapter(base, adapter)
-        policy = _store(live, held, Path(scratch), lambda n: tick("live adapter", n, len(held)))
+        policy = _store(live, held, scratch, lambda n: tick("live adapter", n, len(held)))
         with live.disable_adapter():
             ref = _sums(live, held)
         stops = stop_token_ids(base.model, base.tokenizer)
@@ -120,7 +121,7 @@ def fidelity(
         for into, folder in merged.items():
             one = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}).eval()
             ticking = _ticker(tick, into, len(held))
-            found.append(_compare(one, into, folder, held, Path(scratch), policy, ref, refs[into], ticking))
+            found.append(_compare(one, into, folder, held, scratch, policy, ref, refs[into], ticking))
             same = sum(a == b for a, b in zip(answers, _answers(one, prompts, stops), strict=True))
             found[-1] = replace(found[-1], same_answers=same, answers=len(answers), given=len(given), quantize=quantize)
             del one
@@ -195,6 +196,14 @@ def _distribution(model: Any, prompt: list[int], answer: list[int]) -> torch.Ten
     with torch.no_grad():
         logits = model(input_ids=ids, logits_to_keep=len(answer) + 1, use_cache=False).logits[0, :-1]
     return torch.log_softmax(logits.float(), dim=-1).cpu()
+
+
+@contextmanager
+def _waiting_room(merged: Mapping[str, Path]) -> Iterator[Path]:
+    """A folder on the disk of the merged models, which holds as much: the system's own place is often memory."""
+    beside = next(iter(merged.values()))
+    with disk_errors(beside), temporary_folder(beside) as place:
+        yield place
 
 
 def _store(model: Any, pairs: Sequence[TokenPair], scratch: Path, tick: Callable[[int], None]) -> Sides:
@@ -281,7 +290,5 @@ def _answers(model: Any, prompts: Sequence[list[int]], stops: frozenset[int]) ->
 
 def _write(folder: Path, found: list[Fidelity]) -> None:
     text = json.dumps([asdict(one) for one in found], indent=2) + "\n"
-    temporary = folder / f".{REPORT}.new"
     with disk_errors(folder):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / REPORT)
+        replace_file(folder / REPORT, text)

@@ -38,6 +38,7 @@ ELSEWHERE = {
     "do_eval": "held-out pairs are evaluated whenever data.eval is set",
     "do_predict": "nothing is predicted in a run",
     "remove_unused_columns": "rows are token ids already",
+    "save_only_model": "a run could not go on from such a checkpoint",
     "dataset_num_proc": "rows are tokenised before training starts",
     "fsdp": NO_SECOND_DEVICE,
     "fsdp_config": NO_SECOND_DEVICE,

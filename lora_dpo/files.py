@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lora_dpo.errors import OutputError
+from lora_dpo.errors import LoraDPOError, OutputError
+from lora_dpo.leftovers import put_together, settle, sync_folder, temporary_file, temporary_folder
 
 
 def sha256_of(path: Path) -> str:
@@ -33,59 +33,86 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     the block ran, the temporary folder stays and the message names it: it may hold hours of work.
     """
     refuse_existing(target)
-    with _beside(target):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    kept = False
-    try:
-        with disk_errors(target):
-            yield temporary
-            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes 0700: results are ordinary folders
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    path.chmod(0o666 & ~_umask())  # safetensors makes 0600
-                    _fsync(path)
-            try:
-                temporary.rename(target)
-            except OSError as error:
-                kept = target.exists()
-                if not kept:
-                    raise
-                raise OutputError(
-                    f"{target} already exists: it appeared while its content was made. The finished result is kept "
-                    f"in {temporary}: give that folder another name."
-                ) from error
-    finally:
-        if not kept:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _beside(target), temporary_folder(target) as temporary:
+        yield temporary
+        readable = temporary.stat().st_mode & 0o666  # as the system makes folders here: safetensors makes 0600
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)
+                sync(path)
+            else:
+                sync_folder(path)
+        sync_folder(temporary)
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            if not target.exists():
+                raise
+            kept = temporary.rename(temporary.with_suffix(""))  # a name that is never swept
+            raise OutputError(
+                f"{target} already exists: it appeared while its content was made. The finished result is kept "
+                f"in {kept}: give that folder another name."
+            ) from error
+        _settle_name(target)
 
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, renamed to it when the block ends well. Never overwrites.
+    """Yield a temporary path beside `target`, which gets its name when the block ends well. Never overwrites.
 
     Raises `OutputError` when `target` exists or the disk refuses the write.
     """
-    refuse_existing(target)
-    with _beside(target):
-        number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(number)
-    temporary = Path(name)
-    try:
-        with disk_errors(target):
-            yield temporary
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600
-            _fsync(temporary)
-            refuse_existing(target)
-            temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_files([target]) as [temporary]:
+        yield temporary
+
+
+@contextmanager
+def atomic_files(targets: Sequence[Path]) -> Iterator[list[Path]]:
+    """`atomic_file` for files that belong together: all of them appear, or none.
+
+    A kill between the first name and the last is made good by whoever next writes, or misses a file, there.
+    """
+    for target in targets:
+        settle(target.parent)  # of all of them, before the first that is there is refused
+    for target in targets:
+        refuse_existing(target)
+    with ExitStack() as stack:
+        temporaries = []
+        for target in targets:
+            stack.enter_context(_beside(target))
+            temporaries.append(stack.enter_context(temporary_file(target)))
+        yield temporaries
+        for temporary in temporaries:
+            sync(temporary)
+        try:
+            put_together(temporaries, targets)
+        except FileExistsError:
+            for target in targets:
+                refuse_existing(target)
+            raise
+        for target in targets:
+            _settle_name(target)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file anew, for good: a reader or a kill finds the old one or the new one. Raises `OSError`."""
+    with temporary_file(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise `OutputError` if `target` is already there, or cannot be: its name is too long."""
-    with disk_errors(target):
-        there = target.exists()
-    if there:
+    """Raise `OutputError` if `target` is already there, or cannot be: its name is too long.
+
+    What a killed command left in that folder is finished or removed first.
+    """
+    settle(target.parent)
+    with disk_errors(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        target.lstat()
         raise OutputError(f"{target} already exists and is never overwritten. Choose another name, or remove it first.")
 
 
@@ -96,12 +123,13 @@ def refuse_unwritable(target: Path) -> None:
     """
     with disk_errors(target):
         folder = next(folder for folder in target.absolute().parents if folder.exists())
+        if len(os.fsencode(target.name)) > 255:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(target))
         try:
-            number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
+            with temporary_file(folder / target.name):
+                pass
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target)) from error
-        os.close(number)
-        os.unlink(name)
 
 
 @contextmanager
@@ -112,40 +140,99 @@ def _beside(target: Path) -> Iterator[None]:
         yield
 
 
+def _settle_name(target: Path) -> None:
+    """Wait for a result's new name. Power lost before that leaves no result, which is whole or nothing, too."""
+    with contextlib.suppress(OSError):
+        sync_folder(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+# --- what the disk refuses ------------------------------------------------------------------------
+
+
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one `OutputError` that names the next step."""
-    from safetensors import SafetensorError
-
+    """Turn the operating system's refusals into one `OutputError` that names whose file it was, and the next step."""
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
-        # safetensors and torch.save report a full disk in their own words
-        if not re.search(r"No space left|os error 28|failed writing file", str(error)):
+    except LoraDPOError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and torch tell of a full disk in classes of their own
+        said = refusal(error, target)
+        if said is None:
             raise
-        raise OutputError(f"Cannot write {target}: the disk is full. {_DISK_ADVICE[errno.ENOSPC]}") from error
-    except OSError as error:
-        if error.errno not in _DISK_ADVICE or (error.errno == errno.ENOENT and not _on_the_way(error.filename, target)):
-            raise
-        # mkdir says "File exists" of a file in the middle of the path
-        said = os.strerror(errno.ENOTDIR if error.errno == errno.EEXIST else error.errno)
-        raise OutputError(f"Cannot write {target}: {said}. {_DISK_ADVICE[error.errno]}") from error
+        raise OutputError(said) from error
 
 
-def _on_the_way(missing: object, target: Path) -> bool:
-    """True if what was not found is `target`, one of its folders, or a file beside it.
+def refusal(error: BaseException, target: Path | None = None) -> str | None:
+    """What the operating system refused and what to do, in a sentence; None for an error of another kind.
 
-    Long work runs inside `disk_errors`: a file that is missing elsewhere is no matter of this disk.
+    Args:
+        target: what is being written, for errors that name no file.
     """
-    if not isinstance(missing, str | os.PathLike):
+    number, named = _number(error), getattr(error, "filename", None)
+    if number is None:
+        return None
+    path = Path(named) if isinstance(named, str | os.PathLike) else None
+    if number == errno.ENOENT and not _on_the_way(path, target):
+        return None  # a file that is missing elsewhere is no matter of this disk
+    if path is not None and (target is None or not _belongs(path, target)):
+        if number == errno.EEXIST:
+            return f"Cannot make {path}: a file of that name is there. Move it away."
+        return f"Cannot open or write {path}: {os.strerror(number)}. {_DISK_ADVICE[number]}"
+    # mkdir says "File exists" of a file in the middle of the path
+    said = os.strerror(errno.ENOTDIR if number == errno.EEXIST else number)
+    left = " Nothing half-written was left." if target and number in _IN_THE_MIDDLE else ""
+    return f"Cannot write {target or 'a file'}: {said}. {_DISK_ADVICE[number]}{left}"
+
+
+def _number(error: BaseException | None) -> int | None:
+    """The operating system's number of an error, also of one that a library passes on in its own words."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _DISK_ADVICE else None
+    text = str(error)
+    if found := re.search(r"os error (\d+)", text):  # Rust: safetensors, tokenizers
+        return int(found[1]) if int(found[1]) in _DISK_ADVICE else None
+    if isinstance(error, RuntimeError) and _TORCH_WRITES.search(text):
+        below = error.__cause__ or error.__context__
+        return (_number(below) if isinstance(below, OSError) else None) or errno.ENOSPC
+    return None
+
+
+_TORCH_WRITES = re.compile(r"No space left|failed writing file|enforce fail at inline_container|unexpected pos \d+")
+"""torch.save when a write fails: it does not say why, and that is nearly always a full disk."""
+
+
+def _on_the_way(missing: Path | None, target: Path | None) -> bool:
+    """True if what was not found is `target`, one of its folders, or a file beside it."""
+    if target is None or missing is None:
         return False
-    path, goal = Path(missing).absolute(), target.absolute()
+    path, goal = missing.absolute(), target.absolute()
     return path in goal.parents or path.parent == goal.parent
 
 
+def _belongs(path: Path, target: Path) -> bool:
+    """True if a path is the target, one of its folders, a file beside it, or in what will become the target."""
+    path, goal = path.absolute(), target.absolute()
+    if path in (goal, *goal.parents) or goal in path.parents or path.parent == goal.parent:
+        return True
+    inside = path.is_relative_to(goal.parent)
+    return inside and path.relative_to(goal.parent).parts[0].removeprefix(".").startswith(goal.name[:40])
+
+
+_IN_THE_MIDDLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What comes when a part is written already. Whoever writes inside `disk_errors` removes that part."""
+
 _DISK_ADVICE = {
-    errno.ENOSPC: "Free some space or choose another disk; nothing half-written was left.",
-    errno.EDQUOT: "Your disk quota is used up; nothing half-written was left.",
+    errno.ENOSPC: "Free some space or choose another disk.",
+    errno.EDQUOT: "Your disk quota is used up: free some space or choose another disk.",
+    errno.EFBIG: "Files may not grow so large there (see ulimit -f): choose another disk.",
+    errno.EIO: "The disk, or the connection to it, failed: look after it or choose another one.",
     errno.EACCES: "Choose a folder you may write to.",
     errno.EPERM: "Choose a folder you may write to.",
     errno.EROFS: "Choose a folder on a writable disk.",
@@ -154,14 +241,3 @@ _DISK_ADVICE = {
     errno.ENOTDIR: "A part of that path is a file, not a folder.",
     errno.EEXIST: "A part of that path is a file, not a folder.",
 }
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.config import HealthSection, Recipe
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Alarmed, Note, Sampled
+from lora_dpo.files import replace_file
 from lora_dpo.generate import Answer
 from lora_dpo.health import Alarm, Checkup, Lengths, Monitor, Yardstick
 from lora_dpo.judges import open_judge
@@ -103,7 +104,7 @@ class Guard:
             self.monitor.yardstick = Yardstick(self.looker.limit, before, self.looker.chosen_tokens())
         self.slots.checked = self.slots.recent = keep(self.model, step)
         state = read_state(checkpoint) if checkpoint else None
-        if checkpoint and state:  # without one it was killed between the checkpoint and its state
+        if checkpoint and state:
             self.slots = Slots.load(checkpoint, state["slots"])
             self.monitor.restore(state["monitor"])
             self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
@@ -118,7 +119,7 @@ class Guard:
             return Checkup.restored(stored["checkup"]) if stored["checkup"] else None
         before = self.looker.first(self.known)
         stored = {"checkup": asdict(before) if before else None, "reference": self.looker.reference_before}
-        path.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+        replace_file(path, json.dumps(stored, ensure_ascii=False))
         return before
 
     def after_step(self, step: int, total: int) -> bool:
@@ -185,9 +186,7 @@ class Guard:
             "halved": self.halved,
             "step": self.step,
         }
-        temporary = folder / f"{STATE}.new"
-        temporary.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(folder / STATE)
+        (folder / STATE).write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
     # --- after the last step ------------------------------------------------------------------------
 

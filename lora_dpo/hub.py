@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def push(folder: Path, repo: str, *, private: bool = True, message: str | None =
 def paths_told(folder: Path) -> list[str]:
     """The files of an adapter folder that name a place on this machine: its base's, or one of your home folder."""
     base, _ = base_name(folder)
-    places = [str(Path.home()), *([] if is_public_name(base) else [base])]
+    home = os.path.expanduser("~")  # itself, for a user without a home folder
+    places = [*([] if home == "~" else [home]), *([] if is_public_name(base) else [base])]
     texts = [name for name in KNOWN if name != WEIGHTS and (folder / name).is_file()]
     return [name for name in texts if any(place in (folder / name).read_text("utf-8", "replace") for place in places)]
 

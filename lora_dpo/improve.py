@@ -22,10 +22,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lora_dpo.adapters import attach_adapter, read_passport
+from lora_dpo.checkpoints import checkpoints
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.evaluate import evenly
 from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured
-from lora_dpo.files import disk_errors, refuse_existing
+from lora_dpo.files import disk_errors, refuse_existing, replace_file
 from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.journal import alone, write_new
@@ -38,7 +39,7 @@ from lora_dpo.policy import Policy
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.prompts import Prompt, accepted_hash, prompts_hash, prompts_with_report
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.runs import ADAPTERS_DIR, checkpoints, partial_of
+from lora_dpo.runs import ADAPTERS_DIR, partial_of
 from lora_dpo.samples import SamplePlan
 from lora_dpo.settings import trainer_settings
 from lora_dpo.train import train
@@ -394,10 +395,8 @@ def _write_table(run: _Rounds) -> None:
         for found in run.measured
     ]
     path = run.folder / "rounds.json"
-    temporary = path.with_suffix(".new")
     with disk_errors(path):
-        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, json.dumps(rows, indent=2) + "\n")
 
 
 def _side_by_side(run: _Rounds, best: int) -> Iterator[tuple[str, str, str]]:

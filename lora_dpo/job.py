@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from lora_dpo.errors import LoraDPOError
 from lora_dpo.events import Event, OnEvent, Progress, Saved
 from lora_dpo.model import Base, share_weights
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.runs import partial_of
+from lora_dpo.runs import discard_run
 from lora_dpo.train import Look, train
 from lora_dpo.turns import OWN, Turns
 
@@ -156,7 +155,7 @@ class Job:
             )
         except Stopped:
             if self._discard:
-                shutil.rmtree(partial_of(self.output), ignore_errors=True)
+                discard_run(self.output)
             return "stopped"
         return "done"
 

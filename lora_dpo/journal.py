@@ -5,6 +5,7 @@ The first line names the settings that the rows were made with; rows of other se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.errors import OutputError
-from lora_dpo.files import disk_errors, refuse_existing
+from lora_dpo.files import atomic_file, disk_errors
+from lora_dpo.leftovers import sync_folder
 from lora_dpo.wording import shown
 
 Row = dict[str, Any]
@@ -60,9 +62,17 @@ class Journal:
 
     def _write(self, text: str, *, mode: str) -> None:
         with self.path.open(mode, encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            size = file.seek(0, os.SEEK_END)
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                if size == 0:
+                    sync_folder(self.path.parent)
+            except OSError:
+                with contextlib.suppress(OSError):  # on a disk that fails; then the next opening cuts it off
+                    os.truncate(self.path, size)
+                raise
 
 
 def write_new(path: Path, text: str) -> None:
@@ -71,18 +81,8 @@ def write_new(path: Path, text: str) -> None:
     Raises:
         OutputError: it exists, or the disk refuses.
     """
-    refuse_existing(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -106,8 +106,10 @@ def alone(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # Removed while it is held, never after: whoever waits for this file sees that it has no name any more.
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _parsed(content: bytes, path: Path) -> list[Row]:

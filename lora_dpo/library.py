@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,8 @@ from lora_dpo.adapters import (
 )
 from lora_dpo.config import nearest
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError, PackageError
-from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, sha256_of
+from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, replace_file, sha256_of
+from lora_dpo.leftovers import discard, scratch, settle
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
 from lora_dpo.model import load_skeleton, resolve_model, weight_files, weight_fingerprint
 from lora_dpo.package import (
@@ -85,7 +85,7 @@ def list_adapters(root: Path = ADAPTERS_DIR) -> list[Listed]:
 
 def find_adapter(name: str | Path, root: Path = ADAPTERS_DIR) -> Path:
     """The folder of an adapter, given as a folder or as a name under `root`. Raises `AdapterError`."""
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     folder = given if os.path.isdir(given) or len(given.parts) > 1 else root / given
     if not os.path.isdir(folder) and root.is_dir():
         names = adapter_names(root)
@@ -172,9 +172,9 @@ def install(
         AdapterError: it is no adapter, or its base is here and it does not fit.
         OutputError: the name is taken.
     """
-    path = Path(source).expanduser()
-    with tempfile.TemporaryDirectory(prefix="lora-dpo-install-") as scratch, disk_errors(root):
-        staged = Path(scratch) / "adapter"
+    path = Path(os.path.expanduser(source))
+    with disk_errors(root), scratch("install") as place:
+        staged = place / "adapter"
         staged.mkdir()
         notes: list[str] = []
         if os.path.isfile(path):  # unlike Path.is_file without an error for a name that is too long
@@ -203,8 +203,12 @@ def install(
 
 
 def removable(name: str, root: Path = ADAPTERS_DIR) -> Path:
-    """The folder of `root` that a name means, of a broken adapter too. Raises `AdapterError`."""
-    given = Path(name).expanduser()
+    """The folder of `root` that a name means, of a broken adapter too. Raises `AdapterError`.
+
+    What an earlier removal left there, because it was killed, is removed first.
+    """
+    settle(root)
+    given = Path(os.path.expanduser(name))
     folder = given if len(given.parts) > 1 else root / given
     if not folder.is_dir():
         return find_adapter(name, root)  # raises, with a hint
@@ -223,8 +227,8 @@ def remove(name: str, root: Path = ADAPTERS_DIR) -> Path:
         OutputError: the folder cannot be removed.
     """
     folder = removable(name, root)
-    with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".removed-", dir=root) as grave:
-        folder.rename(Path(grave) / "adapter")
+    with disk_errors(folder):
+        discard(folder)
     return folder
 
 
@@ -295,10 +299,8 @@ def record_verified(folder: Path, root: Path = ADAPTERS_DIR) -> None:
     record = _read_record(root)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     record[folder.name] = {"sha256": sha256_of(folder / WEIGHTS), "when": today}
-    temporary = root / f"{RECORD}.new"
     with disk_errors(root):
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(root / RECORD)
+        replace_file(root / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _listed(folder: Path, record: Mapping[str, Any]) -> Listed:

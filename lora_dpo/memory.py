@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,18 @@ def free_bytes(device: Any) -> int:
         return int(torch.cuda.mem_get_info(device)[0] + cached)
     free = min(psutil.virtual_memory().available, container_bytes())
     return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torch's launchers set it
+
+
+def peak_of_process() -> int:
+    """Most bytes that this process has held so far."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> float:

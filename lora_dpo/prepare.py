@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SMALL_FILES = 1 << 20
+"""Bytes of what is small beside weights: settings, logs, random states, curves, the report."""
+
 MAX_WEIGHT = 4.0
 """Most that a pair counts: scores such as votes are heavy-tailed, and a few pairs would be the whole gradient."""
 
@@ -128,11 +131,42 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
     skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     lines = list(_model_lines(recipe, skeleton))
     trainable = _count_trainable(recipe, skeleton)
-    # the adapter, and two checkpoints with Adam's two moments and up to four states of the guard; one to spare
-    check_space(output, needed=trainable * 4 * 16)
+    check_space(output, needed=space_needed(run, trainable))
     lines.append(("adapter", f"{trainable:,} trainable parameters in float32{_lora_line(recipe)}"))
     emit(Resolved((*lines, *_run_lines(run))))
     return run
+
+
+def space_needed(run: Run, trainable: int) -> int:
+    """Bytes that a run writes at most at a time: its checkpoints, one more while it is written, and the adapter.
+
+    A checkpoint has the adapter in float32, TRL's copy of it as the reference, Adam's two moments, up to four states
+    of the guard, and the tokenizer.
+    """
+    limit = run.settings.get("save_total_limit") or 0
+    kept = limit if limit > 0 else _saves(run)
+    checkpoint = trainable * 4 * (2 + 2 + 4) + _tokenizer_bytes(run.tokenizer) + SMALL_FILES
+    return (kept + 1) * checkpoint + trainable * 4 + SMALL_FILES
+
+
+def _saves(run: Run) -> int:
+    """Checkpoints of a run that removes none; those made by time, after long steps, are not known before."""
+    strategy, every = run.settings.get("save_strategy", "steps"), float(run.settings.get("save_steps", 500))
+    if strategy == "no":
+        return 1
+    if strategy == "epoch":
+        return ceil(float(run.settings["num_train_epochs"]))
+    return ceil(run.steps / every if every >= 1 else 1 / every)  # below 1 it is a share of the steps
+
+
+def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
+    """About what `save_pretrained` writes: each checkpoint has the tokenizer in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return len(backend.to_str(pretty=True).encode())
+    place = Path(tokenizer.name_or_path)
+    files = [place / name for name in tokenizer.vocab_files_names.values()]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Run:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.doctor import examine
 from lora_dpo.events import Event, OnEvent, Progress
+from lora_dpo.memory import peak_of_process
 from lora_dpo.report.stored import MEASURED
 
 if TYPE_CHECKING:
@@ -129,13 +130,9 @@ def findings(
 
 def peak_memory() -> dict[str, int]:
     """Bytes at the peak: of this process, and allocated on the GPU if there is one."""
-    import resource
-    import sys
-
     import torch
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"process": peak_of_process()}
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated()
     return peak

@@ -135,11 +135,15 @@ def _open(path: Path) -> Iterator[sqlite3.Connection]:
         database.close()
 
 
-def default_folder() -> Path:
-    """`$LORA_DPO_CACHE/references`, else `~/.cache/lora-dpo/references` (or under `$XDG_CACHE_HOME`)."""
-    own = os.environ.get("LORA_DPO_CACHE")
-    cache = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-dpo"
-    return cache / "references"
+def default_folder() -> Path | None:
+    """`$LORA_DPO_CACHE/references`, else `~/.cache/lora-dpo/references` (or under `$XDG_CACHE_HOME`).
+
+    None for a user without a home folder: values are then kept for this process only.
+    """
+    if own := os.environ.get("LORA_DPO_CACHE"):
+        return Path(own) / "references"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if cache.startswith("~") else Path(cache) / "lora-dpo" / "references"
 
 
 def pair_key(chosen: Sequence[int], rejected: Sequence[int], answers_from: tuple[int, int]) -> bytes:

@@ -3,29 +3,38 @@
 adapters/quickstart            the result: appears whole, at the end
 adapters/quickstart.partial    a run that goes on or was interrupted: recipe, checkpoints, metrics
 
-While a run goes on, `running.json` in its unfinished folder names the process, so that no other run
-clears or continues the folder under its feet.
+While a run goes on it holds a lock on `running.json` in its unfinished folder, so that no other run clears or
+continues the folder under its feet; what the file says, the process, is for people.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lora_dpo.checkpoints import begin, checkpoints, newest_whole, read_state
 from lora_dpo.config import Recipe, dump_recipe, read_recipe
 from lora_dpo.errors import ConfigError, OutputError
-from lora_dpo.files import disk_errors, refuse_existing
+from lora_dpo.files import disk_errors, refuse_existing, replace_file, sync
+from lora_dpo.leftovers import discard, settle
 from lora_dpo.package import BASE
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 ADAPTERS_DIR = Path("adapters")
 LOCK = "running.json"
 METRICS = "metrics.jsonl"
+
+_held: dict[tuple[int, Path], tuple[BaseFileLock, int]] = {}
+"""By process and unfinished folder: the lock of a run that goes on here, and the inode that it is on."""
 
 
 def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
@@ -42,12 +51,12 @@ def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
     names = [recipe_name, *(f"{recipe_name}-{number}" for number in range(2, 1000))]
     names = names[recipe_name.casefold() == BASE :]  # that adapter could not be chosen in serve and demo
     if resume:
-        unfinished = [out for out in map(ADAPTERS_DIR.joinpath, names) if _interrupted(out) and not running(out)]
+        unfinished = [out for out in map(ADAPTERS_DIR.joinpath, names) if _interrupted(out) and running(out) is None]
         if not unfinished:
             raise OutputError(f"No interrupted run of {recipe_name} is in {ADAPTERS_DIR}. Start it without --resume.")
         return max(unfinished, key=lambda output: partial_of(output).stat().st_mtime)
     places = map(ADAPTERS_DIR.joinpath, names)
-    return next(out for out in places if not (out.exists() or _interrupted(out) or running(out)))
+    return next(out for out in places if not (out.exists() or _interrupted(out) or running(out) is not None))
 
 
 def partial_of(output: Path) -> Path:
@@ -55,17 +64,11 @@ def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def checkpoints(partial: Path) -> list[Path]:
-    """Checkpoints of an unfinished run, oldest first."""
-    found = [path for path in partial.glob("checkpoints/checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
 def interrupted_runs(root: Path) -> list[str]:
     """Names of the adapters in `root` that an interrupted run can still become, the last touched first."""
     ends = [partial.name.removesuffix(".partial") for partial in root.glob("[!.]*.partial")]
     left = [name for name in ends if _interrupted(root / name) and not (root / name).exists()]
-    left = [name for name in left if not running(root / name)]
+    left = [name for name in left if running(root / name) is None]
     return sorted(left, key=lambda name: _touched(partial_of(root / name)), reverse=True)
 
 
@@ -74,17 +77,21 @@ def logged_rows(partial: Path) -> list[dict[str, Any]]:
     saved = checkpoints(partial)
     if not saved or not (partial / METRICS).is_file():
         return []
-    state = json.loads((saved[-1] / "trainer_state.json").read_text(encoding="utf-8"))
-    return _rows_until(partial / METRICS, state["global_step"])
+    return _rows_until(partial / METRICS, read_state(saved[-1])["global_step"])
 
 
-def open_run(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
+def open_run(
+    recipe: Recipe, output: Path, *, resume: bool, say: Callable[[str], object] = lambda text: None
+) -> Path | None:
     """Prepare the run's folder; return the checkpoint to resume from, or None for a fresh start.
 
     The folder is this process's until `release`.
 
+    Args:
+        say: is told of checkpoints that are not whole, so that an older one is gone on from.
+
     Raises:
-        OutputError: the output exists, or another run is in the way.
+        OutputError: the output exists, another run is in the way, or there is no whole checkpoint.
         ConfigError: resuming with other settings than the run began with.
     """
     _check_place(output, resume=resume)
@@ -92,20 +99,59 @@ def open_run(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
     if resume:
         _check_same_recipe(recipe, output)
     with disk_errors(partial):
-        partial.mkdir(parents=True, exist_ok=True)
         _claim(output)
-        if resume:
-            return checkpoints(partial)[-1]
+        try:
+            return _opened(recipe, partial, resume, say)
+        except BaseException:
+            release(partial)
+            raise
+
+
+def _opened(recipe: Recipe, partial: Path, resume: bool, say: Callable[[str], object]) -> Path | None:
+    settle(partial)
+    settle(partial / "checkpoints")
+    found: Path | None = None
+    if resume:
+        found, complaints = newest_whole(partial)
+        if found is None:
+            raise OutputError(
+                f"No checkpoint in {partial} is whole: {'; '.join(complaints)}. Remove that folder, and start the run "
+                "without --resume."
+            )
+        if complaints:
+            say(f"{'; '.join(complaints)}: going on from {found.name}.")
+    else:
         _clear(partial)
-        (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    return None
+        replace_file(partial / "recipe.yaml", dump_recipe(recipe))
+    begin(partial, found)
+    return found
 
 
 def release(partial: Path) -> None:
     """Say that this process's run in `partial` goes on no longer, so that it can be resumed."""
-    lock = partial / LOCK
-    if _process_in(lock) == os.getpid():
-        lock.unlink(missing_ok=True)
+    lock, inode = _held.pop((os.getpid(), partial.absolute()), (None, 0))
+    if lock is None:
+        return
+    path = partial / LOCK
+    with contextlib.suppress(OSError):
+        # Removed while it is held: whoever waits for this file sees that it has no name any more. It may be gone with
+        # its folder, and the next run's be there.
+        if path.stat().st_ino == inode:
+            path.unlink()
+    lock.release()
+
+
+def discard_run(output: Path) -> None:
+    """Remove what an unfinished run left. Raises `OutputError` if the run goes on, or the disk refuses."""
+    partial = partial_of(output)
+    with disk_errors(partial):
+        if not partial.is_dir():
+            return
+        _claim(output)
+        try:
+            discard(partial)
+        finally:
+            release(partial)
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -131,13 +177,17 @@ class RunLog:
         """Open the log, forgetting rows after `from_step`: those steps will be run again."""
         self.path = path
         self.rows = _rows_until(path, from_step) if path.is_file() else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row and write it at once."""
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk."""
+        sync(self.path)
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -159,10 +209,10 @@ def whole_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _check_place(output: Path, *, resume: bool) -> None:
     refuse_existing(output)
     partial = partial_of(output)
-    if process := running(output):
+    process = running(output)
+    if process is not None:
         raise OutputError(
-            f"A run is going on in {partial} (process {process}). Wait for its end, or set another output; if that "
-            f"process is something else, remove {partial / LOCK}."
+            f"A run is going on in {partial} (process {process or 'unknown'}). Wait for its end, or set another output."
         )
     if resume and not _interrupted(output):
         raise OutputError(f"{partial} holds no checkpoint to resume from. Start the run without --resume.")
@@ -181,43 +231,62 @@ def _touched(partial: Path) -> float:
 
 
 def running(output: Path) -> int | None:
-    """The other process of this machine that works towards `output`, or None."""
-    import psutil
-
-    process = _process_in(partial_of(output) / LOCK)
-    return process if process not in (None, os.getpid()) and psutil.pid_exists(process) else None
+    """The other process of this machine that works towards `output`, or None; 0 if it does not say which it is."""
+    partial = partial_of(output)
+    if (os.getpid(), partial.absolute()) in _held or not (partial / LOCK).exists():
+        return None
+    lock = _lock(partial)
+    try:
+        lock.acquire(timeout=0)
+    except TimeoutError:
+        return _process_in(partial / LOCK) or 0
+    except OSError:
+        return None  # not ours to write to, or gone this moment: whoever claims it will be told
+    lock.release()
+    return None
 
 
 def _process_in(lock: Path) -> int | None:
-    """The process named by a lock; None for no lock, another machine's, or one that was cut off."""
+    """The process that a lock's file names; None if it names none, or it was cut off."""
     try:
-        found = json.loads(lock.read_text(encoding="utf-8"))
-        return int(found["process"]) if found["host"] == platform.node() else None
+        return int(json.loads(lock.read_text(encoding="utf-8"))["process"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def _lock(partial: Path) -> BaseFileLock:
+    import filelock
+
+    return filelock.FileLock(partial / LOCK, thread_local=False)
+
+
 def _claim(output: Path) -> None:
-    """Write the lock. Only one of two processes that start together gets it."""
-    lock = partial_of(output) / LOCK
-    if lock.exists() and not running(output):
-        lock.unlink(missing_ok=True)  # of a process that ended without `release`
+    """Take the lock. Only one of two processes that start together gets it."""
+    partial = partial_of(output)
+    key = (os.getpid(), partial.absolute())
+    if key in _held:
+        return
+    lock = _lock(partial)
+    taken = OutputError(f"A run has just started in {partial}. Wait for its end, or set another output.")
     try:
-        with lock.open("x", encoding="utf-8") as file:
-            file.write(json.dumps({"process": os.getpid(), "host": platform.node()}))
-    except FileExistsError:
-        raise OutputError(
-            f"A run has just started in {lock.parent}. Wait for its end, or set another output."
-        ) from None
+        partial.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0.5)  # another may just be looking whether it is held
+    except TimeoutError:
+        raise taken from None
+    except FileNotFoundError:
+        if partial.parent.is_dir():  # the folder went in between: another run ended in this moment
+            raise taken from None
+        raise
+    path = partial / LOCK
+    path.write_text(json.dumps({"process": os.getpid(), "host": platform.node()}), encoding="utf-8")
+    _held[key] = lock, path.stat().st_ino
 
 
 def _clear(partial: Path) -> None:
     """Remove what a run left that cannot be resumed; the lock is ours."""
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+    for path in list(partial.iterdir()):
+        if path.name != LOCK:
+            discard(path)
 
 
 def _check_same_recipe(recipe: Recipe, output: Path) -> None:

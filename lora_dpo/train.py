@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters import attach_adapter, make_passport, restore_adapter, write_passport
 from lora_dpo.card import write_card, write_curves
+from lora_dpo.checkpoints import checkpoints, clear_torn, make_keeper, read_state, tokens_seen
 from lora_dpo.config import Recipe, dump_recipe
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import crossed
-from lora_dpo.errors import ConfigError, ModelError
+from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.evaluate import evenly, to_json
-from lora_dpo.events import Answered, Compared, OnEvent, Progress, Saved, StepLogged
+from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.fields import trl_refusals
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.guard_callback import add_guard
+from lora_dpo.leftovers import discard
 from lora_dpo.measure import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.memory import memory_advice, out_of_memory
 from lora_dpo.model import POLICY, Base, attach_lora, commit_of, load_base, resolve_model
@@ -34,7 +35,7 @@ from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.record import Stopwatch, findings, record, write_record
 from lora_dpo.report import PAGE, report_of
-from lora_dpo.runs import METRICS, RunLog, checkpoints, choose_output, open_run, release
+from lora_dpo.runs import METRICS, RunLog, choose_output, open_run, release, resume_command
 from lora_dpo.settings import trainer_config
 from lora_dpo.verify import write_probe
 
@@ -89,14 +90,37 @@ def train(
     emit = Stopwatch(on_event or (lambda event: None))
     with quiet_libraries():
         run = prepare(recipe, output, emit, stop or StopSignal())
-    checkpoint = open_run(recipe, output, resume=resume)
+    checkpoint = open_run(recipe, output, resume=resume, say=lambda text: emit(Note(text, warning=True)))
     try:
-        with disk_errors(output), _memory_errors(recipe.method), quiet_libraries():
+        with _how_to_go_on(run), disk_errors(output), _memory_errors(recipe.method), quiet_libraries():
             return _execute(run, base, checkpoint, look)
     finally:
-        release(run.partial)
+        _leave(run.partial)
+
+
+@contextlib.contextmanager
+def _how_to_go_on(run: Run) -> Iterator[None]:
+    """An error of the disk ends a run, and its checkpoints stay."""
+    try:
+        yield
+    except OutputError as error:
         if not checkpoints(run.partial):
-            shutil.rmtree(run.partial, ignore_errors=True)  # nothing in it could be resumed
+            raise
+        raise OutputError(
+            f"{error} The run's last checkpoint is whole; go on from it with: {resume_command(run.output)}"
+        ) from error
+
+
+def _leave(partial: Path) -> None:
+    """End a run: what nothing could go on from is removed."""
+    try:
+        with contextlib.suppress(OSError):  # a disk that fails must not hide why the run ended; it stays as a leftover
+            if checkpoints(partial):
+                clear_torn(partial)
+            else:
+                discard(partial)
+    finally:
+        release(partial)
 
 
 def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
@@ -106,7 +130,7 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     model = _attach(base, run.recipe, seed=run.settings["seed"])
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
     ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
+    state = read_state(checkpoint) if checkpoint else {}
     log = RunLog(run.partial / METRICS, from_step=state.get("global_step", -1))
     guard = Guard(run, model, log, before.texts[: len(run.prompts)])
     if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
@@ -141,6 +165,9 @@ def _optimise(
     if look is not None:
         trainer.add_callback(_make_look(look))
     add_guard(trainer, guard, checkpoint)
+    trainer.add_callback(make_keeper(trainer, log))  # the last one: the others put files into a checkpoint
+    if checkpoint:
+        trainer._total_train_tokens = tokens_seen(checkpoint)
     try:
         if run.held_out_answers and not checkpoint:
             trainer.evaluate()  # the loss before the first step, into the log
@@ -283,8 +310,8 @@ def _drop_printing_callbacks(trainer: Any) -> None:
 def _memory_errors(method: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not (isinstance(error, MemoryError) or out_of_memory(error)):
             raise
         raise ModelError(f"Memory ran out. {memory_advice(method)}") from error
 
@@ -337,7 +364,8 @@ def _save(
         write_card(folder / "README.md", run.recipe, passport, compared, samples, stopped=found["health"]["sentence"])
         write_record(folder, found)
         (folder / PAGE).write_text(report_of([folder], name=run.output.name), encoding="utf-8")
-    shutil.rmtree(run.partial, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the adapter is there; what cannot be removed is a leftover
+        discard(run.partial)
     run.emit(Saved(run.output))
 
 

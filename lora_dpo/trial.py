@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +14,8 @@ from lora_dpo.errors import ModelError
 from lora_dpo.events import OnEvent, Progress
 from lora_dpo.fields import trl_refusals
 from lora_dpo.footprint import PairShape
-from lora_dpo.memory import out_of_memory
+from lora_dpo.leftovers import scratch
+from lora_dpo.memory import out_of_memory, peak_of_process
 from lora_dpo.model import attach_lora, load_base
 from lora_dpo.prepare import Run
 from lora_dpo.settings import trainer_config
@@ -71,9 +69,9 @@ def try_steps(run: Run, shapes: Sequence[PairShape], *, on_event: OnEvent) -> Tr
         model = attach_adapter(base, adapter, trainable=True)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory(prefix="lora-dpo-plan-") as folder:
+    with scratch("plan") as folder:
         try:
-            return _train(run, model, pairs, base.dtype, Path(folder), on_event)
+            return _train(run, model, pairs, base.dtype, folder, on_event)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not out_of_memory(error):
                 raise
@@ -172,14 +170,6 @@ def _make_clock(on_event: OnEvent) -> Any:
 
 def peak_bytes() -> int:
     """Most memory so far: allocated on the GPU, or of this process."""
-    import psutil
     import torch
 
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return int(peak if sys.platform == "darwin" else peak * 1024)
-    return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_of_process()

@@ -8,6 +8,7 @@ Every row's `origin` says which models gave the two answers, how, and in which o
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -25,7 +26,8 @@ from lora_dpo.data.forms import checked_pair
 from lora_dpo.data.messages import BadRow
 from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.files import disk_errors
+from lora_dpo.files import disk_errors, replace_file
+from lora_dpo.leftovers import settle, sync_folder
 from lora_dpo.wording import shown
 
 Verdict = Literal["a", "b", "both good", "both bad", "skip"]
@@ -174,13 +176,20 @@ def append_durably(path: Path, row: Row) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
+        settle(path.parent)
         with path.open("a+b") as file:
             _mend_end(file)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            _fsync_folder(path.parent)
+            size = file.seek(0, os.SEEK_END)
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+                if new:
+                    sync_folder(path.parent)
+            except OSError:
+                with contextlib.suppress(OSError):  # on a disk that fails; then the next one cuts it off
+                    os.truncate(path, size)
+                raise
 
 
 def rewrite_durably(path: Path, change: Callable[[int, Row], Row | None]) -> int:
@@ -200,17 +209,8 @@ def rewrite_durably(path: Path, change: Callable[[int, Row], Row | None]) -> int
             kept.append(line)
         elif new is not None:
             kept.append(json.dumps(new, ensure_ascii=False).encode("utf-8") + b"\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     with disk_errors(path):
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _fsync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, b"".join(kept))
     return sum(_parsed(line) is not None for line in kept)
 
 
@@ -272,14 +272,6 @@ def _mend_end(file: Any) -> None:
         file.write(b"\n")
     else:
         file.truncate(size - len(tail) + start)
-
-
-def _fsync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _lines(path: Path) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -137,6 +138,29 @@ def test_a_mistyped_command_line_exits_with_2_and_shows_how_it_goes(capsys, argu
     said = capsys.readouterr().err
     assert "Usage:" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "error: Memory ran out."),
+        (
+            OSError(errno.EIO, "Input/output error", "weights"),
+            "error: Cannot open or write weights: Input/output error.",
+        ),
+        (OSError(errno.EFBIG, "File too large"), "error: Cannot write a file: File too large."),
+    ],
+    ids=["memory", "input-output", "too-large"],
+)
+def test_memory_and_disks_are_a_sentence_wherever_they_fail(error, said, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("lora_dpo.library.list_adapters", fail)
+    assert main(["adapters", "list"]) == 1
+    assert said in capsys.readouterr().err
+    with pytest.raises(type(error)):
+        main(["adapters", "list", "--debug"])
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -23,6 +24,8 @@ DISK_REFUSALS = {
     errno.EACCES: "a folder you may write to",
     errno.EPERM: "a folder you may write to",
     errno.EROFS: "a writable disk",
+    errno.EIO: "look after it",
+    errno.EFBIG: "may not grow so large",
     errno.ENOTDIR: "is a file, not a folder",
 }
 
@@ -151,10 +154,14 @@ def test_a_refused_rename_becomes_an_output_error(tmp_path, monkeypatch):
 
 
 def test_a_refused_folder_becomes_an_output_error(tmp_path, monkeypatch):
-    def refuse(*args: object, **kwargs: object) -> str:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    real = os.mkdir
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name.startswith("."):  # the temporary one
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr("os.mkdir", refuse)
 
     def write() -> None:
         with atomic_folder(tmp_path / "result"):
@@ -219,8 +226,8 @@ def test_other_errors_of_the_system_pass_as_they_are(tmp_path):
         with atomic_folder(tmp_path / "result"):
             raise error
 
-    with pytest.raises(OSError, match="Input/output"):
-        write(OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(OSError, match="Broken pipe"):
+        write(OSError(errno.EPIPE, "Broken pipe"))
     with pytest.raises(FileNotFoundError):
         write(FileNotFoundError(errno.ENOENT, "No such file"))
 
@@ -340,6 +347,61 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, 
 def test_looking_whether_a_place_can_be_written_leaves_nothing(tmp_path):
     refuse_unwritable(tmp_path / "deep" / "er" / "pairs.jsonl")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/secret/token"),
+            "Cannot open or write /secret/token: Perm",
+        ),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "/tracker/runs"),
+            "Cannot make /tracker/runs: a file of that name",
+        ),
+        (OSError(errno.ENOSPC, "No space left", "/cache/blob"), "Cannot open or write /cache/blob: No space left"),
+        (OSError(errno.ENOSPC, "No space left"), "Cannot write adapters/mine: No space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "adapters/mine"), "Cannot write adapters/mine: Permission"),
+        (
+            PermissionError(errno.EACCES, "", "adapters/mine.partial/before.json"),
+            "Cannot write adapters/mine: Permission",
+        ),
+        (PermissionError(errno.EACCES, "", "adapters/.mine.12345678.unfinished/a"), "Cannot write adapters/mine: Perm"),
+        (
+            PermissionError(errno.EACCES, "", "adapters/other/weights"),
+            "Cannot open or write adapters/other/weights: Perm",
+        ),
+        (Exception("No space left on device (os error 28)"), "Cannot write adapters/mine: No space left on device"),
+        (Exception("Disk quota exceeded (os error 122)"), "Cannot write adapters/mine: Disk quota exceeded"),
+        (
+            SafetensorError("I/O error: Input/output error (os error 5)"),
+            "Cannot write adapters/mine: Input/output error",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_an_error_of_the_disk_names_whose_file_it_was(error, said):
+    def write() -> None:
+        with disk_errors(Path("adapters/mine")):
+            raise error
+
+    with pytest.raises(OutputError) as caught:
+        write()
+    assert str(caught.value).startswith(said)
+    assert ("Nothing half-written" in str(caught.value)) == ("write adapters/mine: " in said and "Perm" not in said)
+
+
+def test_torchs_words_for_a_failed_write_tell_the_error_below_them():
+    def write() -> None:
+        with disk_errors(Path("a")):
+            try:
+                raise OSError(errno.EFBIG, "File too large")
+            except OSError as error:
+                raise RuntimeError("[enforce fail at inline_container.cc:862] . unexpected pos 1 vs 0") from error
+
+    with pytest.raises(OutputError, match="Cannot write a: File too large"):
+        write()
 
 
 def test_a_missing_file_on_the_way_is_told_from_one_that_is_missing_elsewhere(tmp_path):

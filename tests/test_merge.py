@@ -396,6 +396,21 @@ def test_a_full_disk_under_the_report_is_said(adapter, tmp_path, monkeypatch):
         fidelity(adapter, {"base16": folder})
 
 
+def test_what_the_report_stores_waits_beside_the_merged_model(adapter, tmp_path, monkeypatch):
+    folder = merge(adapter, tmp_path / "deep" / "merged")
+    places, real = [], Path.write_bytes
+
+    def noted(self, content):
+        places.append(self.parent)
+        return real(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", noted)
+    fidelity(adapter, {"base16": folder})
+    # the system's place for temporary files is memory on many machines
+    assert {place.parent for place in places} == {folder.parent}
+    assert [path.name for path in folder.parent.iterdir()] == ["merged"]
+
+
 def test_an_adapter_without_pairs_needs_some_for_a_report(adapter, tmp_path):
     (adapter / "verify.json").unlink()
     folder = merge(adapter, tmp_path / "merged")

@@ -204,6 +204,17 @@ def test_where_the_cache_is(monkeypatch, tmp_path, run, own_cache):
     assert default_folder() == tmp_path / "xdg" / "lora-dpo" / "references"
 
 
+def test_a_user_without_a_home_folder_has_no_cache_on_disk(monkeypatch):
+    for name in ("LORA_DPO_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert default_folder() is None
+
+
 def test_a_file_that_was_only_begun_is_an_empty_cache(tmp_path, caplog):
     (tmp_path / "base.sqlite").touch()
     cache = ReferenceCache(tmp_path, "base")

@@ -5,18 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_dpo.checkpoints import checkpoints, seal
 from lora_dpo.config import Recipe, check_recipe, read_recipe
 from lora_dpo.errors import ConfigError, OutputError
+from lora_dpo.leftovers import discard
 from lora_dpo.runs import (
     RunLog,
     check_space,
-    checkpoints,
     choose_output,
     open_run,
     partial_of,
@@ -40,6 +42,7 @@ def interrupt(output: Path, *steps: int, touched: float | None = None) -> None:
         folder = partial_of(output) / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text("{}")
+        seal(folder)
     if touched is not None:
         os.utime(partial_of(output), (touched, touched))
 
@@ -136,7 +139,7 @@ def test_a_fresh_run_clears_what_cannot_be_resumed():
     partial.mkdir()
     (partial / "metrics.jsonl").write_text("{}")
     open_run(recipe(), Path("out"), resume=False)
-    assert sorted(path.name for path in partial.iterdir()) == ["recipe.yaml", "running.json"]
+    assert sorted(path.name for path in partial.iterdir()) == ["checkpoints", "recipe.yaml", "running.json"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -216,25 +219,40 @@ def test_resume_does_not_mind_the_order_of_trainer_fields():
 # --- one run at a time ----------------------------------------------------------------------------
 
 
+RUNS = """
+import sys
+import traceback
+from pathlib import Path
+from lora_dpo.config import check_recipe
+from lora_dpo.runs import open_run
+recipe = check_recipe({"model": {"name": "m"}, "data": {"train": "a.jsonl"}})
+for line in sys.stdin:
+    open_run(recipe, Path(line.strip()), resume=False)
+    print("begun", flush=True)
+"""
+
+
 @pytest.fixture
-def another_process() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+def another_process() -> Iterator[subprocess.Popen[str]]:
+    """A process that begins a run for every name that it is told, and ends none."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", RUNS], **pipes) as process:
         yield process
         process.kill()
 
 
-def run_of(process: int, output: Path) -> Path:
-    """Make the folder of a run that goes on in another process, before its first checkpoint."""
-    open_run(recipe(), output, resume=False)
-    lock = partial_of(output) / "running.json"
-    lock.write_text(json.dumps({**json.loads(lock.read_text()), "process": process}))
+def run_of(process: subprocess.Popen[str], output: Path) -> Path:
+    """Begin a run in another process: before its first checkpoint."""
+    process.stdin.write(f"{output}\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "begun\n"
     return partial_of(output)
 
 
 @pytest.mark.parametrize("steps", [[], [50]], ids=["before-a-checkpoint", "after-one"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_that_goes_on_elsewhere_is_left_alone_and_named(another_process, steps, resume):
-    partial = run_of(another_process.pid, Path("out"))
+    partial = run_of(another_process, Path("out"))
     interrupt(Path("out"), *steps)
     before = sorted(partial.rglob("*"))
     for start in (open_run, lambda settings, output, resume: choose_output(settings, "", resume=resume)):
@@ -244,7 +262,7 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone_and_named(another_process, s
 
 
 def test_a_run_that_goes_on_elsewhere_keeps_its_name(another_process):
-    run_of(another_process.pid, Path("adapters/quickstart"))
+    run_of(another_process, Path("adapters/quickstart"))
     assert choose_output(recipe(), "quickstart", resume=False) == Path("adapters/quickstart-2")
     interrupt(Path("adapters/quickstart"), 50, touched=9_000)
     interrupt(Path("adapters/quickstart-2"), 50, touched=1_000)
@@ -252,16 +270,17 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_name(another_process):
 
 
 def test_of_two_runs_that_start_together_only_one_gets_the_place(another_process, monkeypatch):
-    run_of(another_process.pid, Path("out"))
+    run_of(another_process, Path("out"))
     monkeypatch.setattr("lora_dpo.runs._check_place", lambda output, resume: None)  # as if checked before the other
     with pytest.raises(OutputError, match="has just started"):
         open_run(recipe(), Path("out"), resume=False)
 
 
-def test_the_lock_of_a_process_that_died_is_no_lock():
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        pass
-    run_of(process.pid, Path("out"))
+def test_the_lock_of_a_process_that_died_is_no_lock(another_process):
+    run_of(another_process, Path("out"))
+    another_process.kill()
+    another_process.wait()
+    assert (partial_of(Path("out")) / "running.json").exists()
     interrupt(Path("out"), 50)
     assert open_run(recipe(), Path("out"), resume=True) == Path("out.partial/checkpoints/checkpoint-50")
 
@@ -279,9 +298,44 @@ def test_release_gives_up_the_own_lock_only(another_process):
     release(partial_of(Path("mine")))
     release(partial_of(Path("mine")))
     assert not (partial_of(Path("mine")) / "running.json").exists()
-    theirs = run_of(another_process.pid, Path("theirs"))
+    theirs = run_of(another_process, Path("theirs"))
     release(theirs)
     assert (theirs / "running.json").exists()
+
+
+def test_only_one_process_at_a_time_owns_a_run():
+    """Each would find the other's mark if both owned the folder, which comes and goes with its lock."""
+
+    def own_often() -> int:
+        owned = 0
+        while owned < 15:
+            try:
+                open_run(recipe(), Path("out"), resume=False)
+            except OutputError:
+                continue
+            try:
+                os.close(os.open("mark", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return 1
+            os.unlink("mark")
+            discard(partial_of(Path("out")))
+            release(partial_of(Path("out")))
+            owned += 1
+        return 0
+
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            status = 2
+            try:
+                status = own_often()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 3
 
 
 # --- the log --------------------------------------------------------------------------------------
@@ -305,6 +359,21 @@ def test_a_reopened_log_forgets_the_steps_that_will_run_again(from_step, kept):
     assert [row["step"] for row in log.rows] == kept
     log.append({"step": 99})
     assert [json.loads(line)["step"] for line in Path("metrics.jsonl").read_text().splitlines()] == [*kept, 99]
+
+
+def test_a_log_that_cannot_be_opened_keeps_its_rows(monkeypatch):
+    before = RunLog(Path("metrics.jsonl"), from_step=-1)
+    before.append({"step": 1})
+    before.append({"step": 2})
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            RunLog(Path("metrics.jsonl"), from_step=1)
+    assert RunLog(Path("metrics.jsonl"), from_step=9).rows == [{"step": 1}, {"step": 2}]
 
 
 def test_a_log_whose_last_line_was_cut_off_is_read_up_to_there():

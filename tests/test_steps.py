@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from tiny import LORA, PAIRS, Stock, assert_close, build, columns, gradients_of,
 
 from lora_dpo import DPOTrainer, EngineSection
 from lora_dpo.evaluate import score_pairs
-from lora_dpo.memory import Budget, container_bytes, fit
+from lora_dpo.memory import Budget, container_bytes, fit, peak_of_process
+from lora_dpo.record import peak_memory
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import lay_out
 from lora_dpo.shared_prefix.layout import pack, stream_length
@@ -461,3 +463,12 @@ def test_two_processes_have_the_gradient_of_one(tiny_model_folder, tmp_path):
     margins = [float(margin) for rank in ranks for margin in rank[1::2]]
     assert margins == pytest.approx([one[2]["rewards/margins"]] * 4, abs=1e-5)
     assert_close(torch.load(tmp_path / "gradients.pt", weights_only=True), one[0])
+
+
+def test_the_peak_of_the_process_is_known_without_the_resource_module(monkeypatch):
+    assert peak_of_process() > 1 << 20
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    info = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123))
+    monkeypatch.setattr("psutil.Process", lambda: info)
+    assert peak_of_process() == 123
+    assert peak_memory()["process"] == 123

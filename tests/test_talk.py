@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -200,6 +201,20 @@ def test_a_vote_is_written_with_both_origins_and_counts_once(arena, tmp_path):
     assert arena.host.answer(match.players[1], PROMPT, again, client="x").text.strip() == match.answers[1].text
     with pytest.raises(ConfigError, match="voted on already"):
         arena.vote(match.id, "a")
+    assert arena.book.count() == (1, 0)
+
+
+def test_a_vote_that_failed_for_any_reason_can_be_given_again(arena, monkeypatch):
+    match = played(arena, ["base", "mine"])
+
+    def interrupted(*args, **kwargs):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(VoteBook, "add", interrupted)
+        with pytest.raises(OSError, match="Stale"):
+            arena.vote(match.id, "a")
+    arena.vote(match.id, "a")
     assert arena.book.count() == (1, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import time
 import pytest
 
 from lora_dpo.data import read_pairs
-from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.errors import ConfigError, DataError, OutputError
 from lora_dpo.votes import Candidate, Record, VoteBook, rewrite_durably
 
 PROMPT = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -79,6 +80,23 @@ def test_the_disk_is_waited_for_before_a_vote_counts(tmp_path, monkeypatch):
     assert synced == [book.path.stat().st_ino, tmp_path.stat().st_ino]  # the new file, and its name in the folder
     vote(book, number=1)
     assert len(synced) == 3
+
+
+def test_a_vote_that_the_disk_did_not_confirm_is_no_vote_and_may_be_given_again(tmp_path, monkeypatch):
+    book = VoteBook(tmp_path / "votes.jsonl")
+    vote(book, number=1)
+    whole = book.path.read_bytes()
+
+    def fail(number):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "fsync", fail)
+        with pytest.raises(OutputError, match=r"votes\.jsonl: Input/output error"):
+            vote(book, number=2)
+    assert book.path.read_bytes() == whole
+    vote(book, number=2)
+    assert book.count() == (2, 0)
 
 
 # --- kills and threads ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.fetch import looks_local
+from lora_dpo.leftovers import settle
 from lora_dpo.wording import shown
 
 Row = dict[str, Any]
@@ -99,6 +100,9 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
     if not there and reader is None and _is_hub_id(source):
         yield from _hub_rows(source)
         return
+    if not there:
+        settle(path.parent)  # it may be the second file of two that a killed command had not named yet
+        there = _looked_at(source, path.exists)
     if not there:
         hint = near_file(path) or " Give the path of a preference file, or owner/name of the hub."
         raise DataError(f"{source} does not exist.{hint}")

@@ -20,7 +20,7 @@ from lora_dpo.data.files import Row, refuse_twice
 from lora_dpo.data.pairs import Origin, PreferencePair
 from lora_dpo.data.reading import Outcome, outcomes
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.files import atomic_file, refuse_existing
+from lora_dpo.files import atomic_files
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def write_both(sides: Sequence[Sequence[PreferencePair]], outs: Sequence[Path]) 
     """Write several files of pairs; all of them appear, or none. Raises as `write_pairs`."""
     if len({path.absolute() for path in outs}) < len(outs):
         raise ConfigError(f"{outs[0]} is named twice: each part needs a file of its own.")
-    with ExitStack() as stack:
-        files = [stack.enter_context(_writer(path)) for path in outs]
+    with _writers(outs) as files:
         for pairs, file in zip(sides, files, strict=True):
             for pair in pairs:
                 _line(file, canonical_row(pair))
@@ -100,9 +99,7 @@ def write_fixed(
     removals = diagnosis.removals()
     dropped = dropped_of(out)
     rows = kept = removed = 0
-    with ExitStack() as stack:
-        refuse_existing(dropped)
-        clean, rest = stack.enter_context(_writer(out)), stack.enter_context(_writer(dropped))
+    with _writers([out, dropped]) as (clean, rest):
         for outcome in outcomes(sources, form=form, min_gap=min_gap, tolerant=True):
             rows += outcome.rows
             reason = _reason(outcome, removals)
@@ -227,8 +224,24 @@ def _is_utf8(text: str) -> bool:
 
 @contextmanager
 def _writer(out: Path) -> Iterator[IO[str]]:
-    check_name(out)
-    with atomic_file(out) as temporary, temporary.open("wb") as raw:
-        packed = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) if out.suffix.lower() == ".gz" else raw
-        with io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as text:
+    with _writers([out]) as [file]:
+        yield file
+
+
+@contextmanager
+def _writers(outs: Sequence[Path]) -> Iterator[list[IO[str]]]:
+    """Text files, packed where the name says so; all of them appear, or none."""
+    for out in outs:
+        check_name(out)
+    with atomic_files(outs) as temporaries, ExitStack() as stack:
+        named = zip(temporaries, outs, strict=True)
+        yield [stack.enter_context(_text(path, packed=out.suffix.lower() == ".gz")) for path, out in named]
+
+
+@contextmanager
+def _text(path: Path, *, packed: bool) -> Iterator[IO[str]]:
+    with path.open("wb") as raw:
+        # no name and no time inside: the same pairs give the same bytes
+        inner = gzip.GzipFile("", fileobj=raw, mode="wb", mtime=0) if packed else raw
+        with io.TextIOWrapper(inner, encoding="utf-8", newline="\n") as text:
             yield text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from html import escape
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_
 from lora_dpo.demo.draw import win_table
 from lora_dpo.demo.page import TITLE, css, head, theme
 from lora_dpo.desk import Desk
+from lora_dpo.leftovers import give_up
 
 MAX_UPLOAD = "1gb"
 """Largest file that a browser may send: an adapter's package. Files of pairs have a limit of their own."""
@@ -193,4 +193,4 @@ def launch(
 
 def close(desk: Desk) -> None:
     """Remove what was on its way to browsers."""
-    shutil.rmtree(desk.scratch, ignore_errors=True)
+    give_up(desk.scratch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,7 @@ def adapter_of(source: str | Path) -> Path | None:
     Raises:
         AdapterError: a folder that is neither, or the mistyped name of an adapter.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if (path / CONFIG).exists():
         return path
     if str(source) in PACKAGED_MODELS or (path / "config.json").is_file():

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lora_dpo.adapters import PASSPORT, Passport, parse_passport
+from lora_dpo.checkpoints import checkpoints
 from lora_dpo.config import read_settings
 from lora_dpo.errors import AdapterError
 from lora_dpo.methods import METHODS
@@ -26,7 +27,7 @@ from lora_dpo.report.schema import (
     TrainerState,
     check,
 )
-from lora_dpo.runs import METRICS, checkpoints, resume_command, running
+from lora_dpo.runs import METRICS, resume_command, running
 from lora_dpo.settings import DEFAULTS
 
 NUMBERS = "eval.json"
@@ -113,7 +114,7 @@ def _how_far(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     output, saved = folder.with_suffix(""), checkpoints(folder)
     step = max((row["step"] for row in rows), default=0)
     total = f" of {_json(saved[-1] / 'trainer_state.json', TrainerState).get('max_steps')}" if saved else ""
-    if running(output):
+    if running(output) is not None:
         return f"Not finished: {step}{total} steps so far. The run is going on."
     if not saved:
         return f"Not finished: {step} steps, and no checkpoint to go on from. Start it anew."
