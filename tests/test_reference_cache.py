@@ -60,12 +60,14 @@ def test_another_base_is_another_reference(run):
 
 
 def test_other_token_ids_are_another_pair():
-    # another template, or another truncation, reaches the model as other ids or as answers that begin elsewhere
-    known = pair_key([1, 2, 3, 4], [1, 2, 5], (2, 2))
-    assert pair_key([1, 2, 3], [1, 2, 5], (2, 2)) != known
-    assert pair_key([1, 2, 3, 4], [1, 2, 5], (3, 2)) != known
-    assert pair_key([1, 2, 5], [1, 2, 3, 4], (2, 2)) != known
-    assert pair_key([1, 2, 3, 4], [1, 2, 5], (2, 2)) == known
+    # another template, another truncation, or a collator that masks something (an end token, a tool's result)
+    masks = [0, 0, 1, 1], [0, 0, 1]
+    known = pair_key(([1, 2, 3, 4], [1, 2, 5]), masks)
+    assert pair_key(([1, 2, 3], [1, 2, 5]), ([0, 0, 1], [0, 0, 1])) != known
+    assert pair_key(([1, 2, 3, 4], [1, 2, 5]), ([0, 0, 0, 1], [0, 0, 1])) != known
+    assert pair_key(([1, 2, 3, 4], [1, 2, 5]), ([0, 0, 1, 0], [0, 0, 1])) != known  # its end is not scored
+    assert pair_key(([1, 2, 5], [1, 2, 3, 4]), masks[::-1]) != known
+    assert pair_key(([1, 2, 3, 4], [1, 2, 5]), masks) == known
 
 
 def test_quantisation_is_another_reference(tiny_model_folder):
