@@ -106,9 +106,7 @@ class WholeStep:
             self.log_probs = output.log_probs.detach()
             trainer.accelerator.backward(loss)
             return loss.detach()
-        # a mean over no chosen tokens is NaN, though in the whole step there are some
-        lacking = "sft" in trainer.loss_types and 0.0 in sft_shares(inputs, parts)
-        if (couples_pairs(trainer.loss_types) or lacking) and len(parts) > 1:
+        if couples_pairs(trainer.loss_types) and len(parts) > 1:
             return self._two_passes(model, inputs, parts)
         return self._one_pass(model, inputs, parts)
 

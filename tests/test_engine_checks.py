@@ -439,10 +439,11 @@ def test_when_the_policy_is_still_the_reference(tiny_model_folder, tmp_path):
 # --- rows without a token to score -----------------------------------------------------------------
 
 BARE = pair([1], [], [])  # one token: nothing is predicted
+NONE = pair([1, 5], [], [6, 2])  # no chosen token
 
 
 @pytest.mark.parametrize("tokens", ["auto", 1])
-@pytest.mark.parametrize("pairs", [[BARE, BARE], [BARE, PAIRS[0]], [pair([1, 5], [], [6, 2]), PAIRS[1]]])
+@pytest.mark.parametrize("pairs", [[BARE, BARE], [BARE, PAIRS[0]], [NONE, PAIRS[1]], [NONE, NONE]])
 @pytest.mark.parametrize("loss", [["sigmoid", "sft"]])
 def test_rows_without_a_scored_token_are_as_in_stock_trl(loss, pairs, tokens, tiny_model_folder, tmp_path):
     options = dict(pairs=pairs, max_steps=1, loss_type=loss)
