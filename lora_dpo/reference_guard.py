@@ -5,15 +5,17 @@ For the sigmoid loss policy = reference means loss = ln 2 (Rafailov et al. 2023,
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 
-from lora_dpo.engine_checks import TOLERANCE
+from lora_dpo.engine_checks import DIFFERENCE, TOLERANCE, largest_difference
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.model import REFERENCE
+from lora_dpo.model import REFERENCE, bare, steady
 
 if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer
@@ -24,8 +26,27 @@ CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "eva")
 
 def half_precision(trainer: DPOTrainer) -> bool:
     """Whether a trainer's products are rounded to 16 bits, so that another packing gives other digits."""
-    rounded = (torch.bfloat16, torch.float16)
-    return bool(trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in rounded)
+    return bool(trainer.args.bf16 or trainer.args.fp16 or largest_difference(bare(trainer.model)) > DIFFERENCE)
+
+
+def compare(trainer: DPOTrainer, batch: dict[str, Any]) -> float:
+    """Score a batch with policy and reference, and judge the difference (`judge`)."""
+    with steady(trainer.model) if trainer.engine is not None else _evaluating(trainer.model):
+        ref_model, trainer.ref_model = trainer.ref_model, trainer.model
+        try:
+            # A given ref_model is scored as it is, adapters on: here it is the policy itself.
+            policy_B = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch)).float()
+        finally:
+            trainer.ref_model = ref_model
+        if trainer.precompute_ref_logps and "ref_chosen_logps" in batch:
+            reference_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+        elif trainer.engine is not None:
+            score = trainer.engine.with_fresh_reference if half_precision(trainer) else trainer.engine.with_reference
+            batch = score(batch)
+            reference_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+        else:
+            reference_B = torch.cat(trainer.compute_ref_log_probs(ref_model or trainer.model, batch))
+    return judge(trainer, policy_B - reference_B.to(policy_B), batch["completion_mask"])
 
 
 def judge(trainer: DPOTrainer, logratio_B: torch.Tensor, mask_BT: torch.Tensor) -> float:
@@ -40,8 +61,8 @@ def judge(trainer: DPOTrainer, logratio_B: torch.Tensor, mask_BT: torch.Tensor) 
     """
     tokens_B = mask_BT[:, 1:].sum(dim=1).clamp(min=1)
     difference = float((logratio_B.abs() / tokens_B).max())
-    compute = torch.bfloat16 if trainer.args.bf16 or trainer.args.fp16 else trainer.model.dtype
-    if difference <= TOLERANCE.get(compute, 1e-2):
+    compute = torch.bfloat16 if half_precision(trainer) else trainer.model.dtype
+    if difference <= TOLERANCE[compute]:
         return difference
     chosen, rejected = logratio_B.chunk(2)
     loss = float(-torch.nn.functional.logsigmoid(trainer.beta * (chosen - rejected)).mean())
@@ -82,3 +103,13 @@ def _cause(trainer: DPOTrainer) -> str:
         "The adapter is already trained, but the reference is the bare base: to continue from it, name it as "
         "the reference (reference: adapter:PATH), or start from a fresh adapter."
     )
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

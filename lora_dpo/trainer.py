@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ from lora_dpo.model import (
     keep_packed_weights_differentiable,
     pick_device,
     pick_dtype,
-    steady,
     to_fp32_masters,
 )
-from lora_dpo.reference_guard import half_precision, judge
+from lora_dpo.pair_weights import ScaledGradient, WithWeights
+from lora_dpo.reference_guard import compare
+from lora_dpo.score_ahead import progress_bar, scored_references
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class DPOTrainer(trl.DPOTrainer):
             if "ref_chosen_logps" in _columns(dataset):
                 continue  # the data's own, as TRL's collator reads them
             if self.engine is not None and self._fits(self._few(dataset, 2)):
-                with _bar(f"Reference log-probabilities of the {name} data", len(dataset)) as show:
+                with progress_bar(f"Reference log-probabilities of the {name} data", len(dataset)) as show:
                     chosen, rejected = zip(*self.score_references(dataset, show), strict=True)
                 scored = dataset.add_column("ref_chosen_logps", list(chosen))
                 scored = scored.add_column("ref_rejected_logps", list(rejected))
@@ -245,27 +245,7 @@ class DPOTrainer(trl.DPOTrainer):
         """
         if self.engine is None:
             raise ConfigError("The references cannot be scored ahead: this model trains with TRL's own passes.")
-        engine = self.engine
-        found: dict[int, tuple[float, float]] = {}
-
-        def score(indices: Sequence[int]) -> None:
-            for start in range(0, len(indices), 32):
-                part = indices[start : start + 32]
-                batch = engine.with_reference(self._prepare_inputs(self.data_collator([dataset[i] for i in part])))
-                values = zip(batch["ref_chosen_logps"].tolist(), batch["ref_rejected_logps"].tolist(), strict=True)
-                found.update(zip(part, values, strict=True))
-                if on_pair:
-                    on_pair(len(found))
-
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        lengths = [sum(map(len, row)) for row in zip(*(dataset[name] for name in names), strict=True)]
-        order = sorted(range(len(dataset)), key=lengths.__getitem__)
-        shared = self.args.world_size > 1 and engine.references.path is not None
-        score(order[self.args.process_index :: self.args.world_size] if shared else order)
-        if shared:
-            self.accelerator.wait_for_everyone()
-            score([index for index in order if index not in found])  # the others' are on the disk now
-        return [found[index] for index in range(len(dataset))]
+        return scored_references(self, self.engine, dataset, on_pair)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """TRL's step; with the engine, the last batch of an optimiser step runs all its batches as one."""
@@ -413,74 +393,7 @@ class DPOTrainer(trl.DPOTrainer):
         batch = self._few(self.train_dataset, pairs)
         self._fits(batch)
         batch.pop("pair_weight", None)  # TRL would hand it to the model
-        with steady(self.model) if self.engine is not None else _evaluating(self.model):
-            ref_model, self.ref_model = self.ref_model, self.model
-            try:
-                # A given ref_model is scored as it is, adapters on: here it is the policy itself.
-                policy_B = torch.cat(self.compute_ref_log_probs(self.model, batch)).float()
-            finally:
-                self.ref_model = ref_model
-            if self.precompute_ref_logps and "ref_chosen_logps" in batch:
-                reference_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-            elif self.engine is not None:
-                score = self.engine.with_fresh_reference if half_precision(self) else self.engine.with_reference
-                batch = score(batch)
-                reference_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-            else:
-                reference_B = torch.cat(self.compute_ref_log_probs(ref_model or self.model, batch))
-        return judge(self, policy_B - reference_B.to(policy_B), batch["completion_mask"])
-
-
-class ScaledGradient(torch.autograd.Function):
-    """The same values; the gradient is multiplied by `factor`."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Pass `values` on."""
-        ctx.factor = factor
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Scale the gradient."""
-        return slope * ctx.factor, None
-
-
-class WithWeights:
-    """A collator that also hands on the rows' `pair_weight`, `[B]`, where they have one."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch of the rows, and their weights."""
-        batch: dict[str, Any] = self.collator(rows)
-        if "pair_weight" in rows[0]:
-            batch["pair_weight"] = torch.tensor([row["pair_weight"] for row in rows], dtype=torch.float32)
-        return batch
-
-
-@contextlib.contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, where TRL shows one."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(total=total, desc=title, disable=bool(os.environ.get("TQDM_DISABLE", ""))) as bar:
-
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
-
-        yield show
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+        return compare(self, batch)
 
 
 def _columns(dataset: Any) -> set[str]:
