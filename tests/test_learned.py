@@ -146,15 +146,16 @@ def counted(folder):
             for row in rows if "first_sight/prompts" in row]  # fmt: skip
 
 
-def test_a_run_counts_each_prompt_once_but_for_those_of_the_first_step(recipe):
-    folder = train(recipe(10, 3, per_device_train_batch_size=4)).folder
-    total = sum(prompts for _, _, prompts in counted(folder))
-    assert total == 10 - 4
-    assert all(0 <= right <= prompts for _, right, prompts in counted(folder))
+@pytest.mark.parametrize(("prompts", "each", "said"), [(10, 3, None), (16, 1, 12)])
+def test_a_run_counts_each_prompt_once_but_for_those_of_the_first_step(prompts, each, said, recipe):
+    folder = train(recipe(prompts, each, per_device_train_batch_size=4)).folder
+    total = sum(seen for _, _, seen in counted(folder))
+    assert total == prompts - 4
+    assert all(0 <= right <= seen for _, right, seen in counted(folder))
     found = at_first_sight(folder)
-    assert (found.n if found else 0) == (total if total >= 8 else 0)
+    assert (found and found.n) == said  # nothing of fewer than 8
     passport = json.loads((folder / "passport.json").read_text())
-    assert passport["data"]["train"]["prompts"] == 10
+    assert passport["data"]["train"]["prompts"] == prompts
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"logging_steps": 3}])
