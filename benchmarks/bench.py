@@ -73,6 +73,7 @@ def build(kind: Any, base: Any, rows: list[Row], layers: Any, batch: int, **sett
     )
     if args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable()
+    trainer.accelerator.prepare_model(trainer.model)  # as `train` does: puts autocast around its forward
     trainer.current_gradient_accumulation_steps = 1
     trainer.state.max_steps, trainer.state.logging_steps = 10**9, 10  # TRL's default: one step of ten is logged
     return trainer

@@ -5,6 +5,7 @@ Shape suffixes: B pairs, R = 2B rows (chosen, then rejected), T columns.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_dpo.config import EngineSection
+from lora_dpo.engine_checks import largest_difference
 from lora_dpo.learned import FirstSight
 from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget, free_bytes, give_back_memory, out_of_memory
-from lora_dpo.model import bare, reference
+from lora_dpo.model import bare, is_reference, reference, steady
 from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
 from lora_dpo.shared_prefix import PairForward
 from lora_dpo.shared_prefix.layout import pack
 from lora_dpo.shared_prefix.model import rows_of
 from lora_dpo.shared_prefix.trunk import TrunkCache, decoder_layers, lowest_adapted_layer
-from lora_dpo.steps import Inputs, WholeStep, merge_batches, model_inputs, pair_lengths, select
+from lora_dpo.steps import Inputs, WholeStep, assemble, merge_batches, model_inputs, pair_lengths, select
 
 if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer
@@ -49,7 +51,7 @@ class Engine:
         self.references = ReferenceCache(_cache_folder(settings), reference_name(trainer.model, compute))
         self.scoring_tokens = self.usual_tokens if settings.tokens == "auto" else settings.tokens
         """Most stream tokens of the reference at once; halved when memory runs out."""
-        layers = decoder_layers(base)[lowest_adapted_layer(base) :]  # those below keep nothing
+        layers = decoder_layers(base)[lowest_adapted_layer(base) :]  # those below run without gradients
         budget = Budget(
             layers=len(layers),
             may_checkpoint=trainer.args.gradient_checkpointing,
@@ -60,6 +62,15 @@ class Engine:
         )
         self.whole_step = WholeStep(trainer, self, budget, split_pairs=settings.split_pairs)
         self.first_sight = FirstSight()
+        self.last: Inputs
+        """The last step's batch, with its references."""
+        self._moved = False
+
+    @property
+    def moved(self) -> bool:
+        """Whether the policy differs from the reference yet; until then its log-ratios are 0 but for rounding."""
+        self._moved = self._moved or not is_reference(self.trainer.model)
+        return self._moved
 
     def close(self) -> None:
         """Give the model back its own forward pass."""
@@ -81,6 +92,8 @@ class Engine:
             loss = self.whole_step.run(model, batch)
         finally:
             self.forward.logged = True
+            self.forward.rest()
+        self.last = batch
         self._note_first_sight(batch)
         return loss
 
@@ -92,26 +105,60 @@ class Engine:
         ref_B2 = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1).cpu()
         margin_B = (policy_B2 - ref_B2) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
         prompt_B = torch.tensor(_prompt_numbers(inputs), device=self.device)
-        self.first_sight.note(gather(prompt_B).tolist(), gather(margin_B.float().to(self.device)).tolist())
+        margins = gather(margin_B.float().to(self.device)).tolist()
+        self.first_sight.note(gather(prompt_B).tolist(), margins, moved=self.moved)
+
+    def difference(self, inputs: Inputs) -> str | None:
+        """How far the engine is from TRL's own pass on the two shortest pairs of a batch, if it is too far.
+
+        Both run without autocast and dropout, so that only the function is compared.
+        """
+        base, lengths = bare(self.trainer.model), pair_lengths(inputs)
+        part = select(inputs, sorted(sorted(range(len(lengths)), key=lambda index: lengths[index])[:2])).inputs
+        call = model_inputs(part)
+        longest = max(2, int(part["attention_mask"].sum(dim=1).max()))
+        call.update({name: call[name][:, :longest] for name in ("input_ids", "attention_mask", "labels")})
+        autocast_off = torch.autocast(self.device.type, enabled=False)
+        with torch.no_grad(), steady(base), autocast_off, self.forward.log(False):
+            ours_RT = base(**call).log_probs.double()
+            with self.forward.passed_on():
+                theirs_RT = base(**call).log_probs.double()
+        sums = torch.stack([(ours_RT - theirs_RT).abs().sum(), (call["labels"][:, 1:] != -100).sum()])
+        off, tokens = self.trainer.accelerator.gather(sums[None].float()).sum(dim=0).tolist()
+        found = off / max(1.0, tokens)
+        if found <= largest_difference(base):
+            return None
+        return f"on the first batch the engine's log-probabilities differ from TRL's by {found:.3g} nats a token"
+
+    def tables(self, inputs: Inputs) -> Any:
+        """TRL's output for a whole batch as the policy now is, all of its fields, without gradients or dropout."""
+        trainer = self.trainer
+        with torch.no_grad(), steady(trainer.model), trainer.accelerator.autocast(), self.forward.log(True):
+            parts = [select(inputs, pairs) for pairs in pack(pair_lengths(inputs), self.scoring_tokens)]
+            return assemble([trainer.model(**model_inputs(part.inputs)) for part in parts], parts)
 
     def kept_bytes(self, inputs: Inputs) -> float:
         """Bytes that a stream token keeps for the backward pass, measured on the shortest pair of a batch."""
         lengths = pair_lengths(inputs)
-        part = select(inputs, [lengths.index(min(lengths))])
+        shortest = min(filter(None, lengths))
+        part = select(inputs, [lengths.index(shortest)])
         # A resumed run measures again: what dropout draws for it must not shift what the steps draw.
         with (
             torch.random.fork_rng(),
             self.forward.count_kept() as kept,
-            self.trainer.compute_loss_context_manager(),
+            self.trainer.accelerator.autocast(),  # the bare model has none of its own
             self.forward.log(False),
         ):
             output = bare(self.trainer.model)(**model_inputs(part.inputs))
         del output
-        return sum(kept.values()) / min(lengths)
+        return sum(kept.values()) / shortest
 
     def with_reference(self, inputs: Inputs) -> Inputs:
-        """The batch with `ref_chosen_logps` and `ref_rejected_logps`, `[B]` each; unknown pairs are scored first."""
-        if "ref_chosen_logps" in inputs:
+        """The batch with `ref_chosen_logps` and `ref_rejected_logps`, `[B]` each; unknown pairs are scored first.
+
+        Those that are in the data count where TRL was told to read them (`precompute_ref_log_probs`).
+        """
+        if self.trainer.precompute_ref_logps and "ref_chosen_logps" in inputs:
             return inputs
         keys = _pair_keys(inputs)
         known = self.references.get(keys)
@@ -120,7 +167,15 @@ class Engine:
             fresh = {keys[index]: logps for index, logps in self._score(inputs, missing).items()}
             self.references.put(fresh)
             known = {**known, **fresh}
-        sums = torch.tensor([known[key].sums(self.trainer.ld_alpha) for key in keys], dtype=torch.float64)
+        return self._joined(inputs, [known[key] for key in keys])
+
+    def with_fresh_reference(self, inputs: Inputs) -> Inputs:
+        """The same, scored now whatever is known: in 16 bits another packing of the pairs gives other digits."""
+        scored = self._score(inputs, list(range(len(inputs["input_ids"]) // 2)))
+        return self._joined(inputs, [scored[index] for index in range(len(scored))])
+
+    def _joined(self, inputs: Inputs, logps: list[PairLogps]) -> Inputs:
+        sums = torch.tensor([pair.sums(self.trainer.ld_alpha) for pair in logps], dtype=torch.float64)
         sums = sums.to(inputs["input_ids"].device, torch.float32)
         return {**inputs, "ref_chosen_logps": sums[:, 0], "ref_rejected_logps": sums[:, 1]}
 
@@ -150,17 +205,16 @@ class Engine:
         """Score some pairs of a batch, and note each part as it is done."""
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
-        was_training = model.training
-        model.eval()  # dropout would make the reference another one at each pass
-        try:
-            with torch.no_grad(), reference(model), self.forward.log(False), trainer.compute_loss_context_manager():
-                for part in pack(lengths, self.scoring_tokens):
-                    chosen = [pairs[index] for index in part]
-                    batch = select(inputs, chosen).inputs
-                    sums = answer_sums(model(**model_inputs(batch)).log_probs, batch["completion_mask"])
-                    scored.update(zip(chosen, sums, strict=True))
-        finally:
-            model.train(was_training)
+        # Before the loop the model's own forward has no autocast yet; in it, twice is once.
+        exact = (torch.no_grad(), steady(model), reference(model), trainer.accelerator.autocast())
+        with contextlib.ExitStack() as stack:
+            for each in (*exact, self.forward.log(False)):
+                stack.enter_context(each)
+            for part in pack(lengths, self.scoring_tokens):
+                chosen = [pairs[index] for index in part]
+                batch = select(inputs, chosen).inputs
+                sums = answer_sums(model(**model_inputs(batch)).log_probs, batch["completion_mask"])
+                scored.update(zip(chosen, sums, strict=True))
 
 
 def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairLogps]:
@@ -181,9 +235,9 @@ def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairL
 
 def _pair_keys(inputs: Inputs) -> list[bytes]:
     rows = rows_of(inputs["input_ids"], inputs["attention_mask"])
-    starts = inputs["completion_mask"].argmax(dim=1).tolist()
+    scored = rows_of(inputs["completion_mask"], inputs["attention_mask"])
     half = len(rows) // 2
-    return [pair_key(rows[index], rows[half + index], (starts[index], starts[half + index])) for index in range(half)]
+    return [pair_key(rows[index::half], scored[index::half]) for index in range(half)]
 
 
 def _prompt_numbers(inputs: Inputs) -> list[int]:
@@ -206,9 +260,9 @@ def _cache_folder(settings: EngineSection) -> Path | None:
     return None if where == "off" else default_folder() if where == "auto" else Path(where)
 
 
-def _trunk_cache(trainer: DPOTrainer, settings: EngineSection) -> TrunkCache | None:
+def _trunk_cache(trainer: DPOTrainer, settings: EngineSection) -> TrunkCache:
     if settings.trunk_cache == "off":
-        return None
+        return TrunkCache(memory_bytes=0)  # the layers below still run without gradients
     memory = free_bytes(torch.device("cpu")) // 4
     if settings.trunk_cache == "memory":
         return TrunkCache(memory_bytes=memory)

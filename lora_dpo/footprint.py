@@ -58,7 +58,7 @@ class PairShape:
     @property
     def labels(self) -> int:
         """L: answer tokens; those that both answers begin with count once."""
-        return self.first + self.second - 2 * self.prompt - max(0, self.shared - self.prompt)
+        return self.first + self.second - 2 * self.prompt - max(0, self.common - self.prompt)
 
     def cut(self, length: int) -> PairShape | None:
         """The pair under a shorter `max_length`; None where its prompt fills that, or nothing tells it apart."""

@@ -22,7 +22,7 @@ from lora_dpo.settings import DEFAULTS
 FEWEST = 8
 """Prompts; of fewer nothing is said."""
 UNMOVED = 1e-4
-"""Margin up to which policy and reference are still the same but for rounding, so that an accuracy is a coin."""
+"""In logs without counts: the margin up to which policy and reference are the same but for float32's rounding."""
 RIGHT, PROMPTS = "first_sight/right", "first_sight/prompts"
 """Names in the log: prompts seen for the first time, and how many of them were ordered as their labels say."""
 STATE = "first-sight.json"
@@ -36,12 +36,14 @@ class FirstSight:
         """None if it is not known what the run has seen: then nothing more is counted."""
         self.right, self.prompts = 0.0, 0
 
-    def note(self, prompts: Sequence[int], margins: Sequence[float]) -> None:
+    def note(self, prompts: Sequence[int], margins: Sequence[float], *, moved: bool = True) -> None:
         """Count one optimiser step's pairs, scored before the step.
 
         Args:
             prompts: a number for each pair's prompt.
             margins: h(chosen) - h(rejected) of each pair, in nats; above 0 is right, and 0 is half right.
+            moved: whether the policy differs from the reference yet. If not, the margins are rounding: the prompts
+                are seen, but nothing was predicted.
         """
         if self.seen is None:
             return
@@ -50,7 +52,7 @@ class FirstSight:
             if prompt not in self.seen:
                 fresh.setdefault(prompt, []).append(0.5 if margin == 0 else float(margin > 0))
         self.seen.update(fresh)
-        if max(map(abs, margins)) > UNMOVED:
+        if moved:
             self.right += sum(map(fmean, fresh.values()))
             self.prompts += len(fresh)
 

@@ -69,7 +69,16 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or, under a limit, on a CPU."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch on a CPU, under a limit
+    "not enough memory",  # the same on Windows
+    "out of memory",  # the CUDA driver, outside torch's allocator; bitsandbytes
+    "ALLOC_FAILED",  # cuBLAS and cuDNN, for their working space
+)
 
 
 def memory_advice(method: str) -> str:

@@ -117,8 +117,7 @@ def load_base(
     if quantize == "nf4" and not packed:
         with quiet_libraries():
             hold_dequantized(model)
-    elif quantize == "nf4" and place.type == "cpu":
-        keep_packed_weights_differentiable(model)
+    keep_packed_weights_differentiable(model)  # also those that the model's files hold in 4 bits
     model.requires_grad_(False)
     model.eval()
     fingerprint = weight_fingerprint(path, revision=revision)
@@ -305,6 +304,29 @@ def reference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield model
 
 
+def is_reference(model: PeftModel) -> bool:
+    """Whether the policy's weights still make it the reference: B = 0 everywhere, or all equal to the copy "ref"."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    copied = REFERENCE in model.peft_config
+    for name, parameter in parameters.items():
+        before, policy, after = name.partition(f".{POLICY}")
+        if not policy or not parameter.requires_grad:
+            continue
+        if not copied and before.endswith("lora_B"):
+            if parameter.any():
+                return False
+        elif copied or before.endswith("modules_to_save"):
+            start = f"{before}.{REFERENCE}" if copied else f"{before.removesuffix('modules_to_save')}original_module"
+            twin = parameters.get(start + after)
+            if twin is None or not torch.equal(twin.to(parameter), parameter):
+                return False
+        elif "lora_" not in before or (before.endswith("lora_embedding_B") and parameter.any()):
+            return False
+    return True
+
+
 def detach(model: PeftModel) -> PreTrainedModel:
     """Take all adapters off again: the base as it was before any was put on, the same object."""
     base: PreTrainedModel = model.unload()
@@ -355,15 +377,47 @@ def hold_dequantized(model: PreTrainedModel) -> None:
             part.weight.data = dequantize_4bit(codes, state).to(weight.dtype).reshape(weight.shape)
 
 
-def keep_packed_weights_differentiable(model: PreTrainedModel) -> None:
+def keep_packed_weights_differentiable(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
     In eval mode it repacks them there for a kernel without a backward pass, and never back: LoRA
     gradients would be cut, without an error, after the first evaluation.
+
+    Raises:
+        ModelError: they are repacked already. The way back is lossy (bf16 scales).
     """
-    for part in model.modules():
-        if hasattr(part, "support_avx512bf16_for_cpu"):
-            part.support_avx512bf16_for_cpu = False
+    for name, part in model.named_modules():
+        if not hasattr(part, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(part.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ModelError(
+                f"The 4-bit weights of {name} were repacked for inference, because the model ran in eval mode on this "
+                "CPU, and bitsandbytes has no gradient for that form. Load the model again, and call "
+                "lora_dpo.model.keep_packed_weights_differentiable(model) before its first pass."
+            )
+        part.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def steady(model: torch.nn.Module) -> Iterator[None]:
+    """Training mode without dropout for the length of the block: what training computes, the same at every pass.
+
+    Eval mode would not do: bitsandbytes has other kernels there. Activation checkpointing is off too; every
+    module's mode is set back.
+    """
+    from torch.nn.modules.dropout import _DropoutNd
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    before = [(part, part.training) for part in model.modules()]
+    model.train()
+    for part, _ in before:
+        if isinstance(part, _DropoutNd | GradientCheckpointingLayer):
+            part.training = False
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:

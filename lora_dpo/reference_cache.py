@@ -1,8 +1,9 @@
 """Reference log-probabilities on disk: computed once a pair, for every later epoch, run, seed, rank, β and loss.
 
 A reference is named by what it computes: a fingerprint of the weights as they are in memory (so quantisation and
-revision are in it), the model's configuration, the compute dtype, and the reference adapter if there is one. A
-pair is named by its token ids after template and truncation. Nothing about the policy is in either name.
+revision are in it), the model's configuration, the precision of its products, and the reference adapter if there is
+one. A pair is named by its token ids after template and truncation, and by which of them are scored. Nothing about
+the policy is in either name.
 
 One SQLite file per reference: several runs may read and write it at once. Each row carries a checksum; a row
 that fails it, or a file that cannot be read, is computed again.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -22,14 +24,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_dpo.model import POLICY, REFERENCE
+from lora_dpo.model import REFERENCE
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+"""Part of every reference's name: raised whenever values of an older version may be other ones."""
 _ROW = struct.Struct("<4d")
 
 
@@ -146,11 +149,17 @@ def default_folder() -> Path | None:
     return None if cache.startswith("~") else Path(cache) / "lora-dpo" / "references"
 
 
-def pair_key(chosen: Sequence[int], rejected: Sequence[int], answers_from: tuple[int, int]) -> bytes:
-    """A pair's name: the token ids of both sequences, and where the answers begin in each."""
+def pair_key(rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int]]) -> bytes:
+    """A pair's name.
+
+    Args:
+        rows: the token ids of its two sequences.
+        scored: for each token of a row 1 if it counts towards the answer's log-probability, else 0.
+    """
     digest = hashlib.blake2b(digest_size=20)
-    for row, start in zip((chosen, rejected), answers_from, strict=True):
-        digest.update(struct.pack(f"<2q{len(row)}q", len(row), start, *row))
+    for row, marks in zip(rows, scored, strict=True):
+        digest.update(struct.pack(f"<q{len(row)}q", len(row), *row))
+        digest.update(bytes(marks))
     return digest.digest()
 
 
@@ -164,18 +173,26 @@ def reference_name(model: Any, compute_dtype: torch.dtype) -> str:
         model: a PeftModel; the policy's adapter plays no part.
         compute_dtype: what the matrix products run in.
     """
+    import torch
+
     digest = hashlib.blake2b(digest_size=16)
     named = REFERENCE if REFERENCE in model.peft_config else None
     config = {key: value for key, value in model.get_base_model().config.to_dict().items() if key not in _NOT_MATHS}
-    parts = [FORMAT, str(compute_dtype), config]
+    parts = [FORMAT, str(compute_dtype), torch.get_float32_matmul_precision(), config]
     if named is not None:
         adapter = model.peft_config[named]
         parts.append([adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora])
         parts.append([adapter.rank_pattern, adapter.alpha_pattern])
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        if f".{POLICY}" in name or (f".{REFERENCE}" in name and named is None):
+    others = set(model.peft_config) - {named}
+    weights = {}
+    for name, parameter in model.named_parameters():
+        path = name.split(".")
+        if any(part in others and above.startswith(_ADAPTERS) for above, part in itertools.pairwise(path)):
             continue
+        # peft wraps what a policy adapts: the weight is the same inside
+        weights[".".join(part for part in path if part not in _WRAPPED)] = parameter
+    for name, parameter in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(_content(parameter.data))
         state = getattr(parameter, "quant_state", None)  # bitsandbytes: the scales of a packed 4-bit weight
@@ -184,7 +201,14 @@ def reference_name(model: Any, compute_dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
+_WRAPPED = ("base_layer", "original_module")
+_ADAPTERS = ("lora_", "modules_to_save", "trainable_tokens_")
+"""How the modules begin that peft keeps one part in for each adapter, under the adapter's name."""
 _NOT_MATHS = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
+
+
+PIECE = 1 << 24
+"""Elements of a weight that are summed at once: the sum widens them to 8 bytes each first, 134 MB."""
 
 
 def _content(tensor: torch.Tensor) -> bytes:
@@ -193,5 +217,5 @@ def _content(tensor: torch.Tensor) -> bytes:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(integers).flatten()
     sample = bits[:: max(1, bits.numel() // 64)][:64].cpu()
-    total = int(bits.sum(dtype=torch.int64)) if bits.numel() else 0
+    total = sum(int(piece.sum(dtype=torch.int64)) for piece in torch.split(bits, PIECE))
     return f"{tuple(tensor.shape)}{tensor.dtype}{total}".encode() + sample.numpy().tobytes()

@@ -67,7 +67,8 @@ class WholeStep:
         """
         trainer = self.trainer
         longest = max(map(len, _rows(inputs))) - 1 if self.split_pairs else max(pair_lengths(inputs))
-        self.budget.measure(lambda: self.engine.kept_bytes(inputs), longest)
+        if longest:  # rows of one token predict nothing
+            self.budget.measure(lambda: self.engine.kept_bytes(inputs), longest)
         random = _random_state()
         metrics = {mode: {name: list(v) for name, v in values.items()} for mode, values in trainer._metrics.items()}
         seen = trainer._total_train_tokens
@@ -218,7 +219,7 @@ def sft_shares(inputs: Inputs, parts: Sequence[Part]) -> list[float]:
     """Each part's share of the batch's chosen tokens: what its mean over them weighs in the mean over all."""
     tokens_R = inputs["completion_mask"][:, 1:].sum(dim=1)
     half = len(tokens_R) // 2
-    total = float(tokens_R[:half].sum())
+    total = max(1.0, float(tokens_R[:half].sum()))
     return [float(tokens_R[part.rows[part.rows < half]].sum()) / total for part in parts]
 
 

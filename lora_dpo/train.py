@@ -194,6 +194,7 @@ def _dpo_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> An
             processing_class=run.tokenizer,
             callbacks=[callback],
             engine=run.recipe.engine,
+            pair_weights=run.weights is not None,
         )
 
 

@@ -7,29 +7,37 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 
 from lora_dpo.config import EngineSection
 from lora_dpo.engine import Engine
-from lora_dpo.errors import ConfigError, ReferenceMismatch
+from lora_dpo.engine_checks import no_engine_because, odd_batch
+from lora_dpo.errors import ConfigError
 from lora_dpo.memory import give_back_memory
-from lora_dpo.model import POLICY, REFERENCE, bare, pick_device, pick_dtype, to_fp32_masters
-from lora_dpo.shared_prefix import unsupported_reason
+from lora_dpo.model import (
+    POLICY,
+    REFERENCE,
+    keep_packed_weights_differentiable,
+    pick_device,
+    pick_dtype,
+    to_fp32_masters,
+)
+from lora_dpo.pair_weights import ScaledGradient, WithWeights
+from lora_dpo.reference_guard import compare
+from lora_dpo.score_ahead import progress_bar, scored_references
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-"""Largest mean |log-ratio| per answer token at step 0 that still counts as equal, by compute dtype."""
+LOGGED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+"""What is computed for steps that are logged only."""
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -50,13 +58,20 @@ class DPOTrainer(trl.DPOTrainer):
     - Before the first step policy and reference must agree on real pairs (for the sigmoid loss: loss
       = ln 2, Rafailov et al. 2023, eq. 7 at h = 0), else `ReferenceMismatch` says which is wrong.
 
-    Where an architecture or a set-up cannot be run so, TRL's own passes run, and a warning says why.
+    Where a set-up, a data collator or a model cannot be run so, TRL's own passes run, and a warning says why: the
+    settings are looked at when the trainer is made, each batch's form when it comes, and before the first step two
+    pairs are run both ways and compared (`lora_dpo.engine_checks`).
 
     Set `reference_guard = False` on the class or instance to train against a reference that is meant
     to differ from the starting policy.
 
     Args:
         engine: how steps are computed; the defaults measure and decide (`lora_dpo.EngineSection`).
+        pair_weights: scale each pair's gradient by the number in the data's column `pair_weight`.
+
+    Raises:
+        ConfigError: `engine.fallback` is false, or pairs are weighted, and TRL's own passes would have to run.
+        ModelError: the model's 4-bit weights were repacked for inference, where they have no gradient.
     """
 
     reference_guard: bool = True
@@ -64,6 +79,7 @@ class DPOTrainer(trl.DPOTrainer):
     eval_dataset: Any
     accelerator: Any
     loss_weights: list[float]
+    precompute_ref_logps: bool
     _metrics: dict[str, Any]
     _total_train_tokens: int
 
@@ -74,8 +90,12 @@ class DPOTrainer(trl.DPOTrainer):
         args: Any = None,
         *rest: Any,
         engine: EngineSection | None = None,
+        pair_weights: bool = False,
         **kwargs: Any,
     ) -> None:
+        for each in (model, ref_model):
+            if isinstance(each, torch.nn.Module):
+                keep_packed_weights_differentiable(each)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             cuda = torch.cuda.is_available()
@@ -86,54 +106,67 @@ class DPOTrainer(trl.DPOTrainer):
             args.bf16, args.fp16 = False, fast == "float16"
             args.mixed_precision = "fp16" if args.fp16 else "no"
         self.engine: Engine | None = None
-        self._precompute: dict[str, tuple[Any, int]] = {}
+        self.pair_weights = pair_weights
+        self._precompute: list[tuple[str, bool, Any, int]] = []
         self._constructing = True
+        self._compared = False
         settings = engine or EngineSection()
+        self._fallback = settings.fallback
         exact = _trainable_values(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, ref_model, args, *rest, **kwargs)
+        keep_packed_weights_differentiable(self.model)  # of a model that was named
         self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if isinstance(self.model, PeftModel) and not self._sharded:
             to_fp32_masters(self.model)
             self._restore(exact)
-        reason = self._no_engine_because()
+        if pair_weights:
+            self.data_collator: Any = WithWeights(self.data_collator)
+        self._given_references = self.precompute_ref_logps and "ref_chosen_logps" in _columns(self.train_dataset)
+        reason = no_engine_because(self, DPOTrainer)
         if reason is None:
             self.engine = Engine(self, settings)
-            self.precompute_ref_logps = True  # TRL's loss reads the reference from the batch
-        elif not settings.fallback:
-            raise ConfigError(f"engine.fallback is false, but {reason}. Set it to true to train with TRL's own passes.")
         else:
-            logger.warning("Training with TRL's own forward pass (slower, the same result): %s.", reason)
+            self._step_aside(reason)
         self._score_ahead()
-        if "pair_weight" in (getattr(self.train_dataset, "column_names", None) or ()):
-            if self.engine is None:
-                raise ConfigError(
-                    f"Pairs cannot be weighted here: {reason}. Remove the pair_weight (data.pair_weight)."
-                )
-            self.data_collator: Any = WithWeights(self.data_collator)
 
-    def _no_engine_because(self) -> str | None:
-        if self._is_vision_dataset:
-            return "the data holds images"
-        if self._sharded:
-            return "the model is sharded by DeepSpeed or FSDP"
-        if self.ref_model is not None:
-            return "the reference is a second model"
-        if self.args.activation_offloading:
-            return "activation_offloading hooks into the same places"
-        if not isinstance(self.model, PeftModel):
-            return "the whole model is trained, not an adapter"
-        for adapter in self.model.peft_config.values():
-            if not isinstance(adapter, LoraConfig) or getattr(adapter, "alora_invocation_tokens", None):
-                return f"the adapter is of another kind than LoRA ({type(adapter).__name__})"
-            if adapter.bias != "none":
-                return "the adapter trains biases of the base, which then is no fixed reference"
-        if "lomo" in str(getattr(self.args.optim, "value", self.args.optim)):
-            return f"{self.args.optim} updates the weights within the backward pass"
-        return unsupported_reason(bare(self.model))
+    def _step_aside(self, reason: str) -> None:
+        """From now on TRL's own passes run."""
+        if not self._fallback:
+            raise ConfigError(f"engine.fallback is false, but {reason}. Set it to true to train with TRL's own passes.")
+        if self.pair_weights:
+            raise ConfigError(f"Pairs cannot be weighted here: {reason}. Remove the pair_weight (data.pair_weight).")
+        logger.warning("Training with TRL's own forward pass (slower, the same result): %s.", reason)
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+            if self.args.gradient_checkpointing:  # the engine had switched off what it did not need
+                self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+
+    def _fits(self, inputs: dict[str, Any]) -> bool:
+        """Whether the engine runs a batch; if not, it steps aside for good.
+
+        Looks at the batch's form, and the first time at what the engine makes of it (`Engine.difference`).
+        """
+        if self.engine is None:
+            return False
+        reason = odd_batch(inputs, weighted=self.pair_weights)
+        if self.args.world_size > 1:
+            if self._compared and reason:  # one process cannot step aside alone
+                raise ConfigError(f"The engine cannot run a later batch, because {reason}. Use another data collator.")
+            if not self._compared:
+                odd = torch.tensor([reason is not None], device=self.args.device)
+                if self.accelerator.gather(odd).any():
+                    reason = reason or "another process has a batch of another form"
+        if reason is None and not self._compared:
+            reason = self.engine.difference(inputs)
+        self._compared = True
+        if reason is not None:
+            self._step_aside(reason)
+        return self.engine is not None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "pair_weight" not in self._signature_columns:
+        if self.pair_weights and "pair_weight" not in self._signature_columns:
             self._signature_columns.append("pair_weight")
 
     def close(self) -> None:
@@ -155,38 +188,48 @@ class DPOTrainer(trl.DPOTrainer):
                 copy.data = value.to(copy.device, copy=True)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        columns = set(getattr(dataset, "column_names", None) or ())
-        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns:
+        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= _columns(dataset):
             return dataset  # already token ids
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        keep_packed_weights_differentiable(self.model)  # before its first pass
         ours = isinstance(self.model, PeftModel) and self.ref_model is None and isinstance(dataset, Dataset)
         if ours and self._constructing:  # TRL's constructor asks for it before it is known whether the engine runs
-            self._precompute[name] = (dataset, batch_size)
+            self._precompute.append((name, dataset is self.train_dataset, dataset, batch_size))
             return dataset
         if ours and self.engine is not None:
             return dataset  # scored as they come
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _score_ahead(self) -> None:
-        """What TRL's constructor asked for: into the cache, or by TRL's own passes into the data."""
+        """What TRL's constructor asked for: columns of the data, from the cache or by TRL's own passes."""
         self._constructing = False
-        asked, self._precompute = self._precompute, {}
-        for name, (dataset, batch_size) in asked.items():
-            if self.engine is not None:
-                with _bar(f"Reference log-probabilities of the {name} data", len(dataset)) as show:
-                    self.score_references(dataset, show)
-                continue
-            scored = super()._precompute_ref_logps(dataset, name, batch_size)
-            if name == "train":
+        asked, self._precompute = self._precompute, []
+        for name, is_train, dataset, batch_size in asked:
+            if "ref_chosen_logps" in _columns(dataset):
+                continue  # the data's own, as TRL's collator reads them
+            if self.engine is not None and self._fits(self._few(dataset, 2)):
+                with progress_bar(f"Reference log-probabilities of the {name} data", len(dataset)) as show:
+                    chosen, rejected = zip(*self.score_references(dataset, show), strict=True)
+                scored = dataset.add_column("ref_chosen_logps", list(chosen))
+                scored = scored.add_column("ref_rejected_logps", list(rejected))
+            else:
+                scored = super()._precompute_ref_logps(dataset, name, batch_size)
+            if is_train:
                 self.train_dataset = scored
             elif isinstance(self.eval_dataset, dict):
                 self.eval_dataset[name] = scored
             else:
                 self.eval_dataset = scored
 
-    def score_references(self, dataset: Any, on_pair: Callable[[int], None] | None = None) -> None:
+    def _few(self, dataset: Any, count: int) -> dict[str, Any]:
+        """The first pairs of a dataset as a batch on the device."""
+        rows = [dataset[index] for index in range(min(count, len(dataset)))]
+        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(rows))
+        return batch
+
+    def score_references(self, dataset: Any, on_pair: Callable[[int], None] | None = None) -> list[tuple[float, float]]:
         """Score every pair of a dataset of token ids with the reference, ahead of training, into the cache.
 
         Several processes share the work where they share a cache on the disk.
@@ -194,31 +237,27 @@ class DPOTrainer(trl.DPOTrainer):
         Args:
             on_pair: called with the number of pairs done so far.
 
+        Returns:
+            The log-probabilities of each row's chosen and rejected answer, in nats.
+
         Raises:
             ConfigError: this model trains with TRL's own passes.
         """
         if self.engine is None:
             raise ConfigError("The references cannot be scored ahead: this model trains with TRL's own passes.")
-        rows = sorted(
-            (dataset[index] for index in range(len(dataset))),
-            key=lambda row: len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]),
-        )
-        shared = self.accelerator.num_processes > 1 and self.engine.references.path is not None
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes] if shared else rows
-        for start in range(0, len(mine), 32):
-            self.engine.with_reference(self._prepare_inputs(self.data_collator(mine[start : start + 32])))
-            if on_pair:
-                on_pair(min(start + 32, len(mine)))
-        if shared:
-            self.accelerator.wait_for_everyone()
+        return scored_references(self, self.engine, dataset, on_pair)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """TRL's step; with the engine, the last batch of an optimiser step runs all its batches as one."""
         if self.engine is None:
             step: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             return step
-        self.engine.gathered.append(self._prepare_inputs(inputs))
-        if len(self.engine.gathered) < self.current_gradient_accumulation_steps:
+        inputs, gathered = self._prepare_inputs(inputs), self.engine.gathered
+        if not self._fits(inputs):
+            trls = super().training_step
+            return torch.stack([trls(model, each, num_items_in_batch) for each in (*gathered, inputs)]).sum()
+        gathered.append(inputs)
+        if len(gathered) < self.current_gradient_accumulation_steps:
             return torch.zeros((), device=self.args.device)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers, as in transformers
@@ -233,10 +272,23 @@ class DPOTrainer(trl.DPOTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss; with the engine, the reference comes from the cache."""
-        inputs = {name: value for name, value in inputs.items() if name != "pair_weight"}  # the model has no use for it
-        if self.engine is not None:
-            inputs = self.engine.with_reference(inputs)
+        if self._fits(inputs):
+            inputs = {name: value for name, value in inputs.items() if name != "pair_weight"}  # not for the model
+            inputs = self.engine.with_reference(inputs)  # type: ignore[union-attr]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        if self.engine is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        asked, self.precompute_ref_logps = self.precompute_ref_logps, True  # the engine's batches have their reference
+        try:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = asked
+        if not (self._given_references or self.engine.moved):
+            # All pairs are ties, which TRL counts as wrong; here rounding would toss a coin for each.
+            self._metrics["train" if self.model.training else "eval"]["rewards/accuracies"][-1] = 0.0
+        return result
 
     def loss_of(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss, with its metrics, of per-token tables that are there already.
@@ -252,8 +304,8 @@ class DPOTrainer(trl.DPOTrainer):
             output = type(output)(**{**output, "log_probs": scaled})
         loss: torch.Tensor = self._compute_loss(lambda **_: output, inputs, False)
         if self.engine is not None and not self.engine.forward.logged:
-            for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
-                self._metrics["train"].pop(name, None)  # made of zeros: these are computed on logged steps only
+            for name in LOGGED:
+                self._metrics["train"].pop(name, None)  # made of zeros
         return loss
 
     @contextlib.contextmanager
@@ -274,7 +326,24 @@ class DPOTrainer(trl.DPOTrainer):
         """TRL's log, with what was predicted of prompts seen for the first time (`lora_dpo.learned`)."""
         if self.engine is not None and self.model.training:
             logs.update(self.engine.first_sight.take())
+            if self._metrics["train"] and "entropy" not in self._metrics["train"]:
+                self._fill_in_logged(self.engine)
         super().log(logs, *args, **kwargs)
+
+    def _fill_in_logged(self, engine: Engine) -> None:
+        """For a row that nobody announced (a callback's, the last one): what is logged, of the last step's batch."""
+        with self._metrics_apart() as metrics, torch.no_grad():
+            self.loss_of(engine.tables(engine.last), engine.last)
+        self._metrics["train"].update({name: metrics["train"][name] for name in LOGGED})
+
+    @contextlib.contextmanager
+    def _metrics_apart(self) -> Iterator[dict[str, Any]]:
+        before = self._metrics, self._total_train_tokens
+        self._metrics = {mode: defaultdict(list) for mode in self._metrics}
+        try:
+            yield self._metrics
+        finally:
+            self._metrics, self._total_train_tokens = before
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Here and not in a callback: whatever a checkpoint needs is in it before it counts as one.
@@ -298,6 +367,9 @@ class DPOTrainer(trl.DPOTrainer):
         """TRL's `train`, after the reference guard. A resumed policy is trained already: not checked."""
         if self.engine is not None:
             self.engine.gathered.clear()
+            reason = no_engine_because(self, DPOTrainer)  # again: what was done to the trainer since it was made
+            if reason is not None:
+                self._step_aside(reason)
         if self.reference_guard and not resume_from_checkpoint and self.state.global_step == 0:
             self.check_reference()
         try:
@@ -318,100 +390,14 @@ class DPOTrainer(trl.DPOTrainer):
         if not isinstance(self.train_dataset, Dataset) or self._sharded:
             logger.warning("Policy and reference were not compared: the data is a stream, or the model is sharded.")
             return 0.0
-        rows = [self.train_dataset[index] for index in range(min(pairs, len(self.train_dataset)))]
-        batch = self._prepare_inputs(self.data_collator(rows))
+        batch = self._few(self.train_dataset, pairs)
+        self._fits(batch)
         batch.pop("pair_weight", None)  # TRL would hand it to the model
-        was_training = self.model.training
-        self.model.eval()
-        ref_model, self.ref_model = self.ref_model, self.model
-        try:
-            # A given ref_model is scored as it is, adapters on: here it is the policy itself.
-            policy_B = torch.cat(self.compute_ref_log_probs(self.model, batch)).float()
-            self.ref_model = ref_model
-            if self.engine is not None:
-                batch = self.engine.with_reference(batch)
-            if "ref_chosen_logps" in batch:
-                reference_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-            else:
-                reference_B = torch.cat(self.compute_ref_log_probs(ref_model or self.model, batch))
-        finally:
-            self.ref_model = ref_model
-            self.model.train(was_training)
-        return self._judge(policy_B - reference_B.to(policy_B), batch["completion_mask"])
-
-    def _judge(self, logratio_B: torch.Tensor, mask_BT: torch.Tensor) -> float:
-        """`logratio_B` holds the chosen answers' log-ratios, then the rejected ones'."""
-        tokens_B = mask_BT[:, 1:].sum(dim=1).clamp(min=1)
-        difference = float((logratio_B.abs() / tokens_B).max())
-        compute = torch.bfloat16 if self.args.bf16 or self.args.fp16 else self.model.dtype
-        if difference <= TOLERANCE.get(compute, 1e-2):
-            return difference
-        chosen, rejected = logratio_B.chunk(2)
-        loss = float(-torch.nn.functional.logsigmoid(self.beta * (chosen - rejected)).mean())
-        raise ReferenceMismatch(
-            f"At step 0 the policy is not the reference: their log-probabilities differ by {difference:.3g} a token "
-            f"(sigmoid loss {loss:.4f}, it must be ln 2 = {math.log(2):.4f}). {self._mismatch_cause()}"
-        )
-
-    def _mismatch_cause(self) -> str:
-        if self.ref_model is not None:
-            return (
-                "The ref_model is another model than the one being trained: leave it out, so that the starting "
-                "policy is the reference."
-            )
-        if "ref_chosen_logps" in (self.train_dataset.column_names or ()):
-            return (
-                "The stored reference log-probabilities (ref_chosen_logps) belong to another model or to other "
-                "tokens: compute them again."
-            )
-        if REFERENCE in getattr(self.model, "peft_config", {}):
-            return "The adapter changed after its frozen copy 'ref' was taken: load the adapter again."
-        return (
-            "The adapter is already trained, but the reference is the bare base: to continue from it, name it as "
-            "the reference (reference: adapter:PATH), or start from a fresh adapter."
-        )
+        return compare(self, batch)
 
 
-class ScaledGradient(torch.autograd.Function):
-    """The same values; the gradient is multiplied by `factor`."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Pass `values` on."""
-        ctx.factor = factor
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Scale the gradient."""
-        return slope * ctx.factor, None
-
-
-class WithWeights:
-    """A collator that also hands on the rows' `pair_weight`, `[B]`, where they have one."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch of the rows, and their weights."""
-        batch: dict[str, Any] = self.collator(rows)
-        if "pair_weight" in rows[0]:
-            batch["pair_weight"] = torch.tensor([row["pair_weight"] for row in rows], dtype=torch.float32)
-        return batch
-
-
-@contextlib.contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, where TRL shows one."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(total=total, desc=title, disable=bool(os.environ.get("TQDM_DISABLE", ""))) as bar:
-
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
-
-        yield show
+def _columns(dataset: Any) -> set[str]:
+    return set(getattr(dataset, "column_names", None) or ())
 
 
 _OF_THE_WHOLE_BATCH = ("_metrics", "_total_train_tokens", "accelerator", "loss_weights")

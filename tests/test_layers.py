@@ -20,14 +20,17 @@ LAYERS = (
     "trainer engine steps evaluate prepare measure train verify merge fidelity export mix chat fitting plan trial "
     "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk outgoing "
     "token_laws learned contest assessment assess evaluations keeping looking guard guard_callback record "
-    "answer_trainers",
+    "answer_trainers engine_checks reference_guard pair_weights score_ahead",
     "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve serve console console_data demo "
     "terminal signals __init__ __main__ cli_eval cli_clean",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "gradio", "peft", "torch", "transformers", "trl"}
 # a class on top of TRL's and what it is made of, and pure tensors: imported only when training starts; the page
-EAGER = {"answer_trainers", "demo", "engine", "shared_prefix", "steps", "trainer"}
+EAGER = {
+    *("answer_trainers", "demo", "engine", "engine_checks", "pair_weights", "reference_guard", "score_ahead"),
+    *("shared_prefix", "steps", "trainer"),
+}
 WITHOUT_TRAINING = (
     *("merge", "generate", "evaluate", "chat", "verify", "library", "hub", "fidelity", "export", "mix", "assess"),
     "report",

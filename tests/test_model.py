@@ -4,7 +4,7 @@ from conftest import COMMIT
 
 from lora_dpo.config import LoraSection
 from lora_dpo.errors import ConfigError, ModelError
-from lora_dpo.model import attach_lora, load_base, pick_dtype, reference, weight_fingerprint
+from lora_dpo.model import attach_lora, load_base, load_tokenizer, pick_dtype, reference, weight_fingerprint
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9, 10, 11]])
 
@@ -164,3 +164,19 @@ def test_the_commit_of_a_hub_model_is_recorded_whatever_was_asked_for(hub_model,
 
 def test_a_model_folder_has_no_commit(tiny_model_folder):
     assert load_base(str(tiny_model_folder), quantize="none").revision is None
+
+
+def test_a_base_that_is_stored_in_4_bits_is_never_repacked(tiny_model_folder, tmp_path):
+    # whatever `quantize` says: it is 4-bit all the same
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    stored = AutoModelForCausalLM.from_pretrained(tiny_model_folder, device_map={"": "cpu"}, quantization_config=how)
+    stored.save_pretrained(tmp_path / "stored")
+    load_tokenizer(str(tiny_model_folder)).save_pretrained(tmp_path / "stored")
+    base = load_base(str(tmp_path / "stored"), quantize="none")
+    layers = [part for part in base.model.modules() if hasattr(part, "support_avx512bf16_for_cpu")]
+    logits(base.model)
+    assert len(layers) == 14
+    assert not any(getattr(part.weight.quant_state, "packing_format_for_cpu", False) for part in layers)
+    assert not any(part.support_avx512bf16_for_cpu for part in layers)

@@ -60,12 +60,14 @@ def test_another_base_is_another_reference(run):
 
 
 def test_other_token_ids_are_another_pair():
-    # another template, or another truncation, reaches the model as other ids or as answers that begin elsewhere
-    known = pair_key([1, 2, 3, 4], [1, 2, 5], (2, 2))
-    assert pair_key([1, 2, 3], [1, 2, 5], (2, 2)) != known
-    assert pair_key([1, 2, 3, 4], [1, 2, 5], (3, 2)) != known
-    assert pair_key([1, 2, 5], [1, 2, 3, 4], (2, 2)) != known
-    assert pair_key([1, 2, 3, 4], [1, 2, 5], (2, 2)) == known
+    # another template, another truncation, or a collator that masks something (an end token, a tool's result)
+    masks = [0, 0, 1, 1], [0, 0, 1]
+    known = pair_key(([1, 2, 3, 4], [1, 2, 5]), masks)
+    assert pair_key(([1, 2, 3], [1, 2, 5]), ([0, 0, 1], [0, 0, 1])) != known
+    assert pair_key(([1, 2, 3, 4], [1, 2, 5]), ([0, 0, 0, 1], [0, 0, 1])) != known
+    assert pair_key(([1, 2, 3, 4], [1, 2, 5]), ([0, 0, 1, 0], [0, 0, 1])) != known  # its end is not scored
+    assert pair_key(([1, 2, 5], [1, 2, 3, 4]), masks[::-1]) != known
+    assert pair_key(([1, 2, 3, 4], [1, 2, 5]), masks) == known
 
 
 def test_quantisation_is_another_reference(tiny_model_folder):
@@ -93,6 +95,51 @@ def test_the_policy_plays_no_part_in_the_name_but_a_reference_adapter_does(tiny_
             parameter.data.add_(1.0)
             break
     assert reference_name(model, torch.float32) != with_reference
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"]},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+        {"modules_to_save": ["norm"]},
+        {"use_dora": True, "r": 2},
+    ],
+)
+def test_what_the_policy_adapts_plays_no_part_in_the_name(run, lora):
+    assert run() == (0, 4)
+    assert run(lora=LoraConfig(**{**LORA.to_dict(), **lora})) == (4, 0)
+
+
+def test_another_precision_of_products_is_another_reference(run):
+    assert run() == (0, 4)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert run() == (0, 4)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
+def test_a_large_weight_is_summed_in_pieces(dtype, monkeypatch):
+    weight = torch.nn.Module()
+    weight.peft_config = {}
+    weight.get_base_model = lambda: tiny("llama")
+    weight.table = torch.nn.Parameter(torch.arange(1000).to(dtype), requires_grad=False)
+    widened, plain = [], torch.Tensor.sum
+
+    def watched(self, *args, **kwargs):
+        widened.append(self.numel())
+        return plain(self, *args, **kwargs)
+
+    names = [reference_name(weight, torch.float32)]
+    monkeypatch.setattr("lora_dpo.reference_cache.PIECE", 64)
+    monkeypatch.setattr(torch.Tensor, "sum", watched)
+    names.append(reference_name(weight, torch.float32))
+    assert max(widened) == 64  # the sum makes 8 bytes of each of them first
+    weight.table[500] += 7
+    names.append(reference_name(weight, torch.float32))
+    assert names[0] == names[1] != names[2]
 
 
 def test_with_a_full_cache_the_adapters_are_never_switched(run, monkeypatch):

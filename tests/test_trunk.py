@@ -52,8 +52,9 @@ def test_the_layers_below_run_once_a_pair(where, tiny_model_folder, tmp_path):
         trainer.compute_loss(trainer.model, batch).backward()
         found.append(gradients_of(trainer))
     top, bottom = ran.count(3), ran.count(0)
-    assert top == 4  # three policies and one reference
-    assert bottom == (4 if where == "off" else 1)
+    assert top == 6  # three policies and one reference, and the two passes that are compared before the first
+    # TRL's own pass, the stream of two pairs that is held against it, and the stream of all pairs
+    assert bottom == (6 if where == "off" else 3)
     assert_close(found[2], found[0], rtol=1e-6)
     if where == "disk":
         assert len(list((tmp_path / "trunk").glob("*.safetensors"))) == 4

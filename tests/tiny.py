@@ -87,6 +87,7 @@ def build(trainer_class, model, folder, tmp_path, pairs=PAIRS, lora=LORA, engine
         peft_config=lora,
         processing_class=AutoTokenizer.from_pretrained(folder),
         **({"engine": engine} if engine is not None else {}),
+        **({"pair_weights": True} if weights is not None else {}),
     )
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():

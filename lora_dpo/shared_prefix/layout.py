@@ -92,13 +92,18 @@ def lay_out(rows: Sequence[Sequence[int]], answer_masks: Sequence[Sequence[bool]
                 for row in wanted[1:]:
                     source[row][column - 1] = source[wanted[0]][column - 1]
         ends = [len(ids)]
+        alike = common_prefix_length(rows[chosen], rows[rejected])  # more than `shared` if one row begins the other
         for row in pair:
             first = max(0, shared - 1)
             begin = len(ids)
             ids += rows[row][first:-1]
             positions += range(first, len(rows[row]) - 1)
             for column in range(max(1, shared), len(rows[row])):
-                read(row, column, begin + column - 1 - first)
+                if row == rejected and column < alike and source[chosen][column - 1] >= 0:
+                    # the same token after the same tokens: one value, so that equal answers tie exactly
+                    source[row][column - 1] = source[chosen][column - 1] if answer_masks[row][column] else -1
+                else:
+                    read(row, column, begin + column - 1 - first)
             ends.append(len(ids))
         spans.append(Span(start, *ends))
     table = torch.tensor(source)

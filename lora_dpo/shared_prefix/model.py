@@ -15,7 +15,7 @@ from lora_dpo.shared_prefix.attention import NAME, PLAN, StreamPlan
 from lora_dpo.shared_prefix.layout import Layout, lay_out
 from lora_dpo.shared_prefix.logprobs import HeadValues, head_values, to_rows
 from lora_dpo.shared_prefix.rematerialise import Rematerialiser
-from lora_dpo.shared_prefix.trunk import TrunkCache, from_trunk, lowest_adapted_layer, trunk_hidden
+from lora_dpo.shared_prefix.trunk import TrunkCache, decoder_layers, from_trunk, lowest_adapted_layer, trunk_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,8 @@ class PairForward:
         """Forward passes that ran as a stream."""
         self.tokens = 0
         """Stream tokens that ran through the top layers."""
+        self.off = False
+        """Whether the next passes are all passed on (`passed_on`)."""
         self.told = False
         """Whether it was said that a training call could not run as a stream."""
         self.rematerialiser = Rematerialiser(model) if rematerialise else None
@@ -177,27 +179,30 @@ class PairForward:
     def close(self) -> None:
         """Give the model its own forward and attention back."""
         self.rest()
-        if self.rematerialiser is not None:
-            self.rematerialiser.close()
         if self.model.forward == self.bound:  # not another trainer's
             self.model.forward = self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's call with padded rows `[2n, T]`; any other call is passed on."""
-        if args or not self._is_pairs(**kwargs):
-            if kwargs.get("fused_lm_head"):
+        if args or self.off or not self._is_pairs(**kwargs):
+            if kwargs.get("fused_lm_head") and not self.off:
                 self._tell_passed_on(kwargs)
             self.rest()
             return self.before(*args, **kwargs)
         ids_RT, mask_RT, labels_RT = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
         rows = rows_of(ids_RT, mask_RT)
+        if max(map(len, rows)) < 2:  # no token predicts another: a stream of none
+            self.rest()
+            return self.before(**kwargs)
         wanted = [(row[keep.bool()] != -100).tolist() for row, keep in zip(labels_RT, mask_RT, strict=True)]
         layout = to_device(lay_out(rows, wanted, width=ids_RT.shape[1]), ids_RT.device)
         self.streams += 1
         self.tokens += len(layout.ids_S)
-        hidden_SE = self._hidden(layout, rows)
-        if not torch.is_grad_enabled():
-            self.rest()  # no backward pass will run the layers again
+        with contextlib.ExitStack() as afterwards:
+            afterwards.callback(self.rest)
+            hidden_SE = self._hidden(layout, rows)
+            if torch.is_grad_enabled() and self._runs_again():
+                afterwards.pop_all()  # whoever runs the backward pass calls `rest` after it
         return self._outputs(hidden_SE, layout)
 
     @contextlib.contextmanager
@@ -210,6 +215,15 @@ class PairForward:
             self.logged = before
 
     @contextlib.contextmanager
+    def passed_on(self) -> Iterator[None]:
+        """Inside the block every pass goes to the forward that was there before."""
+        self.off = True
+        try:
+            yield
+        finally:
+            self.off = False
+
+    @contextlib.contextmanager
     def count_kept(self) -> Iterator[dict[int, int]]:
         """Inside the block, the bytes of each storage that forward passes keep for their backward passes."""
         if self.rematerialiser is None:
@@ -220,6 +234,12 @@ class PairForward:
             yield kept
         finally:
             self.rematerialiser.kept = None
+
+    def _runs_again(self) -> bool:
+        """Whether the backward pass will run layers again (activation checkpointing)."""
+        return any(
+            getattr(layer, "gradient_checkpointing", False) for layer in decoder_layers(self.model)[self.depth :]
+        )
 
     def _is_pairs(self, **kwargs: Any) -> bool:
         given = _given(kwargs)

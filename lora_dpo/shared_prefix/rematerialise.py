@@ -20,7 +20,7 @@ Recipe = Callable[[], torch.Tensor]
 
 
 class Rematerialiser:
-    """Hooks on one model instance; nothing changes outside `active`, and `close` removes them."""
+    """Hooks on one model instance, there only inside `active`: a model with hooks could not be pickled."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._recipes: dict[int, tuple[weakref.ref[torch.Tensor], Recipe]] | None = None
@@ -28,10 +28,11 @@ class Rematerialiser:
         """Set it to {} to count: bytes of each storage that a forward pass keeps for its backward pass."""
         self._checkpointed = False
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._removable: list[Any] = []
+        self._hooks: list[tuple[Callable[[Any], Any], Any]] = []
+        """What registers a hook, and the hook."""
         for part in model.modules():
             if type(part).__name__.endswith("RMSNorm") and part is not getattr(model, "norm", None):
-                self._removable.append(part.register_forward_hook(self._note_output))
+                self._hooks.append((part.register_forward_hook, self._note_output))
             elif all(hasattr(part, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
                 self._watch_mlp(part.down_proj, part.act_fn, part.up_proj, lambda up: up)
             elif all(hasattr(part, name) for name in ("gate_up_proj", "down_proj", "activation_fn")):
@@ -39,22 +40,20 @@ class Rematerialiser:
                     part.down_proj, part.activation_fn, part.gate_up_proj, lambda both: both.chunk(2, -1)[1]
                 )
         for layer in decoder_layers(model):
-            self._removable.append(layer.register_forward_pre_hook(self._enter_layer))
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self._removable:
-            hook.remove()
+            self._hooks.append((layer.register_forward_pre_hook, self._enter_layer))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Keep recipes for the length of the block, which runs the forward pass."""
         self._recipes = {}
+        registered = [register(hook) for register, hook in self._hooks]
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
         finally:
             self._recipes = None
+            for handle in registered:
+                handle.remove()
 
     def _watch_mlp(self, down: Any, act: Any, up_source: Any, up_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """down(act(gate) * up): the activation follows from `gate`, the product from `gate` and `up`."""
@@ -76,9 +75,9 @@ class Rematerialiser:
                     return  # another forward pass was put into this module, such as a fused kernel's
                 self._note(inputs[0], lambda: act(gate) * up, gate, up)
 
-        self._removable.append(up_source.register_forward_hook(note_up))
-        self._removable.append(act.register_forward_hook(note_act))
-        self._removable.append(down.register_forward_pre_hook(note_product))
+        self._hooks.append((up_source.register_forward_hook, note_up))
+        self._hooks.append((act.register_forward_hook, note_act))
+        self._hooks.append((down.register_forward_pre_hook, note_product))
 
     def _enter_layer(self, layer: Any, inputs: Any) -> None:
         # Recipes hold their sources: what the last layer did not keep for its backward pass is let go.

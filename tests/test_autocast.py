@@ -1,0 +1,87 @@
+"""A float32 base under bf16 autocast, TRL's default on a GPU; here the CPU's autocast stands in for it."""
+
+import math
+
+import pytest
+import torch
+from tiny import PAIRS, build, columns, gradients_of, tiny
+
+from lora_dpo import DPOTrainer, EngineSection
+from lora_dpo.steps import model_inputs, select
+
+
+@pytest.fixture(autouse=True)
+def bf16_is_fast(monkeypatch):
+    monkeypatch.setattr("lora_dpo.trainer.pick_dtype", lambda *_: "bfloat16")
+
+
+def fresh(folder, tmp_path, **options):
+    trainer = build(DPOTrainer, tiny("llama"), folder, tmp_path, **{"bf16": True, "logging_steps": 1, **options})
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B.default" in name:
+            parameter.data.zero_()
+    return trainer
+
+
+def watch(trainer):
+    """The dtypes in which the first layer's products are made, under autocast and not."""
+    seen = set()
+    layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"gradient_accumulation_steps": 2}])
+def test_a_fresh_adapter_starts_at_ln_2(options, tiny_model_folder, tmp_path):
+    for _ in range(2):  # the second run reads what the first one scored
+        trainer = fresh(tiny_model_folder, tmp_path, per_device_train_batch_size=2, max_steps=2, **options)
+        assert trainer.engine is not None
+        assert trainer.check_reference() < 1e-5
+        trainer.train()
+        # other packings round otherwise; scored in float32 they are off by some 0.03 a token
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=2e-3)
+
+
+def test_the_reference_is_scored_in_the_precision_that_names_it(tiny_model_folder, tmp_path):
+    trainer = fresh(tiny_model_folder, tmp_path)
+    seen = watch(trainer)
+    trainer.engine.with_reference(trainer.data_collator(columns(PAIRS)))
+    assert seen == {torch.bfloat16}
+
+
+def test_memory_is_measured_as_training_keeps_it(tiny_model_folder, tmp_path):
+    trainer = fresh(tiny_model_folder, tmp_path)
+    batch = trainer.data_collator(columns(PAIRS))
+    measured = trainer.engine.kept_bytes(batch)
+    trainer.accelerator.prepare_model(trainer.model)  # as `train` does: autocast is put around its forward
+    shortest = select(batch, [3]).inputs  # 4 + 6 - 2 tokens, of which 2 stand once
+    with trainer.engine.forward.count_kept() as kept, trainer.engine.forward.log(False):
+        trainer.model(**model_inputs(shortest))
+    assert measured == pytest.approx(sum(kept.values()) / 6, rel=1e-6)
+
+
+def test_parts_have_the_gradient_of_the_whole(tiny_model_folder, tmp_path):
+    found = []
+    for tokens in ("auto", 14):
+        trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, bf16=True,
+                        engine=EngineSection(tokens=tokens))  # fmt: skip
+        trainer.accelerator.prepare_model(trainer.model)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.state.max_steps, trainer.state.logging_steps = 1, 1
+        trainer.training_step(trainer.model, trainer.data_collator(columns(PAIRS)))
+        found.append(torch.cat([value.flatten() for value in gradients_of(trainer).values()]))
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.03  # bf16's 8 bits
+
+
+def test_what_an_untrained_policy_orders_is_no_prediction(tiny_model_folder, tmp_path):
+    # Other packings round otherwise, in bf16 by more than the margin of a policy that has moved a little.
+    trainer = fresh(tiny_model_folder, tmp_path, max_steps=2, learning_rate=0.0)
+    cache, scored = trainer.engine.references, {}
+    put = cache.put
+    cache.put = lambda values: (put(values), scored.update(values))
+    trainer.engine.with_reference(trainer.data_collator(columns(PAIRS)))
+    put({key: logps._replace(chosen_head=logps.chosen_head - 0.01) for key, logps in scored.items()})
+    trainer.train()
+    assert all(row["rewards/margins"] > 0 for row in trainer.state.log_history if "loss" in row)
+    assert not [row for row in trainer.state.log_history if "first_sight/prompts" in row]
+    assert {row["rewards/accuracies"] for row in trainer.state.log_history if "loss" in row} == {0.0}
