@@ -260,7 +260,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # 32 and 32.0 are one file
         lora_dropout=lora.dropout,
         target_modules=targets,
         layers_to_transform=layers,

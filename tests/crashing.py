@@ -235,9 +235,11 @@ def _lasting(file: Path) -> bytes:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         kept = [{key: row[key] for key in sorted(row) if not any(word in key for word in timed)} for row in rows]
         return json.dumps(kept).encode()
-    if file.name == "adapter_config.json":  # whole, and of the same shape; what else it says is not compared
+    if file.name == "adapter_config.json":  # PEFT writes sets of names in the order of a process's hashes
         config = json.loads(file.read_text())
-        return json.dumps([config["peft_type"], config["r"], config["lora_alpha"]]).encode()
+        return json.dumps(
+            {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}, sort_keys=True
+        ).encode()
     return file.read_bytes() if file.suffix in (".safetensors", ".jsonl", ".gz", ".zip", ".gguf") else b""
 
 

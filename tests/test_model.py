@@ -180,3 +180,11 @@ def test_a_base_that_is_stored_in_4_bits_is_never_repacked(tiny_model_folder, tm
     assert len(layers) == 14
     assert not any(getattr(part.weight.quant_state, "packing_format_for_cpu", False) for part in layers)
     assert not any(part.support_avx512bf16_for_cpu for part in layers)
+
+
+@pytest.mark.parametrize(("alpha", "written"), [(32, "32"), (32.0, "32"), (0.5, "0.5")])
+def test_a_resumed_run_writes_the_same_alpha(alpha, written, tiny_model_folder, tmp_path):
+    # the recipe's default is 32; read back from a run's own recipe.yaml it is 32.0
+    model = attach_lora(load_base(str(tiny_model_folder), quantize="none").model, LoraSection(alpha=alpha), seed=0)
+    model.save_pretrained(tmp_path)
+    assert f'"lora_alpha": {written},' in (tmp_path / "adapter_config.json").read_text()
