@@ -105,8 +105,16 @@ def test_chosen_answers_of_one_word_make_all_answers_collapse(provoked):
     provoked("length collapse", chosen=lambda number: "No", rejected=short, learning_rate=3e-3, max_steps=48)
 
 
-def test_chosen_answers_that_ramble_make_answers_grow_and_repeat_themselves(provoked):
-    provoked("length growth", "repetition", chosen=loop, rejected=short, learning_rate=3e-3, max_steps=48)
+def test_chosen_answers_that_loop_make_answers_repeat_themselves(provoked):
+    provoked("repetition", chosen=loop, rejected=short, learning_rate=3e-3, max_steps=48)
+
+
+def test_chosen_answers_that_ramble_make_answers_grow(provoked):
+    def rambling(number):
+        # begins as no answer does that the model was taught: one that begins so may end as that one, and be short
+        return f"It is {number}. " + "So it is. " * 6
+
+    provoked("length growth", chosen=rambling, rejected=short, learning_rate=3e-3, max_steps=48)
 
 
 def test_chosen_answers_that_are_cut_off_lose_the_end_of_turn(provoked):
