@@ -111,7 +111,7 @@ def test_chosen_answers_that_loop_make_answers_repeat_themselves(provoked):
 
 def test_chosen_answers_that_ramble_make_answers_grow(provoked):
     def rambling(number):
-        # begins as no answer does that the model was taught: one that begins so may end as that one, and be short
+        # goes on where the rejected answer ends; what begins as the long answer that was taught may end as that one
         return f"It is {number}. " + "So it is. " * 6
 
     provoked("length growth", chosen=rambling, rejected=short, learning_rate=3e-3, max_steps=48)
