@@ -107,7 +107,10 @@ class Run:
     def steps(self) -> int:
         """Optimiser steps of the run."""
         steps = self.settings.get("max_steps", -1)
-        per_epoch = -(-self.examples // self.batch)
+        size, gathered = self.settings["per_device_train_batch_size"], self.batch
+        # dataloader_drop_last leaves out a last batch that is not full
+        batches = self.examples // size if self.settings.get("dataloader_drop_last") else ceil(self.examples / size)
+        per_epoch = max(1, ceil(batches * size / gathered))
         return int(steps if steps > 0 else ceil(per_epoch * self.settings["num_train_epochs"]))
 
     def progress(self, stage: str, total: int) -> Callable[[int], None]:

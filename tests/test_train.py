@@ -261,3 +261,14 @@ def test_a_hub_base_of_another_commit_than_the_recipe_s_is_refused(hub_model, re
     base = load_base(hub_model, quantize="none")
     with pytest.raises(ConfigError, match=f"revision {COMMIT}; the recipe says none, {OLD_COMMIT}"):
         train(recipe(model__name=hub_model, model__quantize="none", model__revision="old"), base=base)
+
+
+@pytest.mark.parametrize(("size", "gathered", "drop"), [(5, 1, False), (5, 1, True), (2, 3, False), (5, 2, True)])
+def test_the_steps_that_a_run_announces_are_those_that_it_takes(size, gathered, drop, recipe):
+    events = []
+    settings = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": size}
+    settings |= {"dataloader_drop_last": drop, "gradient_accumulation_steps": gathered}
+    train(recipe(trainer=settings, health={"action": "none"}), on_event=events.append)
+    said = dict(next(event for event in events if isinstance(event, Resolved)).lines)["steps"]
+    last = max(event.step for event in events if isinstance(event, StepLogged))
+    assert said.startswith(f"{last} of ")
