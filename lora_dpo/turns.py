@@ -23,8 +23,20 @@ class Work(Protocol):
 class Chore:
     """A function as a piece of work."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        self.run = run
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        """Call it."""
+        try:
+            self._work()
+        finally:
+            self.done.set()
+
+    def wait(self) -> None:
+        """Wait until it has had its turn, or there are no more."""
+        self.done.wait()
 
 
 class Turns:
