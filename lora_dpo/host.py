@@ -125,7 +125,7 @@ class Host:
 
         Args:
             who: a name of `names`.
-            client: who asks; clients take turns.
+            client: who asks, `PLACE` or `PLACE/NAME`; places take turns, and so do the names of one (`Turns`).
             stop: the answer ends before the first of these texts.
 
         Raises:
@@ -166,7 +166,7 @@ class Host:
         """`stream` for a caller that must not wait; raises as it does.
 
         Args:
-            deliver: called for every piece, then once for the end, in the thread that computes; it must not block.
+            deliver: as of a `Ticket`: called for every piece, then once for the end; it must not block.
         """
         if len(conversation) > self.max_prompt_tokens // MESSAGE:
             raise PromptTooLong(

@@ -511,7 +511,7 @@ def test_one_training_at_a_time_under_a_free_name(host, recipe):
     assert job.wait(120)
     with pytest.raises(OutputError, match="already exists"):
         host.start_training(recipe(), "alpha")
-    with pytest.raises(ConfigError, match="cannot be called base"):
+    with pytest.raises(PackageError, match="cannot be called base"):
         host.start_training(recipe(), "base")
     with pytest.raises(PackageError):
         host.start_training(recipe(), "../up")
