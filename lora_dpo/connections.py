@@ -64,9 +64,11 @@ class Connection(H11Protocol):
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._expect(HEADER_TIME)
-        if len(self.connections) > most_connections():
-            waiting = [one for one in self.connections if isinstance(one, Connection) and one.is_half_open()]
-            min(waiting, key=lambda one: one._since, default=self).drop()
+        if len(self.connections) > (most := most_connections()):
+            alive = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
+            if len(alive) > most:
+                waiting = (one for one in alive if one.is_half_open())
+                min(waiting, key=lambda one: one._since, default=self).drop()
 
     def data_received(self, data: bytes) -> None:
         """Take some bytes in."""
