@@ -173,9 +173,7 @@ def launch(
     Raises:
         ConfigError: nobody can listen there.
     """
-    uploads = desk.scratch / "uploads"
-    uploads.mkdir(parents=True, exist_ok=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # uploads stay in a folder of ours, and go with it
+    os.environ["GRADIO_TEMP_DIR"] = str(desk.outbox)  # uploads stay in a folder of ours, and go with it
     # Gradio keeps ten thousand events for a dashboard that is not shown, and makes a table of them after each one:
     # 50 KB and some milliseconds for every answer (measured with 20 clients and 1,500 answers).
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
