@@ -11,8 +11,8 @@ import contextlib
 import hmac
 import socket
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -40,6 +40,8 @@ from lora_dpo.openai_api import (
 from lora_dpo.package import BASE
 from lora_dpo.request import Outcome, Reply, Ticket
 from lora_dpo.wording import shown
+
+Said = TypeVar("Said", bound=Outcome)
 
 MAX_BODY = 4 << 20
 """Bytes of a request. A prompt of 4,096 tokens has some ten thousand."""
@@ -122,7 +124,14 @@ class _Api:
             raise
         envelope = Envelope(asked.model, self.fingerprint)
         if asked.stream:
-            return _EventStream(outbox, _events(outbox, asked, envelope))
+            try:
+                first = await _unless_gone(request, outbox.first())
+                if isinstance(first, Busy):  # it gave way to another client's: not a stream that ends at once, but 429
+                    raise first
+            except BaseException:
+                outbox.close()
+                raise
+            return _EventStream(outbox, _events(outbox, first, asked, envelope))
         try:
             reply = await _unless_gone(request, outbox.reply())
         finally:
@@ -169,6 +178,13 @@ class _Outbox:
         """The next piece, or the end."""
         return await self._pieces.get()
 
+    async def first(self) -> Outcome:
+        """The first piece; an empty one if it takes long: then the stream begins, and says that it is alive."""
+        try:
+            return await asyncio.wait_for(self.next(), HEARTBEAT)
+        except TimeoutError:
+            return ""
+
     async def reply(self) -> Reply:
         """The end. Raises what ended it instead."""
         while True:
@@ -183,16 +199,20 @@ class _Outbox:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, outcome)
 
 
-async def _events(outbox: _Outbox, asked: ChatRequest, envelope: Envelope) -> AsyncIterator[str]:
+async def _events(outbox: _Outbox, first: Outcome | None, asked: ChatRequest, envelope: Envelope) -> AsyncIterator[str]:
     yield event(envelope.chunk({"role": "assistant", "content": ""}))
+    outcome = first
     while True:
-        try:
-            outcome = await asyncio.wait_for(outbox.next(), HEARTBEAT)
-        except TimeoutError:
-            yield ": waiting\n\n"  # a comment, which clients pass over
-            continue
+        if outcome is None:
+            try:
+                outcome = await asyncio.wait_for(outbox.next(), HEARTBEAT)
+            except TimeoutError:
+                yield ": waiting\n\n"  # a comment, which clients pass over
+                continue
         if isinstance(outcome, str):
-            yield event(envelope.chunk({"content": outcome}))
+            if outcome:
+                yield event(envelope.chunk({"content": outcome}))
+            outcome = None
             continue
         if isinstance(outcome, Reply):
             yield event(envelope.chunk({}, finish_reason(outcome)))
@@ -218,7 +238,7 @@ class _EventStream(StreamingResponse):
             self._outbox.close()
 
 
-async def _unless_gone(request: Request, reply: Any) -> Reply | None:
+async def _unless_gone(request: Request, reply: Coroutine[Any, Any, Said]) -> Said | None:
     """Wait for the answer; None if the client has left before it came."""
     coming, leaving = asyncio.ensure_future(reply), asyncio.ensure_future(_gone(request))
     try:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 
+import httpx
 import httpx2
 import openai
 import psutil
@@ -298,6 +299,41 @@ def test_with_a_key_only_its_bearers_come_in(host):
         assert raw(port, "GET", "/v1/models", authorization="bearer secret-1", host="box.example")[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "same-site"}, 403),  # another port of this machine
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Sec_Fetch_Site": "same-origin", "Origin": "http://127.0.0.1:1"}, 200),
+        ({"Sec_Fetch_Site": "none"}, 200),
+        ({}, 200),
+    ],
+)
+def test_pages_of_other_sites_have_nothing_to_ask(port, headers, status):
+    body = json.dumps({"model": "base", "messages": ask("hi"), "max_tokens": 1}).encode()
+    assert raw(port, body=body, **headers)[0] == status
+    assert raw(port, "GET", "/v1/models", **headers)[0] == 200  # a browser shows nobody else the answer
+
+
+def test_messages_without_end_are_refused_before_they_are_tokenised(port, host, monkeypatch):
+    from lora_dpo import host as module
+
+    monkeypatch.setattr(module, "prompt_ids", lambda *nothing: pytest.fail("it was tokenised"))
+    many = {"model": "base", "messages": [{"role": "user", "content": ""}] * 60_000}
+    status, answer = raw(port, body=json.dumps(many).encode())
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert "60,000 messages" in answer["error"]["message"]
+    many["messages"] = [{"role": "nobody"}] * 60_000
+    assert "messages.0" in raw(port, body=json.dumps(many).encode())[1]["error"]["message"]
+    many = {"model": "base", "messages": ask("hi"), "stop": "x" * 100_000}
+    assert raw(port, body=json.dumps(many).encode())[0] == 400
+    many = {"model": "base", "messages": ask("hi"), "tools": [{"type": "function"}] * 60_000}
+    assert "tools is not supported" in raw(port, body=json.dumps(many).encode())[1]["error"]["message"]
+
+
 def test_an_answer_that_breaks_is_a_server_error(client, host, monkeypatch):
     def broken(name):
         raise ZeroDivisionError("a bug")
@@ -404,6 +440,53 @@ def load(port, seconds, *, clients=20):
             return await asyncio.gather(*(one(number, client, end) for number, client in enumerate(opened)))
 
     return asyncio.run(all_of_them())
+
+
+def crowd(port, seconds, *, polite, greedy):
+    """Clients with one question at a time, and one with many; refusals and answers by who asked."""
+    found = {}
+
+    async def one(client, user, end):
+        answered, refused, failed = found.setdefault(user, [[], [], []])
+        while time.monotonic() < end:
+            stream = bool(len(answered) % 2)
+            try:
+                got = await client.chat.completions.create(
+                    model="base", messages=ask(user), max_tokens=4, user=user, stream=stream
+                )
+                answered.append([piece async for piece in got] if stream else got)
+            except openai.RateLimitError as error:
+                refused.append(error)
+                await asyncio.sleep(0.05)
+            except openai.OpenAIError as error:
+                failed.append(error)
+
+    async def all_of_them():
+        end = time.monotonic() + seconds
+        options = dict(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=120)
+        limits = httpx.Limits(max_connections=None)
+        async with openai.AsyncOpenAI(**options, http_client=httpx.AsyncClient(limits=limits, timeout=120)) as client:
+            users = [f"polite {number}" for number in range(polite)] + ["greedy"] * greedy
+            await asyncio.gather(*(one(client, user, end) for user in users))
+
+    asyncio.run(all_of_them())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("polite", "greedy", "seconds"), [(3, 20, 3), pytest.param(50, 40, 30, marks=pytest.mark.slow)]
+)
+def test_one_who_asks_for_much_has_no_more_than_the_others(port, polite, greedy, seconds):
+    found = crowd(port, seconds, polite=polite, greedy=greedy)
+    assert [failed for *_, failed in found.values() if failed] == []
+    answers, refusals, _ = found.pop("greedy")
+    for user, (answered, refused, _) in found.items():
+        assert answered, f"{user} was never answered"
+        # as a share of what was asked
+        assert len(refused) * (len(answers) + len(refusals)) <= len(refusals) * (len(answered) + len(refused)), user
+    if polite < 8:  # places in the queue
+        assert not any(refused for _, refused, _ in found.values())
+        assert len(answers) < sum(len(answered) for answered, *_ in found.values())
 
 
 def test_twenty_clients_at_once_each_get_their_own_answers(port, host, base):

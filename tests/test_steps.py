@@ -371,7 +371,8 @@ def test_what_memory_was_short_of_for_a_while_is_taken_back():
                     set_checkpointing=said.append, patience=2)  # fmt: skip
     budget.measure(lambda: 100.0, longest=30)
     while budget.shrink(30):
-        budget.patience = 2
+        pass
+    budget.patience = 2
     assert (budget.tokens, budget.checkpointed) == (30, 4)
     seen = []
     for _ in range(12):
