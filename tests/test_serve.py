@@ -476,8 +476,9 @@ def crowd(port, seconds, *, polite, greedy):
 @pytest.mark.parametrize(
     ("polite", "greedy", "seconds"), [(3, 20, 3), pytest.param(50, 40, 30, marks=pytest.mark.slow)]
 )
-def test_one_who_asks_for_much_has_no_more_than_the_others(port, polite, greedy, seconds):
-    found = crowd(port, seconds, polite=polite, greedy=greedy)
+def test_one_who_asks_for_much_has_no_more_than_the_others(base, adapters, polite, greedy, seconds):
+    with Host(base, adapters, max_waiting=32 if polite > 8 else 8) as host, running(host) as port:
+        found = crowd(port, seconds, polite=polite, greedy=greedy)
     assert [failed for *_, failed in found.values() if failed] == []
     answers, refusals, _ = found.pop("greedy")
     for user, (answered, refused, _) in found.items():
