@@ -464,7 +464,7 @@ def crowd(port, seconds, *, polite, greedy):
     async def all_of_them():
         end = time.monotonic() + seconds
         options = dict(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=120)
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)  # the server ends idle ones after 5 s
         async with openai.AsyncOpenAI(**options, http_client=httpx.AsyncClient(limits=limits, timeout=120)) as client:
             users = [f"polite {number}" for number in range(polite)] + ["greedy"] * greedy
             await asyncio.gather(*(one(client, user, end) for user in users))
