@@ -99,6 +99,14 @@ class Host:
             self._warm_up()
         return names
 
+    def in_memory(self) -> list[str]:
+        """Adapters that answer without being read first, the last used last."""
+        return self._shelf.held()
+
+    def is_warming(self) -> bool:
+        """Whether adapters are being put into memory ahead, or are about to be."""
+        return self._warming or bool(self._shelf.cold())
+
     def waiting(self) -> int:
         """Requests that wait for their turn."""
         return self._turns.waiting()
@@ -292,10 +300,14 @@ class Host:
             outcome = ModelError(_sentence(error))
         ticket.deliver(outcome)
 
+    def stream_from(self, *asked: Any, **settings: Any) -> Any:
+        """The pieces of one answer, as `generate.stream_from`; tests put something in its place."""
+        return stream_from(*asked, **settings)
+
     def _generate(self, ticket: Ticket) -> Reply:
         began, asked = time.monotonic(), ticket.asked
         room = min(asked.sampling.max_new_tokens, self.context - len(asked.prompt))
-        pieces = stream_from(
+        pieces = self.stream_from(
             self._shelf.tree(asked.who),
             self.base.tokenizer,
             asked.prompt,
