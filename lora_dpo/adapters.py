@@ -13,11 +13,12 @@ README.md        the model card
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -27,11 +28,22 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.fetch import PACKAGED_MODELS, is_hub_id
 from lora_dpo.files import sha256_of
-from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config, read_json
+from lora_dpo.lora_files import (
+    CONFIG,
+    WEIGHTS,
+    check_finite,
+    check_fit,
+    plain,
+    read_adapter,
+    read_config,
+    read_json,
+    weights,
+)
 from lora_dpo.memory import out_of_memory
 from lora_dpo.model import POLICY, Base, resolve_model
 from lora_dpo.peft_config import live_config
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.tensor_file import State, state_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -164,20 +176,23 @@ def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False, n
         BaseDiffers: another revision, quantisation, tokenizer or chat template than the passport's, or no passport.
     """
     folder = Path(folder)
-    check_adapter(base, folder)
+    warn_of(check_adapter(base, folder))
     return put_adapter(base, folder, trainable=trainable, name=name)
 
 
 def put_adapter(base: Base, folder: Path, *, trainable: bool = False, name: str = POLICY) -> PeftModel:
     """The second half of `attach_adapter`, for a folder that `check_adapter` has passed. Raises `AdapterError`."""
     with quiet_libraries():  # peft brings bitsandbytes in, which has advice to give
-        from peft import PeftModel
+        from peft import PeftModel, set_peft_model_state_dict
+        from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
         with peft_errors(folder, base.name):
             config = live_config(read_config(folder), base.model)
-            model = PeftModel.from_pretrained(
-                base.model, str(folder.absolute()), adapter_name=name, is_trainable=trainable, config=config
-            )
+            config.inference_mode = not trainable
+            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+            model = kind(base.model, config, adapter_name=name)
+            # What `PeftModel.from_pretrained` does, but for its reading: that maps the file (`tensor_file`).
+            set_peft_model_state_dict(model, dict(weights(folder)), adapter_name=name)
         _check_names(model, folder, name, base.name)
     model.eval()
     return model
@@ -189,11 +204,14 @@ def put_beside(model: PeftModel, folder: Path, *, name: str, base: str) -> None:
     Raises:
         AdapterError: its config does not fit the base called `base`.
     """
+    from peft import set_peft_model_state_dict
+
     with peft_errors(folder, base):
         config = live_config(read_config(folder), model)
         config.inference_mode = True
         model.add_adapter(name, config)
-        model.load_adapter(str(folder.absolute()), adapter_name=name, is_trainable=False)
+        set_peft_model_state_dict(model, dict(weights(folder)), adapter_name=name)
+    model.eval()
     _check_names(model, folder, name, base)
 
 
@@ -222,17 +240,23 @@ def peft_errors(folder: Path, base: str) -> Iterator[None]:
         raise AdapterError(f"The adapter {folder} does not fit {base}: {plain(reason, 300)}") from error
 
 
-def check_adapter(base: Base, folder: Path) -> None:
-    """All that is checked before an adapter goes onto a base in memory; see `attach_adapter`."""
+def check_adapter(base: Base, folder: Path) -> list[str]:
+    """All that is checked before an adapter goes onto a base in memory.
+
+    Returns:
+        What is not quite as the passport has it, each a sentence for `warn_of`: another revision, quantisation,
+        tokenizer or chat template, or no passport at all.
+
+    Raises:
+        AdapterError: the folder is no adapter, or the adapter was made for another base.
+    """
     passport = read_passport(folder)
     config, tensors = read_adapter(folder)
     check_weights_are_the_passports(passport, folder)
-    if passport is not None:
-        check_base(passport, base, folder)
+    differs = check_base(passport, base, folder) if passport is not None else []
     check_fit(folder, config, tensors, base.model, base.name)
     check_finite(folder)
-    if passport is None:
-        warn_unverified(folder, base.name, quantize=base.quantize)
+    return differs if passport is not None else [unverified(folder, base.name, quantize=base.quantize)]
 
 
 def read_adapter_names(folder: Path) -> list[str]:
@@ -245,31 +269,43 @@ def read_adapter_names(folder: Path) -> list[str]:
 def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
     """Put a checkpoint's adapter weights into the policy that is on the model."""
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(checkpoint / WEIGHTS), adapter_name=POLICY)
+    set_peft_model_state_dict(model, dict(weights(checkpoint)), adapter_name=POLICY)
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hex SHA-256 of an adapter's weights, read again only where they changed. Raises `AdapterError`."""
+    path = (folder / WEIGHTS).absolute()
+    try:
+        return _sha256(path, state_of(path))
+    except OSError as error:  # removed or closed to us since it was looked at
+        raise AdapterError(f"{folder / WEIGHTS} cannot be read ({plain(error)}).") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: Path, state: State) -> str:
+    return sha256_of(path)
 
 
 def check_weights_are_the_passports(passport: Passport | None, folder: Path) -> None:
     """Raise `AdapterError` if the weights were exchanged after the passport was written."""
-    if passport and passport.adapter_sha256 and passport.adapter_sha256 != sha256_of(folder / WEIGHTS):
+    if passport and passport.adapter_sha256 and passport.adapter_sha256 != weights_sha256(folder):
         raise AdapterError(
             f"The weights in {folder} are not those of its passport (another SHA-256). Take the adapter from its "
             f"source again, or remove {PASSPORT} to use it unverified."
         )
 
 
-def check_base(passport: Passport, base: Base, folder: Path) -> None:
-    """Hold the base in memory against the passport.
+def check_base(passport: Passport, base: Base, folder: Path) -> list[str]:
+    """Hold the base in memory against the passport; returns what differs as `check_adapter` does.
 
     Raises:
         AdapterError: it has other weights.
-
-    Warns:
-        BaseDiffers: the same base in another revision or quantisation, or with another tokenizer or template.
     """
-    check_weights_of_base(passport, folder, name=base.name, revision=base.revision, fingerprint=base.fingerprint)
-    check_holding(
+    differs = check_weights_of_base(
+        passport, folder, name=base.name, revision=base.revision, fingerprint=base.fingerprint
+    )
+    return differs + check_holding(
         passport,
         folder,
         name=base.name,
@@ -279,12 +315,10 @@ def check_base(passport: Passport, base: Base, folder: Path) -> None:
     )
 
 
-def check_holding(passport: Passport, folder: Path, *, name: str, quantize: str, tokenizer: str, template: str) -> None:
-    """The part of `check_base` that is about how the base is held and asked: `tokenizer`, `template` are SHA-256.
-
-    Warns:
-        BaseDiffers: another quantisation, tokenizer or chat template than the passport's.
-    """
+def check_holding(
+    passport: Passport, folder: Path, *, name: str, quantize: str, tokenizer: str, template: str
+) -> list[str]:
+    """The part of `check_base` that is about how the base is held and asked: `tokenizer`, `template` are SHA-256."""
     found = []
     if passport.quantize != quantize:
         found.append(f"it was trained on weights quantised as {passport.quantize}, here they are {quantize}")
@@ -292,17 +326,17 @@ def check_holding(passport: Passport, folder: Path, *, name: str, quantize: str,
         found.append("the tokenizer has another vocabulary")
     if passport.chat_template_sha256 != template:
         found.append("the chat template is another one")
-    if found:
-        warn_of_base(folder, name, found)
+    return [_not_quite(folder, name, found)] if found else []
 
 
 def check_weights_of_base(
     passport: Passport, folder: Path, *, name: str, revision: str | None, fingerprint: str | None
-) -> None:
+) -> list[str]:
     """The part of `check_base` that needs no model in memory."""
     if not (passport.base_fingerprint and fingerprint):
-        warn_of_base(folder, name, ["its weights cannot be compared, since they are not in safetensors files"])
-    elif passport.base_fingerprint != fingerprint:
+        said = "its weights cannot be compared, since they are not in safetensors files"
+        return [_not_quite(folder, name, [said])]
+    if passport.base_fingerprint != fingerprint:
         moved = passport.base == name and is_public_name(name) and not (revision and revision == passport.base_revision)
         if not moved:
             raise AdapterError(
@@ -310,26 +344,38 @@ def check_weights_of_base(
                 f"loaded base is {name} (fingerprint {fingerprint}). Load it on its own base."
             )
         was, now = passport.base_revision or "unknown", revision or "unknown"
-        warn_of_base(folder, name, [f"its weights are another revision's (trained on {was}, here {now})"])
+        return [_not_quite(folder, name, [f"its weights are another revision's (trained on {was}, here {now})"])]
+    return []
 
 
-def warn_unverified(folder: Path, name: str, *, quantize: str) -> None:
-    """Issue `BaseDiffers` for an adapter without passport whose names and shapes fit."""
+def unverified(folder: Path, name: str, *, quantize: str) -> str:
+    """What is said of an adapter without passport whose names and shapes fit."""
     text = f"The adapter {folder} has no passport, so it is unverified: its names and shapes fit {name}, but nothing "
     text += "says that it was made for it"
-    text += "." if quantize == "none" else f", nor for weights quantised as {quantize}, as they are held here."
-    warnings.warn(BaseDiffers(text), stacklevel=4)
+    return text + ("." if quantize == "none" else f", nor for weights quantised as {quantize}, as they are held here.")
 
 
-def warn_of_base(folder: Path, name: str, found: list[str]) -> None:
-    """Issue one `BaseDiffers` for all that differs."""
-    text = f"The base {name} is not quite the one of the adapter {folder}: {'; '.join(found)}. It may answer otherwise."
-    warnings.warn(BaseDiffers(text), stacklevel=4)
+def warn_of(differences: Sequence[str]) -> None:
+    """Issue what `check_adapter` returned as `BaseDiffers` warnings; for whoever has a user before them."""
+    for text in differences:
+        warnings.warn(BaseDiffers(text), stacklevel=3)
+
+
+def is_strict() -> bool:
+    """Whether `BaseDiffers` is an error now: by `strictness`, or by a filter of the caller's own."""
+    for action, message, category, module, _ in warnings.filters:
+        if message is None and module is None and issubclass(BaseDiffers, category):
+            return action == "error"
+    return False
+
+
+def _not_quite(folder: Path, name: str, found: list[str]) -> str:
+    return f"The base {name} is not quite the one of the adapter {folder}: {'; '.join(found)}. It may answer otherwise."
 
 
 @contextmanager
 def strictness(strict: bool) -> Iterator[None]:
-    """With `strict`, what would be a `BaseDiffers` warning is an error inside the block."""
+    """With `strict`, what would be a `BaseDiffers` warning is an error inside the block. For the main thread alone."""
     with warnings.catch_warnings():
         if strict:
             warnings.simplefilter("error", BaseDiffers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from collections.abc import Mapping
 
 from lora_dpo.errors import ConfigError
 
@@ -27,6 +28,20 @@ def is_local_name(header: str) -> bool:
         return ipaddress.ip_address(name.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def is_cross_site(method: str, headers: Mapping[str, str]) -> bool:
+    """Whether a request that may change something was sent by a page of another site.
+
+    Browsers say so in Sec-Fetch-Site or, where they do not, in Origin; programs send neither. The rule is Datasette's
+    (datasette/csrf.py), after https://words.filippo.io/csrf.
+    """
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return False
+    if (site := headers.get("sec-fetch-site")) is not None:
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
 
 
 def listen(host: str, port: int) -> socket.socket:

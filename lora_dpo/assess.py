@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from lora_dpo.adapters import check_adapter, check_folder, put_beside, read_passport
+from lora_dpo.adapters import check_adapter, check_folder, put_beside, read_passport, warn_of
 from lora_dpo.assessment import AnswerPart, Assessment, PairPart, TextPart
 from lora_dpo.contest import Contest, judged, voted
 from lora_dpo.data import PreferencePair, TokenPair, read_pairs, tokenize_pairs
@@ -161,7 +161,7 @@ class _Work:
             return
         folder = Path(self.plan.against)
         check_folder(folder)
-        check_adapter(self.policy.base, folder)
+        warn_of(check_adapter(self.policy.base, folder))
         put_beside(self.policy.model, folder, name=AGAINST, base=self.policy.base.name)
         self.policy.model.set_adapter(POLICY)
         self.policy.model.eval()

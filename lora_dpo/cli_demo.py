@@ -61,16 +61,16 @@ def demo(
     if ":" in host:
         raise ConfigError(f"--host is {host}: Gradio listens on IPv4 addresses and names alone. Give 127.0.0.1.")
     check_gradio()
+    from lora_dpo.adapters import strictness
     from lora_dpo.address import listen
 
-    with listen(host, port) as trial:  # before a model is loaded for nothing; Gradio makes its own socket
-        port = trial.getsockname()[1]
-    from lora_dpo.adapters import strictness
-    from lora_dpo.demo import app
-    from lora_dpo.desk import Desk
-    from lora_dpo.host import open_host
+    # Before a model is loaded for nothing; and strict around the first look at the adapters, too.
+    with listen(host, port) as listening, strictness(strict):
+        from lora_dpo.demo import app
+        from lora_dpo.desk import Desk
+        from lora_dpo.host import open_host
 
-    with strictness(strict):  # around the first look at the adapters, too
+        port = listening.getsockname()[1]
         with err.status("loading the model"):
             opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
         with opened:
@@ -78,7 +78,7 @@ def demo(
             try:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
                 err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
-                app.launch(desk, host=host, port=port, auth=login, share=share)
+                app.launch(desk, host=host, listening=listening, auth=login, share=share)
             finally:
                 app.close(desk)
 

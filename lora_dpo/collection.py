@@ -7,11 +7,13 @@ FOLDER/runs/           what the runs that were started here train on, and what w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
-import shutil
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +29,8 @@ from lora_dpo.data.reading import outcomes
 from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.files import disk_errors
 from lora_dpo.lora_files import plain
+from lora_dpo.tensor_file import State, state_of
 from lora_dpo.votes import VoteBook, rewrite_durably
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 VOTES = "votes"
 MAX_UPLOAD = 64 << 20
 """Bytes of a file of pairs or prompts, unpacked. More is for the command line."""
+PLANNED = 3600.0
+"""Seconds that a page may take from the plan of a run to its start."""
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".gz")
 PROMPT_KINDS = (*KINDS, ".txt")
 
@@ -73,6 +77,8 @@ class Collection:
         self.folder = folder
         self.book = VoteBook(folder / f"{VOTES}.jsonl")
         self.uploads = folder / "uploads"
+        self._doctor = threading.Lock()  # one examination at a time: each takes a processor for long, and the tokenizer
+        self._diagnosed: dict[str, tuple[State, Diagnosis]] = {}
         self.runs = folder / "runs"
 
     def names(self) -> list[str]:
@@ -96,7 +102,8 @@ class Collection:
             DataError: it is too large, of another kind, or holds no usable pair.
         """
         check_upload(path, name, KINDS)
-        diagnosis = examine([str(path)], tokenizer=tokenizer)
+        with self._doctor:
+            diagnosis = examine([str(path)], tokenizer=tokenizer)
         found = [pair for outcome in outcomes(str(path), tolerant=True) for pair in outcome.pairs]
         if not found:
             why = next((reason for reason, _ in diagnosis.report.reasons()), "no rows")
@@ -129,9 +136,23 @@ class Collection:
         return found
 
     def diagnose(self, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Diagnosis | None:
-        """What the doctor says about a file; None if it is empty."""
+        """What the doctor says about a file, examined again only when it changed; None if it is empty."""
         path = self.path_of(name)
-        return examine([str(path)], tokenizer=tokenizer) if path.stat().st_size else None
+        with self._doctor:
+            state = state_of(path)
+            known = self._diagnosed.get(name)
+            if known is None or known[0] != state:
+                if not path.stat().st_size:
+                    return None
+                known = self._diagnosed[name] = (state, examine([str(path)], tokenizer=tokenizer))
+            return known[1]
+
+    def clean_runs(self, used: str) -> None:
+        """Remove what earlier runs were to train on, but for files that `used` names and those of the last hour."""
+        for path in self.runs.glob("*.jsonl"):
+            with contextlib.suppress(OSError):  # another page is at it as well
+                if path.name not in used and time.time() - path.stat().st_mtime > PLANNED:
+                    path.unlink()
 
     def change(self, name: str, entry: Entry, *, prompt: str, chosen: str, rejected: str) -> None:
         """Write other words for the last turn of a pair's prompt and of its answers.
@@ -209,14 +230,6 @@ def clean_name(name: str) -> str:
 def mark_of(row: Row) -> str:
     """A short hash of a row's content, the same in whatever order its keys are."""
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def copy_upload(path: Path, target: Path) -> Path:
-    """Copy an upload to a place of ours, whole. Raises `OutputError`."""
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    return target
 
 
 def _free(name: str, taken: Sequence[str]) -> str:

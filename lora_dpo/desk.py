@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +53,13 @@ class Desk:
         self.arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
         self.scratch = scratch or scratch_folder("demo")
         """For files on their way to a browser; emptied at the end."""
+        self.outbox = self.scratch / "uploads"
+        """Where Gradio keeps what comes, and what goes: a file that lies there already is not copied once more."""
+        self.outbox.mkdir(parents=True, exist_ok=True)
+        self.exporting = threading.Lock()
+        """Held by the one export that is written."""
+        self.tokenizer = copy.deepcopy(host.base.tokenizer)
+        """For looks at data. The host's own is for answers: a tokenizer is not made for two threads at once."""
         self.training: Training | None = None
 
     def names(self) -> list[str]:
@@ -121,6 +131,7 @@ class Desk:
         asked = [prompt.strip() for prompt in prompts if prompt.strip()]
         if len(asked) > WATCHED:
             raise ConfigError(f"{len(asked)} prompts are to be watched; at most {WATCHED} are answered during a run.")
+        self.pairs.clean_runs(recipe.model_dump_json() + self._recipes())
         watch = Watch(name)
         watch.recall(past or ())
         look = self._look(watch, asked, recipe) if asked else None
@@ -128,6 +139,14 @@ class Desk:
         beta = float(recipe.trainer.get("beta", 0.1))
         self.training = Training(job, watch, beta, time.monotonic())
         return self.training
+
+    def _recipes(self) -> str:
+        """The recipes of all adapters and interrupted runs."""
+        texts = []
+        for path in self.adapters_dir.glob("*/recipe.yaml"):
+            with contextlib.suppress(OSError):  # removed meanwhile
+                texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        return "\n".join(texts)
 
     def _look(self, watch: Watch, prompts: Sequence[str], recipe: Recipe) -> Callable[[int, int, PeftModel], None]:
         """Answer the watched prompts with the model in training, before the first step and at a few later ones."""

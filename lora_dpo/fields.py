@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import math
 import typing
-import warnings
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lora_dpo.config import nearest
 from lora_dpo.errors import ConfigError
+from lora_dpo.quiet import quiet_libraries
 from lora_dpo.wording import shown
 
 NO_UPLOADS = "a run uploads nothing; share the adapter folder yourself when training is done"
@@ -98,8 +98,7 @@ def build_config(kind: type, settings: dict[str, Any], *, output_dir: Path, dtyp
     import torch
 
     cuda = torch.cuda.is_available()
-    with trl_refusals(kinds=(*REFUSALS, TypeError)), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with trl_refusals(kinds=(*REFUSALS, TypeError)), quiet_libraries():
         config = kind(
             output_dir=str(output_dir),
             bf16=cuda and dtype == "bfloat16",
@@ -143,8 +142,7 @@ def check_optimizer(config: Any) -> None:
     import torch
     from transformers import Trainer, get_scheduler
 
-    with trl_refusals(f"trainer.optim is {_value(config.optim)}", ARGUMENTS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said again by the run itself
+    with trl_refusals(f"trainer.optim is {_value(config.optim)}", ARGUMENTS), quiet_libraries():
         kind, arguments = Trainer.get_optimizer_cls_and_kwargs(config)
         if set(arguments) & {"optimizer_dict", "params", "model"}:
             return  # per layer, from the model itself

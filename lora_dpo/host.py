@@ -9,7 +9,9 @@ The weights are loaded once. What answers and what trains are trees of modules o
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lora_dpo.adapters import is_strict
 from lora_dpo.config import Dtype, ModelSection, Quantize, Recipe
 from lora_dpo.data import Message
 from lora_dpo.data.template import prompt_ids
@@ -42,6 +45,9 @@ MAX_PROMPT = 4096
 """Longest prompt, in tokens, where the model's context has room for it."""
 
 
+MESSAGE = 4
+"""Fewer tokens than that has no message in any chat template, an empty one neither: its role and its ends."""
+
 CHARACTERS = 32
 """More characters than that a token, on average, are in no text that people write."""
 
@@ -53,8 +59,9 @@ class Host:
 
     Args:
         base: without an adapter on it; it stays so.
-        adapters_dir: adapters are the folders in it, by their names.
-        max_waiting: requests that may wait; one more is refused.
+        adapters_dir: adapters are the folders in it, by their names. Within `adapters.strictness(True)`, those that
+            are not quite as their passports say are left out.
+        max_waiting: requests that may wait; one more is refused, or takes the place of one of whoever has most.
         max_prompt_tokens: longest prompt; by default three quarters of the model's context, at most 4,096.
     """
 
@@ -73,7 +80,7 @@ class Host:
         self.job: Job | None = None
         """The training that goes on, or the last one."""
         self._turns = Turns(max_waiting)
-        self._shelf = Shelf(base, adapters_dir)
+        self._shelf = Shelf(base, adapters_dir, strict=is_strict())
         self._lock = threading.Lock()
         self._closing = False
         self._warming = False
@@ -91,6 +98,14 @@ class Host:
         if self._shelf.cold():
             self._warm_up()
         return names
+
+    def in_memory(self) -> list[str]:
+        """Adapters that answer without being read first, the last used last."""
+        return self._shelf.held()
+
+    def is_warming(self) -> bool:
+        """Whether adapters are being put into memory ahead, or are about to be."""
+        return self._warming or bool(self._shelf.cold())
 
     def waiting(self) -> int:
         """Requests that wait for their turn."""
@@ -118,7 +133,7 @@ class Host:
 
         Args:
             who: a name of `names`.
-            client: who asks; clients take turns.
+            client: who asks, `PLACE` or `PLACE/NAME`; places take turns, and so do the names of one (`Turns`).
             stop: the answer ends before the first of these texts.
 
         Raises:
@@ -159,8 +174,13 @@ class Host:
         """`stream` for a caller that must not wait; raises as it does.
 
         Args:
-            deliver: called for every piece, then once for the end, in the thread that computes; it must not block.
+            deliver: as of a `Ticket`: called for every piece, then once for the end; it must not block.
         """
+        if len(conversation) > self.max_prompt_tokens // MESSAGE:
+            raise PromptTooLong(
+                f"The prompt has {len(conversation):,} messages; at most {self.max_prompt_tokens // MESSAGE:,} are "
+                "taken. Leave out older turns."
+            )
         self._shelf.check(who)
         characters = sum(len(said["content"]) for said in conversation)
         if characters > CHARACTERS * self.max_prompt_tokens:  # before a tokenizer is kept busy with it
@@ -230,6 +250,8 @@ class Host:
         for work in self._turns.close():
             if isinstance(work, Ticket):
                 work.deliver(Busy("The model is being shut down."))
+            elif isinstance(work, Chore):
+                work.done.set()
 
     def __enter__(self) -> Host:
         return self
@@ -254,17 +276,18 @@ class Host:
             if self._warming or self._closing:
                 return
             self._warming = True
-        with suppress(Busy):  # it is closing
-            self._turns.put(OWN, Chore(self._warm_one))
+        # Not in the thread that computes: a large adapter takes a while to check.
+        threading.Thread(target=self._read_ahead, name="adapters", daemon=True).start()
 
-    def _warm_one(self) -> None:
-        more = False
+    def _read_ahead(self) -> None:
         try:
-            more = self._shelf.warm_up()
+            while not self._closing and (cold := self._shelf.cold(wait=math.inf)):
+                turn = Chore(functools.partial(self._shelf.warm_up, cold[0]))
+                with suppress(Busy):  # it is closing
+                    self._turns.put(OWN, turn)
+                    turn.wait()
         finally:
             self._warming = False
-        if more:
-            self._warm_up()
 
     def _answer(self, ticket: Ticket) -> None:
         outcome: Outcome
@@ -277,10 +300,14 @@ class Host:
             outcome = ModelError(_sentence(error))
         ticket.deliver(outcome)
 
+    def stream_from(self, *asked: Any, **settings: Any) -> Any:
+        """The pieces of one answer, as `generate.stream_from`; tests put something in its place."""
+        return stream_from(*asked, **settings)
+
     def _generate(self, ticket: Ticket) -> Reply:
         began, asked = time.monotonic(), ticket.asked
         room = min(asked.sampling.max_new_tokens, self.context - len(asked.prompt))
-        pieces = stream_from(
+        pieces = self.stream_from(
             self._shelf.tree(asked.who),
             self.base.tokenizer,
             asked.prompt,

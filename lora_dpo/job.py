@@ -7,10 +7,12 @@ in which it can end, touches the trees that answer.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -141,7 +143,8 @@ class Job:
             self._end = end
 
     def _train(self, base: Base) -> State:
-        view = share_weights(base)
+        # A tokenizer is not made for two threads at once, and the host's reads prompts meanwhile.
+        view = replace(share_weights(base), tokenizer=copy.deepcopy(base.tokenizer))
         view.model.register_forward_pre_hook(lambda module, args: self._slices.breathe())
         try:
             train(

@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from lora_dpo.adapters import (
     is_public_name,
     parse_passport,
     read_passport,
+    weights_sha256,
 )
 from lora_dpo.config import nearest
-from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError, PackageError
+from lora_dpo.errors import AdapterError, ModelError, OutputError, PackageError
 from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, replace_file, sha256_of
 from lora_dpo.leftovers import discard, scratch, settle
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
@@ -270,11 +270,8 @@ def check_here(folder: Path) -> list[str]:
     if not whole:
         return [*notes, f"its base {plain(name)} is not here: whether it fits is checked when you load it"]
     if passport:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", BaseDiffers)
-            print_here = weight_fingerprint(path)
-            check_weights_of_base(passport, folder, name=name, revision=revision, fingerprint=print_here)
-        notes += [str(warning.message) for warning in caught if issubclass(warning.category, BaseDiffers)]
+        fingerprint = weight_fingerprint(path)
+        notes += check_weights_of_base(passport, folder, name=name, revision=revision, fingerprint=fingerprint)
     check_fit(folder, config, tensors, load_skeleton(path), name)
     return notes
 
@@ -313,7 +310,7 @@ def _listed(folder: Path, record: Mapping[str, Any]) -> Listed:
     state = "not yet verified" if passport else "unverified"
     if folder.name == BASE:
         state = "not served: that is the name of the model without an adapter. Rename the folder"
-    elif passport and isinstance(entry, dict) and entry.get("sha256") == sha256_of(folder / WEIGHTS):
+    elif passport and isinstance(entry, dict) and entry.get("sha256") == weights_sha256(folder):
         state = f"verified {plain(str(entry.get('when'))[:10])}"
     base = plain(passport.base if passport else config.base or "?")
     accuracy = _after(passport).get("pairs", {}).get("accuracy") if passport else None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lora_dpo.errors import AdapterError
 from lora_dpo.module_names import MAX_NAME, MAX_NAMES, MAX_PATTERNS, ByModule, is_name, is_pattern
+from lora_dpo.tensor_file import open_tensors, state_of
 
 if TYPE_CHECKING:
     import torch
@@ -172,9 +173,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         AdapterError: truncated, or a header that lies.
     """
-    from safetensors import safe_open
-
-    with _file_errors(path), safe_open(path, framework="numpy") as file:
+    with _file_errors(path), open_tensors(path, "numpy") as file:
         names = list(file.keys())
         _check_tensor_names(path, names)
         parts = {name: file.get_slice(name) for name in names}
@@ -262,16 +261,19 @@ def check_finite(folder: Path) -> None:
 
 def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the adapter's tensors one by one. Raises `AdapterError` if the file is broken, or changed meanwhile."""
-    from safetensors import safe_open
-
     path = folder / WEIGHTS
     with _file_errors(path):
-        file: Any = safe_open(path, framework="pt")
+        before = state_of(path)
+        file = open_tensors(path)
         names = list(file.keys())
     for name in names:
         with _file_errors(path):
             tensor = file.get_tensor(name)
         yield name, tensor
+    with _file_errors(path):
+        changed = state_of(path) != before
+    if changed:
+        raise AdapterError(f"{path} was written to while it was read. Try again when it is whole.")
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:

@@ -19,6 +19,10 @@ SHARE = 0.6
 """Share of the free memory that a part may keep for its backward pass; the rest is for its working space."""
 
 
+PATIENCE = 16
+"""Steps without a shortage of memory before more of it is asked for, the first time."""
+
+
 def free_bytes(device: Any) -> int:
     """Memory that is free for this process: on the GPU, or its share of the machine's (or the container's)."""
     import psutil
@@ -126,7 +130,9 @@ def fit(
 
 @dataclass
 class Budget:
-    """The stream tokens of a part and the number of checkpointed layers; measured once, then only ever lowered."""
+    """The stream tokens of a part and the number of checkpointed layers: measured once, lowered when memory runs out,
+    and raised again step by step to what was measured: what took the memory, such as an answer beside the training,
+    may have ended. Each time that memory runs out it waits twice as long before it tries."""
 
     layers: int
     may_checkpoint: bool
@@ -137,6 +143,11 @@ class Budget:
     tokens: int = 0
     checkpointed: int = 0
     token_bytes: float = 0.0
+    measured: tuple[int, int] = (0, 0)
+    """Tokens and checkpointed layers as memory allowed them when it was looked at."""
+    calm: int = 0
+    """Steps since the last change."""
+    patience: int = PATIENCE
 
     def measure(self, probe: Callable[[], float], longest: int) -> None:
         """Decide, at the first step and when a longer pair comes than was planned for.
@@ -149,6 +160,7 @@ class Budget:
             self.set_checkpointing(0)
             self.token_bytes = probe()
         elif longest <= self.tokens:
+            self._grow()
             self.set_checkpointing(self.checkpointed)  # transformers switches all layers on when training starts
             return
         tokens, checkpointed = fit(
@@ -162,9 +174,11 @@ class Budget:
         )
         self.tokens = tokens
         self._checkpoint(max(checkpointed, self.checkpointed))
+        self.measured, self.calm = (self.tokens, self.checkpointed), 0
 
     def shrink(self, longest: int) -> str | None:
         """Ask for less: half the tokens, then checkpointing; says what was changed, None if nothing is left."""
+        self.calm, self.patience = 0, 2 * self.patience
         if self.tokens > longest:
             self.tokens = max(longest, self.tokens // 2)
             return f"parts of at most {self.tokens} tokens from now on"
@@ -172,6 +186,18 @@ class Budget:
             self._checkpoint(min(self.layers, max(1, self.checkpointed * 2)))
             return f"activations of {self.checkpointed} of {self.layers} layers are computed again from now on"
         return None
+
+    def _grow(self) -> None:
+        """After enough steps that fitted, take back the last thing that `shrink` did."""
+        tokens, checkpointed = self.measured
+        self.calm += 1
+        if self.calm < self.patience:
+            return
+        self.calm = 0
+        if self.checkpointed > checkpointed:
+            self.checkpointed = max(checkpointed, self.checkpointed // 2)
+        elif self.tokens < tokens:
+            self.tokens = min(tokens, 2 * self.tokens)
 
     def _checkpoint(self, count: int) -> None:
         self.checkpointed = count

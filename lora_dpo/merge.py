@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lora_dpo.errors import BaseDiffers
+from lora_dpo.adapters import warn_of
 from lora_dpo.files import atomic_folder, refuse_existing
 from lora_dpo.lora_files import plain
 from lora_dpo.merging import Merged, plan_merge
@@ -76,10 +75,10 @@ def merge(
 
 
 def _plan(adapter: Path, into: Literal["base16", "trained-base"], model: str | None, *, compared: bool) -> Merged:
-    with warnings.catch_warnings():
-        if compared and into == "base16":  # that it differs is what is to be seen; the other plan says the rest
-            warnings.simplefilter("ignore", BaseDiffers)
-        return plan_merge(adapter, into=into, model=model)
+    plan = plan_merge(adapter, into=into, model=model)
+    if not (compared and into == "base16"):  # that it differs is what is to be seen; the other plan says the rest
+        warn_of(plan.differences)
+    return plan
 
 
 def _counter(on_tensor: OnTensor | None, start: int, total: int) -> Callable[[int], None]:

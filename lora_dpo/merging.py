@@ -20,7 +20,7 @@ from lora_dpo.adapters import (
     check_weights_are_the_passports,
     check_weights_of_base,
     read_passport,
-    warn_unverified,
+    unverified,
 )
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.hub import hub_errors
@@ -42,6 +42,7 @@ from lora_dpo.model import (
     weight_files,
     weight_fingerprint,
 )
+from lora_dpo.tensor_file import open_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,9 @@ class Merged:
     _dtype: str = "float32"
     untied: bool = False
     """The base has one matrix for embeddings and head, the result two."""
+    differences: list[str] = field(default_factory=list)
+    """What is not quite as the passport has it, for `adapters.warn_of`: another revision, quantisation, tokenizer or
+    chat template, or no passport."""
 
     def adapted(self, name: str) -> bool:
         """True if the adapter changes this parameter."""
@@ -166,9 +170,6 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
     Raises:
         AdapterError: no adapter there, made for another base, or it does something that a weight cannot hold.
         ModelError: the base is not there, or holds packed 4-bit weights.
-
-    Warns:
-        BaseDiffers: another revision, quantisation, tokenizer or chat template than the passport's, or no passport.
     """
     passport = read_passport(adapter)
     config, tensors = read_adapter(adapter)
@@ -183,11 +184,14 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
     merged, skeleton = _open_base(name, revision)
     if passport:
         fingerprint = weight_fingerprint(str(merged.path))
-        check_weights_of_base(passport, adapter, name=name, revision=revision, fingerprint=fingerprint)
-        _check_tokenizer(passport, adapter, name, merged.path, quantize="none" if into == "base16" else "nf4")
+        merged.differences += check_weights_of_base(
+            passport, adapter, name=name, revision=revision, fingerprint=fingerprint
+        )
+        quantize = "none" if into == "base16" else "nf4"
+        merged.differences += _check_tokenizer(passport, adapter, name, merged.path, quantize=quantize)
     check_fit(adapter, config, tensors, skeleton, name)
     if passport is None:
-        warn_unverified(adapter, name, quantize="none" if into == "base16" else "nf4")
+        merged.differences.append(unverified(adapter, name, quantize="none" if into == "base16" else "nf4"))
     if config.dora and any(lora.embedding for lora in tensors.lora.values()):
         raise AdapterError(f"{adapter} cannot be merged: it uses DoRA on embeddings. Use it live.")
     merged._folder, merged._adapter, merged._lora = adapter, config, tensors.lora
@@ -216,12 +220,12 @@ def plan_base(model: str, revision: str | None = None, *, into: Into = "base16")
     return merged
 
 
-def _check_tokenizer(passport: Passport, adapter: Path, name: str, path: Path, *, quantize: str) -> None:
+def _check_tokenizer(passport: Passport, adapter: Path, name: str, path: Path, *, quantize: str) -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     hashes = {"tokenizer": tokenizer_sha256(tokenizer), "template": chat_template_sha256(tokenizer)}
-    check_holding(passport, adapter, name=name, quantize=quantize, **hashes)
+    return check_holding(passport, adapter, name=name, quantize=quantize, **hashes)
 
 
 def predict_bytes(
@@ -338,19 +342,17 @@ class _Files:
         self.open.clear()
 
     def get(self, file: Path, name: str) -> torch.Tensor:
-        from safetensors import safe_open
-
         if file not in self.open:
-            self.open[file] = safe_open(file, framework="pt")
+            self.open[file] = open_tensors(file)
         tensor: torch.Tensor = self.open[file].get_tensor(name)
         return tensor
 
 
 def _keys(file: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             return list(tensors.keys())
     except SafetensorError as error:
         raise ModelError(f"{file} is no whole safetensors file ({plain(error)}). Download it again.") from error

@@ -31,6 +31,7 @@ from lora_dpo.adapters import (
     put_adapter,
     put_beside,
     read_passport,
+    warn_of,
     write_passport,
 )
 from lora_dpo.card import front_matter
@@ -131,7 +132,7 @@ def mix(
         quantize: Any = "none" if passport is not None and passport.quantize == "none" else "nf4"
         base = load_base(model or name, revision=None if model else revision, quantize=quantize)
         for folder in folders:
-            check_adapter(base, folder)
+            warn_of(check_adapter(base, folder))
         policy, names = _load(base, folders)
         weights = [weight for _, weight in parts]
         options: dict[str, Any] = {"method": method, "rank": rank, "density": density, "seed": seed}

@@ -22,6 +22,7 @@ from lora_dpo.config import Dtype, LoraSection, Quantize
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS, looks_local
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.tensor_file import open_tensors
 from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
@@ -429,16 +430,15 @@ def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:
     embeddings is left out, since some files store it and some do not. None without safetensors files.
     """
     import torch
-    from safetensors import safe_open
 
     digest = hashlib.sha256()
     found: dict[str, Path] = {}
     for file in weight_files(path, revision=revision):
-        with safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             found |= dict.fromkeys(tensors.keys(), file)
     if found and _is_tied(path, revision):
         found.pop("lm_head.weight", None)
-    by_file: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in set(found.values())}
+    by_file: dict[Path, Any] = {file: open_tensors(file) for file in set(found.values())}
     for name in sorted(found):
         part = by_file[found[name]].get_slice(name)
         shape = part.get_shape()

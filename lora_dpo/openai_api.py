@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from lora_dpo.config import nearest
 from lora_dpo.data import Message
@@ -44,6 +44,13 @@ NOTES = ("metadata", "safety_identifier", "prompt_cache_key")
 """Parameters that are the caller's notes to OpenAI: they change no answer anywhere."""
 
 
+MAX_STOP = 1000
+"""Characters of a stop text: each token of an answer is held against it."""
+
+MAX_USER = 512
+"""Characters of the caller's name for whom it speaks for."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -63,7 +70,7 @@ def _as_list(value: Any) -> Any:
 
 class _Turn(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[_TextPart], BeforeValidator(_as_parts)]
+    content: Annotated[list[_TextPart], FailFast(), BeforeValidator(_as_parts)]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -73,6 +80,9 @@ class _Turn(_Strict):
         return {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
 
 
+_Stop = Annotated[str, Field(max_length=MAX_STOP)]
+
+
 class _StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -80,7 +90,7 @@ class _StreamOptions(_Strict):
 
 class _Body(_Strict):
     model: str
-    messages: Annotated[list[_Turn], Field(min_length=1)]
+    messages: Annotated[list[_Turn], Field(min_length=1), FailFast()]
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
@@ -88,8 +98,8 @@ class _Body(_Strict):
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: Annotated[Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(_as_list)] = None
-    user: str | None = None
+    stop: Annotated[Annotated[list[_Stop], Field(max_length=4)] | None, BeforeValidator(_as_list)] = None
+    user: Annotated[str, Field(max_length=MAX_USER)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ FORMS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "oll
 """Forms of an export, with the end of the name that is written: a merged model folder, files for llama.cpp, Ollama."""
 
 FETCHED = 3600.0
-"""Seconds after which a file on its way has been fetched. The page hands out a copy of its own, and keeps it a day."""
+"""Seconds after which a file on its way has been fetched."""
 
 OUT = "out-"
 
@@ -39,7 +39,8 @@ def exported_pairs(desk: Desk, name: str) -> Path:
 def exported(desk: Desk, name: str, form: str) -> Iterator[tuple[int, int, Path]]:
     """Write an adapter in a form of `FORMS`: yields how much is done, of how much, and the place; at last all of it.
 
-    A file is on its way to a browser; a folder stays in `exports/` of the demo's folder.
+    A file is on its way to a browser; a folder stays in `exports/` of the demo's folder. One is written at a time; it
+    ends, and nothing of it stays, when the iterator is closed.
 
     Raises:
         ConfigError: there is no such form.
@@ -50,17 +51,17 @@ def exported(desk: Desk, name: str, form: str) -> Iterator[tuple[int, int, Path]
     adapter = desk.find(name)
     target = _free(desk, adapter.name, FORMS[form])
     total = 1
-    for done, total in _in_thread(_work(desk, adapter, target, form)):
+    for done, total in _in_thread(_work(desk, adapter, target, form), desk.exporting):
         yield done, total, target
     yield total, total, target
 
 
 def on_the_way(desk: Desk) -> Path:
     """A new empty folder for a file that a browser will fetch; older ones, of files long fetched, are removed."""
-    for folder in desk.scratch.glob(f"{OUT}*"):
+    for folder in desk.outbox.glob(f"{OUT}*"):
         if time.time() - folder.stat().st_mtime > FETCHED:
             shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=OUT, dir=desk.scratch))
+    return Path(tempfile.mkdtemp(prefix=OUT, dir=desk.outbox))
 
 
 def _free(desk: Desk, name: str, end: str) -> Path:
@@ -80,24 +81,45 @@ def _work(desk: Desk, adapter: Path, target: Path, form: str) -> Callable[[Tick]
     return lambda tick: export(adapter, target, to=form, model=model, on_tensor=tick)  # type: ignore[arg-type]
 
 
-def _in_thread(work: Callable[[Tick], object]) -> Iterator[tuple[int, int]]:
-    """Run `work` in a thread and yield the newest state of how far it is; raises what it raised."""
+class _Unwanted(Exception):
+    """Nobody waits for an export any more."""
+
+
+def _in_thread(work: Callable[[Tick], object], one_at_a_time: threading.Lock) -> Iterator[tuple[int, int]]:
+    """Run `work` in a thread and yield the newest state of how far it is; raises what it raised.
+
+    It waits for the lock first, and ends at its next tick when the iterator is closed: then the page has gone.
+    """
     states: queue.SimpleQueue[tuple[int, int] | Exception | None] = queue.SimpleQueue()
+    unwanted = threading.Event()
+
+    def tick(done: int, total: int) -> None:
+        if unwanted.is_set():
+            raise _Unwanted
+        states.put((done, total))
 
     def run() -> None:
         try:
-            work(lambda done, total: states.put((done, total)))
+            while not one_at_a_time.acquire(timeout=0.2):
+                tick(0, 1)
+            try:
+                work(tick)
+            finally:
+                one_at_a_time.release()
         except Exception as error:  # raised again below, for the one who asked
             states.put(error)
         else:
             states.put(None)
 
     threading.Thread(target=run, name="export", daemon=True).start()
-    while (state := states.get()) is not None:
-        while isinstance(state, tuple) and not states.empty():
-            state = states.get()
-            if state is None:
-                return
-        if isinstance(state, Exception):
-            raise state
-        yield state
+    try:
+        while (state := states.get()) is not None:
+            while isinstance(state, tuple) and not states.empty():
+                state = states.get()
+                if state is None:
+                    return
+            if isinstance(state, Exception):
+                raise state
+            yield state
+    finally:
+        unwanted.set()

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters import attach_adapter, base_name, check_adapter, check_folder, put_beside, read_passport
+from lora_dpo.adapters import (
+    attach_adapter,
+    base_name,
+    check_adapter,
+    check_folder,
+    put_beside,
+    read_passport,
+    warn_of,
+)
 from lora_dpo.config import Dtype, Quantize, read_recipe
 from lora_dpo.errors import AdapterError, BaseDiffers, ConfigError
 from lora_dpo.files import sha256_of
@@ -137,7 +145,7 @@ def attach_reference(policy: Policy) -> None:
             f"{policy.adapter} was trained against {passport.reference}, which is not there: its implicit reward "
             "cannot be computed."
         ) from error
-    check_adapter(policy.base, folder)
+    warn_of(check_adapter(policy.base, folder))
     if passport.reference_sha256 not in (None, sha256_of(folder / WEIGHTS)):
         text = f"{policy.adapter} was trained against other weights than {folder} holds now: its implicit reward is "
         warnings.warn(BaseDiffers(text + "against another reference."), stacklevel=2)

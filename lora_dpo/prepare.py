@@ -24,6 +24,7 @@ from lora_dpo.fields import check_optimizer
 from lora_dpo.model import attach_lora, decide_packed, load_skeleton, load_tokenizer, pick_device, pick_dtype
 from lora_dpo.runs import check_space, partial_of
 from lora_dpo.settings import trainer_config, trainer_settings
+from lora_dpo.tensor_file import open_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -310,10 +311,8 @@ def _count_trainable(recipe: Recipe, skeleton: PreTrainedModel) -> int:
     if recipe.lora.model_fields_set:
         given = ", ".join(sorted(recipe.lora.model_fields_set))
         raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
-    from safetensors import safe_open
-
     check_folder(adapter)
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
+    with open_tensors(adapter / "adapter_model.safetensors") as tensors:
         return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_dpo.errors import LoraDPOError
+from lora_dpo.errors import Busy, LoraDPOError
 from lora_dpo.generate import Sampling
 from lora_dpo.turns import Turns
 
@@ -47,7 +47,8 @@ class Ticket:
     """A request in the queue.
 
     Args:
-        deliver: called in the thread that computes, for every piece and then once for the end; it must not block.
+        deliver: called for every piece and then once for the end, in the thread that computes, or in that of another
+            request that this one gave way to; it must not block.
         compute: makes the answer and delivers it.
     """
 
@@ -60,7 +61,9 @@ class Ticket:
         self.tokens = 0
         """Tokens of the answer so far."""
         self._turns, self._deliver, self._compute = turns, deliver, compute
-        turns.put(asked.client, self)
+        gone = turns.put(asked.client, self)
+        if isinstance(gone, Ticket):
+            gone.deliver(Busy("Others wait who have fewer requests here: this one gave way. Try again in a moment."))
 
     def cancel(self) -> None:
         """Want nothing more, from any thread: the request leaves the queue, or its answer ends at its next token."""

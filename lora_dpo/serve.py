@@ -11,19 +11,20 @@ import contextlib
 import hmac
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 import anyio.to_thread
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn import Config
 
-from lora_dpo.address import is_local_name
+from lora_dpo.address import is_cross_site, is_local_name
+from lora_dpo.connections import Server, server_config
 from lora_dpo.errors import AdapterError, Busy, LoraDPOError, ModelError, PromptTooLong, RequestRefused
 from lora_dpo.host import Host
 from lora_dpo.openai_api import (
@@ -39,6 +40,8 @@ from lora_dpo.openai_api import (
 from lora_dpo.package import BASE
 from lora_dpo.request import Outcome, Reply, Ticket
 from lora_dpo.wording import shown
+
+Said = TypeVar("Said", bound=Outcome)
 
 MAX_BODY = 4 << 20
 """Bytes of a request. A prompt of 4,096 tokens has some ten thousand."""
@@ -74,14 +77,14 @@ def build_app(host: Host, *, api_key: str | None = None, max_new_tokens: int = 1
 
 def run(app: ASGIApp, sock: socket.socket, host: Host) -> None:
     """Serve on a listening socket until Ctrl-C or SIGTERM; then answers end at their next token."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
+    config = server_config(app, lifespan="off", timeout_graceful_shutdown=5)
     _Server(config, host).run(sockets=[sock])
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """Ends the answers before it waits for the connections to end."""
 
-    def __init__(self, config: uvicorn.Config, host: Host) -> None:
+    def __init__(self, config: Config, host: Host) -> None:
         super().__init__(config)
         self._host = host
 
@@ -109,7 +112,8 @@ class _Api:
         return JSONResponse(self._entry(name))
 
     async def chat(self, request: Request) -> Response:
-        asked = read_request(await _body(request), max_new_tokens=self.max_new_tokens)
+        content = await _body(request)
+        asked = await anyio.to_thread.run_sync(lambda: read_request(content, max_new_tokens=self.max_new_tokens))
         outbox = _Outbox()
         try:
             await outbox.ask(self.host, asked, client=f"{request.client.host if request.client else ''}/{asked.user}")
@@ -120,7 +124,14 @@ class _Api:
             raise
         envelope = Envelope(asked.model, self.fingerprint)
         if asked.stream:
-            return _EventStream(outbox, _events(outbox, asked, envelope))
+            try:
+                first = await _unless_gone(request, outbox.first())
+                if isinstance(first, Busy):  # it gave way to another client's: not a stream that ends at once, but 429
+                    raise first
+            except BaseException:
+                outbox.close()
+                raise
+            return _EventStream(outbox, _events(outbox, first, asked, envelope))
         try:
             reply = await _unless_gone(request, outbox.reply())
         finally:
@@ -167,6 +178,13 @@ class _Outbox:
         """The next piece, or the end."""
         return await self._pieces.get()
 
+    async def first(self) -> Outcome:
+        """The first piece; an empty one if it takes long: then the stream begins, and says that it is alive."""
+        try:
+            return await asyncio.wait_for(self.next(), HEARTBEAT)
+        except TimeoutError:
+            return ""
+
     async def reply(self) -> Reply:
         """The end. Raises what ended it instead."""
         while True:
@@ -181,16 +199,20 @@ class _Outbox:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, outcome)
 
 
-async def _events(outbox: _Outbox, asked: ChatRequest, envelope: Envelope) -> AsyncIterator[str]:
+async def _events(outbox: _Outbox, first: Outcome | None, asked: ChatRequest, envelope: Envelope) -> AsyncIterator[str]:
     yield event(envelope.chunk({"role": "assistant", "content": ""}))
+    outcome = first
     while True:
-        try:
-            outcome = await asyncio.wait_for(outbox.next(), HEARTBEAT)
-        except TimeoutError:
-            yield ": waiting\n\n"  # a comment, which clients pass over
-            continue
+        if outcome is None:
+            try:
+                outcome = await asyncio.wait_for(outbox.next(), HEARTBEAT)
+            except TimeoutError:
+                yield ": waiting\n\n"  # a comment, which clients pass over
+                continue
         if isinstance(outcome, str):
-            yield event(envelope.chunk({"content": outcome}))
+            if outcome:
+                yield event(envelope.chunk({"content": outcome}))
+            outcome = None
             continue
         if isinstance(outcome, Reply):
             yield event(envelope.chunk({}, finish_reason(outcome)))
@@ -216,7 +238,7 @@ class _EventStream(StreamingResponse):
             self._outbox.close()
 
 
-async def _unless_gone(request: Request, reply: Any) -> Reply | None:
+async def _unless_gone(request: Request, reply: Coroutine[Any, Any, Said]) -> Said | None:
     """Wait for the answer; None if the client has left before it came."""
     coming, leaving = asyncio.ensure_future(reply), asyncio.ensure_future(_gone(request))
     try:
@@ -249,18 +271,25 @@ async def _body(request: Request) -> bytes:
 
 
 class _Door:
-    """Lets a request in that carries the key; without a key, one that is addressed to this machine by a local name."""
+    """Lets a request in that carries the key; without a key, one that is addressed to this machine by a local name.
+
+    None that the page of another site sent: a browser adds what it knows of this one.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app, self._key = app, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (refusal := self._refusal(Request(scope).headers)):
+        if scope["type"] == "http" and (refusal := self._refusal(Request(scope))):
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _refusal(self, headers: Mapping[str, str]) -> Response | None:
+    def _refusal(self, request: Request) -> Response | None:
+        headers = request.headers
+        if is_cross_site(request.method, headers):
+            text = "A page of another site sent this request. Send it from a program, or from a page of this server."
+            return JSONResponse(error_body(text, code="cross_site"), status_code=403)
         if self._key is None:
             if is_local_name(headers.get("host", "")):
                 return None

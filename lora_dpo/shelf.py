@@ -7,19 +7,21 @@ is to take another tree. Nothing is reloaded, switched on or off, or merged.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_dpo.adapters import PASSPORT, check_adapter, put_adapter
 from lora_dpo.config import nearest
-from lora_dpo.errors import AdapterError, BaseDiffers
+from lora_dpo.errors import AdapterError
 from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
 from lora_dpo.model import Base, share_weights
 from lora_dpo.package import BASE
+from lora_dpo.tensor_file import State as FileState
+from lora_dpo.tensor_file import state_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,20 @@ KEPT = 8
 AHEAD = 256 << 20
 """Bytes of adapters that are put into memory before anyone asks for them."""
 
-SETTLED = 2.0
-"""Seconds that its files must have been left alone before an adapter is read ahead: weights are mapped into memory,
-and a process that reads what another one cuts short is killed."""
+PATIENCE = 3.0
+"""Seconds that a look at all adapters waits for one that another thread is reading."""
 
-State = tuple[tuple[int, int, int] | None, ...]
+KEPT_BYTES = 2 << 30
+"""Bytes of adapters' files that stay in memory; the newest stays, however large."""
+
+SETTLED = 2.0
+"""Seconds that its files must have been left alone before an adapter is read ahead: one that is still being written
+would be read again and again."""
+
+TICK = 0.05
+"""Seconds after a write in which another one may leave the same time behind: what was read then is read again."""
+
+State = tuple[FileState | None, ...]
 """Of the files of an adapter: another state, another adapter."""
 
 
@@ -52,36 +63,44 @@ class Shelf:
     Args:
         base: without an adapter on it; it stays so.
         folder: adapters are the folders in it.
+        strict: leave out what is not quite as its passport says.
     """
 
-    def __init__(self, base: Base, folder: Path) -> None:
-        self.base, self.folder = base, folder
+    def __init__(self, base: Base, folder: Path, *, strict: bool = False) -> None:
+        self.base, self.folder, self.strict = base, folder, strict
         self._lock = threading.Lock()
+        """Held for moments alone: whoever asks needs it, so nothing is read from an adapter's files under it."""
         self._seen: dict[str, _Seen] = {}
+        self._checking: dict[str, threading.Event] = {}
+        """Adapters that some thread is reading now."""
         self._trees: dict[str, tuple[State, Any]] = {}
         self._not_ahead: dict[str, State] = {}
         """Adapters that could not be put into memory ahead; whoever asks for one is told why."""
 
     def names(self) -> list[str]:
-        """`base`, then every adapter that fits it, as they are on the disk now. From any thread."""
+        """`base`, then every adapter that fits it, as they are on the disk now. From any thread.
+
+        One that another thread is reading for long is not among them yet.
+        """
         return [BASE, *(name for name, seen in self._look().items() if seen.reason is None)]
 
     def check(self, name: str) -> None:
-        """Raise `AdapterError` unless `name` is one of `names`. From any thread."""
+        """Raise `AdapterError` unless `name` is one of `names`. From any thread; waits for that adapter alone."""
         if name == BASE:
             return
-        seen = self._look()
-        if name not in seen:
-            names = [BASE, *(known for known, found in seen.items() if found.reason is None)]
+        if name not in self._folders():
+            names = self.names()
             hint = nearest(name, names) or f" There is {', '.join(names)}."
             raise AdapterError(f"There is no model {plain(name)} here.{hint}")
-        if reason := seen[name].reason:
+        if reason := self._one(name).reason:
             raise AdapterError(reason)
 
     def doubt(self, name: str) -> str | None:
         """Why an adapter is not among `names`, or what of its base differs from this one. From any thread."""
-        seen = self._look().get(name)
-        return (seen.reason or seen.differs) if seen else None
+        if name not in self._folders():
+            return None
+        seen = self._one(name)
+        return seen.reason or seen.differs
 
     def tree(self, name: str) -> Any:
         """The modules that answer as `name`. From one thread alone. Raises `AdapterError`."""
@@ -91,17 +110,29 @@ class Shelf:
         state = _state(folder)
         known = self._trees.pop(name, None)
         if known is None or known[0] != state:
-            check_adapter(self.base, folder)
+            seen = self._one(name)
+            if seen.reason:
+                raise AdapterError(seen.reason)
+            state = seen.state
+            self._make_room(_bytes(state))
             known = (state, put_adapter(share_weights(self.base), folder))
+            if _state(folder) != state:
+                raise AdapterError(f"The adapter {plain(name)} was written to while it was read. Ask again.")
         self._trees[name] = known  # at the end: the last one is the one that was used last
-        while len(self._trees) > KEPT:
-            del self._trees[next(iter(self._trees))]
         return known[1]
 
-    def cold(self) -> list[str]:
-        """Adapters that fit and are not in memory, newest first, as long as all are few and small. From any thread."""
+    def held(self) -> list[str]:
+        """Adapters in memory, the last used last. From any thread."""
+        return list(self._trees)
+
+    def cold(self, *, wait: float = PATIENCE) -> list[str]:
+        """Adapters that fit and are not in memory, newest first, as long as all are few and small. From any thread.
+
+        Args:
+            wait: seconds at most for those that another thread is reading.
+        """
         held = {name: state for name, (state, _) in list(self._trees.items())}
-        fit = {name: seen.state for name, seen in self._look().items() if seen.reason is None}
+        fit = {name: seen.state for name, seen in self._look(wait=wait).items() if seen.reason is None}
         size = sum(_bytes(state) for state in held.values())
         room = KEPT - len(held)
         found: list[str] = []
@@ -113,51 +144,93 @@ class Shelf:
                 found.append(name)
         return found
 
-    def warm_up(self) -> bool:
-        """Put one more adapter into memory; False if `cold` has none. From one thread alone."""
-        for name in self.cold()[:1]:
-            try:
-                self.tree(name)
-            except AdapterError as error:  # it passed the checks, and still peft cannot take it
-                with self._lock:
-                    self._seen[name] = _Seen(_state(self.folder / name), str(error))
-            except Exception:  # such as memory that a training holds: nobody has asked for it yet
-                logger.warning("%s is not put into memory ahead.", name, exc_info=True)
-                self._not_ahead[name] = _state(self.folder / name)
-            return True
-        return False
+    def warm_up(self, name: str) -> None:
+        """Put an adapter of `cold` into memory; whoever asks for one that cannot be is told why. From one thread
+        alone."""
+        try:
+            self.tree(name)
+        except AdapterError as error:  # it passed the checks, and still peft cannot take it
+            with self._lock:
+                self._seen[name] = _Seen(_state(self.folder / name), str(error))
+        except Exception:  # such as memory that a training holds: nobody has asked for it yet
+            logger.warning("%s is not put into memory ahead.", name, exc_info=True)
+            self._not_ahead[name] = _state(self.folder / name)
 
-    def _look(self) -> dict[str, _Seen]:
-        """The adapter folders on the disk; one that has not changed is not checked again."""
+    def _make_room(self, size: int) -> None:
+        """Let go of those that were used longest ago until one more of `size` bytes may come."""
+        while self._trees and (
+            len(self._trees) >= KEPT or size + sum(_bytes(state) for state, _ in self._trees.values()) > KEPT_BYTES
+        ):
+            del self._trees[next(iter(self._trees))]
+
+    def _folders(self) -> list[str]:
+        try:
+            return sorted(
+                folder.name
+                for folder in self.folder.iterdir()
+                if not folder.name.startswith(".") and folder.name != BASE and (folder / CONFIG).is_file()
+            )
+        except OSError:  # no folder yet, or removed while we look
+            return []
+
+    def _look(self, *, wait: float = PATIENCE) -> dict[str, _Seen]:
+        """The adapters on the disk, but for those that another thread has not read within `wait` seconds. One that has
+        not changed is not read again."""
+        names = self._folders()
         with self._lock:
-            found = {}
-            for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
-                if folder.name.startswith(".") or folder.name == BASE or not (folder / CONFIG).is_file():
-                    continue
-                known, state = self._seen.get(folder.name), _state(folder)
-                found[folder.name] = known if known and known.state == state else self._see(folder, state)
-            self._seen = found
-            return found
+            for gone in self._seen.keys() - set(names):
+                del self._seen[gone]
+        until = time.monotonic() + wait
+        return {name: seen for name in names if (seen := self._find(name, until=until)) is not None}
+
+    def _one(self, name: str) -> _Seen:
+        seen = self._find(name, until=math.inf)
+        assert seen is not None  # noqa: S101 - it was waited for
+        return seen
+
+    def _find(self, name: str, *, until: float) -> _Seen | None:
+        """What is known of an adapter as it is on the disk now; None if another thread reads it beyond `until`."""
+        while True:
+            state = _state(self.folder / name)
+            now = time.time()
+            with self._lock:
+                known = self._seen.get(name)
+                if known is not None and known.state == state:
+                    return known
+                going = self._checking.get(name)
+                if going is None:
+                    mine = self._checking[name] = threading.Event()
+            if going is None:
+                break
+            left = until - time.monotonic()
+            if not going.wait(None if left == math.inf else max(0.0, left)):
+                return None
+        try:
+            seen = self._see(self.folder / name, state)
+            if now - max((file[1] for file in state if file), default=0) / 1e9 > TICK:
+                with self._lock:
+                    self._seen[name] = seen
+            return seen
+        finally:
+            with self._lock:
+                del self._checking[name]
+            mine.set()
 
     def _see(self, folder: Path, state: State) -> _Seen:
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                check_adapter(self.base, folder)
+            differs = " ".join(check_adapter(self.base, folder)) or None
         except AdapterError as error:
             return _Seen(state, str(error))
-        said = [str(one.message) for one in caught if issubclass(one.category, BaseDiffers)]
-        return _Seen(state, None, " ".join(said) or None)
+        return _Seen(state, differs if self.strict else None, differs)
 
 
 def _state(folder: Path) -> State:
-    found: list[tuple[int, int, int] | None] = []
+    found: list[FileState | None] = []
     for name in (WEIGHTS, CONFIG, PASSPORT):
         try:
-            stat = (folder / name).stat()
+            found.append(state_of(folder / name))
         except OSError:
             found.append(None)  # removed, perhaps while we look
-        else:
-            found.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
     return tuple(found)
 
 
@@ -173,4 +246,4 @@ def _written(state: State) -> int:
 
 
 def _bytes(state: State) -> int:
-    return state[0][1] if state[0] else 0
+    return state[0][2] if state[0] else 0

@@ -83,6 +83,8 @@ class VoteBook:
         self.path = path
         self.other = path.with_name(f"{path.stem}.other{path.suffix}")
         self._lock = threading.RLock()
+        self._known: tuple[Any, list[Record]] | None = None
+        """The state of the files, and what was read from them then."""
 
     def add(
         self,
@@ -144,6 +146,12 @@ class VoteBook:
 
     def records(self) -> list[Record]:
         """How each model did against each other one; two samples of one model say nothing here."""
+        state, known = self.state(), self._known
+        if known is None or known[0] != state:  # every page shows them after every vote
+            known = self._known = (state, self._read_records())
+        return list(known[1])
+
+    def _read_records(self) -> list[Record]:
         counts: dict[tuple[str, str], dict[str, int]] = {}
         for row in self.rows():
             found = _outcome(row)
@@ -157,7 +165,7 @@ class VoteBook:
             tally[what] += 1
         return [Record(*pair, *tally.values()) for pair, tally in sorted(counts.items())]
 
-    def state(self) -> tuple[int, int]:
+    def state(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The same as long as no vote is added, changed or removed."""
         return _changed(self.path), _changed(self.other)
 
@@ -166,8 +174,12 @@ class VoteBook:
         return _lines(self.path), _lines(self.other)
 
 
-def _changed(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.is_file() else 0
+def _changed(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
 
 
 def append_durably(path: Path, row: Row) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -207,3 +208,54 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, monkeypat
         check_upload(path, "pairs.jsonl.gz", KINDS)
     path.write_bytes(gzip.compress(b" " * 100))
     check_upload(path, "pairs.jsonl.gz", KINDS)
+
+
+def test_the_doctor_looks_again_only_at_what_has_changed(collection, taken, monkeypatch):
+    from lora_dpo import collection as module
+
+    looked, examine = [], module.examine
+    monkeypatch.setattr(module, "examine", lambda *args, **more: looked.append(args) or examine(*args, **more))
+    first = collection.diagnose(taken.name)
+    assert collection.diagnose(taken.name) is first
+    assert len(looked) == 1
+    collection.delete(taken.name, collection.entries(taken.name)[:1])
+    assert collection.diagnose(taken.name).prompts == first.prompts - 1
+    assert len(looked) == 2
+
+
+def test_what_no_run_uses_is_removed_after_a_while(collection):
+    collection.runs.mkdir(parents=True)
+    for name in ("used.train.jsonl", "old.train.jsonl", "new.train.jsonl"):
+        (collection.runs / name).write_text("{}")
+        if not name.startswith("new"):
+            os.utime(collection.runs / name, (1e9, 1e9))
+    collection.clean_runs("data: {train: collected/runs/used.train.jsonl}")
+    assert {path.name for path in collection.runs.iterdir()} == {"used.train.jsonl", "new.train.jsonl"}
+
+
+def test_votes_are_counted_again_only_after_a_vote(collection, monkeypatch):
+    book, read = collection.book, []
+    rows = book.rows
+    monkeypatch.setattr(book, "rows", lambda: read.append(1) or rows())
+    assert book.records() == book.records() == []
+    for number in range(2):
+        a, b = Candidate("A.", "one", {}), Candidate("B.", "two", {})
+        book.add([{"role": "user", "content": "Say."}], a, b, "a", vote_id=str(number))
+        assert book.records()[0].wins == book.records()[0].wins == number + 1
+    assert len(read) == 3
+
+
+@pytest.mark.parametrize("count", [1, 300, 301, 6000, 50_000])
+def test_a_chart_has_few_points_and_keeps_what_stands_out(count):
+    from lora_dpo.demo.charts import MOST_POINTS, thinned
+
+    points = [(step, 0.5 + step % 7) for step in range(count)]
+    points[count // 2] = (count // 2, 99.0)
+    points[count // 3] = (count // 3, -99.0) if count > 3 else points[0]
+    kept = thinned(points)
+    assert len(kept) <= MOST_POINTS
+    assert kept == sorted(kept)
+    assert set(kept) <= set(points)
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert max(value for _, value in kept) == 99.0
+    assert min(value for _, value in kept) == min(value for _, value in points)

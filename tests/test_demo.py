@@ -268,12 +268,13 @@ def test_a_script_exports_an_adapter(client, desk):
     assert place.endswith("first-lora.gguf")
     with open(file, "rb") as written:
         assert written.read(4) == b"GGUF"
-    # What was fetched long ago is not kept: the page has its own copy.
-    (out,) = (folder for folder in desk.scratch.glob("out-*") if any(folder.glob("first-lora.gguf")))
+    # It lies there once, and what was fetched long ago is not kept.
+    (written,) = desk.scratch.rglob("first-lora.gguf")
+    out = written.parent
     os.utime(out, (time.time() - 4000,) * 2)
     client.predict("first", api_name="/pack")
     assert not out.exists()
-    assert len(list(desk.scratch.glob("uploads/**/first-lora.gguf"))) == 1
+    assert list(desk.scratch.rglob("first-lora.gguf")) == []
     folders = [client.predict("first", "merge", api_name="/export_adapter")[0] for _ in range(2)]
     assert [name.rpartition("/")[2] for name in folders] == ["first-merged", "first-2-merged"]
     assert (desk.pairs.folder / "exports/first-merged/model.safetensors").is_file()
@@ -333,6 +334,59 @@ def test_files_of_this_machine_are_not_served(address, path, desk):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{address.rstrip('/')}/gradio_api/file={given}")
     assert refused.value.code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+    ],
+)
+@pytest.mark.parametrize("path", ["gradio_api/upload", "gradio_api/queue/join", "gradio_api/call/vote"])
+def test_the_page_of_another_site_leaves_no_file_and_calls_nothing(address, desk, path, headers):
+    before = sorted(desk.scratch.rglob("*"))
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="theirs.jsonl"\r\n\r\nhello\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(address + path, body, {**kind, **headers}))
+    assert refused.value.code == 403
+    assert sorted(desk.scratch.rglob("*")) == before
+    own = {"Origin": address.rstrip("/"), "Sec-Fetch-Site": "same-origin"}
+    if path.endswith("upload"):  # the page itself may
+        with urllib.request.urlopen(urllib.request.Request(address + path, body, {**kind, **own})) as answer:
+            (kept,) = json.loads(answer.read())
+        assert kept.endswith("theirs.jsonl")
+
+
+def test_a_port_that_is_taken_meanwhile_is_one_sentence(desk):
+    from lora_dpo.demo import app
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="the port is taken"):
+            app.launch(desk, host="127.0.0.1", port=taken.getsockname()[1], auth=None, block=False)
+
+
+def test_an_export_ends_with_its_page_and_one_is_written_at_a_time(desk):
+    from lora_dpo.outgoing import exported
+
+    first, second = exported(desk, "first", "merge"), exported(desk, "first", "gguf-adapter")
+    done, total, target = next(first)
+    assert done < total
+    first.close()  # the page is gone
+    until(lambda: not desk.exporting.locked())
+    assert not target.exists()
+    assert [path.name for path in target.parent.glob(f".{target.name}*")] == []
+    with desk.exporting:  # another one is being written
+        assert next(second)[0] == 0
+        assert next(second)[0] == 0
+    *_, (done, total, target) = second
+    assert done == total
+    assert target.is_file()
 
 
 def test_with_a_password_nobody_comes_in_without_it(desk):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lora_dpo"
 
 LAYERS = (
     "errors advice config files events quiet journal improve_recipe intervals texts thresholds wording "
-    "yaml_text telemetry crash leftovers",
+    "yaml_text telemetry crash leftovers tensor_file",
     "data shared_prefix fetch lora_files package turns address module_names",
     "model adapters probe library hub merging generate runs settings card memory reference_cache footprint "
     "request shelf openai_api health report fields methods peft_config checkpoints cleaning",
@@ -21,8 +21,8 @@ LAYERS = (
     "prompts samples judges policy pairs improve job host votes talk arena collection presets watch desk outgoing "
     "token_laws learned contest assessment assess evaluations keeping looking guard guard_callback record "
     "answer_trainers engine_checks reference_guard pair_weights score_ahead",
-    "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve serve console console_data demo "
-    "terminal signals __init__ __main__ cli_eval cli_clean",
+    "cli cli_adapters cli_data cli_demo cli_export cli_pairs cli_plan cli_serve connections serve console console_data "
+    "demo terminal signals __init__ __main__ cli_eval cli_clean",
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms.split()}
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "gradio", "peft", "torch", "transformers", "trl"}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import shutil
@@ -9,6 +10,7 @@ import socket
 import threading
 import time
 
+import httpx
 import httpx2
 import openai
 import psutil
@@ -16,6 +18,7 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner
 
+from lora_dpo.adapters import attach_adapter
 from lora_dpo.address import is_local_name, is_loopback, listen
 from lora_dpo.cli import app, main
 from lora_dpo.config import check_recipe
@@ -38,6 +41,18 @@ def adapters(make_adapter, tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tiny_model_folder):
     return load_base(str(tiny_model_folder), quantize="none")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_folder, adapters):
+    """The model of a name, with nothing else in memory beside it."""
+
+    @functools.cache
+    def load(who):
+        lonely = load_base(str(tiny_model_folder), quantize="none")
+        return attach_adapter(lonely, adapters / who) if who != "base" else lonely.model
+
+    return load
 
 
 @contextlib.contextmanager
@@ -92,9 +107,9 @@ def test_models_are_the_base_and_the_adapters(client, adapters):
 
 
 @pytest.mark.parametrize("who", ["base", "alpha", "beta"])
-def test_an_answer_is_the_models_own(client, who, host, base):
+def test_an_answer_is_the_models_own(client, who, base, alone):
     got = client.chat.completions.create(model=who, messages=ask("Say it."), temperature=0, max_tokens=20)
-    model = host._shelf.tree(who)
+    model = alone(who)
     own = generate(model, base.tokenizer, [ask("Say it.")], sampling=Sampling(max_new_tokens=20))[0]
     choice = got.choices[0]
     assert (choice.message.content.strip(), choice.message.role) == (own.text, "assistant")
@@ -298,11 +313,46 @@ def test_with_a_key_only_its_bearers_come_in(host):
         assert raw(port, "GET", "/v1/models", authorization="bearer secret-1", host="box.example")[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "same-site"}, 403),  # another port of this machine
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Sec_Fetch_Site": "same-origin", "Origin": "http://127.0.0.1:1"}, 200),
+        ({"Sec_Fetch_Site": "none"}, 200),
+        ({}, 200),
+    ],
+)
+def test_pages_of_other_sites_have_nothing_to_ask(port, headers, status):
+    body = json.dumps({"model": "base", "messages": ask("hi"), "max_tokens": 1}).encode()
+    assert raw(port, body=body, **headers)[0] == status
+    assert raw(port, "GET", "/v1/models", **headers)[0] == 200  # a browser shows nobody else the answer
+
+
+def test_messages_without_end_are_refused_before_they_are_tokenised(port, host, monkeypatch):
+    from lora_dpo import host as module
+
+    monkeypatch.setattr(module, "prompt_ids", lambda *nothing: pytest.fail("it was tokenised"))
+    many = {"model": "base", "messages": [{"role": "user", "content": ""}] * 60_000}
+    status, answer = raw(port, body=json.dumps(many).encode())
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert "60,000 messages" in answer["error"]["message"]
+    many["messages"] = [{"role": "nobody"}] * 60_000
+    assert "messages.0" in raw(port, body=json.dumps(many).encode())[1]["error"]["message"]
+    many = {"model": "base", "messages": ask("hi"), "stop": "x" * 100_000}
+    assert raw(port, body=json.dumps(many).encode())[0] == 400
+    many = {"model": "base", "messages": ask("hi"), "tools": [{"type": "function"}] * 60_000}
+    assert "tools is not supported" in raw(port, body=json.dumps(many).encode())[1]["error"]["message"]
+
+
 def test_an_answer_that_breaks_is_a_server_error(client, host, monkeypatch):
-    def broken(name):
+    def broken(*asked, **settings):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(host._shelf, "tree", broken)
+    monkeypatch.setattr(host, "stream_from", broken)
     with pytest.raises(openai.InternalServerError, match="failed unexpectedly"):
         client.chat.completions.create(model="base", messages=ask("hi"))
     with pytest.raises(openai.APIError, match="failed unexpectedly"):
@@ -316,14 +366,14 @@ class Gate:
     """Holds the thread that computes until it is opened."""
 
     def __init__(self, host, monkeypatch):
-        self.reached, self.open, tree = threading.Event(), threading.Event(), host._shelf.tree
+        self.reached, self.open, stream = threading.Event(), threading.Event(), host.stream_from
 
-        def wait(name):
+        def wait(*asked, **settings):
             self.reached.set()
             assert self.open.wait(30)
-            return tree(name)
+            return stream(*asked, **settings)
 
-        monkeypatch.setattr(host._shelf, "tree", wait)
+        monkeypatch.setattr(host, "stream_from", wait)
 
 
 def until(condition, seconds=20):
@@ -406,7 +456,58 @@ def load(port, seconds, *, clients=20):
     return asyncio.run(all_of_them())
 
 
-def test_twenty_clients_at_once_each_get_their_own_answers(port, host, base):
+def crowd(port, questions, *, polite, greedy):
+    """Clients with so many questions, one at a time, and one with many at once until those are answered; by who asked:
+    answers, refusals, failures."""
+    found = {}
+
+    async def one(client, user, done):
+        answered, refused, failed = found.setdefault(user, [[], [], []])
+        while not done(answered):
+            stream = bool(len(answered) % 2)
+            try:
+                got = await client.chat.completions.create(
+                    model="base", messages=ask(user), max_tokens=4, user=user, stream=stream
+                )
+                answered.append([piece async for piece in got] if stream else got)
+            except openai.RateLimitError as error:
+                refused.append(error)
+                await asyncio.sleep(0.05)
+            except openai.OpenAIError as error:
+                failed.append(error)
+
+    async def all_of_them():
+        options = dict(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=120)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)  # the server ends idle ones after 5 s
+        async with openai.AsyncOpenAI(**options, http_client=httpx.AsyncClient(limits=limits, timeout=120)) as client:
+            users = [one(client, f"polite {n}", lambda answered: len(answered) >= questions) for n in range(polite)]
+            over = asyncio.Event()
+            many = asyncio.gather(*(one(client, "greedy", lambda _: over.is_set()) for _ in range(greedy)))
+            await asyncio.wait_for(asyncio.gather(*users), 300)
+            over.set()
+            await many
+
+    asyncio.run(all_of_them())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("polite", "greedy", "questions"), [(3, 20, 3), pytest.param(50, 40, 4, marks=pytest.mark.slow)]
+)
+def test_one_who_asks_for_much_has_no_more_than_the_others(base, adapters, polite, greedy, questions):
+    with Host(base, adapters, max_waiting=32 if polite > 8 else 8) as host, running(host) as port:
+        found = crowd(port, questions, polite=polite, greedy=greedy)
+    assert [failed for *_, failed in found.values() if failed] == []
+    answers, refusals, _ = found.pop("greedy")
+    for user, (answered, refused, _) in found.items():
+        assert answered, f"{user} was never answered"
+        # as a share of what was asked
+        assert len(refused) * (len(answers) + len(refusals)) <= len(refusals) * (len(answered) + len(refused)), user
+    if polite < 8:  # places in the queue
+        assert not any(refused for _, refused, _ in found.values())
+
+
+def test_twenty_clients_at_once_each_get_their_own_answers(port, host, base, alone):
     load(port, 2)
     process = psutil.Process()
     before = process.memory_info().rss
@@ -418,9 +519,7 @@ def test_twenty_clients_at_once_each_get_their_own_answers(port, host, base):
     assert sum(refused for _, refused, _ in found) > 0, "20 clients for 8 places: some are refused"
     asked = sorted({(who, text) for who, text, _ in answered})
     own = {
-        (who, text): generate(host._shelf.tree(who), base.tokenizer, [ask(text)], sampling=Sampling(max_new_tokens=8))[
-            0
-        ].text
+        (who, text): generate(alone(who), base.tokenizer, [ask(text)], sampling=Sampling(max_new_tokens=8))[0].text
         for who, text in asked
     }
     assert len(set(own.values())) > 10

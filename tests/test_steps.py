@@ -367,6 +367,30 @@ def test_a_budget_shrinks_to_single_pairs_then_checkpoints_then_gives_up():
     assert said == [0, 0, 1, 2, 4]
 
 
+def test_what_memory_was_short_of_for_a_while_is_taken_back():
+    said = []
+    budget = Budget(layers=4, may_checkpoint=True, checkpoint_bytes=8, cap=100, free=lambda: 10**6,
+                    set_checkpointing=said.append, patience=2)  # fmt: skip
+    budget.measure(lambda: 100.0, longest=30)
+    while budget.shrink(30):
+        pass
+    budget.patience = 2
+    assert (budget.tokens, budget.checkpointed) == (30, 4)
+    seen = []
+    for _ in range(12):
+        budget.measure(lambda: 100.0, longest=30)
+        seen.append((budget.tokens, budget.checkpointed))
+    # every second step, in the reverse order, and never beyond what was measured
+    assert seen == [(30, 4), *[(30, 2)] * 2, *[(30, 1)] * 2, *[(30, 0)] * 2, *[(60, 0)] * 2, *[(100, 0)] * 3]
+    budget.shrink(30)
+    assert (budget.tokens, budget.patience) == (50, 4)  # and then it waits twice as long
+    for _ in range(3):
+        budget.measure(lambda: 100.0, longest=30)
+    assert budget.tokens == 50
+    budget.measure(lambda: 100.0, longest=30)
+    assert budget.tokens == 100
+
+
 def test_checkpointed_layers_change_memory_not_gradients(tiny_model_folder, tmp_path):
     plain = engine_step(tiny_model_folder, tmp_path)
     trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, gradient_checkpointing=True)

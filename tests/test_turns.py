@@ -83,3 +83,50 @@ def test_closing_hands_back_what_waits():
     assert [work.name for work in turns.close()] == ["a", "b"]
     assert turns.take() is None
     assert turns.waiting() == 0
+
+
+def test_names_of_one_place_share_its_turns():
+    turns = Turns(10)
+    for client in ("a/1", "a/2", "a/3", "b/1", "a/1"):
+        turns.put(client, Noted(client))
+    assert taken(turns, 5) == ["a/1", "b/1", "a/2", "a/3", "a/1"]
+
+
+@pytest.mark.parametrize(("greedy", "polite"), [("a", "b"), ("a", "b/x"), ("a/1", "b"), ("a/1", "a/2")])
+def test_who_has_most_gives_way_and_is_named(greedy, polite):
+    turns = Turns(4)
+    many = [Noted(f"greedy {number}") for number in range(4)]
+    assert [turns.put(greedy, work) for work in many] == [None] * 4
+    assert turns.put(polite, Noted("polite")) is many[-1]  # the newest
+    assert turns.waiting() == 4
+    assert taken(turns, 4) == ["greedy 0", "polite", "greedy 1", "greedy 2"]
+
+
+def test_many_names_are_one_place():
+    turns = Turns(4)
+    names = [Noted(f"a/{number}") for number in range(4)]
+    for work in names:
+        turns.put(work.name, work)
+    assert turns.put("b", Noted("b1")) in names
+    assert turns.put("c", Noted("c1")) in names
+    with pytest.raises(Busy, match="4 requests are waiting"):
+        turns.put("a/new", Noted("one more"))  # the other places have fewer
+    assert [turns.take().name for _ in range(4)].count("b1") == 1
+
+
+def test_nobody_gives_way_to_one_who_would_have_as_many():
+    turns = Turns(3)
+    for client in ("a", "a", "b"):
+        turns.put(client, Noted(client))
+    with pytest.raises(Busy):
+        turns.put("b", Noted("b"))
+    with pytest.raises(Busy):
+        turns.put("a", Noted("a"))
+    assert turns.waiting() == 3
+
+
+def test_a_client_without_a_place_is_counted():
+    turns = Turns(1)
+    turns.put("/me", Noted("one"))
+    with pytest.raises(Busy):
+        turns.put("/me", Noted("two"))

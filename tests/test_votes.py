@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 
+import filelock
 import pytest
 
+from lora_dpo import votes
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import ConfigError, DataError, OutputError
 from lora_dpo.votes import Candidate, Record, VoteBook, rewrite_durably
@@ -173,15 +175,32 @@ def test_many_threads_and_processes_lose_nothing(tmp_path):
     assert len(read_pairs(str(path), on_bad_row="error")[0]) == 40 + 4 * 20
 
 
-def test_a_vote_waits_while_the_file_is_written_anew(tmp_path):
+def test_a_vote_waits_while_the_file_is_written_anew(tmp_path, monkeypatch):
     book = VoteBook(tmp_path / "votes.jsonl")
+    lock = tmp_path / ".votes.jsonl.lock"
+    append, locked = votes.append_durably, []
+
+    def is_locked():
+        try:
+            with filelock.FileLock(lock, timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
+
+    def noted(path, row):
+        locked.append(is_locked())
+        append(path, row)
+
+    monkeypatch.setattr(votes, "append_durably", noted)
     voter = threading.Thread(target=vote, args=(book,))
     with VoteBook(book.path).held():  # another process holds it as well
+        assert is_locked()
         voter.start()
-        voter.join(0.3)
         assert not book.path.exists()
-    voter.join(10)
+    voter.join(60)
     assert book.count() == (1, 0)
+    assert locked == [True]  # it wrote, and held the file alone
+    assert not is_locked()
 
 
 def test_rewriting_changes_removes_and_leaves_the_rest_to_the_byte(tmp_path):

@@ -6,12 +6,12 @@ import ast
 import json
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from lora_dpo.data.files import Row
 from lora_dpo.data.template import Message
+from lora_dpo.quiet import never_warn
 from lora_dpo.wording import shown
 
 Messages = tuple[Message, ...]
@@ -161,12 +161,15 @@ def _is_cut_message(text: str) -> bool:
     return False
 
 
+LITERAL = r"<unknown>\Z"
+"""The module that Python names in what it says of a text that `ast.literal_eval` is given."""
+
+
 def _from_python(text: str) -> Any:
     """What a text holds as a Python literal, or None."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # a backslash in somebody's text
-            return ast.literal_eval(text.strip())
+        never_warn(SyntaxWarning, LITERAL)  # a backslash in somebody's text
+        return ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 

@@ -114,7 +114,7 @@ def _pairs(desk: Desk) -> list[Any]:
 
     def check_pairs(name: str = "votes") -> dict[str, Any]:
         """What the doctor says about a file."""
-        found = desk.pairs.diagnose(name, desk.host.base.tokenizer)
+        found = desk.pairs.diagnose(name, desk.tokenizer)
         return found.as_json() if found else {}
 
     def change_pair(name: str, line: int, mark: str, prompt: str, chosen: str, rejected: str) -> str:
@@ -206,7 +206,7 @@ def _files(desk: Desk) -> None:
     """Endpoints that take or give a file: Gradio moves files only through components, so there are hidden ones."""
 
     def upload_pairs(path: str) -> str:
-        return desk.pairs.take_in(Path(path), Path(path).name, desk.host.base.tokenizer).name
+        return desk.pairs.take_in(Path(path), Path(path).name, desk.tokenizer).name
 
     def export_pairs(name: str) -> str:
         return str(outgoing.exported_pairs(desk, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from html import escape
 from typing import Any, NamedTuple
@@ -13,10 +14,11 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lora_dpo.address import is_local_name
+from lora_dpo.address import is_cross_site, is_local_name, listen
 from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
 from lora_dpo.demo.draw import win_table
 from lora_dpo.demo.page import TITLE, css, head, theme
+from lora_dpo.demo.server import serving_on
 from lora_dpo.desk import Desk
 from lora_dpo.leftovers import give_up
 
@@ -133,6 +135,10 @@ class Guard:
             text = "Without --auth this demo answers to localhost, 127.0.0.1 and [::1] alone, not to other names."
             await PlainTextResponse(text, status_code=403)(scope, receive, send)
             return
+        if scope["type"] == "http" and is_cross_site(scope["method"], Headers(scope=scope)):
+            text = "A page of another site sent this request: the demo takes files and calls from its own page alone."
+            await PlainTextResponse(text, status_code=403)(scope, receive, send)
+            return
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -152,29 +158,42 @@ def launch(
     desk: Desk,
     *,
     host: str,
-    port: int | None,
+    port: int | None = None,
+    listening: socket.socket | None = None,
     auth: tuple[str, str] | None,
     share: bool = False,
     block: bool = True,
 ) -> str:
-    """Show the page at `host:port`; returns its address (with `block`, when it ends)."""
-    uploads = desk.scratch / "uploads"
-    uploads.mkdir(parents=True, exist_ok=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # uploads stay in a folder of ours, and go with it
+    """Show the page at `host:port`; returns its address (with `block`, when it ends).
+
+    Args:
+        port: None takes a free one.
+        listening: a socket that listens at `host` already, in the place of a port.
+
+    Raises:
+        ConfigError: nobody can listen there.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(desk.outbox)  # uploads stay in a folder of ours, and go with it
     # Gradio keeps ten thousand events for a dashboard that is not shown, and makes a table of them after each one:
     # 50 KB and some milliseconds for every answer (measured with 20 clients and 1,500 answers).
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")
     page = build(desk)
     page.queue(max_size=MOST_QUEUED, default_concurrency_limit=None)
+    with serving_on(listening or listen(host, port or 0), host):
+        address = _launch(page, auth=auth, share=share)
+    if block:
+        page.block_thread()
+    return address
+
+
+def _launch(page: gr.Blocks, *, auth: tuple[str, str] | None, share: bool) -> str:
     _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
         auth=auth,
         share=share,
         quiet=True,
         show_error=False,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         max_threads=80,
         max_file_size=MAX_UPLOAD,
         enable_monitoring=False,
@@ -187,6 +206,7 @@ def launch(
         theme=theme(),
         css=css(),
         head=head(),
+        _frontend=False,  # asks itself for the page, with three seconds' patience
     )
     return str(address)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from math import ceil
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 26
+
+MOST_POINTS = 300
+"""Points of a line: about as many as the chart is wide. A page draws its charts anew every second and a half."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -28,6 +32,7 @@ def line_chart(
         low: lower end of the value axis; by default what the points need.
         zero: draw the line at 0.
     """
+    series = {label: thinned(points) for label, points in series.items()}
     values = [value for points in series.values() for _, value in points]
     legend = "" if len(series) == 1 else "".join(_key(number, label) for number, label in enumerate(series, start=1))
     head = f'<figcaption><span class="chart-title">{escape(title)}</span>{legend}</figcaption>'
@@ -59,6 +64,19 @@ def line_chart(
         f"{''.join(parts)}</svg>"
     )
     return f'<figure class="chart">{head}{svg}</figure>'
+
+
+def thinned(points: Points) -> Points:
+    """At most `MOST_POINTS` points: of each stretch the first, the lowest and the highest; and the last of all."""
+    if len(points) <= MOST_POINTS:
+        return points
+    stretch = ceil(3 * len(points) / (MOST_POINTS - 1))
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), stretch):
+        part = points[start : start + stretch]
+        extremes = {part[0], min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+        kept += sorted(extremes)
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
 def _key(number: int, label: str) -> str:

@@ -71,8 +71,9 @@ def plain_text(shown: str) -> str:
 
 
 def client_of(request: gr.Request | None) -> str:
-    """Who asks: the browser tab, or the script's session."""
-    return str(getattr(request, "session_hash", None) or "script")
+    """Who asks: the address, and there the browser tab, or the script's session."""
+    address = getattr(getattr(request, "client", None), "host", None)
+    return f"{address or 'local'}/{getattr(request, 'session_hash', None) or 'script'}"
 
 
 def sampling_of(temperature: float, top_p: float, max_new_tokens: float, seed: float | None) -> Sampling:

@@ -139,7 +139,7 @@ class Tab:
             return note(NONE_YET), *self.rows(None, ""), *_closed()
         changed, said = self.first_look.get(which, (0, ""))
         if changed != self.desk.pairs.path_of(which).stat().st_mtime_ns:
-            said = findings(self.desk.pairs.diagnose(which, self.desk.host.base.tokenizer))
+            said = findings(self.desk.pairs.diagnose(which, self.desk.tokenizer))
         return said, *self.rows(which, words), *_closed()
 
     @told
@@ -152,7 +152,7 @@ class Tab:
         """Take an upload in."""
         if path is None:
             raise DataError("No file came. Choose one.")
-        taken = self.desk.pairs.take_in(Path(path), Path(path).name, self.desk.host.base.tokenizer)
+        taken = self.desk.pairs.take_in(Path(path), Path(path).name, self.desk.tokenizer)
         said = findings(taken.diagnosis, taken.report)
         self.first_look[taken.name] = (self.desk.pairs.path_of(taken.name).stat().st_mtime_ns, said)
         choices = gr.update(choices=self.desk.pairs.names(), value=taken.name)

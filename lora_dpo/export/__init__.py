@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_dpo.adapters import base_name, check_weights_are_the_passports, read_passport
+from lora_dpo.adapters import base_name, check_weights_are_the_passports, read_passport, warn_of
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.files import atomic_file, atomic_folder
@@ -67,6 +67,7 @@ def export(
             return _peft_folder(adapter, output)
         if adapter:
             merged = plan_merge(adapter, into=into or trained_into(adapter), model=model)
+            warn_of(merged.differences)
         else:
             merged = plan_base(str(source), into=into or "base16")
         name = (adapter or Path(source)).name

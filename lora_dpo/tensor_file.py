@@ -1,0 +1,26 @@
+"""safetensors files that others may write to while they are read here.
+
+They are read with plain reads and never mapped into memory: a process that touches a mapped page that another one has
+cut off is killed (SIGBUS), and with it everyone whom it serves. A plain read ends in an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+State = tuple[int, int, int, int]
+"""Modified, changed (ns), size and inode of a file: another state, another content."""
+
+
+def open_tensors(path: Path, framework: str = "pt") -> Any:
+    """A safetensors file to read tensors from, as `safetensors.safe_open`, which maps by default."""
+    from safetensors import safe_open
+
+    return safe_open(path, framework=framework, backend="pread")
+
+
+def state_of(path: Path) -> State:
+    """What a file is like now. Raises `OSError` if it is not there."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
