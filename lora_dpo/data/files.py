@@ -285,7 +285,7 @@ def _parquet_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None
         for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, _without_padding(row)
     except (pyarrow.ArrowException, OSError) as error:  # Arrow reports broken pages as OSError
         raise DataError(f"{path}: broken Parquet ({(str(error).splitlines() or ['no detail'])[0]}).") from error
 
@@ -305,7 +305,21 @@ def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}).{hint}"
         ) from error
     for number, row in enumerate(rows, start=1):
-        yield number, dict(row)
+        yield number, _without_padding(dict(row))
+
+
+def _without_padding(row: Row) -> Row:
+    """A row out of Arrow as it was put in: one column's structs all have the same keys, null where a row had none.
+
+    A null that the row had itself looks the same and goes, too. Those of columns stay: they are the table's own.
+    """
+    return {column: _unpadded(value) for column, value in row.items()}
+
+
+def _unpadded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unpadded(item) for key, item in value.items() if item is not None}
+    return [_unpadded(item) for item in value] if isinstance(value, list) else value
 
 
 def _parse_json(text: str, path: Path, line: int | None) -> Any:

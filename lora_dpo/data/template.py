@@ -18,7 +18,7 @@ class Message(TypedDict):
     role: str
     content: str
     tool_calls: NotRequired[list[dict[str, Any]]]
-    """Of an assistant turn: `{type: function, function: {name, arguments}}` each."""
+    """Of an assistant turn: `{type: function, function: {name, arguments}}` each, with the `id` that a row gives it."""
     name: NotRequired[str]
     """Of a tool turn: the function that answers."""
     tool_call_id: NotRequired[str]
