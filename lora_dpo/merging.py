@@ -53,7 +53,7 @@ Into = Literal["base16", "trained-base"]
 _CONFIG = "config.json"
 _OF_A_MODEL = (
     *(_CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*chat_template*"),
     *("LICENSE*", "README.md"),
 )
 """The files of a hub repository that a merge reads; others hold the same weights once more in other forms."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo.config import Dtype, LoraSection, Quantize
+from lora_dpo.data.template import check_default
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS, looks_local
 from lora_dpo.quiet import quiet_libraries
@@ -72,8 +73,9 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the chat template."""
-    return _sha256(str(tokenizer.chat_template))
+    """A hash of the chat template; of several, in the order of their names: that of files is anyhow."""
+    template = tokenizer.chat_template
+    return _sha256(json.dumps(template, sort_keys=True) if isinstance(template, dict) else str(template))
 
 
 def load_base(
@@ -146,7 +148,7 @@ def commit_of(path: str, revision: str | None = None) -> str | None:
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model. Raises `ModelError` if there is none or it has no chat template."""
+    """The tokenizer of a base model. Raises `ModelError` if there is none or no (default) chat template."""
     from transformers import AutoTokenizer
 
     with quiet_libraries(), _load_errors(name):
@@ -158,6 +160,7 @@ def load_tokenizer(
             f"{name} has no chat template, so chat messages cannot be written for it. "
             "Use an instruction-tuned (chat) version of the model."
         )
+    check_default(tokenizer.chat_template, name)
     return tokenizer
 
 
