@@ -333,7 +333,8 @@ def _tool_calls(calls: Any, part: str) -> list[dict[str, Any]]:
         given = function.get("arguments")
         parsed = from_json(given)  # OpenAI writes them as JSON text
         arguments = (given if parsed is None else parsed) or {}
-        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        given_id = call.get("id") if isinstance(call, dict) else None
+        named = {"id": given_id} if isinstance(given_id, str) else {}
         made.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not _is_clean(made):
         raise BadRow(f"{part} holds half of a character (a lone surrogate)")
