@@ -48,6 +48,8 @@ class BadRow(Exception):
 
 def conversation(value: Any, part: str) -> Messages:
     """A list of messages: `{role, content}`, or ShareGPT's `{from, value}`; one message stands for a list of one."""
+    if value is None:
+        raise BadRow(f"without '{part}'", "missing")
     value = listed(value) or value
     if isinstance(value, dict):
         value = [value]
