@@ -112,6 +112,8 @@ def load_base(
     with quiet_libraries(), _load_errors(name):
         if packed == "auto":
             packed = quantize == "nf4" and decide_packed(load_skeleton(name, **common), place, compute)
+        if quantize == "nf4" and not packed:
+            _refuse_quantised(name, path, **common)
         arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
         if quantize == "nf4" and packed:
             arguments["quantization_config"] = _nf4_config(compute)
@@ -127,6 +129,18 @@ def load_base(
     revision = commit_of(path, revision)
     packed = packed and quantize == "nf4"
     return Base(model, tokenizer, name, revision, quantize, packed, str(compute).removeprefix("torch."), fingerprint)
+
+
+def _refuse_quantised(name: str, path: str, **common: Any) -> None:
+    """Raise `ModelError` for a base whose stored weights are quantised: they cannot be made NF4 once more."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"{name} is stored quantised, so quantize: nf4 cannot be made of it. Set model.quantize: none (on a "
+            "command line --quantize none): its weights are then used as they are stored."
+        )
 
 
 def commit_of(path: str, revision: str | None = None) -> str | None:

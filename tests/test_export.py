@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 
 import gguf
@@ -475,3 +476,10 @@ def test_named_templates_without_a_default_are_refused_in_a_sentence(models, tmp
     fields = gguf.GGUFReader(export(base, tmp_path / "base.gguf", to="gguf")).fields
     assert "tokenizer.chat_template" not in fields
     assert fields["tokenizer.chat_template.rag"].contents() == plain
+
+
+def test_the_command_for_ollama_can_be_copied_into_a_shell(adapters, tmp_path, capsys):
+    folder = tmp_path / "my model's #1"
+    assert main(["export", str(adapters("llama")), "--to", "ollama", "-o", str(folder)]) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if "ollama create" in line)
+    assert shlex.split(command) == ["ollama", "create", folder.name, "-f", str(folder / "Modelfile")]
