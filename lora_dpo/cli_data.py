@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lora_dpo.cli_pairs import FORMAT_HELP
 from lora_dpo.errors import ConfigError, DataError
@@ -16,6 +17,8 @@ from lora_dpo.wording import counted, harmless, json_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lora_dpo.data import PreferencePair
 
 app = typer.Typer(help="Look at preference data, clean it, convert it, divide it.", no_args_is_help=True)
 out = Console()
@@ -166,6 +169,7 @@ def convert(
         pairs, report = read_pairs(file, form=format, min_gap=min_gap)
         count = write_pairs(pairs, output)
     read_view(report, out)
+    _warn_of_templates(pairs)
     _written(count, output)
 
 
@@ -196,6 +200,7 @@ def split(
         sides = split_by_prompt(pairs, share, seed=seed)
         write_both(sides, (train, held_out))
     read_view(report, out)
+    _warn_of_templates(pairs)
     for side, path in zip(sides, (train, held_out), strict=True):
         _written(len(side), path)
 
@@ -260,7 +265,16 @@ def mix_files(
         out.print(f"\n{harmless(source)}", highlight=False, markup=False, soft_wrap=True)
         read_view(report, out)
     out.print()
+    _warn_of_templates([pair for pairs, _, _ in read for pair in pairs])
     _written(count, output)
+
+
+def _warn_of_templates(pairs: Sequence[PreferencePair]) -> None:
+    from lora_dpo.data.template_notes import note_of_templates
+
+    text = note_of_templates(pairs, "pairs")
+    if text:
+        err.print(f"[yellow]warning:[/] {escape(harmless(text))}", highlight=False, soft_wrap=True)
 
 
 def _written(pairs: int, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -87,4 +88,5 @@ def export(
     elif adapter and trained_into(adapter) == "trained-base":
         out.print(f"  {_NOT_ITS_BASE[to]}", highlight=False, soft_wrap=True)
     if to == "ollama":
-        out.print(f"  ollama create {escape(path.name)} -f {escape(str(path / 'Modelfile'))}", soft_wrap=True)
+        words = ["ollama", "create", path.name, "-f", str(path / "Modelfile")]
+        out.print(f"  {escape(shlex.join(words))}", soft_wrap=True)

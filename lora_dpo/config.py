@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lora_dpo.errors import ConfigError
 from lora_dpo.wording import SHOWN, one_line, shown
-from lora_dpo.yaml_text import dump_yaml, parse_yaml
+from lora_dpo.yaml_text import dump_yaml, parse_yaml, typed_value
 
 Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -323,8 +323,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return check_recipe(read_settings(path, overrides), where=str(path))
 
 
-def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_settings(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = Recipe) -> dict[str, Any]:
     """The plain settings of a YAML file, `key=value` overrides applied; they are not checked yet.
+
+    Args:
+        kind: what they are settings of: values of overrides are read as what their keys take.
 
     Raises:
         ConfigError: missing file, broken YAML, or no settings in it.
@@ -341,7 +344,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{shown(override)} is not a setting. Write key=value, such as trainer.beta=0.2.")
-        _set_dotted(settings, key, parse_yaml(value, where=override))
+        _set_dotted(settings, key, typed_value(value, _kind_of(key, kind), where=override))
     return settings
 
 
@@ -404,6 +407,17 @@ def describe_fields(section: type[Section] = Recipe, prefix: str = "") -> Iterat
         else:
             default = "required" if info.is_required() else dump_yaml(info.default).split("\n")[0]
             yield f"{prefix}{name}", default, info.description or ""
+
+
+def _kind_of(dotted: str, section: type[Section]) -> Any:
+    """What a setting takes; `Any` for one that is none, and for the fields of TRL under `trainer`."""
+    first, _, rest = dotted.partition(".")
+    found = section.model_fields.get(first)
+    kind: Any = Any if found is None else found.annotation
+    inside = isinstance(kind, type) and issubclass(kind, Section)
+    if rest:
+        return _kind_of(rest, kind) if inside else Any
+    return dict if inside else kind
 
 
 def _set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:

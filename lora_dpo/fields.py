@@ -118,11 +118,11 @@ ARGUMENTS = (*REFUSALS, TypeError, AttributeError, KeyError)
 
 
 @contextlib.contextmanager
-def trl_refusals(what: str = "trainer", kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
+def trl_refusals(what: str = "", kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
     """What TRL, transformers or torch refuse while they are set up becomes a `ConfigError` with their own reason.
 
     Args:
-        what: the settings that the reason is about, such as `trainer.optim is lion`.
+        what: the settings that the reason is about, such as `.optim is lion`.
         kinds: the exceptions that are refusals.
     """
     try:
@@ -130,7 +130,7 @@ def trl_refusals(what: str = "trainer", kinds: tuple[type[Exception], ...] = REF
     except kinds as error:
         # str of a KeyError is its key alone
         said = f"there is no {error}" if isinstance(error, KeyError) else next(iter(str(error).split("\n")), "")
-        raise ConfigError(f"{what}: {said.strip().rstrip('.')}.") from error
+        raise ConfigError(f"trainer{what}: {said.strip().rstrip('.')}.") from error
 
 
 def check_optimizer(config: Any) -> None:
@@ -142,12 +142,12 @@ def check_optimizer(config: Any) -> None:
     import torch
     from transformers import Trainer, get_scheduler
 
-    with trl_refusals(f"trainer.optim is {_value(config.optim)}", ARGUMENTS), quiet_libraries():
+    with trl_refusals(f".optim is {_value(config.optim)}", ARGUMENTS), quiet_libraries():
         kind, arguments = Trainer.get_optimizer_cls_and_kwargs(config)
         if set(arguments) & {"optimizer_dict", "params", "model"}:
             return  # per layer, from the model itself
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **arguments)
-    with trl_refusals(f"trainer.lr_scheduler_type is {_value(config.lr_scheduler_type)}", ARGUMENTS):
+    with trl_refusals(f".lr_scheduler_type is {_value(config.lr_scheduler_type)}", ARGUMENTS):
         get_scheduler(
             config.lr_scheduler_type,
             optimizer=optimizer,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_TEMPERATURE = 100.0
 """Every token is as likely as any other there."""
+SHORTCUT = 1024
+"""The likeliest tokens, which hold `top_p` but for rare rows."""
 MIN_TEMPERATURE = 1e-6
 """Below it quotients of logits would overflow float32; there the likeliest token alone is drawn, but for ties."""
 
@@ -198,7 +200,7 @@ def decode(
     from transformers import DynamicCache
 
     device = model.get_input_embeddings().weight.device
-    draws = torch.Generator(device="cpu").manual_seed(sampling.seed)
+    draws = torch.Generator(device=device).manual_seed(sampling.seed)
     ids_BP, mask_BP = _left_pad(prompts, pad=min(stops, default=0), device=device)
     position_B = mask_BP.sum(dim=1)
     inputs = {"input_ids": ids_BP, "position_ids": (mask_BP.cumsum(dim=1) - 1).clamp(min=0)}
@@ -226,24 +228,35 @@ def decode(
 
 
 def pick(logits_BV: torch.Tensor, sampling: Sampling, draws: torch.Generator) -> torch.Tensor:
-    """Choose one token a row: `[B, V]` logits to `[B]` ids (nucleus sampling, Holtzman et al. 2020)."""
+    """Choose one token a row: `[B, V]` logits to `[B]` ids (nucleus sampling, Holtzman et al. 2020).
+
+    All of it is computed where the logits are; `draws` is a generator of that device.
+    """
     import torch
 
     if sampling.temperature <= 0:
         return logits_BV.argmax(dim=-1)
-    probs_BV = torch.softmax(logits_BV.cpu() / max(sampling.temperature, MIN_TEMPERATURE), dim=-1)
+    probs_BV = torch.softmax(logits_BV / max(sampling.temperature, MIN_TEMPERATURE), dim=-1)
     if sampling.top_p >= 1:
         return torch.multinomial(probs_BV, 1, generator=draws).squeeze(1)
     # Sorting a whole vocabulary costs as much as a third of a small model's step: sort the likeliest
-    # 1,024 first, and the rest only if they hold less than top_p.
-    top_BK, order_BK = probs_BV.topk(min(1024, probs_BV.shape[1]), dim=-1)
-    if bool((top_BK.sum(dim=-1) < sampling.top_p).any()):
-        top_BK, order_BK = probs_BV.sort(dim=-1, descending=True)
-    # Keep the smallest set that reaches top_p: drop a token if those before it already do.
-    beyond_BK = top_BK.cumsum(dim=-1) - top_BK >= sampling.top_p
+    # 1,024 first, and the rest only in rows where they hold less than top_p.
+    top_BK, order_BK = probs_BV.topk(min(SHORTCUT, probs_BV.shape[1]), dim=-1)
+    wide_B = top_BK.sum(dim=-1) < sampling.top_p
+    chosen_B = order_BK.gather(1, torch.multinomial(_nucleus(top_BK, sampling.top_p), 1, generator=draws)).squeeze(1)
+    if bool(wide_B.any()):
+        top_WV, order_WV = probs_BV[wide_B].sort(dim=-1, descending=True)
+        drawn_W1 = torch.multinomial(_nucleus(top_WV, sampling.top_p), 1, generator=draws)
+        chosen_B[wide_B] = order_WV.gather(1, drawn_W1).squeeze(1)
+    return chosen_B
+
+
+def _nucleus(sorted_BK: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Probabilities, the likeliest first, with 0 in place of those beyond the smallest set that reaches `top_p`."""
+    # A token is dropped if those before it already reach it.
+    beyond_BK = sorted_BK.cumsum(dim=-1) - sorted_BK >= top_p
     beyond_BK[:, 0] = False  # the likeliest stays, also if float32 holds top_p as 0
-    top_BK = top_BK.masked_fill(beyond_BK, 0.0)
-    return order_BK.gather(1, torch.multinomial(top_BK, 1, generator=draws)).squeeze(1)
+    return sorted_BK.masked_fill(beyond_BK, 0.0)
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], *, pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

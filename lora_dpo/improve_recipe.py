@@ -115,7 +115,7 @@ class ImproveRecipe(Section):
 
 def read_improve_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ImproveRecipe:
     """Read the file and apply `key=value` overrides. Raises `ConfigError` as `read_recipe` does."""
-    return check_settings(ImproveRecipe, read_settings(path, overrides), where=str(path))
+    return check_settings(ImproveRecipe, read_settings(path, overrides, ImproveRecipe), where=str(path))
 
 
 def dump_improve_recipe(recipe: ImproveRecipe) -> str:

@@ -129,10 +129,13 @@ def read_config(folder: Path) -> AdapterConfig:
     if kind != "LORA":
         raise AdapterError(f"{path} describes {plain(kind)}, not LORA. Only LoRA adapters are supported.")
     ranks, alphas = _numbers(path, raw)
-    if found := [name for name in _FOREIGN if raw.get(name)]:
+    found = [name for name in _FOREIGN if raw.get(name)]
+    if (bias := raw.get("bias")) in ("all", "lora_only"):
+        found.append(f"bias: {bias}")
+    if found:
         raise AdapterError(
-            f"{path} uses {', '.join(found)}: only LoRA, DoRA and whole saved modules are supported, since a merge and "
-            "a server would lose the rest. Ask its maker for one converted to plain LoRA."
+            f"{path} uses {', '.join(found)}: only LoRA, DoRA and whole saved modules are supported, live and merged. "
+            "Use it with plain peft, or train it again without."
         )
     for name in ("target_modules", "exclude_modules"):
         _check_modules(path, name, raw.get(name))
@@ -159,12 +162,6 @@ def read_config(folder: Path) -> AdapterConfig:
         revision=raw.get("revision"),
         raw=raw,
     )
-
-
-def foreign_features(config: AdapterConfig) -> list[str]:
-    """What the adapter does besides W + scale·B·A, DoRA and whole saved modules: it cannot be merged or exported."""
-    bias = config.raw.get("bias", "none")
-    return [] if bias in ("none", None) else [f"bias: {bias}"]
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -194,7 +191,9 @@ def sort_tensors(path: Path, header: Mapping[str, Stored], config: AdapterConfig
             raise AdapterError(f"{path}: the tensor {plain(name)} has the impossible shape {list(stored.shape)}.")
         if not name.startswith(PREFIX):
             raise AdapterError(f"{path}: {plain(name)} is no tensor of a LoRA adapter.")
-        bare = name.removeprefix(PREFIX)
+        bare = name.removeprefix(PREFIX).replace(".modules_to_save.", ".")
+        if ".original_module." in bare:
+            continue  # beside embeddings that were made larger peft stores the base's own, too
         suffix = next((suffix for suffix in _PARTS if bare.endswith(suffix)), None)
         if suffix:
             parts.setdefault(bare.removesuffix(suffix), {})[_PARTS[suffix]] = stored
@@ -237,6 +236,7 @@ def check_fit(folder: Path, config: AdapterConfig, tensors: AdapterTensors, mode
             raise AdapterError(
                 f"{misfit} size mismatch in {plain(name)}, {a} to {b} here, {wanted[0]} to {wanted[1]} there."
             )
+    _refuse_added_tokens(misfit, tensors, modules)
     for name, stored in tensors.copies.items():
         shape = _weight_shape(modules.get(name.removesuffix(".weight")))
         if shape != stored.shape:
@@ -246,6 +246,18 @@ def check_fit(folder: Path, config: AdapterConfig, tensors: AdapterTensors, mode
         if name not in parameters or tuple(parameters[name].shape) != stored.shape:
             there = list(parameters[name].shape) if name in parameters else "nothing"
             raise AdapterError(f"{misfit} {plain(name)} is {list(stored.shape)} here and {there} there.")
+
+
+def _refuse_added_tokens(misfit: str, tensors: AdapterTensors, modules: Mapping[str, torch.nn.Module]) -> None:
+    """Raise `AdapterError` for embeddings, or a head, with more rows than the base's: those of tokens that are new."""
+    for name, stored in (*tensors.saved.items(), *tensors.copies.items()):
+        shape = _weight_shape(modules.get(name.removesuffix(".weight")))
+        if shape and len(stored.shape) == 2 and stored.shape[0] > shape[0] and stored.shape[1] == shape[1]:
+            raise AdapterError(
+                f"{misfit} {plain(name)} has {stored.shape[0] - shape[0]} rows more than there ({shape[0]}), such as "
+                "those of tokens that were added, which is not supported. Use it with plain peft on a base that was "
+                "resized so."
+            )
 
 
 def check_finite(folder: Path) -> None:
@@ -293,8 +305,8 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
 
 
 def plain(value: object, limit: int = 90) -> str:
-    """Text from outside, in ASCII, on one line and short: it can neither hide nor paint anything."""
-    text = ascii(str(value).strip())[1:-1]
+    """Text from outside, on one line and short: but for letters and digits in ASCII, so it paints and hides nothing."""
+    text = "".join(letter if letter.isalnum() else ascii(letter)[1:-1] for letter in str(value).strip())
     return text if len(text) <= limit else text[: limit - 1] + "~"
 
 

@@ -30,7 +30,6 @@ from lora_dpo.lora_files import (
     LoraModule,
     check_finite,
     check_fit,
-    foreign_features,
     plain,
     read_adapter,
 )
@@ -54,7 +53,7 @@ Into = Literal["base16", "trained-base"]
 _CONFIG = "config.json"
 _OF_A_MODEL = (
     *(_CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*chat_template*"),
     *("LICENSE*", "README.md"),
 )
 """The files of a hub repository that a merge reads; others hold the same weights once more in other forms."""
@@ -173,15 +172,14 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
     """
     passport = read_passport(adapter)
     config, tensors = read_adapter(adapter)
-    if found := foreign_features(config):
-        raise AdapterError(f"{adapter} cannot be merged: it uses {', '.join(found)}, which no weight can hold.")
     check_weights_are_the_passports(passport, adapter)
     check_finite(adapter)
     if into == "trained-base" and passport is not None and passport.quantize == "none":
         raise AdapterError(f"{adapter} was trained on unquantised weights: use --into base16, it is the same base.")
     name, revision = base_name(adapter)
     name, revision = (model, None) if model else (name, revision)  # another place has its own revisions
-    merged, skeleton = _open_base(name, revision)
+    live = "Use the adapter live, with lora-dpo chat or serve."
+    merged, skeleton = _open_base(name, revision, live if passport else "Name its 16-bit original with --model.")
     if passport:
         fingerprint = weight_fingerprint(str(merged.path))
         merged.differences += check_weights_of_base(
@@ -213,7 +211,7 @@ def plan_base(model: str, revision: str | None = None, *, into: Into = "base16")
     Raises:
         ModelError: the base is not there, or holds packed 4-bit weights.
     """
-    merged, skeleton = _open_base(model, revision)
+    merged, skeleton = _open_base(model, revision, "Name its 16-bit original instead.")
     if into == "trained-base":
         merged._nf4 = _linear_modules(skeleton)
     _untie(merged, skeleton)
@@ -240,7 +238,8 @@ def predict_bytes(
     return single + shard
 
 
-def _open_base(name: str, revision: str | None) -> tuple[Merged, torch.nn.Module]:
+def _open_base(name: str, revision: str | None, instead: str) -> tuple[Merged, torch.nn.Module]:
+    """The base's weights, unchanged, and its skeleton; `instead` is what to do with one that is stored quantised."""
     from transformers import AutoConfig
 
     folder = _files_of(name, revision, (_CONFIG,))
@@ -248,7 +247,8 @@ def _open_base(name: str, revision: str | None) -> tuple[Merged, torch.nn.Module
     if raw.get("quantization_config"):
         how = plain(raw["quantization_config"].get("quant_method", "quantised"))
         raise ModelError(
-            f"{name} is stored quantised ({how}); a merge would round it once more. Name the 16-bit base with --model."
+            f"{name} is stored quantised ({how}), so it is neither merged into nor exported: that would round it once "
+            f"more. {instead}"
         )
     folder = _files_of(name, revision, _OF_A_MODEL)
     files = weight_files(str(folder))
@@ -296,8 +296,9 @@ def _match(name: str, stored: dict[str, tuple[Path, str]], skeleton: Any) -> dic
     missing = [key for key in state if key not in places and key not in tied]
     if missing:
         raise ModelError(
-            f"{name} stores its weights under other names than the model has ({plain(missing[0])} is not there), so "
-            "they cannot be merged one by one. Save it once with transformers' save_pretrained and name that folder."
+            f"{name} stores its weights under other names than the model has ({plain(missing[0])} is not there): "
+            "transformers renames or joins them when it loads them, so they are neither merged one by one nor "
+            "exported. Use an adapter of it live, with lora-dpo chat or serve."
         )
     return places
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo.config import Dtype, LoraSection, Quantize
+from lora_dpo.data.template import check_default
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS, looks_local
 from lora_dpo.quiet import quiet_libraries
@@ -73,8 +74,9 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the chat template."""
-    return _sha256(str(tokenizer.chat_template))
+    """A hash of the chat template; of several, in the order of their names: that of files is anyhow."""
+    template = tokenizer.chat_template
+    return _sha256(json.dumps(template, sort_keys=True) if isinstance(template, dict) else str(template))
 
 
 def load_base(
@@ -111,6 +113,8 @@ def load_base(
     with quiet_libraries(), _load_errors(name):
         if packed == "auto":
             packed = quantize == "nf4" and decide_packed(load_skeleton(name, **common), place, compute)
+        if quantize == "nf4" and not packed:
+            _refuse_quantised(name, path, **common)
         arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
         if quantize == "nf4" and packed:
             arguments["quantization_config"] = _nf4_config(compute)
@@ -125,6 +129,18 @@ def load_base(
     revision = commit_of(path, revision)
     packed = packed and quantize == "nf4"
     return Base(model, tokenizer, name, revision, quantize, packed, str(compute).removeprefix("torch."), fingerprint)
+
+
+def _refuse_quantised(name: str, path: str, **common: Any) -> None:
+    """Raise `ModelError` for a base whose stored weights are quantised: they cannot be made NF4 once more."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"{name} is stored quantised, so quantize: nf4 cannot be made of it. Set model.quantize: none (on a "
+            "command line --quantize none): its weights are then used as they are stored."
+        )
 
 
 def commit_of(path: str, revision: str | None = None) -> str | None:
@@ -146,7 +162,7 @@ def commit_of(path: str, revision: str | None = None) -> str | None:
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model. Raises `ModelError` if there is none or it has no chat template."""
+    """The tokenizer of a base model. Raises `ModelError` if there is none or no (default) chat template."""
     from transformers import AutoTokenizer
 
     with quiet_libraries(), _load_errors(name):
@@ -158,6 +174,7 @@ def load_tokenizer(
             f"{name} has no chat template, so chat messages cannot be written for it. "
             "Use an instruction-tuned (chat) version of the model."
         )
+    check_default(tokenizer.chat_template, name)
     return tokenizer
 
 

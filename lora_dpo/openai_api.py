@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from lora_dpo.config import nearest
 from lora_dpo.data import Message
@@ -37,11 +37,45 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    "verbosity": ("medium",),
+    # of servers that are like OpenAI's, and of clients that send all that any of these takes
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "repetition_penalty": (1,),
+    "repeat_penalty": (1,),
+    "length_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "echo": (False,),
+    "ignore_eos": (False,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
 }
 """Parameters that nothing here computes, with the values that ask for nothing; any other value is refused."""
 
 NOTES = ("metadata", "safety_identifier", "prompt_cache_key")
 """Parameters that are the caller's notes to OpenAI: they change no answer anywhere."""
+
+NEUTRAL_OF_TURN: Mapping[str, Sequence[Any]] = {
+    "tool_calls": ([],),
+    "refusal": ("",),
+    "annotations": ([],),
+    "images": ([],),
+    "thinking_blocks": ([],),
+}
+"""The same of a message."""
+
+NOTES_OF_TURN = ("id", "object", "created", "created_at", "timestamp", "metadata", "reasoning_content", "reasoning")
+"""What clients keep beside the text of a message and send back with it. The reasoning of an earlier answer is no part
+of the conversation: chat templates leave it out, too."""
 
 
 MAX_STOP = 1000
@@ -72,12 +106,6 @@ class _Turn(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[_TextPart], FailFast(), BeforeValidator(_as_parts)]
     name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, turn: Any) -> Any:
-        """Clients send an answer back as they got it: with `refusal: null` and the like."""
-        return {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
 
 
 _Stop = Annotated[str, Field(max_length=MAX_STOP)]
@@ -168,10 +196,28 @@ def _checked(content: bytes) -> _Body:
             raise RequestRefused(f"{name} is not supported here: leave it out.", param=name)
     for name in NOTES:
         given.pop(name, None)
+    given = {name: value for name, value in given.items() if value is not None}
+    turns = given.get("messages")
+    if isinstance(turns, list):
+        given["messages"] = [_asked_of_turn(turn, f"messages.{place}") for place, turn in enumerate(turns)]
     try:
         return _Body.model_validate(given)
     except ValidationError as error:
         raise _refusal(error) from None
+
+
+def _asked_of_turn(turn: Any, where: str) -> Any:
+    """A message without what asks for nothing. Raises `RequestRefused` for what is not understood here."""
+    if not isinstance(turn, dict):
+        return turn
+    turn = {name: value for name, value in turn.items() if value is not None and name not in NOTES_OF_TURN}
+    for name, values in NEUTRAL_OF_TURN.items():
+        asked = turn.pop(name, None)
+        if asked is not None and asked not in values:
+            raise RequestRefused(f"{where}.{name} is not supported here: only text is understood.", param="messages")
+    if turn.get("role") in ("tool", "function"):
+        raise RequestRefused(f"{where} answers a tool call: only text is understood here.", param="messages")
+    return turn
 
 
 def _refusal(error: ValidationError) -> RequestRefused:

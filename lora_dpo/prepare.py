@@ -17,6 +17,7 @@ from lora_dpo.data.answers import DEMONSTRATIONS, TokenAnswer, read_answers, tok
 from lora_dpo.data.checks import prompt_text
 from lora_dpo.data.pairs import Dropped, Vote
 from lora_dpo.data.reading import outcomes
+from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.evaluate import Question, evenly, read_questions
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
@@ -174,7 +175,7 @@ def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Run:
-    """Check the settings, read and tokenise the data; nothing is written, and only progress and leaks are told."""
+    """Check the settings, read and tokenise the data; nothing is written; progress and warnings are told."""
     settings = trainer_settings(recipe)
     section = recipe.model
     dtype = pick_dtype(section.dtype, pick_device())
@@ -243,6 +244,7 @@ def _tokenize_votes(run: Run, which: str, votes: Sequence[Vote]) -> list[TokenAn
     tick = run.progress(f"tokenising {which} answers", len(votes))
     answers, dropped = tokenize_answers(run.tokenizer, votes, max_length=max_length, on_answer=tick)
     _account_for(run, which, dropped, left=len(answers))
+    _warn_of_templates(run, which, votes, answers)
     return answers
 
 
@@ -259,6 +261,7 @@ def _tokenize(run: Run, which: str, pairs: Sequence[PreferencePair]) -> list[Tok
     tick = run.progress(f"tokenising {which} pairs", len(pairs))
     tokens, dropped = tokenize_pairs(run.tokenizer, pairs, max_length=max_length, on_pair=tick)
     _account_for(run, which, dropped, left=len(tokens))
+    _warn_of_templates(run, which, pairs, tokens)
     return tokens
 
 
@@ -287,6 +290,18 @@ def _account_for(run: Run, which: str, dropped: Sequence[Dropped], *, left: int)
     if not left:
         summary = run.reports[which].summary(run.unit)
         raise DataError(f"No {which} {run.unit[:-1]} is left: {summary}. Raise trainer.max_length?")
+
+
+def _warn_of_templates(
+    run: Run,
+    which: str,
+    rows: Sequence[PreferencePair] | Sequence[Vote],
+    tokens: Sequence[TokenPair] | Sequence[TokenAnswer],
+) -> None:
+    what = f"{'training' if which == 'train' else 'held-out'} {run.unit}"
+    for text in (note_of_templates(rows, what, run.tokenizer), *notes_of_tokens(tokens, what)):
+        if text:
+            run.emit(Note(text, warning=True))
 
 
 def _warn_of_leaks(

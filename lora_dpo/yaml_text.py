@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+import types
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -30,6 +31,68 @@ def parse_yaml(text: str, *, where: str) -> Any:
         raise ConfigError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
     except (ValueError, RecursionError) as error:  # such as the date 2020-99-99
         raise ConfigError(f"{where}: a value is not valid YAML ({error}). Quote it if it is meant as text.") from None
+
+
+_QUOTED = re.compile(r"""\s*('(?:[^']|'')*'|"(?:[^"\\]|\\.)*")\s*""", re.DOTALL)
+_COMMENT = re.compile(r"(?:^|\s)#")
+_SWITCHES = {"true": True, "false": False}
+
+
+def typed_value(text: str, kind: Any, *, where: str) -> Any:
+    """The value of a setting as it is typed on a command line, where nothing is a comment and quotes are optional.
+
+    Args:
+        kind: what the setting takes, as its annotation says. A text is taken letter by letter; where it takes
+            something else, too (null, a number, true, a list in square brackets), that is what it says. `Any`: a
+            number, true, false, null, a list or a mapping in brackets, else a text.
+
+    Raises:
+        ConfigError: a list or mapping, or quotes, that are not whole.
+    """
+    kinds, words = _kinds(kind)
+    if not text.strip():
+        return None
+    if _QUOTED.fullmatch(text):
+        return parse_yaml(text, where=where)
+    if text in words:
+        return text
+    if ((list in kinds or Any in kinds) and _is_in(text, "[]")) or (({dict, Any} & kinds) and _is_in(text, "{}")):
+        return parse_yaml(text, where=where)
+    if type(None) in kinds and text == "null":
+        return None
+    if bool in kinds and text in _SWITCHES:
+        return _SWITCHES[text]
+    if not ({str, Any} & kinds or words):
+        return text if _COMMENT.search(text) else parse_yaml(text, where=where)
+    numbers = {int, float, *({bool, type(None)} if Any in kinds else ())}
+    return _scalar(text, numbers if Any in kinds else numbers & kinds)
+
+
+def _kinds(kind: Any) -> tuple[set[Any], set[str]]:
+    """The plain types among what an annotation allows, and its words."""
+    if get_origin(kind) in (Union, types.UnionType):
+        parts = [_kinds(one) for one in get_args(kind)]
+        return set().union(*(one for one, _ in parts)), set().union(*(one for _, one in parts))
+    if get_origin(kind) is Literal:
+        return set(), {word for word in get_args(kind) if isinstance(word, str)}
+    return {get_origin(kind) or kind}, set()
+
+
+def _is_in(text: str, brackets: str) -> bool:
+    """True for a list or mapping, also for one that is not closed; `[draft] pairs.jsonl` is a text."""
+    text = text.strip()
+    return text.startswith(brackets[0]) and (text.endswith(brackets[1]) or brackets[1] not in text)
+
+
+def _scalar(text: str, kinds: set[Any]) -> Any:
+    """A number, true, false or null of these types, if the text is one and nothing else; else the text."""
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ConfigError, ValueError, RecursionError):
+        return text
+    # YAML 1.1 reads more as numbers than people do: 12:30 is 750. And no, off and the like are words.
+    plain = re.fullmatch(r"[-+.\w]+|true|false|null", text.strip()) and not isinstance(value, bool | None)
+    return value if type(value) in kinds and (plain or text.strip() in (*_SWITCHES, "null")) else text
 
 
 def dump_yaml(value: Any) -> str:

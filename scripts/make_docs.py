@@ -43,6 +43,7 @@ trainer:
 
 Only `model.name` and `data.train` are required. An unknown key is an error that names the nearest valid one. Relative
 paths start at the current folder. On the command line, any setting is `key=value` with dots: `trainer.beta=0.2`.
+The value is taken as it is typed (`output=out/try #2`); quotes make a text of a number or of `null`.
 """
 
 DEFAULTS_INTRO = """\

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from lora_dpo.config import Recipe, check_recipe, describe_fields, dump_recipe, nearest, read_recipe
 from lora_dpo.errors import ConfigError
+from lora_dpo.improve_recipe import read_improve_recipe
 
 MINIMAL = "model:\n  name: some-model\ndata:\n  train: pairs.jsonl\n"
 
@@ -413,3 +414,113 @@ def test_a_recipe_of_rounds_is_sent_to_its_command():
     path = Path(__file__).parent.parent / "configs" / "improve" / "quickstart.yaml"
     with pytest.raises(ConfigError, match=r"quickstart\.yaml is a recipe for lora-dpo improve"):
         read_recipe(path)
+
+
+# --- values as they are typed ---------------------------------------------------------------------
+
+AS_TYPED = (
+    *("out/c16 #7", "#7", "a: b", "[draft] pairs.jsonl", "{x}/pairs.jsonl", "&pairs.jsonl", "*.jsonl", "!n.jsonl"),
+    *(
+        " pairs.jsonl ",
+        "yes",
+        "no",
+        "on",
+        "off",
+        "true",
+        "1e3",
+        "0123",
+        "12:30",
+        "2026-01-02",
+        "a\tb",
+        "-",
+        "- a",
+        "%x",
+    ),
+    *(
+        "it's",
+        'say "hi"',
+        "C:\\pairs",
+        "@home",
+        "`x`",
+        "a, b",
+        "? a",
+        "| a",
+        "> a",
+        "Null",
+        "None",
+        "owner/name",
+        "a\nb",
+    ),
+)
+
+
+@pytest.mark.parametrize("typed", AS_TYPED)
+@pytest.mark.parametrize("key", ["output", "data.train", "data.eval", "model.name", "model.revision", "data.format"])
+def test_a_text_is_taken_as_it_is_typed(read, key, typed):
+    section, _, name = key.rpartition(".")
+    recipe = read(MINIMAL, f"{key}={typed}")
+    assert getattr(getattr(recipe, section) if section else recipe, name) == typed
+
+
+@pytest.mark.parametrize("typed", [*AS_TYPED, "null", "[x]"])
+def test_quotes_make_a_text_of_anything(read, typed):
+    written = typed.replace("'", "''").replace("\n", "\n\n")
+    assert read(MINIMAL, f"data.train='{written}'").data.train == typed
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("trainer.run_name=try #7", "try #7"),
+        ("trainer.run_name=2026-01-02", "2026-01-02"),
+        ("trainer.run_name=12:30", "12:30"),
+        ("trainer.run_name=a: b", "a: b"),
+        ("trainer.run_name=[1] a", "[1] a"),
+        ("trainer.eval_strategy=no", "no"),
+        ("trainer.beta=0.2", 0.2),
+        ("trainer.beta=2e-1", 0.2),
+        ("trainer.max_steps=-1", -1),
+        ("trainer.max_length=null", None),
+        ("trainer.disable_dropout=false", False),
+        ("trainer.loss_type=[sigmoid, sft]", ["sigmoid", "sft"]),
+        ("trainer.lr_scheduler_kwargs={min_lr: 1e-6}", {"min_lr": 1e-6}),
+        ("trainer.run_name='12'", "12"),
+    ],
+)
+def test_a_field_of_trl_is_a_number_a_switch_a_list_or_what_is_typed(read, override, value):
+    (found,) = read(MINIMAL, override).trainer.values()
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_setting_of_several_kinds_takes_each_of_them(read):
+    typed = {
+        "engine.tokens=auto": "auto",
+        "engine.tokens=512": 512,
+        "model.packed=true": True,
+        "model.packed=auto": "auto",
+        "lora.layers=top-2": "top-2",
+        "lora.layers=[0, 1]": [0, 1],
+        "data.eval=null": None,
+        "data.eval=": None,
+        "data.eval=[a.jsonl, 'b #1.jsonl']": ["a.jsonl", "b #1.jsonl"],
+        "engine.reference_cache=off": "off",
+        "engine.trunk_cache=off": "off",
+        "lora.dora=yes": True,
+    }
+    for override, value in typed.items():
+        section, name = override.partition("=")[0].split(".")
+        assert getattr(getattr(read(MINIMAL, override), section), name) == value, override
+    assert read(MINIMAL, "lora={rank: 4, alpha: 8}").lora.rank == 4
+
+
+@pytest.mark.parametrize("override", ["lora.rank=4 # small", "lora.dora=true #1", "data.min_gap=1 #"])
+def test_a_number_with_a_comment_is_no_number(read, override):
+    with pytest.raises(ConfigError, match="#"):
+        read(MINIMAL, override)
+
+
+def test_a_rounds_recipe_takes_texts_as_they_are_typed(tmp_path):
+    path = tmp_path / "rounds.yaml"
+    path.write_text("model: {name: m}\nimprove: {prompts: p.txt, held_out: h.txt, judge: rule:length}\n")
+    recipe = read_improve_recipe(path, ["improve.prompts=p #1.txt", "improve.rounds=2"])
+    assert (recipe.improve.prompts, recipe.improve.rounds) == ("p #1.txt", 2)

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -327,6 +328,27 @@ def test_a_mistyped_form_is_answered_with_the_nearest(tmp_path):
         ("a.csv", b"text\nHi,surplus\n", "a.csv, row 1: more cells than columns"),
         ("a.csv", b"text\nHi\n", "a.csv holds no usable pair: without 'chosen' (columns: text)"),
         ("a.jsonl", b'{"question": "Hi"}\n', "a.jsonl holds no usable pair: without 'chosen' (columns: question)"),
+        ("a.csv", b"prompt,chosen,rejected,chosen\nHi,a,b,c\n", "a.csv has two columns named 'chosen'. Rename or"),
+        ("a.csv", b"prompt,chosen, chosen,rejected\nHi,a,b,c\n", "a.csv has two columns named 'chosen'"),
+        ("a.csv", b"sep=;\nprompt;chosen;rejected\nHi;a;b\n", "its cells seem to stand between semicolons."),
+        (
+            "a.jsonl",
+            b'\n{"prompt": "Hi", "chosen": "a", "chosen": "b"}\n',
+            "line 2: an object has the key 'chosen' twice",
+        ),
+        ("a.json", b'[{"prompt": [{"role": "user", "role": "system"}]}]', "an object has the key 'role' twice"),
+        (
+            "a.jsonl",
+            b'{"query": "Hi", "chosen_response": "a", "rejected_response": "b"}\n',
+            "without 'input', 'instruction' or 'prompt' (columns: chosen_response, query, rejected_response)",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "Hi", "generations": ["a", "b"], "ratings": [1, 2]}\n',
+            "without 'instruction', 'input', 'prompt' or 'messages' (columns: generations, ratings, text)",
+        ),
+        ("a.jsonl", b'{"conversations": null, "chosen": "a", "rejected": "b"}\n', "without 'conversations'"),
+        ("a.jsonl", b'{"answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]}\n', "without 'prompt'"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_where_and_why(tmp_path, name, content, message):
@@ -335,6 +357,61 @@ def test_a_file_that_cannot_be_used_says_where_and_why(tmp_path, name, content, 
         read_pairs(str(tmp_path / name))
     assert str(caught.value).startswith(str(tmp_path))
     assert message in str(caught.value)
+
+
+ORIENTS = ["columns", "index", "split", "table", "list"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("orient", ORIENTS)
+@pytest.mark.parametrize("row", [TEXT_ROW, MESSAGES_ROW], ids=["text", "messages"])
+def test_a_whole_table_in_one_object_is_said_to_be_one(tmp_path, name, orient, row):
+    frame = pandas.DataFrame([row, {**row, "chosen": row["rejected"], "rejected": row["chosen"]}])
+    text = json.dumps(frame.to_dict("list")) if orient == "list" else frame.to_json(orient=orient)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"holds columns, not rows: .*orient='records', lines=True"):
+        read_pairs(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"sep=,\nprompt,chosen,rejected\n",
+        b"sep=,\r\nprompt,chosen,rejected\n",
+        b"\nprompt,chosen,rejected\n",
+        b"\r\n \nprompt,chosen,rejected\n",
+        b",,\nprompt,chosen,rejected\n",
+        b"\xef\xbb\xbfsep=,\nprompt,chosen,rejected\n",
+        b"prompt , chosen , rejected\n",
+        b'"prompt", "chosen", "rejected"\n',
+    ],
+)
+def test_a_csv_as_spreadsheets_and_hands_write_it(tmp_path, start):
+    path = tmp_path / "a.csv"
+    after = b" " if b", " in start else b""
+    path.write_bytes(start + b'Hi,%s"Hello, you",%sGo\n\nYo,%sHey,%s"No, ""you"""\n' % ((after,) * 4))
+    read, _ = read_pairs(str(path))
+    assert [(one.prompt[0]["content"], one.chosen[0]["content"], one.rejected[0]["content"]) for one in read] == [
+        ("Hi", "Hello, you", "Go"),
+        ("Yo", "Hey", 'No, "you"'),
+    ]
+    assert [one.origin.row for one in read] == [1, 2]
+
+
+def test_a_space_that_a_cell_begins_with_stays_where_the_header_has_none(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nHi, a, b\n")
+    (pair,), _ = read_pairs(str(tmp_path / "a.csv"))
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == (" a", " b")
+
+
+def test_two_parquet_columns_of_one_name_are_said(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["Hi"], ["a"], ["b"], ["c"]], names=["prompt", "chosen", "rejected", "chosen"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has two columns named 'chosen'"):
+        read_pairs(str(tmp_path / "a.parquet"))
 
 
 def test_no_source_at_all_is_said():

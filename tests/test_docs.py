@@ -211,21 +211,65 @@ def test_the_docs_show_every_public_verb():
 
 # --- errors ---------------------------------------------------------------------------------------
 
+FIT = "\u2026"
+"""Stands for what a message's code fills in."""
+
+
+def text_of(node):
+    """A text as code writes it, `FIT` for what is filled in; None for what is no text."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) or FIT for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        sides = text_of(node.left), text_of(node.right)
+        return None if sides == (None, None) else "".join(side or FIT for side in sides)
+    return None
+
 
 @functools.cache
-def literals():
-    """Every text in the package's code, the fixed parts of f-strings included."""
-    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "lora_dpo").rglob("*.py"))
-    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return [node.value for node in nodes if isinstance(node.value, str)]
+def sentences():
+    """Every text of the package's code that is no docstring, whole: parts of an f-string are one text."""
+    found = []
+    for path in (ROOT / "lora_dpo").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = (text_of(node) for node in ast.walk(tree) if id(node) not in parts | said)
+        found += [text for text in texts if text]
+    return found
 
 
-def messages(page):
+def documented(page):
     """First cells of a page's tables: messages, with `…` for the parts that change."""
     return re.findall(r"^\| `(.+?)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("message", messages(ROOT / "docs" / "errors.md"))
+def says(sentence, message):
+    """True if a text of the code may become this message: its words stand there whole, in this order and together.
+
+    Before them stands nothing, the end of a sentence, or what is filled in; any words if the message begins with `…`.
+    """
+    body = message.removeprefix(FIT).lstrip()
+    before = rf"(?:\A|[.:] ?|{FIT})" if body == message else r"(?<!\w)" if body[:1].isalnum() else ""
+    words = "(?s:.*)".join(map(re.escape, body.split(FIT)))
+    return re.search(before + words, sentence) is not None
+
+
+MESSAGES = documented(ROOT / "docs" / "errors.md")
+
+
+@pytest.mark.parametrize("message", MESSAGES)
 def test_a_documented_message_is_in_the_code(message):
-    for part in filter(None, (part.strip() for part in message.split("…"))):
-        assert any(part in literal for literal in literals()), part
+    assert any(says(sentence, message) for sentence in sentences())
+
+
+def test_a_message_that_the_code_does_not_write_is_noticed():
+    for message in MESSAGES:
+        words = message.split()
+        for changed in (
+            [*words[:-1], "zz" + words[-1]],
+            [words[0] + "zz", *words[1:]] if FIT not in words[0] else None,
+        ):
+            if changed:
+                assert not any(says(sentence, " ".join(changed)) for sentence in sentences()), changed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 
 import gguf
@@ -21,7 +22,9 @@ from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, ModelError, OutputError
 from lora_dpo.export import export
 from lora_dpo.export.gguf_arch import llama3_factors, permute
-from lora_dpo.export.ollama import read_turns
+from lora_dpo.export.ollama import modelfile, read_turns
+from lora_dpo.merge import merge
+from lora_dpo.model import load_base
 from lora_dpo.quiet import quiet_libraries
 
 IDS = [257, *b"Say it to the moon, red kite."]
@@ -401,3 +404,88 @@ def test_a_template_that_counts_is_refused(text_tokenizer):
     other.chat_template = "{% for m in messages %}{{ loop.index }}:{{ m['content'] }}\n{% endfor %}"
     with pytest.raises(ModelError, match="does more than write turns"):
         read_turns(other)
+
+
+DATED = (
+    "\n{{% for m in messages %}}{{% if loop.first %}}<s>system\nToday is {{{{ strftime_now('{form}') }}}}.\n"
+    "{{{{ m['content'] if m['role'] == 'system' }}}}</s>\n{{% endif %}}"
+    "{{% if m['role'] != 'system' %}}<s>{{{{ m['role'] }}}}\n{{{{ m['content'] }}}}</s>\n{{% endif %}}{{% endfor %}}"
+    "{{% if add_generation_prompt %}}<s>assistant\n{{% endif %}}"
+)
+
+
+@pytest.mark.parametrize(("form", "noted"), [("%Y-%m-%d", False), ("%d %b %Y", True), ("%-d. %B, %A", True)])
+def test_ollama_writes_the_date_of_the_day_it_answers(form, noted, text_tokenizer):
+    import copy
+    import datetime
+
+    other = copy.deepcopy(text_tokenizer)
+    other.chat_template = DATED.format(form=form)
+    text = modelfile("model.gguf", other, [])
+    today = datetime.datetime.now()
+    assert today.strftime(form) not in text
+    assert str(today.year) not in text
+    assert ("today's date as" in text) == noted
+    template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
+    for messages in (
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    ):
+        wanted = other.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert go(template, messages).replace("{{ currentDate }}", today.strftime(form)) == wanted
+
+
+def test_a_time_of_day_is_no_date_that_ollama_writes(text_tokenizer):
+    import copy
+
+    other = copy.deepcopy(text_tokenizer)
+    other.chat_template = DATED.format(form="%Y-%m-%d %H:%M")
+    with pytest.raises(ModelError, match="does more than write turns"):
+        modelfile("model.gguf", other, [])
+
+
+def named_templates(folder, target, **templates):
+    """A copy of a model folder with several chat templates, as Hermes and Command R have them."""
+    shutil.copytree(folder, target)
+    (target / "chat_template.jinja").unlink()
+    path = target / "tokenizer_config.json"
+    listed = [{"name": name, "template": template} for name, template in templates.items()]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": listed}))
+    return target
+
+
+def test_the_default_of_named_templates_is_the_one_in_a_gguf_file(models, tmp_path):
+    plain = (models("llama") / "chat_template.jinja").read_text()
+    base = named_templates(models("llama"), tmp_path / "base", tool_use="{{ tools }}" + plain, default=plain)
+    fields = gguf.GGUFReader(export(base, tmp_path / "base.gguf", to="gguf")).fields
+    assert fields["tokenizer.chat_template"].contents() == plain
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}" + plain
+    assert (export(base, tmp_path / "out", to="ollama") / "Modelfile").is_file()
+
+
+def test_a_merge_keeps_named_templates_and_is_the_same_model(models, make_adapter, tmp_path):
+    plain = (models("llama") / "chat_template.jinja").read_text()
+    base = named_templates(models("llama"), tmp_path / "base", tool_use="{{ tools }}" + plain, default=plain)
+    whole = load_base(str(base), quantize="none")
+    folder = merge(make_adapter(tmp_path / "adapter", model=base), tmp_path / "merged")
+    merged = load_base(str(folder), quantize="none")
+    assert merged.tokenizer.chat_template == whole.tokenizer.chat_template
+    assert merged.chat_template_sha256 == whole.chat_template_sha256
+
+
+def test_named_templates_without_a_default_are_refused_in_a_sentence(models, tmp_path):
+    plain = (models("llama") / "chat_template.jinja").read_text()
+    base = named_templates(models("llama"), tmp_path / "base", tool_use=plain, rag=plain)
+    for use in (lambda: load_base(str(base), quantize="none"), lambda: export(base, tmp_path / "out", to="ollama")):
+        with pytest.raises(ModelError, match=r"are named 'tool_use', 'rag', and none is the default"):
+            use()
+    fields = gguf.GGUFReader(export(base, tmp_path / "base.gguf", to="gguf")).fields
+    assert "tokenizer.chat_template" not in fields
+    assert fields["tokenizer.chat_template.rag"].contents() == plain
+
+
+def test_the_command_for_ollama_can_be_copied_into_a_shell(adapters, tmp_path, capsys):
+    folder = tmp_path / "my model's #1"
+    assert main(["export", str(adapters("llama")), "--to", "ollama", "-o", str(folder)]) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if "ollama create" in line)
+    assert shlex.split(command) == ["ollama", "create", folder.name, "-f", str(folder / "Modelfile")]

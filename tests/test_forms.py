@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import itertools
@@ -20,6 +21,7 @@ from lora_dpo.data.doctor import examine
 from lora_dpo.data.forms import SCORES
 from lora_dpo.data.pairs import Vote
 from lora_dpo.data.table import FORMS, form_of
+from lora_dpo.data.template import render
 from lora_dpo.data.tokens import tokenize_pair
 from lora_dpo.data.votes import matched
 from lora_dpo.data.write import canonical_row
@@ -141,7 +143,7 @@ CASES = {
             (
                 [user("Did it rain on Monday?")],
                 [
-                    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                    {"role": "assistant", "content": "", "tool_calls": [{"id": "1", **CALL}]},
                     {"role": "tool", "content": "3", "name": "rain"},
                     bot("Yes, 3 mm."),
                 ],
@@ -1022,3 +1024,103 @@ def test_a_run_trains_with_the_weights_of_its_rows(tmp_path, recipe_dict, monkey
         found = train(check_recipe(recipe_dict(data=data, output=str(tmp_path / weight))))
         adapters[weight] = load_file(found.folder / "adapter_model.safetensors")
     assert any(not torch.equal(adapters["gap"][name], tensor) for name, tensor in adapters["equal"].items())
+
+
+# --- tool calls and what stands around them -------------------------------------------------------
+
+NEEDS_IDS = (
+    "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('an id of 9 characters') }}{% endif %}"
+    "{{ c.function.name }}({{ c.function.arguments | tojson }})#{{ c.id }}{% endfor %}"
+    "{% elif m.role == 'tool' %}[{{ m.tool_call_id }}:{{ m.content }}]{% else %}{{ m.content }}{% endif %}"
+    "{{ eos_token }}{% endfor %}"
+)
+"""As Mistral's templates do."""
+
+
+def called(name: str, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """An assistant turn that calls a function."""
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{**more, "type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
+
+
+def test_the_id_of_a_tool_call_reaches_the_template(tokenizer, tmp_path):
+    prompt = [user("How warm is Oslo?"), called("weather", {"city": "Oslo"}, id="a1B2c3D4e")]
+    answered = {"role": "tool", "name": "weather", "tool_call_id": "a1B2c3D4e", "content": "4"}
+    row = {"prompt": [*prompt, answered], "chosen": [bot("Four.")], "rejected": [bot("No idea.")]}
+    other = {"prompt": [user("Oslo?")], "chosen": [prompt[1]], "rejected": [called("add", {}, id="z1B2c3D4e")]}
+    asks = copy.deepcopy(tokenizer)
+    asks.chat_template = NEEDS_IDS
+    for one in read_pairs(write(tmp_path / "a.jsonl", row, other))[0]:
+        whole = render(asks, [*one.prompt, *one.chosen])
+        assert 'weather({"city": "Oslo"})#a1B2c3D4e' in whole
+        again = write(tmp_path / f"{one.origin.row}.jsonl", canonical_row(one))
+        assert [render(asks, [*pair.prompt, *pair.chosen]) for pair in read_pairs(again)[0]] == [whole]
+
+
+def test_answers_that_differ_in_the_ids_of_their_calls_alone_are_equal(tmp_path):
+    sides = [[called("weather", {"city": "Oslo"}, id=name)] for name in ("a1B2c3D4e", "f5G6h7I8j")]
+    whole = {"chosen": [user("Oslo?"), *sides[0]], "rejected": [user("Oslo?"), *sides[1]]}
+    explicit = {"prompt": [user("Oslo?")], "chosen": sides[0], "rejected": sides[1]}
+    for number, row in enumerate((whole, explicit)):
+        with pytest.raises(DataError, match="chosen equals rejected"):
+            read_pairs(write(tmp_path / f"{number}.jsonl", row))
+
+
+def test_conversations_part_at_their_answers_and_not_at_the_ids_of_their_calls(tmp_path):
+    sides = [
+        [
+            user("Oslo?"),
+            called("weather", {"city": "Oslo"}, id=name),
+            {"role": "tool", "tool_call_id": name, "content": "4"},
+            bot(answer),
+        ]
+        for name, answer in (("a1B2c3D4e", "Four."), ("f5G6h7I8j", "No idea."))
+    ]
+    (pair,), _ = read_pairs(write(tmp_path / "a.jsonl", {"chosen": sides[0], "rejected": sides[1]}))
+    assert (list(pair.prompt), *pair.chosen, *pair.rejected) == (sides[0][:3], bot("Four."), bot("No idea."))
+
+
+def calling_row(asked: str, name: str, arguments: dict[str, Any], **schema: Any) -> dict[str, Any]:
+    """A row whose messages have different keys, as its tools have different parameters."""
+    parameters = {"type": "object", "properties": schema}
+    return {
+        "prompt": [user(asked), called(name, arguments), {"role": "tool", "name": name, "content": "4"}],
+        "chosen": [bot("4")],
+        "rejected": [bot("No idea.")],
+        "tools": [{"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}],
+    }
+
+
+CALLING = [
+    calling_row("How warm is Oslo?", "weather", {"city": {"name": "Oslo"}}, city={"type": "string", "enum": ["Oslo"]}),
+    calling_row("1+3?", "add", {"a": 1, "b": [{"c": 3}, {"d": 4}]}, a={"type": "number"}, b={"type": "array"}),
+    calling_row("Now?", "clock", {}),
+]
+
+
+@pytest.mark.parametrize("packed", ["parquet", "hub"])
+def test_arrow_adds_nothing_to_calls_and_schemas(tmp_path, monkeypatch, packed):
+    import datasets
+
+    plain, _ = read_pairs(write(tmp_path / "a.jsonl", *CALLING))
+    stored = datasets.Dataset.from_list(CALLING)
+    source = str(tmp_path / "a.parquet")
+    if packed == "hub":
+        source = "owner/name"
+        monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: stored)
+    else:
+        stored.to_parquet(source)
+    read, _ = read_pairs(source)
+    contents = [[(one.prompt, one.chosen, one.rejected, one.tools) for one in pairs] for pairs in (plain, read)]
+    assert contents[0] == contents[1]
+
+
+def test_a_null_that_a_row_wrote_itself_stays(tmp_path):
+    row = calling_row("Hi?", "find", {"after": None}, after={"type": "string", "default": None})
+    (pair,), _ = read_pairs(write(tmp_path / "a.jsonl", row))
+    assert pair.prompt[1]["tool_calls"][0]["function"]["arguments"] == {"after": None}
+    assert pair.tools[0]["function"]["parameters"]["properties"]["after"]["default"] is None

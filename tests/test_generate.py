@@ -6,7 +6,17 @@ from transformers import AutoModelForCausalLM
 
 from lora_dpo.data.template import prompt_ids
 from lora_dpo.errors import ConfigError
-from lora_dpo.generate import Sampling, first_of, generate, held_back, pick, rows_that_fit, stream, stream_from
+from lora_dpo.generate import (
+    SHORTCUT,
+    Sampling,
+    first_of,
+    generate,
+    held_back,
+    pick,
+    rows_that_fit,
+    stream,
+    stream_from,
+)
 
 CHATS = [[{"role": "user", "content": text}] for text in ("hi", "tell me about the sea, please", "why?", "é ü")]
 
@@ -188,3 +198,76 @@ def test_how_much_may_be_the_beginning_of_a_stop_text():
     assert held_back("text", []) == 0
     assert first_of("one two", ["two", "e t"]) == 2
     assert first_of("one two", ["three"]) is None
+
+
+# --- nucleus sampling against its definition ------------------------------------------------------
+
+
+def nucleus_of(logits, temperature, top_p):
+    """The tokens of one row's nucleus with their probabilities, in float64: Holtzman et al. 2020, equation 2."""
+    probs = torch.softmax(logits.double() / temperature, dim=-1).tolist()
+    kept, held = {}, 0.0
+    for token in sorted(range(len(probs)), key=lambda token: -probs[token]):
+        if kept and held >= top_p:
+            break
+        kept[token] = probs[token]
+        held += probs[token]
+    return {token: prob / held for token, prob in kept.items()}
+
+
+def mixed_rows(vocabulary=3000):
+    """Rows whose nucleus is within the shortcut, beside flat ones that need the whole vocabulary, in turn."""
+    draws = torch.Generator().manual_seed(7)
+    sharp = torch.randn(2, vocabulary, generator=draws) * 4
+    flat = torch.randn(2, vocabulary, generator=draws) * 0.3
+    return torch.stack([sharp[0], flat[0], sharp[1], flat[1]])
+
+
+def test_rows_that_need_the_whole_vocabulary_are_drawn_beside_rows_that_do_not():
+    logits, sampling, times = mixed_rows(), Sampling(temperature=0.8, top_p=0.9), 4000
+    draws = torch.Generator().manual_seed(0)
+    drawn = torch.stack([pick(logits, sampling, draws) for _ in range(times)])
+    for row in range(4):
+        wanted = nucleus_of(logits[row], 0.8, 0.9)
+        assert (len(wanted) > SHORTCUT) == (row % 2 == 1)
+        counts = torch.bincount(drawn[:, row], minlength=3000)
+        assert set(counts.nonzero().flatten().tolist()) <= set(wanted)
+        # the likelier half of the nucleus, as one event: 5 standard deviations of a fair draw at most
+        halves, held = [], 0.0
+        for token, prob in wanted.items():
+            if held + prob > 0.5:
+                break
+            halves.append(token)
+            held += prob
+        if halves:
+            assert counts[halves].sum().item() / times == pytest.approx(held, abs=5 * (0.25 / times) ** 0.5)
+        if row % 2:  # also tokens that the shortcut does not know
+            assert len(set(drawn[:, row].tolist()) - set(logits[row].topk(SHORTCUT).indices.tolist())) > 100
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.9])
+def test_a_row_within_the_shortcut_draws_as_a_sort_of_the_whole_row_does(top_p):
+    logits = mixed_rows()[[0, 2]]
+    for seed in range(200):
+        found = pick(logits, Sampling(temperature=0.8, top_p=top_p), torch.Generator().manual_seed(seed))
+        probs = torch.softmax(logits / 0.8, dim=-1)
+        top, order = probs.topk(SHORTCUT, dim=-1)
+        kept = top.masked_fill((top.cumsum(-1) - top >= top_p).index_fill(1, torch.tensor([0]), False), 0.0)
+        drawn = torch.multinomial(kept, 1, generator=torch.Generator().manual_seed(seed))
+        assert found.tolist() == order.gather(1, drawn).squeeze(1).tolist()
+
+
+def test_a_wide_row_changes_no_draw_of_the_others():
+    logits, sampling = mixed_rows(), Sampling(temperature=0.8, top_p=0.9)
+    for seed in range(100):
+        together = pick(logits, sampling, torch.Generator().manual_seed(seed))
+        narrow = logits.clone()
+        narrow[1], narrow[3] = logits[0], logits[2]
+        alone = pick(narrow, sampling, torch.Generator().manual_seed(seed))
+        assert together[[0, 2]].tolist() == alone[[0, 2]].tolist()
+
+
+def test_tokens_are_drawn_where_the_logits_are():
+    logits = torch.empty(3, 2000, device="meta")
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        assert pick(logits, sampling, None).device.type == "meta"

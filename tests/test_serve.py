@@ -191,6 +191,12 @@ def test_a_new_adapter_can_be_asked_for_at_once(client, adapters):
 
 # --- what is refused ------------------------------------------------------------------------------
 
+CALLS = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+
 
 @pytest.mark.parametrize(
     ("options", "status", "param", "said"),
@@ -207,13 +213,32 @@ def test_a_new_adapter_can_be_asked_for_at_once(client, adapters):
         (dict(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools", "not supported"),
         (dict(response_format={"type": "json_object"}), 400, "response_format", "not supported"),
         (dict(extra_body={"temprature": 1}), 400, "temprature", "Did you mean temperature?"),
-        (dict(extra_body={"top_k": 5}), 400, "top_k", "There is no parameter top_k."),
+        (dict(extra_body={"top_k": 5}), 400, "top_k", "top_k is not supported here: leave it out."),
+        (dict(extra_body={"min_p": 0.05}), 400, "min_p", "min_p is not supported here"),
+        (dict(extra_body={"repetition_penalty": 1.1}), 400, "repetition_penalty", "not supported here"),
+        (dict(extra_body={"chat_template_kwargs": {"enable_thinking": False}}), 400, "chat_template_kwargs", "not"),
+        (dict(extra_body={"odd": 5}), 400, "odd", "There is no parameter odd."),
         (dict(stop=["a"] * 5), 400, "stop", "at most 4"),
         (dict(stop=""), 400, "stop", "stop text is empty"),
         (dict(messages=[]), 400, "messages", "at least 1"),
         (dict(messages=[{"role": "robot", "content": "hi"}]), 400, "messages", "messages.0.role"),
         (dict(messages=[{"role": "tool", "content": "hi", "tool_call_id": "1"}]), 400, "messages", "messages.0"),
         (dict(messages=[{"role": "user"}]), 400, "messages", "messages.0.content is missing"),
+        (dict(messages=[{"role": "user", "content": None}]), 400, "messages", "messages.0.content is missing"),
+        (dict(messages=[*ask("4?"), CALLS]), 400, "messages", "messages.1.tool_calls is not supported here: only text"),
+        (
+            dict(messages=[*ask("4?"), {"role": "tool", "tool_call_id": "1", "content": "4"}]),
+            400, "messages", "messages.1 answers a tool call",
+        ),
+        (
+            dict(messages=[{"role": "assistant", "content": "x", "annotations": [{"type": "url_citation"}]}]),
+            400, "messages", "messages.0.annotations is not supported here",
+        ),
+        (
+            dict(messages=[{"role": "assistant", "content": None, "refusal": "No."}]),
+            400, "messages", "messages.0.refusal is not supported here",
+        ),
+        (dict(messages=[{"role": "user", "content": "x", "odd": 1}]), 400, "messages", "messages.0.odd"),
         (
             dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
             400, "messages", "only text is understood",
@@ -241,6 +266,30 @@ def test_values_that_ask_for_nothing_are_taken(client):
         response_format={"type": "text"}, user="me", metadata={"a": "b"}, service_tier="auto", stop=None, seed=None,
     )  # fmt: skip
     assert client.chat.completions.create(model="base", messages=ask("hi"), max_tokens=3, **nothing).choices
+
+
+def test_keys_that_clients_add_ask_for_nothing(client):
+    plain = [*ask("hi"), {"role": "assistant", "content": "Yo"}, *ask("and?")]
+    more = [
+        {"id": 12, "metadata": {"a": 1}, "created_at": "now"},
+        {"id": "x", "annotations": [], "refusal": None, "tool_calls": [], "audio": None, "function_call": None,
+         "reasoning_content": "Hm.", "reasoning": None},
+        {"id": None, "name": None, "timestamp": 3.5},
+    ]  # fmt: skip
+    nothing = {
+        "top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "repeat_penalty": 1, "typical_p": 1.0, "best_of": 1,
+        "echo": False, "ignore_eos": False, "skip_special_tokens": True, "chat_template_kwargs": {}, "odd": None,
+        "n": 1, "logprobs": False, "audio": None, "prediction": None, "reasoning_effort": None, "min_tokens": 0,
+    }  # fmt: skip
+    answers = [
+        client.chat.completions.create(model="alpha", messages=messages, temperature=0, max_tokens=6, extra_body=extra)
+        for messages, extra in (
+            (plain, {}),
+            ([{**one, **added} for one, added in zip(plain, more, strict=True)], nothing),
+            (plain, {"top_k": 0}),
+        )
+    ]
+    assert len({(one.choices[0].message.content, one.usage.prompt_tokens) for one in answers}) == 1
 
 
 def raw(port, method="POST", path="/v1/chat/completions", body=b"", **headers):

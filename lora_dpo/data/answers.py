@@ -32,6 +32,9 @@ class TokenAnswer:
     origin: Origin
     truncated: bool
     """True if `max_length` cut the answer, so its end-of-turn token is gone."""
+    left_out: bool = False
+    other_start: bool = False
+    """Both as in `TokenPair`."""
 
 
 def read_answers(
@@ -142,10 +145,10 @@ def tokenize_answers(
     kept: list[TokenAnswer] = []
     dropped: list[Dropped] = []
     for done, vote in enumerate(votes, start=1):
-        same = PreferencePair(vote.prompt, vote.answer, vote.answer, vote.origin, tools=vote.tools)
-        tokens = tokenize_row(tokenizer, same, max_length=max_length)
+        tokens = tokenize_row(tokenizer, vote.doubled(), max_length=max_length)
         if tokens.chosen:
-            kept.append(TokenAnswer(tokens.prompt, tokens.chosen, vote.up, vote.origin, tokens.truncated))
+            flags = tokens.truncated, tokens.left_out, tokens.other_start
+            kept.append(TokenAnswer(tokens.prompt, tokens.chosen, vote.up, vote.origin, *flags))
         else:
             dropped.append(Dropped(vote.origin, f"prompt fills max_length ({max_length} tokens)"))
         if on_answer:

@@ -204,6 +204,21 @@ _CHECKS = (
         removes=True,
     ),
     Check(
+        "left-out",
+        "warning",
+        "answers of which the chat template leaves out a part",
+        "The model is trained on what the template writes alone: reasoning before an answer, or a call, is gone.",
+        "Take a template that writes it whole, or take it out of the answers yourself.",
+    ),
+    Check(
+        "other-start",
+        "warning",
+        "answers that do not follow what a chat asks for them with",
+        "A chat's prompt ends with something, such as <think>, that no trained answer follows: the model answers there "
+        "from where it was never trained.",
+        "Take a template that writes both alike, or begin the answers with it.",
+    ),
+    Check(
         "cut",
         "warning",
         "answers cut by max_length: their end-of-turn token is gone",
@@ -381,6 +396,15 @@ def special_findings(pair: PreferencePair, special: re.Pattern[str], bos: str | 
         if match:
             doubled = match.group() == bos and not text[: match.start()].strip()
             yield "double-bos" if doubled else "leftover", _excerpt(text, match.start())
+
+
+def templated(pair: PreferencePair, special: re.Pattern[str] | None = None, bos: str | None = None) -> str | None:
+    """Text of a chat template inside a turn's own text, cut short: what `double-bos` and `leftover` find."""
+    texts = Texts.of(pair)
+    found = _double_bos(pair, texts) or _leftover(pair, texts)
+    if found is None and special is not None:
+        found = next((evidence for _, evidence in special_findings(pair, special, bos)), None)
+    return found
 
 
 def ends_with_marker(text: str) -> bool:

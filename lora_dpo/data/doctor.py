@@ -19,7 +19,7 @@ from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.reading import account, outcomes
 from lora_dpo.data.sketch import NearDuplicates
-from lora_dpo.data.template import Message
+from lora_dpo.data.template import Message, prompt_ids
 from lora_dpo.data.tokens import special_tokens, tokenize_pair
 from lora_dpo.errors import DataError, ModelError
 
@@ -264,6 +264,10 @@ class _Doctor:
         bos = tokenizer.bos_token_id
         if not known and bos is not None and (bos, bos) in pairwise(tokens.prompt):
             self.note("double-bos", pair.origin, tokenizer.decode(tokens.prompt[:8]))
+        if tokens.left_out:
+            self.note("left-out", pair.origin, f"trained on: {tokenizer.decode(tokens.chosen)}")
+        if tokens.other_start:
+            self.note("other-start", pair.origin, f"…{tokenizer.decode(prompt_ids(tokenizer, pair.prompt)[-12:])}")
         if tokens.chosen == tokens.rejected:
             self.note("equal", pair.origin, "the same once written for the model")
             return

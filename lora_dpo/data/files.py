@@ -7,10 +7,12 @@ import csv
 import difflib
 import gzip
 import io
+import itertools
 import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -231,11 +233,33 @@ def _listed(parsed: Any, path: Path) -> list[Any]:
         return parsed
     if not isinstance(parsed, dict):
         raise DataError(f"{path} holds one {type(parsed).__name__}, not a list of rows.")
+    if _is_a_table(parsed):
+        raise DataError(f"{path} {_TABLE}.")
     if not COLUMNS.isdisjoint(parsed):
         return [parsed]
     lists = {key: len(value) for key, value in parsed.items() if isinstance(value, list) and value}
     hint = "".join(f" Its {shown(key)} is a list of {length}: save that list alone." for key, length in lists.items())
     raise DataError(f"{path} holds one object, not a list of rows.{hint}")
+
+
+_TABLE = "holds columns, not rows: with pandas write it by to_json(PATH, orient='records', lines=True)"
+_ONE_OF_EACH = ("prompt", "chosen", "rejected", "instruction", "question", "completion")
+"""Columns that never hold a list of texts in a row."""
+
+
+def _is_a_table(value: dict[str, Any]) -> bool:
+    """True for a whole table in one object, as pandas writes it but for `orient='records'`."""
+    if {"columns", "data"} <= value.keys() or {"schema", "data"} <= value.keys():
+        return True
+    inside = list(value.values())
+    if inside and all(isinstance(column, dict) and column and all(map(str.isdigit, column)) for column in inside):
+        return True  # columns of numbered cells
+    if value and all(map(str.isdigit, value)) and all(isinstance(row, dict) for row in inside):
+        return True  # numbered rows
+    columns = [value[name] for name in _ONE_OF_EACH if name in value]
+    return bool(columns) and all(
+        isinstance(column, list) and column and not any(isinstance(cell, dict) for cell in column) for column in columns
+    )
 
 
 def _is_json_lines(content: bytes) -> bool:
@@ -256,17 +280,37 @@ def _is_json(content: bytes) -> bool:
 def _csv_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(1 << 30)  # answers are longer than the 128 KiB that the module allows
     try:
-        rows = csv.DictReader(_text(file, newline=""), strict=True)
-        _refuse_other_separator(rows.fieldnames or (), path)
-        for number, row in enumerate(rows, start=1):
-            surplus = row.pop(None, [])
-            if any(cell.strip() for cell in surplus):  # a comma at the line's end alone is no cell of anybody's
+        text = _text(file, newline="")
+        head = _header(text)
+        _refuse_other_separator(head, path)
+        header = [name.strip().strip('"') for name in head]
+        _refuse_twice_named(header, path)
+        # Written by hand, with a space after each comma: quotes begin behind it.
+        spaced = len(head) > 1 and all(name.startswith(" ") for name in head[1:])
+        cells = csv.reader(text, strict=True, skipinitialspace=spaced)
+        for number, row in enumerate(filter(None, cells), start=1):
+            if any(cell.strip() for cell in row[len(header) :]):  # a comma at the line's end alone is nobody's cell
                 error = DataError(f"{path}, row {number}: more cells than columns: quote texts that hold commas.")
-                _tell(on_broken, error, path, number, json.dumps([*row.values(), *surplus], ensure_ascii=False))
+                _tell(on_broken, error, path, number, json.dumps(row, ensure_ascii=False))
             else:
-                yield number, row
+                yield number, dict(itertools.zip_longest(header, row[: len(header)]))
     except csv.Error as error:
         raise DataError(f"{path}: broken CSV ({error}).") from error
+
+
+def _header(text: io.TextIOWrapper) -> list[str]:
+    """The names of the columns: the first line that is neither blank nor Excel's `sep=,`."""
+    for row in csv.reader(text, strict=True, skipinitialspace=False):
+        if any(cell.strip() for cell in row) and not (row[0].startswith("sep=") and not any(row[1:])):
+            return row
+    return []
+
+
+def _refuse_twice_named(columns: Sequence[str], path: Path) -> None:
+    """Raise `DataError` if two columns have one name: one of them would be lost."""
+    twice = [name for name, count in Counter(columns).items() if name and count > 1]
+    if twice:
+        raise DataError(f"{path} has two columns named {shown(twice[0])}. Rename or remove one of them.")
 
 
 def _refuse_other_separator(header: Sequence[str], path: Path) -> None:
@@ -285,11 +329,12 @@ def _parquet_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None
 
     source = io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file  # its index is at the end
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024):
+        number, stored = 0, pyarrow.parquet.ParquetFile(source)
+        _refuse_twice_named(stored.schema_arrow.names, path)
+        for batch in stored.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, _without_padding(row)
     except (pyarrow.ArrowException, OSError) as error:  # Arrow reports broken pages as OSError
         raise DataError(f"{path}: broken Parquet ({(str(error).splitlines() or ['no detail'])[0]}).") from error
 
@@ -309,12 +354,40 @@ def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}).{hint}"
         ) from error
     for number, row in enumerate(rows, start=1):
-        yield number, dict(row)
+        yield number, _without_padding(dict(row))
+
+
+def _without_padding(row: Row) -> Row:
+    """A row out of Arrow as it was put in: one column's structs all have the same keys, null where a row had none.
+
+    A null that the row had itself looks the same and goes, too. Those of columns stay: they are the table's own.
+    """
+    return {column: _unpadded(value) for column, value in row.items()}
+
+
+def _unpadded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unpadded(item) for key, item in value.items() if item is not None}
+    return [_unpadded(item) for item in value] if isinstance(value, list) else value
+
+
+class _Twice(Exception):
+    """A key that stands twice in one object."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return found
 
 
 def _parse_json(text: str, path: Path, line: int | None) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_once)
+    except _Twice as twice:
+        at = f"line {line}" if line is not None else "somewhere"
+        raise DataError(f"{path}, {at}: an object has the key {shown(str(twice))} twice. Remove one.") from None
     except json.JSONDecodeError as error:
         where = line if line is not None else error.lineno
         raise DataError(f"{path}, line {where}: broken JSON ({error.msg}, column {error.colno}).") from None
@@ -337,6 +410,8 @@ def _first_bad_byte(path: Path) -> int:
 def _as_row(value: Any, path: Path, number: int) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{path}, row {number}: expected an object, found {type(value).__name__}.")
+    if _is_a_table(value):
+        raise DataError(f"{path}, row {number}: it {_TABLE}.")
     return value
 
 

@@ -20,10 +20,12 @@ from lora_dpo.data.messages import (
     message,
     number,
     prompt_of,
+    says_the_same,
     shared_length,
     split_shared_prefix,
     tools_of,
     with_system,
+    without_call_ids,
 )
 from lora_dpo.data.pairs import Origin, PreferencePair
 
@@ -88,7 +90,7 @@ def checked_pair(
     check_prompt(prompt)
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         check_answer(messages, side)
-    if chosen == rejected:
+    if says_the_same(chosen, rejected):
         raise BadRow("chosen equals rejected", "equal")
     pair = PreferencePair(prompt, chosen, rejected, origin, *scores, tools, provenance)
     if pair.gap is not None and pair.gap <= 0:
@@ -150,12 +152,16 @@ def without_prompt(prompt: Messages, chosen: Messages, rejected: Messages) -> tu
     """
     shared: Messages = ()
     if chosen and chosen[0]["role"] not in ("assistant", "tool"):
-        shared = chosen[: shared_length(chosen, rejected)]
+        shared = chosen[: shared_length(without_call_ids(chosen), without_call_ids(rejected))]
     for end in (len(prompt), len(shared)):
         start = chosen[:end]
-        if len(start) >= len(prompt) and start == rejected[:end] and start[len(start) - len(prompt) :] == prompt:
+        if (
+            len(start) >= len(prompt)
+            and says_the_same(start, rejected[:end])
+            and says_the_same(start[len(start) - len(prompt) :], prompt)
+        ):
             return start, chosen[end:], rejected[end:]
-    ends = [len(prompt) if answer[: len(prompt)] == prompt else 0 for answer in (chosen, rejected)]
+    ends = [len(prompt) if says_the_same(answer[: len(prompt)], prompt) else 0 for answer in (chosen, rejected)]
     return prompt, chosen[ends[0] :], rejected[ends[1] :]
 
 

@@ -48,6 +48,8 @@ class BadRow(Exception):
 
 def conversation(value: Any, part: str) -> Messages:
     """A list of messages: `{role, content}`, or ShareGPT's `{from, value}`; one message stands for a list of one."""
+    if value is None:
+        raise BadRow(f"without '{part}'", "missing")
     value = listed(value) or value
     if isinstance(value, dict):
         value = [value]
@@ -101,9 +103,9 @@ def is_transcript(value: Any) -> bool:
 
 def split_shared_prefix(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """Both sides hold the whole conversation: the messages they share are the prompt."""
-    if chosen == rejected:
+    if says_the_same(chosen, rejected):
         raise BadRow("chosen equals rejected", "equal")
-    shared = shared_length(chosen, rejected)
+    shared = shared_length(without_call_ids(chosen), without_call_ids(rejected))
     if shared == 0:
         raise BadRow("without 'prompt', and chosen and rejected share no first message", "prefix")
     return chosen[:shared], chosen[shared:], rejected[shared:]
@@ -115,6 +117,26 @@ def shared_length(left: Sequence[Any], right: Sequence[Any]) -> int:
     while shared < min(len(left), len(right)) and left[shared] == right[shared]:
         shared += 1
     return shared
+
+
+def says_the_same(left: Messages, right: Messages) -> bool:
+    """True for conversations that differ at most in the ids of their tool calls."""
+    return without_call_ids(left) == without_call_ids(right)
+
+
+def without_call_ids(messages: Messages) -> Messages:
+    """The same turns without the ids of tool calls: these are drawn anew for each answer, and say nothing."""
+    return tuple(_without_call_ids(said) for said in messages)
+
+
+def _without_call_ids(said: Message) -> Message:
+    if "tool_calls" not in said and "tool_call_id" not in said:
+        return said
+    bare = said.copy()
+    bare.pop("tool_call_id", None)
+    if "tool_calls" in bare:
+        bare["tool_calls"] = [{key: call[key] for key in call if key != "id"} for call in bare["tool_calls"]]
+    return bare
 
 
 def listed(value: Any) -> list[Any] | None:
@@ -304,7 +326,10 @@ def _sharegpt(item: dict[str, Any], part: str) -> Message:
 
 
 def _tool_calls(calls: Any, part: str) -> list[dict[str, Any]]:
-    """Calls as `{type: function, function: {name, arguments}}`, arguments as an object: what chat templates read."""
+    """Calls as `{id, type: function, function: {name, arguments}}`, arguments as an object: what chat templates read.
+
+    The id is there if the row has one: Mistral's templates refuse calls without.
+    """
     made = []
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -313,7 +338,9 @@ def _tool_calls(calls: Any, part: str) -> list[dict[str, Any]]:
         given = function.get("arguments")
         parsed = from_json(given)  # OpenAI writes them as JSON text
         arguments = (given if parsed is None else parsed) or {}
-        made.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        given_id = call.get("id") if isinstance(call, dict) else None
+        named = {"id": given_id} if isinstance(given_id, str) else {}
+        made.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not _is_clean(made):
         raise BadRow(f"{part} holds half of a character (a lone surrogate)")
     return made

@@ -56,6 +56,10 @@ class Vote:
     origin: Origin
     tools: tuple[dict[str, Any], ...] = ()
 
+    def doubled(self) -> PreferencePair:
+        """The answer as both sides of a pair, for what looks at pairs."""
+        return PreferencePair(self.prompt, self.answer, self.answer, self.origin, tools=self.tools)
+
 
 @dataclass(frozen=True)
 class Dropped:

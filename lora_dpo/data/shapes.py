@@ -101,8 +101,8 @@ def hh_rlhf(row: Row, origin: Origin) -> PreferencePair:
 
 def argilla(row: Row, origin: Origin) -> PreferencePair:
     """Argilla and distilabel: `system`, `input` or `instruction`; `chosen`/`rejected` or `chosen_response`/…."""
-    column = next((name for name in ("input", "instruction", "prompt") if row.get(name) is not None), "input")
-    prompt = with_system(row, prompt_of(row.get(column), column), "system", "system_prompt")
+    column = _asked_in(row, "input", "instruction", "prompt")
+    prompt = with_system(row, prompt_of(row[column], column), "system", "system_prompt")
     named = {
         side: row[f"{side}_response"] for side in ("chosen", "rejected") if row.get(f"{side}_response") is not None
     }
@@ -115,10 +115,8 @@ def ratings(row: Row, origin: Origin) -> PreferencePair:
     rated = from_json(row.get("ratings") if row.get("ratings") is not None else row.get("rating"))
     if not isinstance(answers, list) or not isinstance(rated, list) or len(answers) != len(rated):
         raise BadRow("generations and ratings are not two lists of the same length")
-    column = next(
-        (name for name in ("instruction", "input", "prompt", "messages") if row.get(name) is not None), "instruction"
-    )
-    prompt = with_system(row, prompt_of(row.get(column), column), "system", "system_prompt")
+    column = _asked_in(row, "instruction", "input", "prompt", "messages")
+    prompt = with_system(row, prompt_of(row[column], column), "system", "system_prompt")
     scored = [(number(score), answer) for answer, score in zip(answers, rated, strict=True)]
     return _best_and_worst(prompt, scored, origin)
 
@@ -158,6 +156,15 @@ def shp(row: Row, origin: Origin) -> PreferencePair:
     ]
     scores = number(row.get(f"score_{better}")), number(row.get(f"score_{worse}"))
     return checked_pair(prompt_of(text_of(row, "history")), sides[0], sides[1], origin, scores=scores)
+
+
+def _asked_in(row: Row, *names: str) -> str:
+    """The first of these columns that the row has. Raises `BadRow`."""
+    found = next((name for name in names if row.get(name) is not None), None)
+    if found is None:
+        others = "', '".join(names[:-1])
+        raise BadRow(f"without '{others}' or '{names[-1]}' {columns_of(row)}", "missing")
+    return found
 
 
 def _answered(row: Row, origin: Origin, prompt: Messages) -> PreferencePair:

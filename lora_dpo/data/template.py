@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from lora_dpo.data.template_trial import fault_of
 from lora_dpo.errors import ModelError
+from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ class Message(TypedDict):
     role: str
     content: str
     tool_calls: NotRequired[list[dict[str, Any]]]
-    """Of an assistant turn: `{type: function, function: {name, arguments}}` each."""
+    """Of an assistant turn: `{type: function, function: {name, arguments}}` each, with the `id` that a row gives it."""
     name: NotRequired[str]
     """Of a tool turn: the function that answers."""
     tool_call_id: NotRequired[str]
@@ -35,15 +36,17 @@ def render(
     *,
     add_generation_prompt: bool = False,
     tools: Sequence[dict[str, Any]] = (),
+    template: str | None = None,
 ) -> str:
     """The conversation as the text that the model reads, special tokens written out.
 
     Args:
         tools: JSON schemas of the functions that the model may call.
+        template: written with in place of the tokenizer's own.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or the template refuses the messages, does not end, or writes
-            or holds without end.
+        ModelError: the tokenizer has no chat template, or none that is its default; or the template refuses the
+            messages, does not end, or writes or holds without end.
     """
     import jinja2
 
@@ -52,8 +55,8 @@ def render(
             f"The tokenizer of {tokenizer.name_or_path} has no chat template, so chat messages cannot be "
             "written for it. Use an instruction-tuned (chat) model, or data with plain text prompts."
         )
-    named = tokenizer.chat_template  # a tokenizer may have several, by their use
-    if fault := fault_of("\n".join(named.values()) if isinstance(named, dict) else named):
+    check_default(tokenizer.chat_template, tokenizer.name_or_path)
+    if fault := next(filter(None, map(fault_of, _all_of(tokenizer.chat_template))), None):
         raise ModelError(
             f"The chat template of {tokenizer.name_or_path} is not used: {fault}. Take the model from its source again."
         )
@@ -63,6 +66,7 @@ def render(
             tools=list(tools) or None,  # some templates write an introduction to an empty list
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            chat_template=template,
         )
     except Exception as error:  # a template is a program of the model's maker: it raises what it likes
         reason = (
@@ -70,6 +74,20 @@ def render(
         )
         raise ModelError(f"The model's chat template refuses these messages: {reason}") from error
     return str(text)
+
+
+def check_default(template: str | Mapping[str, str], name: str) -> None:
+    """Raise `ModelError` for several chat templates, by their use, of which none is the default."""
+    if not isinstance(template, str) and "default" not in template:
+        named = ", ".join(shown(one) for one in template)
+        raise ModelError(
+            f"The chat templates of {name} are named {named}, and none is the default, so it is not known which writes "
+            "its chats. Save the right one as chat_template.jinja in a copy of the model's folder."
+        )
+
+
+def _all_of(template: str | Mapping[str, str]) -> list[str]:
+    return [template] if isinstance(template, str) else list(template.values())
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

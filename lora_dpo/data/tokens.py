@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ class TokenPair:
     """True if `max_length` cut an answer, so its end-of-turn token is gone."""
     gap: float | None = None
     """Score of the chosen answer less that of the rejected one, where the row has both."""
+    left_out: bool = False
+    """True if the chat template leaves out a part of an answer, such as its reasoning."""
+    other_start: bool = False
+    """True if an answer, as the template writes it, does not follow what it asks for one with in a chat."""
 
 
 def tokenize_pairs(
@@ -81,15 +86,55 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, ma
 
 def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None) -> TokenPair:
     """One pair to ids. The prompt is the common start of prompt, prompt + chosen and prompt + rejected."""
-    prompt = encode(tokenizer, render(tokenizer, pair.prompt, add_generation_prompt=True, tools=pair.tools))
-    sides = [_conversation_ids(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
+    asked = render(tokenizer, pair.prompt, add_generation_prompt=True, tools=pair.tools)
+    texts = [_conversation(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
+    prompt, *sides = encode(tokenizer, asked), *(_conversation_ids(tokenizer, text) for text in texts)
     # Templates may render a prompt alone differently (some add a thinking block): what is not shared
     # belongs to the answers, as in TRL.
     shared = min(common_prefix_length(prompt, side) for side in sides)
     room = None if max_length is None else max(0, max_length - shared)
     chosen, rejected = (side[shared:][:room] for side in sides)
-    truncated = len(chosen) + shared < len(sides[0]) or len(rejected) + shared < len(sides[1])
-    return TokenPair(prompt[:shared], chosen, rejected, pair.origin, truncated, pair.gap)
+    return TokenPair(
+        prompt[:shared],
+        chosen,
+        rejected,
+        pair.origin,
+        truncated=len(chosen) + shared < len(sides[0]) or len(rejected) + shared < len(sides[1]),
+        gap=pair.gap,
+        left_out=_is_cut(tokenizer, pair, asked, texts),
+        other_start=not all(text.startswith(asked.rstrip()) for text in texts),
+    )
+
+
+def _is_cut(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, asked: str, texts: Sequence[str]) -> bool:
+    """True if something that an answer says or calls is not in its text. Templates may change white space."""
+    answers = (pair.chosen, pair.rejected)
+    if _hold(texts, answers, [_shared(asked, text) for text in texts]):
+        return False
+    # The generation prompt may have begun the answer: <think> is its own, too.
+    bare = render(tokenizer, pair.prompt, tools=pair.tools)
+    return not _hold(texts, answers, [_shared(bare, text) for text in texts])
+
+
+def _hold(texts: Sequence[str], answers: Sequence[Sequence[Message]], starts: Sequence[int]) -> bool:
+    written = ["".join(text[start:].split()) for text, start in zip(texts, starts, strict=True)]
+    return all(
+        "".join(word.split()) in text
+        for text, answer in zip(written, answers, strict=True)
+        for said in answer
+        if said["role"] == "assistant"
+        for word in _words(said)
+    )
+
+
+def _words(said: Message) -> list[str]:
+    """What a turn says, and the functions that it calls."""
+    texts = [str(value) for key, value in said.items() if key in ("content", "reasoning_content")]
+    return [*texts, *(str(call["function"]["name"]) for call in said.get("tool_calls", []))]
+
+
+def _shared(left: str, right: str) -> int:
+    return len(os.path.commonprefix([left, right]))  # noqa: RUF071 - characters are meant
 
 
 def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
@@ -100,12 +145,13 @@ def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def _conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, answer: tuple[Message, ...]
-) -> list[int]:
+def _conversation(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, answer: tuple[Message, ...]) -> str:
     # Templates write a line break after the end-of-turn token. The model never writes it, since
     # decoding stops at the token before; so it is no part of the answer.
-    text = render(tokenizer, [*pair.prompt, *answer], tools=pair.tools).rstrip()
+    return render(tokenizer, [*pair.prompt, *answer], tools=pair.tools).rstrip()
+
+
+def _conversation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = encode(tokenizer, text)
     if ids[-1] not in _special_ids(tokenizer) and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)  # the template leaves the turn open

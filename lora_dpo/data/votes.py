@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_dpo.data.files import Row
 from lora_dpo.data.forms import check_answer, check_prompt, checked_pair
-from lora_dpo.data.messages import BadRow, Messages, conversation, message, number, tools_of
+from lora_dpo.data.messages import BadRow, Messages, conversation, message, number, tools_of, without_call_ids
 from lora_dpo.data.pairs import Origin, PreferencePair, Vote
 from lora_dpo.data.shapes import prompt_and_answer
 
@@ -69,7 +69,7 @@ class Ballot:
 
     def add(self, vote: Vote) -> None:
         """Keep a vote until all are in."""
-        key = json.dumps([vote.prompt, vote.tools], sort_keys=True)
+        key = json.dumps([without_call_ids(vote.prompt), vote.tools], sort_keys=True)
         self.votes.setdefault(key, ([], []))[0 if vote.up else 1].append(vote)
 
     def count(self) -> Iterator[tuple[tuple[Vote, ...], PreferencePair | BadRow]]:
@@ -136,7 +136,7 @@ def matched(
 
 
 def _words(vote: Vote) -> str:
-    return json.dumps(vote.answer, sort_keys=True)
+    return json.dumps(without_call_ids(vote.answer), sort_keys=True)
 
 
 def _made_of(up: Vote, down: Vote) -> dict[str, Any]:

@@ -63,8 +63,11 @@ def add_vocabulary(
         writer.add_token_types(kinds)
         writer.add_token_merges(merges)
     _add_special(writer, tokenizer, stops)
-    if tokenizer.chat_template:
-        writer.add_chat_template(str(tokenizer.chat_template))
+    named = tokenizer.chat_template
+    if isinstance(named, dict):  # several, by their use: the default one and tokenizer.chat_template.NAME
+        named = [{"name": name, "template": template} for name, template in named.items()]
+    if named:
+        writer.add_chat_template(named)
 
 
 def split_name(pre_tokenizer: Any, path: Path) -> str:

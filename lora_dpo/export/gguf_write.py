@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.export.gguf_arch import Arch, add_numbers, arch_of, extra_tensors, head_count, lay_out, permute
 from lora_dpo.export.gguf_vocab import add_vocabulary
-from lora_dpo.lora_files import foreign_features, plain, read_adapter, weights
+from lora_dpo.lora_files import plain, read_adapter, weights
 from lora_dpo.merging import Merged
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def write_adapter(adapter: Path, merged: Merged, target: Path, *, kind: str, nam
 
     config, tensors = read_adapter(adapter)
     reason = (
-        ", ".join(foreign_features(config))
-        or ("DoRA" if config.dora else "")
+        ("DoRA" if config.dora else "")
         or ("whole saved modules" if tensors.saved else "")
         or ("embeddings" if any(lora.embedding for lora in tensors.lora.values()) else "")
         or ("a head that the base has in one with its embeddings" if merged.untied else "")

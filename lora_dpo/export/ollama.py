@@ -6,6 +6,7 @@ what it writes around each role; what follows is held against it on other conver
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,13 @@ from lora_dpo.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# The last of it is no block: Jinja would take a line break of the template's own away after one.
+_MARK_DATES = "{% macro strftime_now(form) %}\u2042{{ form }}\u2042{% endmacro %}{{ '' }}"
+_DATE = re.compile("\u2042(%[^\u2042]*)\u2042")
+"""What stands for today's date while the template is asked, with the format that it wants."""
+_TIME_OF_DAY = re.compile("%[-_0^#]?[cHIkLlMpPrRsSTXzZ]")
+_OLLAMAS_DATE = "%Y-%m-%d"
 
 _CONVERSATIONS = (
     ("Hi.",),
@@ -51,7 +59,12 @@ class Turns:
             word = "if" if number == 0 else "else if"
             turns += f'{{{{ {word} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
         loop = f"{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}"
-        return (first if self.before_all else "") + loop + self.answer
+        return _DATE.sub("{{ currentDate }}", (first if self.before_all else "") + loop + self.answer)
+
+    def dates(self) -> list[str]:
+        """The formats in which today's date is written."""
+        texts = [self.before_all, self.answer, *(text for pair in self.around.values() for text in pair)]
+        return list(dict.fromkeys(form for text in texts for form in _DATE.findall(text)))
 
 
 def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
@@ -64,7 +77,7 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     def written(*roles: str, ask: bool = False) -> list[str]:
         """The text between the marked messages: one part more than there are messages."""
         messages = [Message(role=role, content=f"\u2042{index}\u2042") for index, role in enumerate(roles)]
-        text = render(tokenizer, messages, add_generation_prompt=ask)
+        text = _write(tokenizer, messages, ask=ask)
         parts = []
         for message in messages:
             part, found, text = text.partition(message["content"])
@@ -99,16 +112,30 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     return found
 
 
+def _write(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, ask: bool) -> str:
+    """The conversation as text, with a mark where the template writes today's date."""
+    own = tokenizer.chat_template
+    template = own.get("default") if isinstance(own, dict) else own
+    return render(tokenizer, messages, add_generation_prompt=ask, template=template and _MARK_DATES + template)
+
+
 def modelfile(model: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> str:
     """The text of a Modelfile for the GGUF file `model`. Raises `ModelError` for a template that cannot be written."""
     turns = read_turns(tokenizer)
     literals = [turns.before_all, turns.answer, *(text for pair in turns.around.values() for text in pair)]
     if any(sign in text for text in literals for sign in ("{{", "}}", '"""')):
         raise _does_more(tokenizer)
+    if any(_TIME_OF_DAY.search(form) for form in turns.dates()):
+        raise _does_more(tokenizer)
     lines = [f"FROM ./{model}", f'TEMPLATE """{turns.go_template()}"""']
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     if "system" not in turns.around:
         lines.insert(0, "# The model's template has no turn for a system message: Ollama leaves one out.")
+    if others := [form for form in turns.dates() if form != _OLLAMAS_DATE]:
+        lines.insert(
+            0,
+            f"# The model's template writes today's date as {', '.join(others)}; Ollama writes it as {_OLLAMAS_DATE}.",
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -121,7 +148,7 @@ def _hold_against(tokenizer: PreTrainedTokenizerBase, turns: Turns, bos: str) ->
                 Message(role="user" if i % 2 == 0 else "assistant", content=text) for i, text in enumerate(contents)
             ]
             messages = [*(Message(role="system", content=text) for text in system), *said]
-            if bos + turns.write(messages) != render(tokenizer, messages, add_generation_prompt=True):
+            if bos + turns.write(messages) != _write(tokenizer, messages, ask=True):
                 raise _does_more(tokenizer)
 
 
