@@ -110,6 +110,7 @@ class DPOTrainer(trl.DPOTrainer):
         self._precompute: list[tuple[str, bool, Any, int]] = []
         self._constructing = True
         self._compared = False
+        self._given_references = False
         settings = engine or EngineSection()
         self._fallback = settings.fallback
         exact = _trainable_values(model) if isinstance(model, PeftModel) else {}
@@ -121,7 +122,6 @@ class DPOTrainer(trl.DPOTrainer):
             self._restore(exact)
         if pair_weights:
             self.data_collator: Any = WithWeights(self.data_collator)
-        self._given_references = self.precompute_ref_logps and "ref_chosen_logps" in _columns(self.train_dataset)
         reason = no_engine_because(self, DPOTrainer)
         if reason is None:
             self.engine = Engine(self, settings)
@@ -194,6 +194,7 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         keep_packed_weights_differentiable(self.model)  # before its first pass
+        self._given_references |= "ref_chosen_logps" in _columns(dataset)
         ours = isinstance(self.model, PeftModel) and self.ref_model is None and isinstance(dataset, Dataset)
         if ours and self._constructing:  # TRL's constructor asks for it before it is known whether the engine runs
             self._precompute.append((name, dataset is self.train_dataset, dataset, batch_size))

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from lora_dpo import DPOTrainer, EngineSection
-from lora_dpo.engine_checks import odd_batch
+from lora_dpo.engine_checks import DIFFERENCE, ROUNDED_DIFFERENCE, largest_difference, no_engine_because, odd_batch
 from lora_dpo.errors import ConfigError, ModelError, ReferenceMismatch
 from lora_dpo.memory import out_of_memory
 from lora_dpo.model import is_reference, keep_packed_weights_differentiable
@@ -127,6 +127,14 @@ def test_what_an_odd_batch_is():
     hole = {name: value.clone() for name, value in good.items()}
     hole["attention_mask"][0, 1] = 0
     assert "pads elsewhere" in odd_batch(hole, weighted=False)
+    empty = {name: value.clone() for name, value in good.items()}
+    for values in empty.values():
+        values[0] = 0
+    assert "pads elsewhere" in odd_batch(empty, weighted=False)
+    scored = {name: value.clone() for name, value in good.items()}
+    scored["completion_mask"][:] = 1
+    assert "pads elsewhere" in odd_batch(scored, weighted=False)
+    assert "pairs of rows" in odd_batch({name: value[:3] for name, value in good.items()}, weighted=False)
 
 
 # --- the first batch, run both ways ----------------------------------------------------------------
@@ -162,6 +170,17 @@ def test_nothing_is_cached_by_an_engine_that_steps_aside(tiny_model_folder, tmp_
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         assert trainer.train_dataset[name][:] == stock.train_dataset[name][:]
     assert not list(own_cache.rglob("*.sqlite"))
+
+
+def test_how_far_the_engine_may_be_from_trl(monkeypatch):
+    model = tiny("llama")
+    assert largest_difference(model) == DIFFERENCE
+    assert largest_difference(tiny("llama").bfloat16()) == ROUNDED_DIFFERENCE
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # TF32
+        assert largest_difference(model) == ROUNDED_DIFFERENCE
+    model.model.layers[1].mlp.compute_dtype = torch.bfloat16  # as a 4-bit layer has it
+    assert largest_difference(model) == ROUNDED_DIFFERENCE
 
 
 def test_the_comparison_draws_no_random_numbers(tiny_model_folder, tmp_path):
@@ -215,7 +234,6 @@ def test_a_subclass_with_its_own_reference_is_asked_for_it(tiny_model_folder, tm
     ("options", "reason"),
     [
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, "compiled"),
         ({"use_weighting": True, "loss_type": ["sigmoid", "sft"], "per_device_train_batch_size": 1,
           "gradient_accumulation_steps": 2}, "in place"),
         ({"lora": LoraConfig(**{**LORA.to_dict(), "layer_replication": [[0, 2], [1, 2]]})}, "layer_replication"),
@@ -224,6 +242,32 @@ def test_a_subclass_with_its_own_reference_is_asked_for_it(tiny_model_folder, tm
 def test_settings_that_a_first_batch_cannot_show(options, reason, tiny_model_folder, tmp_path, caplog):
     assert same_as_stock(tiny_model_folder, tmp_path, **options).engine is None
     assert reason in caplog.text
+
+
+def test_set_ups_that_need_trls_own_passes(monkeypatch, tiny_model_folder, tmp_path):
+    trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path)
+    assert no_engine_because(trainer, DPOTrainer) is None
+    adapter = trainer.model.peft_config["default"]
+    for of, name, value, reason in (
+        (trainer, "is_fsdp_enabled", True, "sharded"),
+        (trainer, "is_deepspeed_enabled", True, "sharded"),
+        (trainer.args, "activation_offloading", True, "activation_offloading"),
+        (trainer.args, "optim", "adalomo", "within the backward pass"),
+        (adapter, "bias", "lora_only", "biases of the base"),
+        (adapter, "alora_invocation_tokens", [5], "another kind than LoRA"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(of, name, value)
+            assert reason in no_engine_because(trainer, DPOTrainer)
+
+
+@pytest.mark.parametrize("options", [{"torch_compile": True}, {}], ids=["setting", "layer"])
+def test_a_compiled_model(options, tiny_model_folder, tmp_path, caplog):
+    model = tiny("llama")
+    if not options:
+        model.model.layers[1].compile()
+    assert build(DPOTrainer, model, tiny_model_folder, tmp_path, **options).engine is None
+    assert "compiled" in caplog.text
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
@@ -241,18 +285,22 @@ LONGROPE = {
         ("phi3", LONGROPE, 17, False),
         ("llama", DYNAMIC | {"max_position_embeddings": 16}, None, False),
         ("llama", DYNAMIC | {"max_position_embeddings": 16}, 16, True),
+        ("gemma3_text", {"rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": DYNAMIC["rope_parameters"],
+        }}, None, False),
     ],
-)
+)  # fmt: skip
 def test_rotary_frequencies_of_the_longest_row(kind, rope, max_length, engine, tiny_model_folder, tmp_path):
-    # the second trainer finds the references of rows whose batch had another longest row
     options = dict(pairs=LONG, max_length=max_length, per_device_train_batch_size=2)
-    for _ in range(2):
-        ours, stock = (
+    trainer = build(DPOTrainer, tiny(kind, **rope), tiny_model_folder, tmp_path, **options)
+    assert (trainer.engine is not None) == engine
+    if engine:  # the second trainer finds the references of rows whose batch had another longest row
+        stock, *ours = (
             trained(each, tiny_model_folder, tmp_path, model=tiny(kind, **rope), **options)
-            for each in (DPOTrainer, Stock)
+            for each in (Stock, DPOTrainer, DPOTrainer)
         )
-        assert ours[0] == pytest.approx(stock[0], abs=1e-5)
-        assert (ours[2].engine is not None) == engine
+        assert all(each[0] == pytest.approx(stock[0], abs=1e-5) for each in ours)
 
 
 def test_a_base_whose_weights_are_no_plain_tensors(tiny_model_folder, tmp_path, caplog):
@@ -338,6 +386,13 @@ def test_references_in_the_data_count_only_where_trl_reads_them(tiny_model_folde
         [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -9.0} for row in columns(PAIRS)]
     )
     same_as_stock(tiny_model_folder, tmp_path, rows=stored)
+
+
+def test_an_evaluation_with_references_of_its_own_is_no_tie(tiny_model_folder, tmp_path):
+    trainer = fresh(DPOTrainer, tiny_model_folder, tmp_path, precompute_ref_log_probs=True)
+    assert trainer.evaluate()["eval_rewards/accuracies"] == 0  # the policy is still the reference
+    stored = [{**row, "ref_chosen_logps": -900.0, "ref_rejected_logps": 0.0} for row in columns(PAIRS)]
+    assert trainer.evaluate(Dataset.from_list(stored))["eval_rewards/accuracies"] == 1
 
 
 def test_references_scored_ahead_are_trls_columns(tiny_model_folder, tmp_path):
@@ -426,14 +481,29 @@ def test_ties_are_wrong_as_in_stock_trl(tiny_model_folder, tmp_path):
 def test_when_the_policy_is_still_the_reference(tiny_model_folder, tmp_path):
     lora = LoraConfig(**{**LORA.to_dict(), "modules_to_save": ["norm"]})
     model = fresh(DPOTrainer, tiny_model_folder, tmp_path, lora=lora).model
+    values = dict(model.named_parameters())
+
+    def moves_away(end):
+        value = next(value for name, value in values.items() if name.endswith(end)).data
+        before = value.clone()
+        value.flatten()[-1] += 1e-6
+        moved = not is_reference(model)
+        value.copy_(before)
+        return moved
+
     assert is_reference(model)
-    for name in ("lora_B.default.weight", "modules_to_save.default.weight"):
-        parameter = next(value for key, value in model.named_parameters() if key.endswith(name))
-        parameter.data.flatten()[-1] += 1e-6
-        assert not is_reference(model)
-        parameter.data.flatten()[-1] -= 1e-6
-        parameter.data[:] = parameter.data if "saved" in name else 0 * parameter.data
+    assert moves_away("lora_B.default.weight")
+    assert not moves_away("lora_A.default.weight")  # times B = 0
+    assert moves_away("modules_to_save.default.weight")
     model.add_adapter("ref", model.peft_config["default"])
+    values = dict(model.named_parameters())
+    assert not is_reference(model)  # its A is drawn anew
+    for name, value in values.items():
+        if ".ref." in name:
+            value.data.copy_(values[name.replace(".ref.", ".default.")])
+    assert is_reference(model)
+    for end in ("lora_A.default.weight", "lora_B.default.weight", "modules_to_save.default.weight"):
+        assert moves_away(end)
 
 
 # --- rows without a token to score -----------------------------------------------------------------
@@ -442,15 +512,14 @@ BARE = pair([1], [], [])  # one token: nothing is predicted
 NONE = pair([1, 5], [], [6, 2])  # no chosen token
 
 
-@pytest.mark.parametrize("tokens", ["auto", 1])
 @pytest.mark.parametrize("pairs", [[BARE, BARE], [BARE, PAIRS[0]], [NONE, PAIRS[1]], [NONE, NONE]])
-@pytest.mark.parametrize("loss", [["sigmoid", "sft"]])
-def test_rows_without_a_scored_token_are_as_in_stock_trl(loss, pairs, tokens, tiny_model_folder, tmp_path):
-    options = dict(pairs=pairs, max_steps=1, loss_type=loss)
-    ours = trained(DPOTrainer, tiny_model_folder, tmp_path, engine=EngineSection(tokens=tokens), **options)
+def test_rows_without_a_scored_token_are_as_in_stock_trl(pairs, tiny_model_folder, tmp_path):
+    options = dict(pairs=pairs, max_steps=1, loss_type=["sigmoid", "sft"])
     stock = trained(Stock, tiny_model_folder, tmp_path, **options)
-    for mine, theirs in zip(ours[:2], stock[:2], strict=True):
-        assert mine == pytest.approx(theirs, rel=3e-5, abs=1e-6, nan_ok=True)
+    for tokens in ("auto", 1):
+        ours = trained(DPOTrainer, tiny_model_folder, tmp_path, engine=EngineSection(tokens=tokens), **options)
+        for mine, theirs in zip(ours[:2], stock[:2], strict=True):
+            assert mine == pytest.approx(theirs, rel=3e-5, abs=1e-6, nan_ok=True)
 
 
 # --- quantised bases -------------------------------------------------------------------------------
@@ -503,7 +572,7 @@ NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
-@pytest.mark.parametrize("how", [NF4, {**NF4, "bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("how", [NF4, {"load_in_8bit": True}])
 def test_a_base_that_the_caller_quantised(how, evaluated, quantised, tiny_model_folder, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1} if evaluated else {}
     if evaluated and "load_in_4bit" in how:  # there stock TRL's own gradients are cut after an evaluation
