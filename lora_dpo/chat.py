@@ -68,7 +68,8 @@ class Chat:
         """Write the conversation as one JSONL row of messages, added to the file's end."""
         if not self.history:
             raise OutputError("There is nothing to save yet: say something first.")
-        append_durably(path, {"messages": self.history, "answered_by": "adapter" if self.use_adapter else "base"})
+        row = {"messages": self.history, "answered_by": "adapter" if self.use_adapter else "base"}
+        append_durably(path, row, ours=False)
 
     def _stream(self, messages: list[Message]) -> Iterator[str]:
         turns = [Message(role="system", content=self.system)] if self.system else []

@@ -56,6 +56,8 @@ NO_CHECKPOINT = "a run without a checkpoint to go on from"
 FINISHED = "an unfinished run whose adapter is there"
 TORN = "a checkpoint that was cut off"
 _RUNS = (NO_CHECKPOINT, FINISHED, TORN)
+OF_A_RUN = {"recipe.yaml", LOCK, "checkpoints", "metrics.jsonl", "before.json", "health-before.json"}
+"""Names of what a run writes into its folder; whoever keeps more there keeps it."""
 _KINDS = {
     "unfinished": "a result that was cut off",
     "removed": "a removal that was cut off",
@@ -76,9 +78,12 @@ def _beside_results(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _of_a_run(partial: Path) -> Iterator[tuple[Path, str]]:
-    inside = {path.name for path in partial.iterdir()}
+    try:
+        inside = {path.name for path in partial.iterdir() if path not in left_in(partial)}
+    except OSError:
+        return  # not ours to look into
     output = partial.with_name(partial.name.removesuffix(SUFFIX))
-    if (inside and not inside & {"recipe.yaml", LOCK, "checkpoints"}) or running(output) is not None:
+    if not inside & {"recipe.yaml", LOCK} or not inside <= OF_A_RUN or running(output) is not None:
         return  # somebody else's folder, or at work
     if not checkpoints(partial):
         yield partial, NO_CHECKPOINT

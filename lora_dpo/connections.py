@@ -39,8 +39,10 @@ def server_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
 
 def most_connections() -> int:
     """Connections that this process may have: half of the files that it may open, the rest is for everything else."""
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return MOST
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST if files == resource.RLIM_INFINITY else min(MOST, max(8, files // 2))
 

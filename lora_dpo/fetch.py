@@ -66,7 +66,8 @@ def looks_local(name: str) -> bool:
     """
     first, slash, _ = name.partition("/")
     return (
-        name.startswith((".", "/", "~"))
+        not slash  # a model of the hub is written owner/name
+        or name.startswith((".", "/", "~"))
         or name.count("/") > 1
         or len(name) > 2 * 96 + 1  # longer than any hub id
         or os.path.exists(name)

@@ -148,13 +148,17 @@ def check_optimizer(config: Any) -> None:
             return  # per layer, from the model itself
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **arguments)
     with trl_refusals(f".lr_scheduler_type is {_value(config.lr_scheduler_type)}", ARGUMENTS):
-        get_scheduler(
+        schedule = get_scheduler(
             config.lr_scheduler_type,
             optimizer=optimizer,
             num_warmup_steps=1,
             num_training_steps=4,
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
+        if _value(config.lr_scheduler_type) not in ("reduce_lr_on_plateau", "greedy"):  # these step by a metric
+            for _ in range(4):
+                optimizer.step()
+                schedule.step()
 
 
 def _value(name: Any) -> Any:

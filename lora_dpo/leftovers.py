@@ -174,7 +174,7 @@ def _finish(note: Path) -> None:
     """Do what a killed process had begun: once one of the files has its name, the others get theirs."""
     try:
         steps = [(note.parent / old, str(new)) for old, new in json.loads(note.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         steps = []
     # A note may have come from elsewhere, with a folder: it moves nothing but what is named as ours is.
     pairs = [(old, old.with_name(new)) for old, new in steps if _OURS.fullmatch(old.name) and Path(new).name == new]
@@ -227,7 +227,7 @@ def sweep_one(path: Path) -> bool:
     if path.name.endswith(f".{REMOVED}"):
         _delete(path)
         return not os.path.lexists(path)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a note that came from elsewhere may name anything
         lock = _lock(path, wait=False)
         if lock is not None:
             try:

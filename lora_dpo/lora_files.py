@@ -399,7 +399,7 @@ def _check_modules(path: Path, field: str, given: object, *, patterns: bool = Tr
 
 
 def _check_kinds(path: Path, raw: dict[str, Any]) -> None:
-    """The other fields that PEFT is given (`adapters.live_config`), each of its type."""
+    """The other fields that PEFT is given (`peft_config.live_config`), each of its type."""
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
     class Fields(BaseModel):
@@ -409,6 +409,7 @@ def _check_kinds(path: Path, raw: dict[str, Any]) -> None:
         fan_in_fan_out: bool | None = None
         use_rslora: bool | None = None
         use_dora: bool | None = None
+        ensure_weight_tying: bool | None = None
         layers_to_transform: (
             Annotated[int, Field(ge=0, le=MAX_NAMES)]
             | Annotated[list[Annotated[int, Field(ge=0, le=MAX_NAMES)]], Field(max_length=MAX_NAMES)]

@@ -206,8 +206,15 @@ def resolve_model(name: str) -> str:
             raise ModelError(f"The model {name} is not here yet. Get it once with: lora-dpo models fetch {name}")
         return str(folder)
     if looks_local(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise ModelError(f"{name} is no model folder: there is no config.json in it.")
+        raise ModelError(f"{name} is no model folder: there is no config.json in it.{_why_not_the_hub(name)}")
     return name
+
+
+def _why_not_the_hub(name: str) -> str:
+    owner, slash, _ = name.partition("/")
+    if not slash:
+        return " A model of the hub is written owner/name."
+    return f" There is a folder {owner} here, so the hub is not asked for it." if os.path.isdir(owner) else ""
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> str:

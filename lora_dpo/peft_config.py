@@ -27,6 +27,7 @@ MAX_VALUES = 256
 _AS_IT_IS = (
     *("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "init_lora_weights"),
     *("layers_to_transform", "layers_pattern", "task_type", "base_model_name_or_path", "revision"),
+    "ensure_weight_tying",
 )
 _PARTS_OF_ADAPTERS = re.compile(r"(^|\.)(base_layer|original_module|modules_to_save|lora_\w+)(\.|$)")
 

@@ -147,6 +147,8 @@ def discard_run(output: Path) -> None:
     with disk_errors(partial):
         if not partial.is_dir():
             return
+        if (os.getpid(), partial.absolute()) in _held:
+            raise OutputError(f"The run in {partial} goes on in this process. Stop it first.")
         _claim(output)
         try:
             discard(partial)

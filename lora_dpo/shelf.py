@@ -147,11 +147,13 @@ class Shelf:
     def warm_up(self, name: str) -> None:
         """Put an adapter of `cold` into memory; whoever asks for one that cannot be is told why. From one thread
         alone."""
+        state = _state(self.folder / name)
         try:
             self.tree(name)
         except AdapterError as error:  # it passed the checks, and still peft cannot take it
-            with self._lock:
-                self._seen[name] = _Seen(_state(self.folder / name), str(error))
+            if _state(self.folder / name) == state:  # not that it was replaced meanwhile
+                with self._lock:
+                    self._seen[name] = _Seen(state, str(error))
         except Exception:  # such as memory that a training holds: nobody has asked for it yet
             logger.warning("%s is not put into memory ahead.", name, exc_info=True)
             self._not_ahead[name] = _state(self.folder / name)
@@ -207,7 +209,8 @@ class Shelf:
                 return None
         try:
             seen = self._see(self.folder / name, state)
-            if now - max((file[1] for file in state if file), default=0) / 1e9 > TICK:
+            # a clock that was set back is no reason to read again and again
+            if abs(now - max((file[1] for file in state if file), default=0) / 1e9) > TICK:
                 with self._lock:
                     self._seen[name] = seen
             return seen

@@ -182,7 +182,7 @@ def _changed(path: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
-def append_durably(path: Path, row: Row) -> None:
+def append_durably(path: Path, row: Row, *, ours: bool = True) -> None:
     """Add one JSON line and wait for the disk. What a kill left of an earlier line is cut off first."""
     line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
     with disk_errors(path):
@@ -190,7 +190,7 @@ def append_durably(path: Path, row: Row) -> None:
         new = not path.exists()
         settle(path.parent)
         with path.open("a+b") as file:
-            _mend_end(file)
+            _mend_end(file, ours=ours)
             size = file.seek(0, os.SEEK_END)
             try:
                 file.write(line)
@@ -267,8 +267,12 @@ def _parsed(line: bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def _mend_end(file: Any) -> None:
-    """Leave the file ending with a whole line. A whole last line without its line break is kept: an editor made it."""
+def _mend_end(file: Any, *, ours: bool) -> None:
+    """Leave the file ending with a whole line. A whole last line without its line break is kept: an editor made it.
+
+    Args:
+        ours: what is no row was cut off by a kill, and goes; in anybody else's file it stays.
+    """
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return
@@ -280,7 +284,7 @@ def _mend_end(file: Any) -> None:
     if tail.endswith(b"\n"):
         return
     start = tail.rfind(b"\n") + 1
-    if _parsed(tail[start:]) is not None:
+    if not ours or _parsed(tail[start:]) is not None:
         file.write(b"\n")
     else:
         file.truncate(size - len(tail) + start)

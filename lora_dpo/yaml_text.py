@@ -35,7 +35,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 _QUOTED = re.compile(r"""\s*('(?:[^']|'')*'|"(?:[^"\\]|\\.)*")\s*""", re.DOTALL)
 _COMMENT = re.compile(r"(?:^|\s)#")
-_SWITCHES = {"true": True, "false": False}
+_SWITCHES = {"true": True, "false": False, "True": True, "False": False}
 
 
 def typed_value(text: str, kind: Any, *, where: str) -> Any:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_dpo.config import Recipe, check_recipe, describe_fields, dump_recipe, nearest, read_recipe
+from lora_dpo.config import Recipe, check_recipe, describe_fields, dump_recipe, nearest, read_recipe, read_settings
 from lora_dpo.errors import ConfigError
 from lora_dpo.improve_recipe import read_improve_recipe
 
@@ -524,3 +524,11 @@ def test_a_rounds_recipe_takes_texts_as_they_are_typed(tmp_path):
     path.write_text("model: {name: m}\nimprove: {prompts: p.txt, held_out: h.txt, judge: rule:length}\n")
     recipe = read_improve_recipe(path, ["improve.prompts=p #1.txt", "improve.rounds=2"])
     assert (recipe.improve.prompts, recipe.improve.rounds) == ("p #1.txt", 2)
+
+
+@pytest.mark.parametrize(("typed", "value"), [("true", True), ("True", True), ("false", False), ("False", False)])
+@pytest.mark.parametrize("key", ["trainer.gradient_checkpointing", "engine.fallback", "model.packed"])
+def test_a_switch_may_be_written_as_python_writes_it(key, typed, value, tmp_path):
+    (tmp_path / "a.yaml").write_text(MINIMAL)
+    section, name = key.split(".")
+    assert read_settings(tmp_path / "a.yaml", [f"{key}={typed}"])[section][name] is value

@@ -739,3 +739,10 @@ def test_any_row_is_a_valid_pair_or_a_bad_row(row):
     assert pair.chosen[-1]["role"] == pair.rejected[-1]["role"] == "assistant"
     assert pair.chosen != pair.rejected
     assert pair.origin == HERE
+
+
+@pytest.mark.parametrize("more", [{"schema": "CREATE TABLE t", "data": "x"}, {"columns": "a, b", "data": "x"}])
+def test_a_row_that_has_columns_of_a_table_s_names_is_a_row(more, tmp_path):
+    row = {"prompt": "Which?", "chosen": "This.", "rejected": "That.", **more}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(read_pairs(str(tmp_path / "a.jsonl"))[0]) == 1

@@ -356,3 +356,25 @@ def test_a_row_that_could_not_be_written_leaves_no_part_of_it(monkeypatch):
     assert Path("made.samples.jsonl").read_bytes() == whole
     journal.append([{"n": 3}])
     assert Journal(Path("made.samples.jsonl"), {"seed": 1}).rows == [{"n": 1}, {"n": 3}]
+
+
+def test_somebody_else_s_folder_that_ends_in_partial_is_no_run(capsys):
+    for name, file in (("bar", "checkpoints/stuff/data"), ("mine", "important.csv"), ("empty", None)):
+        folder = Path(f"{name}.partial")
+        folder.mkdir()
+        if file:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("x")
+    Path("mine.partial/recipe.yaml").write_text("model: {name: m}\n")
+    before = listed()
+    assert main(["clean", "--yes"]) == 0
+    assert "Nothing is left behind" in capsys.readouterr().out
+    assert listed() == before
+
+
+@pytest.mark.parametrize(
+    "note", ["[" * 100_000, '[["a\\u0000b", "c"]]', '[[".a.12345678.unfinished", "b\\u0000"]]', "{}", ""]
+)
+def test_a_note_of_names_from_elsewhere_holds_nobody_up(note):
+    Path(".x.12345678.together").write_text(note)
+    settle(Path())

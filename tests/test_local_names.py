@@ -16,6 +16,7 @@ from lora_dpo.merging import plan_base
 from lora_dpo.model import load_base, load_skeleton, load_tokenizer
 
 LOCAL = (
+    "gone",
     "adapters/gone",
     "models/gone",
     "merged/gone",

@@ -391,3 +391,13 @@ def test_every_optimizer_and_schedule_can_be_made_or_is_one_sentence(tmp_path):
     assert [said for start, said in refused if not said.startswith(start) or "\n" in said] == []
     assert refused
     assert {"adamw_torch", "adafactor", "adamw_bnb_8bit", "cosine", "linear", "reduce_lr_on_plateau"} <= set(made)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments"),
+    [("polynomial", {"power": "x"}), ("cosine", {"num_cycles": "x"}), ("inverse_sqrt", {"timescale": "x"})],
+)
+def test_arguments_of_a_schedule_that_only_fail_at_a_step_are_one_sentence(schedule, arguments, tmp_path):
+    settings = resolve(lr_scheduler_type=schedule, lr_scheduler_kwargs=arguments)
+    with pytest.raises(ConfigError, match=f"trainer.lr_scheduler_type is {schedule}: "):
+        check_optimizer(trainer_config(settings, output_dir=tmp_path, dtype="float32"))

@@ -245,3 +245,11 @@ def test_rows_that_are_no_votes_do_not_count_and_do_not_stop_the_table(tmp_path)
     with book.path.open("a") as file:
         file.write("".join(line + "\n" for line in odd))
     assert len(book.records()) == 1
+
+
+@pytest.mark.parametrize("text", ["# My notes\nthe last line, without a newline", "{broken", "", "whole\n"])
+def test_a_conversation_that_is_saved_into_any_file_takes_nothing_of_it(text, tmp_path):
+    path = tmp_path / "notes.md"
+    path.write_text(text)
+    votes.append_durably(path, {"messages": []}, ours=False)
+    assert path.read_text() == text + ("" if not text or text.endswith("\n") else "\n") + '{"messages": []}\n'

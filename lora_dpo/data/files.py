@@ -249,7 +249,7 @@ _ONE_OF_EACH = ("prompt", "chosen", "rejected", "instruction", "question", "comp
 
 def _is_a_table(value: dict[str, Any]) -> bool:
     """True for a whole table in one object, as pandas writes it but for `orient='records'`."""
-    if {"columns", "data"} <= value.keys() or {"schema", "data"} <= value.keys():
+    if value.keys() in ({"columns", "index", "data"}, {"columns", "data"}, {"schema", "data"}):
         return True
     inside = list(value.values())
     if inside and all(isinstance(column, dict) and column and all(map(str.isdigit, column)) for column in inside):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import signal
 import subprocess
 import sys
 
@@ -46,21 +47,25 @@ def fault_of(template: str) -> str | None:
     try:
         done = subprocess.run(
             [sys.executable, "-I", __file__],
-            input=json.dumps(template).encode(),
+            input=json.dumps([template, sys.path]).encode(),
             capture_output=True,
             timeout=WALL_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         return "it does not end"
-    if done.returncode < 0:
+    if done.returncode < 0 and -done.returncode in (signal.SIGKILL, signal.SIGXCPU):
         return f"it does not end within {CPU_SECONDS} seconds"
+    if done.returncode != 0:
+        return f"it cannot be tried (status {done.returncode})"
     return done.stdout.decode("utf-8", "replace").strip() or None
 
 
 def _limit() -> None:
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return  # Windows has no such limits: the wall clock alone
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     with contextlib.suppress(ValueError, OSError):  # macOS takes none
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -106,4 +111,5 @@ def _try_out(template: str) -> str:
 
 if __name__ == "__main__":
     _limit()
-    sys.stdout.write(_try_out(json.loads(sys.stdin.buffer.read())))
+    given, sys.path[:] = json.loads(sys.stdin.buffer.read())
+    sys.stdout.buffer.write(_try_out(given).encode("utf-8", "replace"))
