@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -305,9 +306,20 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
 
 
 def plain(value: object, limit: int = 90) -> str:
-    """Text from outside, on one line and short: but for letters and digits in ASCII, so it paints and hides nothing."""
-    text = "".join(letter if letter.isalnum() else ascii(letter)[1:-1] for letter in str(value).strip())
+    """Text from outside, on one line and short: all but letters and digits in ASCII, so that nothing in it paints."""
+    text = "".join(letter if _is_seen(letter) else ascii(letter)[1:-1] for letter in str(value).strip())
     return text if len(text) <= limit else text[: limit - 1] + "~"
+
+
+def revealed(value: object) -> str:
+    """`plain` in ASCII alone: for names that may look like another one."""
+    text = str(value).strip()[:90]
+    return "".join(letter if letter.isascii() and letter.isalnum() else ascii(letter)[1:-1] for letter in text)
+
+
+def _is_seen(letter: str) -> bool:
+    """Whether a letter or digit shows, and as itself: some letters of Hangul have no shape."""
+    return letter.isalnum() and (letter.isascii() or unicodedata.normalize("NFKC", letter) == letter)
 
 
 _PARTS = {

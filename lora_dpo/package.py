@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_dpo.errors import PackageError
-from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
+from lora_dpo.lora_files import CONFIG, WEIGHTS, plain, revealed
 
 SUFFIX = ".lora.zip"
 KNOWN = {
@@ -47,8 +47,8 @@ def check_name(name: str) -> str:
     """Return an adapter's name, or raise `PackageError`: letters, digits, `.`, `_` and `-`, nothing else."""
     if not NAME.fullmatch(name) or name.endswith((".partial", ".")):
         raise PackageError(
-            f"{plain(name)} is no name for an adapter: use letters, digits, '.', '_' and '-', and begin with a letter "
-            "or digit. Choose one with --name."
+            f"{revealed(name)} is no name for an adapter: use letters, digits, '.', '_' and '-', and begin with a "
+            "letter or digit. Choose one with --name."
         )
     if name.casefold() == BASE:
         raise PackageError(
@@ -167,8 +167,8 @@ def _file_name(path: Path, entry: zipfile.ZipInfo) -> tuple[str, str]:
     if not inside or "\\" in raw or "\x00" in raw or raw.startswith("/") or re.match(r"[A-Za-z]:", raw):
         raise PackageError(f"{path.name} holds {plain(raw)}, a path that leaves its folder. Nothing was unpacked.")
     if not raw.isascii() or not raw.isprintable():
-        looks = plain(unicodedata.normalize("NFKC", raw))
-        raise PackageError(f"{path.name} holds {plain(raw)}, a name with hidden or lookalike letters ({looks}).")
+        looks = revealed(unicodedata.normalize("NFKC", raw))
+        raise PackageError(f"{path.name} holds {revealed(raw)}, a name with hidden or lookalike letters ({looks}).")
     root = parts[0] if len(parts) > 1 or entry.is_dir() else ""
     if root:
         check_name(root)

@@ -40,6 +40,7 @@ def test_ours_beside_stock_trl(measured):
     assert rows["ours, top 1 layers, trunk known"]["flops"] < known["flops"]
 
 
+@pytest.mark.slow
 def test_each_part_of_the_engine_switched_off(measured):
     _, rows = measured("--ablate")
     assert len(rows) == 8
@@ -51,6 +52,7 @@ def test_each_part_of_the_engine_switched_off(measured):
     assert rows["without rematerialising"]["kept"] > whole["kept"]
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_on_whatever_is_there(tiny_model_folder, tmp_path, monkeypatch):
     small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8)
     monkeypatch.setitem(gpu.SIZES, "1b", small)

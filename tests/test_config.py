@@ -333,7 +333,13 @@ def test_other_layers_are_refused_with_the_allowed_forms(layers):
 # --- writing --------------------------------------------------------------------------------------
 
 texts = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=20)
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63) + 1, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+)
 recipes = st.fixed_dictionaries(
     {
         "model": st.fixed_dictionaries({"name": texts}, optional={"quantize": st.sampled_from(["nf4", "none"])}),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_dpo.config import check_recipe
-from lora_dpo.errors import ConfigError, ModelError
+from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.events import Alarmed, Note, Progress, Sampled, StepLogged
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.train import train
@@ -333,9 +333,10 @@ def test_a_run_that_the_guard_ended_is_not_trained_further_when_resumed(recipe):
     assert_same(resumed, whole)
 
 
-def test_a_checkpoint_without_the_guards_state_is_resumed_all_the_same(recipe):
+def test_a_checkpoint_that_lost_the_guards_state_does_not_count(recipe):
     with pytest.raises(Stopped) as stopped:
         train(recipe(trainer={"max_steps": 6}), name="cut", **stop_at(3))
     for path in stopped.value.output.with_name("cut.partial").rglob("health.json"):
         path.unlink()
-    assert train(recipe(trainer={"max_steps": 6}), name="cut", resume=True).outcome.kept == 6
+    with pytest.raises(OutputError, match="No interrupted run of cut"):
+        train(recipe(trainer={"max_steps": 6}), name="cut", resume=True)

@@ -146,9 +146,9 @@ def counted(folder):
             for row in rows if "first_sight/prompts" in row]  # fmt: skip
 
 
-@pytest.mark.parametrize(("prompts", "told"), [(10, None), (14, 10)])  # fewer than 8 tell nothing
-def test_a_run_counts_each_prompt_once_but_for_those_of_the_first_step(prompts, told, recipe):
-    folder = train(recipe(prompts, 3, per_device_train_batch_size=4)).folder
+@pytest.mark.parametrize(("prompts", "each", "told"), [(10, 3, None), (16, 1, 12)])  # fewer than 8 tell nothing
+def test_a_run_counts_each_prompt_once_but_for_those_of_the_first_step(prompts, each, told, recipe):
+    folder = train(recipe(prompts, each, per_device_train_batch_size=4)).folder
     assert sum(seen for _, _, seen in counted(folder)) == prompts - 4
     assert all(0 <= right <= seen for _, right, seen in counted(folder))
     found = at_first_sight(folder)

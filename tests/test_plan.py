@@ -213,15 +213,17 @@ def test_predicted_tokens_are_those_that_the_engine_computes(recipe_dict, tokeni
     trainer.reference_guard = False
     probes = []
     engine = trainer.engine
-    kept_bytes = engine.kept_bytes
 
-    def probe(inputs):
-        before = engine.forward.tokens
-        value = kept_bytes(inputs)
-        probes.append(engine.forward.tokens - before)
-        return value
+    def counted(measure):
+        def probe(inputs):
+            before = engine.forward.tokens
+            value = measure(inputs)
+            probes.append(engine.forward.tokens - before)
+            return value
 
-    engine.kept_bytes = probe
+        return probe
+
+    engine.kept_bytes, engine.difference = counted(engine.kept_bytes), counted(engine.difference)
     trainer.train()
     planned = plan(recipe)
     policy = planned.tokens.stream

@@ -404,6 +404,7 @@ def test_the_critic_does_not_move_the_policy(lab):
 # --- the whole of it ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_whole_study_in_pieces(tiny_model_folder, toy_reward, tmp_path, monkeypatch):
     made = study.Study(PRESETS["smoke"], tmp_path / "smoke", str(tiny_model_folder))
     said = []
@@ -442,6 +443,7 @@ def test_lines_of_code_do_not_count_words(tmp_path):
     assert report.code_lines(path, {"f"}) == 2
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_results_say():
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     for name in ("frontier", "matched", "samples", "side", "agreement", "lines"):
