@@ -206,15 +206,16 @@ def resolve_model(name: str) -> str:
             raise ModelError(f"The model {name} is not here yet. Get it once with: lora-dpo models fetch {name}")
         return str(folder)
     if looks_local(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise ModelError(f"{name} is no model folder: there is no config.json in it.{_why_not_the_hub(name)}")
+        raise ModelError(f"{name} is no model folder: there is no config.json in it{_why_not_the_hub(name)}.")
     return name
 
 
 def _why_not_the_hub(name: str) -> str:
     owner, slash, _ = name.partition("/")
     if not slash:
-        return " A model of the hub is written owner/name."
-    return f" There is a folder {owner} here, so the hub is not asked for it." if os.path.isdir(owner) else ""
+        return "; a model of the hub is written owner/name"
+    here = owner.strip(".~") and os.path.isdir(owner)
+    return f"; the hub is not asked, since there is a folder {owner} here" if here else ""
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> str:
