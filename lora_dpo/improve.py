@@ -33,6 +33,7 @@ from lora_dpo.journal import alone, write_new
 from lora_dpo.judges import Judge, Means, open_judge
 from lora_dpo.judges.endpoint import EndpointSettings
 from lora_dpo.judges.grammar import check_specs, is_implicit
+from lora_dpo.leftovers import settle
 from lora_dpo.model import Base, detach, load_base
 from lora_dpo.pairs import Selection, make_pairs
 from lora_dpo.policy import Policy
@@ -140,6 +141,7 @@ def improve(
     run = _prepare(recipe, name, on_event or (lambda event: None), stop or StopSignal())
     with alone(run.folder / "recipe.yaml"):
         _claim(run)
+        settle(run.folder.parent)  # a round that was killed in its last clean-up is not trained again
         best = 0
         run.measured.append(_measured(run, 0))
         for number in range(1, recipe.improve.rounds + 1):
