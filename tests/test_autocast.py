@@ -85,3 +85,13 @@ def test_what_an_untrained_policy_orders_is_no_prediction(tiny_model_folder, tmp
     assert all(row["rewards/margins"] > 0 for row in trainer.state.log_history if "loss" in row)
     assert not [row for row in trainer.state.log_history if "first_sight/prompts" in row]
     assert {row["rewards/accuracies"] for row in trainer.state.log_history if "loss" in row} == {0.0}
+
+
+def test_the_guard_does_not_compare_with_what_another_packing_gave(tiny_model_folder, tmp_path):
+    trainer = fresh(tiny_model_folder, tmp_path)
+    cache, scored = trainer.engine.references, {}
+    put = cache.put
+    cache.put = lambda values: (put(values), scored.update(values))
+    trainer.engine.with_reference(trainer.data_collator(columns(PAIRS)))
+    put({key: logps._replace(chosen_head=logps.chosen_head - 0.5) for key, logps in scored.items()})
+    assert trainer.check_reference() < 1e-5
