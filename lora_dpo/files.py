@@ -108,12 +108,19 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def refuse_existing(target: Path) -> None:
     """Raise `OutputError` if `target` is already there, or cannot be: its name is too long.
 
-    What a killed command left in that folder is finished or removed first.
+    What a killed command left in that folder, or within what has the name, is finished or removed first.
     """
-    settle(target.parent)
+    for folder in (target.parent, target, *_folders_in(target)):  # a merge's report is written into what is there
+        settle(folder)
     with disk_errors(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         target.lstat()
         raise OutputError(f"{target} already exists and is never overwritten. Choose another name, or remove it first.")
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return []
 
 
 def refuse_unwritable(target: Path) -> None:

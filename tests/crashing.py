@@ -226,7 +226,8 @@ def in_a_child(place: Path, work: Callable[[], int], log: Path, *, arm: tuple[in
 def digest(path: Path) -> dict[str, str]:
     """What of a result must be the same, however it came about: a hash by file."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if file.name != "fidelity.json"]  # put beside a whole merge, when it was measured
+    # A merge's report comes when it was measured, beside the whole model; what is left of its writing is swept later.
+    files = [file for file in files if file.name != "fidelity.json" and not file.name.startswith(".fidelity.json.")]
     return {str(file.relative_to(path)): hashlib.sha256(_lasting(file)).hexdigest() for file in files}
 
 

@@ -78,6 +78,16 @@ def test_what_a_killed_command_left_goes_with_the_next_one(make):
     assert listed() == ["other.jsonl"]
 
 
+@pytest.mark.parametrize("place", ["merged", "merged/base16"])
+def test_what_was_being_written_into_a_result_goes_when_its_name_is_wanted_again(place):
+    Path(place).mkdir(parents=True)
+    killed_inside(atomic_file(Path(place, "fidelity.json")), write=lambda path: path.write_text("half"))
+    assert any(name.endswith(".unfinished") for name in listed())
+    with pytest.raises(OutputError, match="already exists"), atomic_folder(Path("merged")):
+        pass
+    assert not any(name.endswith(".unfinished") for name in listed())
+
+
 def test_what_a_living_process_writes_stays():
     code = (
         "import sys\nfrom pathlib import Path\nfrom lora_dpo.files import atomic_folder\n"
