@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_dpo.checkpoints import checkpoints, torn
 from lora_dpo.config import read_recipe
+from lora_dpo.crash import crash_reports
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.leftovers import discard, is_held, left_in, scratch_folders, sweep_one
 from lora_dpo.runs import LOCK, discard_run, partial_of, running
@@ -33,9 +34,11 @@ def leftovers(root: Path, temporary: Path | None = None) -> list[Leftover]:
 
     Interrupted runs that can go on are none.
     """
+    temporary = temporary or Path(tempfile.gettempdir())
     found = [
         *_beside_results(root),
-        *((path, "scratch of a killed command") for path in scratch_folders(temporary or Path(tempfile.gettempdir()))),
+        *((path, "scratch of a killed command") for path in scratch_folders(temporary)),
+        *((path, "the report of a crash") for path in crash_reports(temporary)),
     ]
     return [Leftover(path, what, _size(path)) for path, what in found if what in _RUNS or not is_held(path)]
 

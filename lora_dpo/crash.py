@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("lora-dpo", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "gradio")
+_REPORT = re.compile(r"lora-dpo-crash-\d{8}-\d{6}-\d+\.txt")
 _SECRET_OPTION = re.compile(r"--[a-z-]*(key|auth|token|password)[a-z-]*")
 _SECRET = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{8,}")
 
@@ -42,6 +44,18 @@ def write_crash(error: BaseException, arguments: Sequence[str]) -> Path | None:
     except OSError:
         return None  # the disk may be what broke
     return path
+
+
+def crash_reports(folder: Path) -> list[Path]:
+    """This user's crash reports in a folder."""
+    user = getattr(os, "getuid", lambda: None)()
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            mine = entry.is_file(follow_symlinks=False) and user in (None, entry.stat(follow_symlinks=False).st_uid)
+            if mine and _REPORT.fullmatch(entry.name):
+                found.append(Path(entry.path))
+    return sorted(found)
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:

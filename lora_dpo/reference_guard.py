@@ -62,7 +62,7 @@ def judge(trainer: DPOTrainer, logratio_B: torch.Tensor, mask_BT: torch.Tensor) 
     tokens_B = mask_BT[:, 1:].sum(dim=1).clamp(min=1)
     difference = float((logratio_B.abs() / tokens_B).max())
     compute = torch.bfloat16 if half_precision(trainer) else trainer.model.dtype
-    if difference <= TOLERANCE[compute]:
+    if difference <= TOLERANCE.get(compute, max(TOLERANCE.values())):  # weights in 8 bits compute in 16
         return difference
     chosen, rejected = logratio_B.chunk(2)
     loss = float(-torch.nn.functional.logsigmoid(trainer.beta * (chosen - rejected)).mean())

@@ -16,6 +16,8 @@ def scored_references(
     trainer: DPOTrainer, engine: Engine, dataset: Any, on_pair: Callable[[int], None] | None
 ) -> list[tuple[float, float]]:
     """See `DPOTrainer.score_references`."""
+    if not len(dataset):
+        return []  # without rows it may have no columns either
     found: dict[int, tuple[float, float]] = {}
 
     def score(indices: Sequence[int]) -> None:

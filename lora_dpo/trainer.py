@@ -25,6 +25,7 @@ from lora_dpo.memory import give_back_memory
 from lora_dpo.model import (
     POLICY,
     REFERENCE,
+    bare,
     keep_packed_weights_differentiable,
     pick_device,
     pick_dtype,
@@ -116,6 +117,7 @@ class DPOTrainer(trl.DPOTrainer):
         exact = _trainable_values(model) if isinstance(model, PeftModel) else {}
         super().__init__(model, ref_model, args, *rest, **kwargs)
         keep_packed_weights_differentiable(self.model)  # of a model that was named
+        _name_experts(self.model)
         self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if isinstance(self.model, PeftModel) and not self._sharded:
             to_fp32_masters(self.model)
@@ -395,6 +397,17 @@ class DPOTrainer(trl.DPOTrainer):
         self._fits(batch)
         batch.pop("pair_weight", None)  # TRL would hand it to the model
         return compare(self, batch)
+
+
+def _name_experts(model: Any) -> None:
+    """Let TRL find the number of experts, which it reads off the config for the router's loss, under each family's name.
+
+    TRL 1.16 asks for `num_experts` and fails where the config has another word: Granite's mixtures, Llama 4, GLM.
+    """
+    config = bare(model).config.get_text_config()
+    for name in ("num_local_experts", "n_routed_experts"):
+        if not hasattr(config, "num_experts") and hasattr(config, name):
+            config.num_experts = getattr(config, name)
 
 
 def _columns(dataset: Any) -> set[str]:

@@ -18,6 +18,7 @@ from lora_dpo import leftovers
 from lora_dpo.checkpoints import begin, seal
 from lora_dpo.cleaning import leftovers as found_in
 from lora_dpo.cli import main
+from lora_dpo.crash import write_crash
 from lora_dpo.data.files import read_rows
 from lora_dpo.errors import OutputError
 from lora_dpo.files import atomic_file, atomic_files, atomic_folder, replace_file
@@ -288,6 +289,8 @@ def test_clean_shows_what_is_left_and_removes_it_when_told_so(tmp_path, capsys):
         atomic_folder(Path("deep/er/merged")), write=lambda folder: (folder / "w").write_bytes(b"x" * 2_000_000)
     )
     killed_inside(scratch("demo"), write=lambda folder: (folder / "upload").write_text("private"))
+    crashed = write_crash(ValueError("x"), ["train"])
+    (crashed.parent / "lora-dpo-crash-of-mine.txt").write_text("mine")
     goes_on, finished, cut = unfinished_run("goes-on"), unfinished_run("done"), unfinished_run("cut", whole=False)
     torn = goes_on / "checkpoints/checkpoint-2"
     torn.mkdir()
@@ -307,16 +310,17 @@ def test_clean_shows_what_is_left_and_removes_it_when_told_so(tmp_path, capsys):
         str(finished),
         str(cut),
         str(torn),
-        "5 leftovers",
+        str(crashed),
+        "6 leftovers",
     ):
         assert part in said, part
     assert "--yes" in said
     assert main(["clean", "--yes"]) == 0
-    assert capsys.readouterr().out.count("removed ") == 5
+    assert capsys.readouterr().out.count("removed ") == 6
     assert [name for name in mine if not Path(name).exists()] == []
     assert (goes_on / "checkpoints/checkpoint-1/manifest.json").exists()
     assert not [path for path in (finished, cut, torn) if path.exists()]
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert [path.name for path in (tmp_path / "temporary").iterdir()] == ["lora-dpo-crash-of-mine.txt"]
     assert main(["clean"]) == 0
     assert "Nothing is left behind." in capsys.readouterr().out
 

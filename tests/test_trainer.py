@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -176,3 +177,29 @@ def test_bf16_autocast_is_off_without_a_gpu(tiny_model_folder, tmp_path):
     trainer = build(DPOTrainer, tiny_model_folder, tmp_path, bf16=True)
     assert not trainer.args.bf16
     assert trainer.accelerator.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("kind", ["GraniteMoe", "Phimoe"])
+def test_a_mixture_that_calls_its_experts_otherwise_trains_with_the_router_loss(tiny_model_folder, tmp_path, kind):
+    sizes = dict(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    found = {}
+    for name, kind_of_trainer in (("ours", DPOTrainer), ("stock", trl.DPOTrainer)):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+        if name == "stock":
+            model.config.num_experts = 4  # what TRL looks for
+        rows = [{"prompt": "Hi", "chosen": " yes, well", "rejected": " no"}] * 4
+        trainer = build(kind_of_trainer, tiny_model_folder, tmp_path / name, model=model, rows=rows, max_steps=1)
+        trainer.train()
+        found[name] = trainer.state.log_history[0]
+    assert found["ours"]["aux_loss"] > 0.5
+    for key in ("loss", "aux_loss"):
+        assert found["ours"][key] == pytest.approx(found["stock"][key], rel=1e-5)
+
+
+def test_references_of_no_rows_are_none(tiny_model_folder, tmp_path):
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path)
+    assert trainer.score_references(Dataset.from_list([])) == []
