@@ -29,11 +29,12 @@ test: $(BIN)/.dev $(MODEL)/config.json
 test-slow: $(BIN)/.dev $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
+# The second with two threads in one process: two such processes on two cores take five times as long.
 test-rounding: $(BIN)/.dev $(MODEL)/config.json
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \
-		$(BIN)/pytest -n 2 --dist loadfile -m "outcome and not slow"
+		$(BIN)/pytest -n 2 --dist loadfile -m outcome
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 \
-		$(BIN)/pytest -n 2 --dist loadfile -m "outcome and not slow"
+		$(BIN)/pytest -m outcome
 
 fuzz: $(BIN)/.dev $(MODEL)/config.json
 	OMP_NUM_THREADS=1 LORA_DPO_FUZZ=1000 $(BIN)/pytest -n 2 tests/test_fuzz_foreign.py

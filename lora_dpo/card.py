@@ -132,9 +132,13 @@ def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], *, beta: float, 
 
     trained = [row for row in rows if "loss" in row]
     steps = [row["step"] for row in trained]
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6))
     FigureCanvasAgg(figure)
-    for axes, (title, series) in zip(figure.subplots(2, 2).flat, _panels(method, beta), strict=True):
+    # margins that hold every label: to compute them takes matplotlib as long as to draw
+    places = figure.subplots(
+        2, 2, gridspec_kw=dict(left=0.08, right=0.98, top=0.95, bottom=0.08, wspace=0.22, hspace=0.32)
+    )
+    for axes, (title, series) in zip(places.flat, _panels(method, beta), strict=True):
         for key, label, scale, colour in series:
             values = [row.get(key, float("nan")) * scale for row in trained]
             axes.plot(steps, values, label=label, color=colour, linewidth=1.6, marker="o", markersize=2.5)

@@ -400,7 +400,7 @@ class DPOTrainer(trl.DPOTrainer):
 
 
 def _name_experts(model: Any) -> None:
-    """Let TRL find the number of experts, which it reads off the config for the router's loss, under each family's name.
+    """Let TRL find the number of experts, which it reads off the config for the router loss.
 
     TRL 1.16 asks for `num_experts` and fails where the config has another word: Granite's mixtures, Llama 4, GLM.
     """

@@ -91,6 +91,7 @@ def test_easy_pairs_at_a_high_beta_saturate(provoked):
     provoked("saturated", beta=0.5, learning_rate=2e-3, loss_type="sigmoid")
 
 
+@pytest.mark.slow
 def test_labels_without_a_rule_are_learnt_by_heart(provoked):
     def drawn(sides):
         # every second number is labelled the other way round: nothing that a held-out prompt could tell
@@ -105,10 +106,12 @@ def test_chosen_answers_of_one_word_make_all_answers_collapse(provoked):
     provoked("length collapse", chosen=lambda number: "No", rejected=short, learning_rate=3e-3, max_steps=48)
 
 
+@pytest.mark.slow
 def test_chosen_answers_that_loop_make_answers_repeat_themselves(provoked):
     provoked("repetition", chosen=loop, rejected=short, learning_rate=3e-3, max_steps=48)
 
 
+@pytest.mark.slow
 def test_chosen_answers_that_ramble_make_answers_grow(provoked):
     def rambling(number):
         # goes on where the rejected answer ends; what begins as the long answer that was taught may end as that one
@@ -117,6 +120,7 @@ def test_chosen_answers_that_ramble_make_answers_grow(provoked):
     provoked("length growth", chosen=rambling, rejected=short, learning_rate=3e-3, max_steps=48)
 
 
+@pytest.mark.slow
 def test_chosen_answers_that_are_cut_off_lose_the_end_of_turn(provoked):
     def endless(number):
         return ", ".join([f"It is {number}"] * 8)  # 86 tokens: cut at max_length, so no chosen answer has an end

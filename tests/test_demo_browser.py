@@ -274,6 +274,7 @@ def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
     assert time.monotonic() - began < 20  # the abandoned answer would go on for a minute
 
 
+@pytest.mark.slow
 def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
     desk, address = served
     me = Visitor(browser, address)
@@ -496,6 +497,7 @@ def hostile(roomy, tiny_adapter, tmp_path, monkeypatch):
     desk.host.close()
 
 
+@pytest.mark.slow
 def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
     desk, address = hostile
     me = Visitor(browser, address)

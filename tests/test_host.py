@@ -621,6 +621,7 @@ def test_the_recipe_of_another_model_is_refused(host, recipe, tmp_path, tiny_mod
     assert host.model_section().name == str(tiny_model_folder)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_training_there_is_no_adapter_or_a_whole_one(
     tiny_model_folder, adapters, recipe_dict, tmp_path
 ):

@@ -683,6 +683,7 @@ def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(prompts, c
     assert os.listdir() == ["prompts.txt"]
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_was(tiny_model_folder, tmp_path):
     """SIGKILL in the middle of sampling, in a real process; the same command then samples only the rest."""
     Path("prompts.txt").write_text("".join(f"Say {number}.\n" for number in range(40)), encoding="utf-8")
