@@ -36,7 +36,8 @@ from rich.table import Table
 from shapes import SHAPES, Row, draw, read, total
 
 from lora_dpo import DPOTrainer, EngineSection, load_base
-from lora_dpo.model import load_tokenizer, pick_device
+from lora_dpo.device import pick_device
+from lora_dpo.model import load_tokenizer
 
 
 class Stock(trl.DPOTrainer):

@@ -25,9 +25,10 @@ from lora_dpo.improve import improve
 from lora_dpo.improve_recipe import read_improve_recipe
 from lora_dpo.judges import open_judge
 from lora_dpo.library import install, list_adapters, pack
+from lora_dpo.lora import attach_lora, reference
 from lora_dpo.merge import merge
 from lora_dpo.mix import mix
-from lora_dpo.model import Base, attach_lora, load_base, reference
+from lora_dpo.model import Base, load_base
 from lora_dpo.pairs import make_pairs
 from lora_dpo.plan import Plan, plan
 from lora_dpo.policy import load_policy

@@ -17,7 +17,7 @@ from datasets import Dataset
 from lora_dpo.engine_checks import TOLERANCE
 from lora_dpo.errors import ReferenceMismatch
 from lora_dpo.fields import trl_refusals
-from lora_dpo.model import POLICY, REFERENCE
+from lora_dpo.lora import POLICY, REFERENCE
 from lora_dpo.settings import trainer_config
 
 if TYPE_CHECKING:

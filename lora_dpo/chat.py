@@ -16,8 +16,8 @@ from lora_dpo.config import Dtype, Quantize
 from lora_dpo.data import Message
 from lora_dpo.errors import OutputError
 from lora_dpo.generate import Sampling, stream
+from lora_dpo.journal import append_durably
 from lora_dpo.model import Base, load_base
-from lora_dpo.votes import append_durably
 
 if TYPE_CHECKING:
     from peft import PeftModel

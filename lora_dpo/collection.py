@@ -29,9 +29,10 @@ from lora_dpo.data.reading import outcomes
 from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.journal import rewrite_durably
 from lora_dpo.lora_files import plain
 from lora_dpo.tensor_file import State, state_of
-from lora_dpo.votes import VoteBook, rewrite_durably
+from lora_dpo.votes import VoteBook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

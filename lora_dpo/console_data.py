@@ -12,13 +12,12 @@ from rich.text import Text
 
 from lora_dpo.data.doctor import Diagnosis, Finding
 from lora_dpo.data.measures import PERCENTILES, percentiles
-from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
+from lora_dpo.data.pairs import PreferencePair, ReadReport, rows_text
 from lora_dpo.data.template import Message
 from lora_dpo.data.view import PairView, Piece
 from lora_dpo.data.write import Fixed
 from lora_dpo.wording import counted, harmless
 
-ROWS_SHOWN = 8
 STYLE = {"prompt": ("cyan", "bright_cyan"), "chosen": ("green", "bright_green"), "rejected": ("red", "bright_red")}
 
 
@@ -55,15 +54,6 @@ def _finding_view(finding: Finding, console: Console) -> None:
             Padding(Text(harmless(f"{place}{' '.join(text.split())}"), style="dim"), (0, 0, 0, 4), expand=False)
         )
     console.print(Padding(Text(f"{check.meaning} {check.advice}\n"), (0, 0, 0, 2), expand=False))
-
-
-def rows_text(rows: Sequence[Origin], shown: int = ROWS_SHOWN) -> str:
-    """`3, 7 of a.jsonl; 12 of b.jsonl; … 40 more`."""
-    by_source: dict[str, list[str]] = {}
-    for origin in rows[:shown]:
-        by_source.setdefault(origin.source, []).append(str(origin.row))
-    named = "; ".join(f"{', '.join(numbers)} of {source}" for source, numbers in by_source.items())
-    return named + (f"; … {len(rows) - shown} more (--json lists all)" if len(rows) > shown else "")
 
 
 def stats_view(diagnosis: Diagnosis, console: Console, *, read: bool = True) -> None:

@@ -9,24 +9,23 @@ import contextlib
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lora_dpo.config import EngineSection
-from lora_dpo.engine_checks import largest_difference
-from lora_dpo.learned import FirstSight
-from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget, free_bytes, give_back_memory, out_of_memory
-from lora_dpo.model import bare, is_reference, reference, steady
+from lora_dpo.device import free_bytes, give_back_memory, out_of_memory
+from lora_dpo.first_sight import FirstSight
+from lora_dpo.lora import bare, is_reference, reference
+from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget
+from lora_dpo.model import steady
+from lora_dpo.objective import Objective
 from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
 from lora_dpo.shared_prefix import PairForward
 from lora_dpo.shared_prefix.layout import pack
-from lora_dpo.shared_prefix.model import rows_of
+from lora_dpo.shared_prefix.model import largest_difference, rows_of
 from lora_dpo.shared_prefix.trunk import TrunkCache, decoder_layers, lowest_adapted_layer
 from lora_dpo.steps import Inputs, WholeStep, assemble, merge_batches, model_inputs, pair_lengths, select
-
-if TYPE_CHECKING:
-    from lora_dpo.trainer import DPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -35,32 +34,32 @@ class Engine:
     """Bound to the trainer's model until `close`.
 
     Args:
-        trainer: whose model is a LoRA PeftModel on an architecture that `shared_prefix` can run.
+        objective: the trainer, whose model is a LoRA PeftModel on an architecture that `shared_prefix` can run.
     """
 
-    def __init__(self, trainer: DPOTrainer, settings: EngineSection) -> None:
-        self.trainer = trainer
-        self.device: torch.device = trainer.args.device
+    def __init__(self, objective: Objective, settings: EngineSection) -> None:
+        self.objective = objective
+        self.device: torch.device = objective.args.device
         self.gathered: list[Inputs] = []
         """Batches of the optimiser step that is being gathered."""
-        base = bare(trainer.model)
-        compute = _compute_dtype(trainer)
+        base = bare(objective.model)
+        compute = _compute_dtype(objective)
         self.usual_tokens = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
-        weighting = ("log_sum_sq_probs",) if trainer.use_weighting else ()
-        self.forward = PairForward(base, weighting, trunk=_trunk_cache(trainer, settings))
-        self.references = ReferenceCache(_cache_folder(settings), reference_name(trainer.model, compute))
+        weighting = ("log_sum_sq_probs",) if objective.use_weighting else ()
+        self.forward = PairForward(base, weighting, trunk=_trunk_cache(objective, settings))
+        self.references = ReferenceCache(_cache_folder(settings), reference_name(objective.model, compute))
         self.scoring_tokens = self.usual_tokens if settings.tokens == "auto" else settings.tokens
         """Most stream tokens of the reference at once; halved when memory runs out."""
         layers = decoder_layers(base)[lowest_adapted_layer(base) :]  # those below run without gradients
         budget = Budget(
             layers=len(layers),
-            may_checkpoint=trainer.args.gradient_checkpointing,
+            may_checkpoint=objective.args.gradient_checkpointing,
             checkpoint_bytes=base.config.hidden_size * compute.itemsize,
             cap=self.scoring_tokens,
             free=lambda: free_bytes(self.device),
             set_checkpointing=lambda count: _checkpoint_lowest(layers, count),
         )
-        self.whole_step = WholeStep(trainer, self, budget, split_pairs=settings.split_pairs)
+        self.whole_step = WholeStep(objective, self, budget, split_pairs=settings.split_pairs)
         self.first_sight = FirstSight()
         self.last: Inputs
         """The last step's batch, with its references."""
@@ -69,7 +68,7 @@ class Engine:
     @property
     def moved(self) -> bool:
         """Whether the policy differs from the reference yet; until then its log-ratios are 0 but for rounding."""
-        self._moved = self._moved or not is_reference(self.trainer.model)
+        self._moved = self._moved or not is_reference(self.objective.model)
         return self._moved
 
     def close(self) -> None:
@@ -85,7 +84,7 @@ class Engine:
         Args:
             logged: whether TRL's logged values (entropy, mean logits, token accuracy) are computed.
         """
-        batch = self.with_reference(merge_batches(self.gathered, self.trainer._tokenizer.pad_token_id))
+        batch = self.with_reference(merge_batches(self.gathered, self.objective.pad_id))
         self.gathered.clear()
         self.forward.logged = logged
         try:
@@ -99,7 +98,7 @@ class Engine:
 
     def _note_first_sight(self, inputs: Inputs) -> None:
         """Count the step's prompts that no process has had before."""
-        gather, ld_alpha = self.trainer.accelerator.gather, self.trainer.ld_alpha
+        gather, ld_alpha = self.objective.accelerator.gather, self.objective.ld_alpha
         policy = answer_sums(self.whole_step.log_probs, inputs["completion_mask"])
         policy_B2 = torch.tensor([logps.sums(ld_alpha) for logps in policy], dtype=torch.float64)
         ref_B2 = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1).cpu()
@@ -113,7 +112,7 @@ class Engine:
 
         Both run without autocast and dropout, so that only the function is compared.
         """
-        base, lengths = bare(self.trainer.model), pair_lengths(inputs)
+        base, lengths = bare(self.objective.model), pair_lengths(inputs)
         part = select(inputs, sorted(sorted(range(len(lengths)), key=lambda index: lengths[index])[:2])).inputs
         call = model_inputs(part)
         longest = max(2, int(part["attention_mask"].sum(dim=1).max()))
@@ -124,7 +123,7 @@ class Engine:
             with self.forward.passed_on():
                 theirs_RT = base(**call).log_probs.double()
         sums = torch.stack([(ours_RT - theirs_RT).abs().sum(), (call["labels"][:, 1:] != -100).sum()])
-        off, tokens = self.trainer.accelerator.gather(sums[None].float()).sum(dim=0).tolist()
+        off, tokens = self.objective.accelerator.gather(sums[None].float()).sum(dim=0).tolist()
         found = off / max(1.0, tokens)
         if found <= largest_difference(base):
             return None
@@ -132,10 +131,10 @@ class Engine:
 
     def tables(self, inputs: Inputs) -> Any:
         """TRL's output for a whole batch as the policy now is, all of its fields, without gradients or dropout."""
-        trainer = self.trainer
-        with torch.no_grad(), steady(trainer.model), trainer.accelerator.autocast(), self.forward.log(True):
+        objective = self.objective
+        with torch.no_grad(), steady(objective.model), objective.accelerator.autocast(), self.forward.log(True):
             parts = [select(inputs, pairs) for pairs in pack(pair_lengths(inputs), self.scoring_tokens)]
-            return assemble([trainer.model(**model_inputs(part.inputs)) for part in parts], parts)
+            return assemble([objective.model(**model_inputs(part.inputs)) for part in parts], parts)
 
     def kept_bytes(self, inputs: Inputs) -> float:
         """Bytes that a stream token keeps for the backward pass, measured on the shortest pair of a batch."""
@@ -146,10 +145,10 @@ class Engine:
         with (
             torch.random.fork_rng(),
             self.forward.count_kept() as kept,
-            self.trainer.accelerator.autocast(),  # the bare model has none of its own
+            self.objective.accelerator.autocast(),  # the bare model has none of its own
             self.forward.log(False),
         ):
-            output = bare(self.trainer.model)(**model_inputs(part.inputs))
+            output = bare(self.objective.model)(**model_inputs(part.inputs))
         del output
         return sum(kept.values()) / shortest
 
@@ -158,7 +157,7 @@ class Engine:
 
         Those that are in the data count where TRL was told to read them (`precompute_ref_log_probs`).
         """
-        if self.trainer.precompute_ref_logps and "ref_chosen_logps" in inputs:
+        if self.objective.precompute_ref_logps and "ref_chosen_logps" in inputs:
             return inputs
         keys = _pair_keys(inputs)
         known = self.references.get(keys)
@@ -175,7 +174,7 @@ class Engine:
         return self._joined(inputs, [scored[index] for index in range(len(scored))])
 
     def _joined(self, inputs: Inputs, logps: list[PairLogps]) -> Inputs:
-        sums = torch.tensor([pair.sums(self.trainer.ld_alpha) for pair in logps], dtype=torch.float64)
+        sums = torch.tensor([pair.sums(self.objective.ld_alpha) for pair in logps], dtype=torch.float64)
         sums = sums.to(inputs["input_ids"].device, torch.float32)
         return {**inputs, "ref_chosen_logps": sums[:, 0], "ref_rejected_logps": sums[:, 1]}
 
@@ -203,10 +202,10 @@ class Engine:
         self, inputs: Inputs, pairs: list[int], lengths: list[int], scored: dict[int, PairLogps]
     ) -> None:
         """Score some pairs of a batch, and note each part as it is done."""
-        trainer = self.trainer
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        objective = self.objective
+        model = objective.accelerator.unwrap_model(objective.model)
         # Before the loop the model's own forward has no autocast yet; in it, twice is once.
-        exact = (torch.no_grad(), steady(model), reference(model), trainer.accelerator.autocast())
+        exact = (torch.no_grad(), steady(model), reference(model), objective.accelerator.autocast())
         with contextlib.ExitStack() as stack:
             for each in (*exact, self.forward.log(False)):
                 stack.enter_context(each)
@@ -247,11 +246,11 @@ def _prompt_numbers(inputs: Inputs) -> list[int]:
     return [hash(tuple(rows[index][: starts[index]])) for index in range(len(rows) // 2)]
 
 
-def _compute_dtype(trainer: DPOTrainer) -> torch.dtype:
+def _compute_dtype(objective: Objective) -> torch.dtype:
     """What the matrix products of a trainer's passes run in."""
-    if trainer.args.bf16 or trainer.args.fp16:
-        return torch.bfloat16 if trainer.args.bf16 else torch.float16
-    dtype: torch.dtype = bare(trainer.model).dtype
+    if objective.args.bf16 or objective.args.fp16:
+        return torch.bfloat16 if objective.args.bf16 else torch.float16
+    dtype: torch.dtype = bare(objective.model).dtype
     return dtype
 
 
@@ -260,13 +259,13 @@ def _cache_folder(settings: EngineSection) -> Path | None:
     return None if where == "off" else default_folder() if where == "auto" else Path(where)
 
 
-def _trunk_cache(trainer: DPOTrainer, settings: EngineSection) -> TrunkCache:
+def _trunk_cache(objective: Objective, settings: EngineSection) -> TrunkCache:
     if settings.trunk_cache == "off":
         return TrunkCache(memory_bytes=0)  # the layers below still run without gradients
     memory = free_bytes(torch.device("cpu")) // 4
     if settings.trunk_cache == "memory":
         return TrunkCache(memory_bytes=memory)
-    folder = Path(trainer.args.output_dir).absolute() / "trunk"
+    folder = Path(objective.args.output_dir).absolute() / "trunk"
     room = shutil.disk_usage(next(parent for parent in folder.parents if parent.is_dir())).free // 2
     return TrunkCache(memory_bytes=memory, folder=folder, disk_bytes=room)
 

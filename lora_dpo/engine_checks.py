@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lora_dpo.model import bare
+from lora_dpo.lora import bare
 from lora_dpo.shared_prefix import unsupported_reason
 
 if TYPE_CHECKING:
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest mean |log-ratio| per answer token at step 0 that still counts as equal, by compute dtype."""
 
-DIFFERENCE, ROUNDED_DIFFERENCE = 3e-4, 0.3
-"""Largest mean |difference| per answer token, in nats, of the engine's log-probabilities from TRL's own on the first
-batch, in float32 and where products are rounded to 16 bits. Seen on SmolLM2-135M: 8e-6 and 0.05; an attention, position
-or mask that is another one differs by nats."""
 
 KNOWN = frozenset({"input_ids", "attention_mask", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 """Parts of TRL's batch of pairs."""
@@ -100,13 +96,6 @@ def _rope_reason(config: Any, max_length: int | None) -> str | None:
                 f"max_length is {max_length}"
             )
     return None
-
-
-def largest_difference(model: Any) -> float:
-    """How far the engine may be from TRL's own pass on a base model, in nats per answer token."""
-    computes = {model.dtype, *(getattr(part, "compute_dtype", None) for part in model.modules())}
-    exact = not computes & {torch.bfloat16, torch.float16} and torch.get_float32_matmul_precision() == "highest"
-    return DIFFERENCE if exact else ROUNDED_DIFFERENCE
 
 
 def odd_batch(inputs: dict[str, Any], *, weighted: bool) -> str | None:

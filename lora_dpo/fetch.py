@@ -7,7 +7,6 @@ ordinary model folder: bf16 safetensors, tokenizer, chat template, generation co
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dpo.errors import ModelError
-from lora_dpo.files import atomic_folder, disk_errors, sha256_of
+from lora_dpo.files import atomic_folder, disk_errors, looks_local, sha256_of
 from lora_dpo.leftovers import scratch
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.wording import shown
@@ -48,32 +47,9 @@ PACKAGED_MODELS = {
 MODELS_DIR = Path("models")
 
 
-OWN_FOLDERS = ("adapters", "models", "merged", "evaluations", "reports", "runs", "collected", "configs", "data")
-"""Folders that lora-dpo makes, or this repository has: `adapters/quickstart` is never asked of the hub's "adapters"."""
-_OF_A_FILE = (".zip", ".partial", ".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml")
-
-
 def is_hub_id(name: str) -> bool:
     """True for the name of a hub repository, `owner/name`: no packaged model, and nothing that looks local."""
     return re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None and not looks_local(name)
-
-
-def looks_local(name: str) -> bool:
-    """True for what can only be meant as a path of this machine, also when nothing is there (any more).
-
-    Whoever owns that name on the hub must not be asked for it: it is there, or its first folder is, or that is one of
-    lora-dpo's own; or it is written as a path or a file's name.
-    """
-    first, slash, _ = name.partition("/")
-    return (
-        not slash  # a model of the hub is written owner/name
-        or name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or len(name) > 2 * 96 + 1  # longer than any hub id
-        or os.path.exists(name)
-        or (bool(slash) and (first in OWN_FOLDERS or os.path.isdir(first)))
-        or name.lower().endswith(_OF_A_FILE)
-    )
 
 
 def fetch_model(name: str, *, output: Path | None = None) -> Path:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.data import TokenPair, read_pairs, tokenize_pairs
+from lora_dpo.data.pairs import evenly
 from lora_dpo.errors import AdapterError, DataError
-from lora_dpo.evaluate import evenly
 from lora_dpo.files import disk_errors, replace_file
 from lora_dpo.generate import Sampling, decode, stop_token_ids
 from lora_dpo.leftovers import temporary_folder

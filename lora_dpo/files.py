@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -248,3 +249,32 @@ _DISK_ADVICE = {
     errno.ENOTDIR: "A part of that path is a file, not a folder.",
     errno.EEXIST: "A part of that path is a file, not a folder.",
 }
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write readable JSON, whole or not at all."""
+    replace_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def looks_local(name: str) -> bool:
+    """True for what can only be meant as a path of this machine, also when nothing is there (any more).
+
+    Whoever owns that name on the hub must not be asked for it: it is there, or its first folder is, or that is one of
+    lora-dpo's own; or it is written as a path or a file's name.
+    """
+    first, slash, _ = name.partition("/")
+    return (
+        not slash  # a model of the hub is written owner/name
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or len(name) > 2 * 96 + 1  # longer than any hub id
+        or os.path.exists(name)
+        or (bool(slash) and (first in OWN_FOLDERS or os.path.isdir(first)))
+        or name.lower().endswith(_OF_A_FILE)
+    )
+
+
+OWN_FOLDERS = ("adapters", "models", "merged", "evaluations", "reports", "runs", "collected", "configs", "data")
+"""Folders that lora-dpo makes, or this repository has: `adapters/quickstart` is never asked of the hub's "adapters"."""
+
+_OF_A_FILE = (".zip", ".partial", ".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml")

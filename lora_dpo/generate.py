@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_dpo.data.template import Message, prompt_ids
+from lora_dpo.device import free_bytes
 from lora_dpo.errors import ConfigError
-from lora_dpo.memory import free_bytes
 from lora_dpo.wording import shown
 
 if TYPE_CHECKING:

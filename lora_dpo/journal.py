@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lora_dpo.errors import OutputError
-from lora_dpo.files import atomic_file, disk_errors
-from lora_dpo.leftovers import sync_folder
+from lora_dpo.files import atomic_file, disk_errors, replace_file
+from lora_dpo.leftovers import settle, sync_folder
 from lora_dpo.wording import shown
 
 Row = dict[str, Any]
@@ -129,3 +129,78 @@ def _changed(path: Path, old: Any, new: Row) -> str:
         raise OutputError(f"{path} is no journal of lora-dpo. Move it away, or choose another output.")
     key = next((key for key in [*new, *old] if old.get(key) != new.get(key)), None)
     return "" if key is None else f"{key} was {shown(old.get(key))}, now {shown(new.get(key))}"
+
+
+def append_durably(path: Path, row: Row, *, ours: bool = True) -> None:
+    """Add one JSON line and wait for the disk. What a kill left of an earlier line is cut off first."""
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        settle(path.parent)
+        with path.open("a+b") as file:
+            _mend_end(file, ours=ours)
+            size = file.seek(0, os.SEEK_END)
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+                if new:
+                    sync_folder(path.parent)
+            except OSError:
+                with contextlib.suppress(OSError):  # on a disk that fails; then the next one cuts it off
+                    os.truncate(path, size)
+                raise
+
+
+def rewrite_durably(path: Path, change: Callable[[int, Row], Row | None]) -> int:
+    """Write a JSONL file anew: `change` gets each line's number and row and returns what to keep of it, or None.
+
+    A reader or a kill finds the old file or the new one. Lines that are no rows stay as they are. Returns how many
+    rows are left.
+    """
+    kept: list[bytes] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        row = _row_of(line)
+        if row is None:
+            kept.append(line)
+            continue
+        new = change(number, row)
+        if new is row:
+            kept.append(line)
+        elif new is not None:
+            kept.append(json.dumps(new, ensure_ascii=False).encode("utf-8") + b"\n")
+    with disk_errors(path):
+        replace_file(path, b"".join(kept))
+    return sum(_row_of(line) is not None for line in kept)
+
+
+def _row_of(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _mend_end(file: Any, *, ours: bool) -> None:
+    """Leave the file ending with a whole line. A whole last line without its line break is kept: an editor made it.
+
+    Args:
+        ours: what is no row was cut off by a kill, and goes; in anybody else's file it stays.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(max(0, size - (1 << 20)))
+    tail = file.read()
+    if b"\n" not in tail:
+        file.seek(0)  # one very long line
+        tail = file.read()
+    if tail.endswith(b"\n"):
+        return
+    start = tail.rfind(b"\n") + 1
+    if not ours or _row_of(tail[start:]) is not None:
+        file.write(b"\n")
+    else:
+        file.truncate(size - len(tail) + start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,11 @@ from lora_dpo.adapters import (
     warn_of,
 )
 from lora_dpo.config import Dtype, Quantize, read_recipe
-from lora_dpo.errors import AdapterError, BaseDiffers, ConfigError
+from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.files import sha256_of
-from lora_dpo.judges import Judge, Means, open_judge
-from lora_dpo.judges.endpoint import EndpointSettings
-from lora_dpo.judges.grammar import check_specs, is_implicit
+from lora_dpo.lora import POLICY, REFERENCE
 from lora_dpo.lora_files import WEIGHTS
-from lora_dpo.model import POLICY, REFERENCE, Base, load_base
+from lora_dpo.model import Base, load_base
 
 
 @dataclass
@@ -77,41 +75,6 @@ def load_policy(
     trained_on: Quantize = "none" if passport is not None and passport.quantize == "none" else "nf4"
     base = load_base(model or name, revision=None if model else revision, quantize=quantize or trained_on, dtype=dtype)
     return Policy(base, attach_adapter(base, adapter), adapter)
-
-
-def load_with_judge(
-    specs: Sequence[str],
-    *,
-    cache: Path,
-    endpoint: EndpointSettings | None = None,
-    model: str | None = None,
-    adapter: Path | None = None,
-    quantize: Quantize | None = None,
-) -> tuple[Policy, Judge]:
-    """The model that answers and the judge of its answers, both in memory.
-
-    Args:
-        specs: judges as a user writes them; they add up.
-        cache: where an LLM judge keeps its verdicts.
-
-    Raises:
-        LoraDPOError: as `load_policy` and `open_judge` do. What needs no model is refused before one is loaded.
-    """
-    check_specs(specs)
-    implicit = any(map(is_implicit, specs))
-    if implicit and adapter is None:
-        raise ConfigError("The implicit judge compares an adapter with its reference. Give one with --adapter.")
-    policy = load_policy(model, adapter=adapter, quantize=quantize)
-    if implicit:
-        attach_reference(policy)
-    means = Means(
-        base=policy.base,
-        policy=policy.model if adapter else None,
-        beta=beta_of(adapter),
-        endpoint=endpoint or EndpointSettings(),
-        cache=cache,
-    )
-    return policy, open_judge(specs, means)
 
 
 def beta_of(adapter: Path | None) -> float:

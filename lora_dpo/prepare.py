@@ -15,14 +15,16 @@ from lora_dpo.config import Recipe
 from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.answers import DEMONSTRATIONS, TokenAnswer, read_answers, tokenize_answers
 from lora_dpo.data.checks import prompt_text
-from lora_dpo.data.pairs import Dropped, Vote
+from lora_dpo.data.pairs import Dropped, Vote, evenly
+from lora_dpo.data.questions import Question, read_questions
 from lora_dpo.data.reading import outcomes
 from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
+from lora_dpo.device import pick_device, pick_dtype
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.evaluate import Question, evenly, read_questions
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
 from lora_dpo.fields import check_optimizer
-from lora_dpo.model import attach_lora, decide_packed, load_skeleton, load_tokenizer, pick_device, pick_dtype
+from lora_dpo.lora import attach_lora
+from lora_dpo.model import decide_packed, load_skeleton, load_tokenizer
 from lora_dpo.runs import check_space, partial_of
 from lora_dpo.settings import trainer_config, trainer_settings
 from lora_dpo.tensor_file import open_tensors

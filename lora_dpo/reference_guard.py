@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig
 
-from lora_dpo.engine_checks import DIFFERENCE, TOLERANCE, largest_difference
+from lora_dpo.engine_checks import TOLERANCE
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.model import REFERENCE, bare, steady
+from lora_dpo.lora import REFERENCE, bare
+from lora_dpo.model import steady
+from lora_dpo.shared_prefix.model import DIFFERENCE, largest_difference
 
 if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer

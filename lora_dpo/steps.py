@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dpo.memory import Budget, give_back_memory, out_of_memory
+from lora_dpo.device import give_back_memory, out_of_memory
+from lora_dpo.memory import Budget
+from lora_dpo.objective import Objective
 from lora_dpo.shared_prefix.layout import pack, stream_length
 from lora_dpo.shared_prefix.model import rows_of
 
 if TYPE_CHECKING:
     from lora_dpo.engine import Engine
-    from lora_dpo.trainer import DPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,14 @@ class Part:
 
 
 class WholeStep:
-    """Runs optimiser steps for a trainer.
+    """Runs optimiser steps for an objective.
 
     Args:
         split_pairs: run the two branches of a pair one after the other: least memory, one more forward pass.
     """
 
-    def __init__(self, trainer: DPOTrainer, engine: Engine, budget: Budget, *, split_pairs: bool) -> None:
-        self.trainer, self.engine, self.budget, self.split_pairs = trainer, engine, budget, split_pairs
+    def __init__(self, objective: Objective, engine: Engine, budget: Budget, *, split_pairs: bool) -> None:
+        self.objective, self.engine, self.budget, self.split_pairs = objective, engine, budget, split_pairs
         self.parts = 0
         """Parts that the last step ran in."""
         self.log_probs: torch.Tensor
@@ -65,18 +66,17 @@ class WholeStep:
         When memory runs out the gradients of the step are dropped, the budget is halved, and the step is redone
         with the same random numbers.
         """
-        trainer = self.trainer
+        objective = self.objective
         longest = max(map(len, _rows(inputs))) - 1 if self.split_pairs else max(pair_lengths(inputs))
         if longest:  # rows of one token predict nothing
             self.budget.measure(lambda: self.engine.kept_bytes(inputs), longest)
         random = _random_state()
-        metrics = {mode: {name: list(v) for name, v in values.items()} for mode, values in trainer._metrics.items()}
-        seen = trainer._total_train_tokens
+        undo = objective.snapshot()
         while True:
             try:
                 return self._attempt(model, inputs)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not out_of_memory(error) or trainer.args.world_size > 1:
+                if not out_of_memory(error) or objective.args.world_size > 1:
                     raise
                 advice = self.budget.shrink(longest)
                 if advice is None:
@@ -84,29 +84,26 @@ class WholeStep:
             # Here, outside the except block, nothing holds the failed pass's tensors any more.
             logger.warning("Memory ran out: %s. The step is done again.", advice)
             model.zero_grad(set_to_none=True)
-            for mode, values in metrics.items():
-                trainer._metrics[mode].clear()
-                trainer._metrics[mode].update({name: list(v) for name, v in values.items()})
-            trainer._total_train_tokens = seen
+            undo()
             give_back_memory()
             _set_random_state(random)
 
     def _attempt(self, model: Any, inputs: Inputs) -> torch.Tensor:
-        trainer = self.trainer
+        objective = self.objective
         chosen = pack(pair_lengths(inputs), self.budget.tokens)
         self.parts = len(inputs["input_ids"]) if self.split_pairs else len(chosen)
         if self.split_pairs:
             return self._two_passes(model, inputs, [branch(inputs, row) for row in range(len(inputs["input_ids"]))])
         parts = [select(inputs, pairs) for pairs in chosen]
-        alone = trainer.args.world_size == 1
+        alone = objective.args.world_size == 1
         if len(parts) == 1 and alone:
-            with trainer.compute_loss_context_manager():
+            with objective.compute_loss_context_manager():
                 output = model(**model_inputs(inputs))
-                loss = trainer.loss_of(output, inputs)
+                loss = objective.loss_of(output, inputs)
             self.log_probs = output.log_probs.detach()
-            trainer.accelerator.backward(loss)
+            objective.accelerator.backward(loss)
             return loss.detach()
-        if couples_pairs(trainer.loss_types) and len(parts) > 1:
+        if couples_pairs(objective.loss_types) and len(parts) > 1:
             return self._two_passes(model, inputs, parts)
         return self._one_pass(model, inputs, parts)
 
@@ -116,15 +113,15 @@ class WholeStep:
         The metrics come last: between processes their exchange must follow that of the gradients in each of them,
         however many parts it has.
         """
-        trainer, outputs = self.trainer, []
+        objective, outputs = self.objective, []
         shares = sft_shares(inputs, parts)
         for number, part in enumerate(parts):
             share = len(part.rows) / len(inputs["input_ids"])
-            with _synced(model, number == len(parts) - 1), trainer.compute_loss_context_manager():
+            with _synced(model, number == len(parts) - 1), objective.compute_loss_context_manager():
                 output = model(**model_inputs(part.inputs))
-                with trainer.unlogged(sft_factor=shares[number] / share):
-                    loss = trainer.loss_of(output, part.inputs) * share
-                trainer.accelerator.backward(loss)
+                with objective.unlogged(sft_factor=shares[number] / share):
+                    loss = objective.loss_of(output, part.inputs) * share
+                objective.accelerator.backward(loss)
             outputs.append(_detached(output))
         return self._logged(assemble(outputs, parts), inputs)
 
@@ -132,25 +129,25 @@ class WholeStep:
         """The loss of the whole table, with its metrics."""
         self.log_probs = whole.log_probs.detach()
         with torch.no_grad():
-            return self.trainer.loss_of(whole, inputs)
+            return self.objective.loss_of(whole, inputs)
 
     def _two_passes(self, model: Any, inputs: Inputs, parts: Sequence[Part]) -> torch.Tensor:
         """The whole table without gradients, the loss's gradient on it, then each part again with its rows of that."""
-        trainer, outputs, states = self.trainer, [], []
+        objective, outputs, states = self.objective, [], []
         for part in parts:
             states.append(_random_state())
-            with torch.no_grad(), trainer.compute_loss_context_manager():
+            with torch.no_grad(), objective.compute_loss_context_manager():
                 outputs.append(model(**model_inputs(part.inputs)))
         whole = assemble(outputs, parts)
         whole.log_probs.requires_grad_()
-        with trainer.unlogged():
-            (slope_RT,) = torch.autograd.grad(trainer.loss_of(whole, inputs), whole.log_probs)
+        with objective.unlogged():
+            (slope_RT,) = torch.autograd.grad(objective.loss_of(whole, inputs), whole.log_probs)
         with self.engine.forward.log(False):
             for number, part in enumerate(parts):
                 _set_random_state(states[number])
-                with _synced(model, number == len(parts) - 1), trainer.compute_loss_context_manager():
+                with _synced(model, number == len(parts) - 1), objective.compute_loss_context_manager():
                     log_probs = model(**model_inputs(part.inputs)).log_probs[: len(part.rows)]
-                    trainer.accelerator.backward((log_probs * slope_RT[part.rows]).sum())
+                    objective.accelerator.backward((log_probs * slope_RT[part.rows]).sum())
         return self._logged(whole, inputs)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.data import Message
 from lora_dpo.data.template import prompt_ids
 from lora_dpo.generate import Answer, Sampling, decode, stop_token_ids
-from lora_dpo.model import reference
+from lora_dpo.lora import reference
 
 if TYPE_CHECKING:
     import torch

@@ -18,19 +18,12 @@ from datasets import Dataset
 from peft import PeftModel
 
 from lora_dpo.config import EngineSection
+from lora_dpo.device import give_back_memory, pick_device, pick_dtype
 from lora_dpo.engine import Engine
 from lora_dpo.engine_checks import no_engine_because, odd_batch
 from lora_dpo.errors import ConfigError
-from lora_dpo.memory import give_back_memory
-from lora_dpo.model import (
-    POLICY,
-    REFERENCE,
-    bare,
-    keep_packed_weights_differentiable,
-    pick_device,
-    pick_dtype,
-    to_fp32_masters,
-)
+from lora_dpo.lora import POLICY, REFERENCE, bare, to_fp32_masters
+from lora_dpo.model import keep_packed_weights_differentiable
 from lora_dpo.pair_weights import ScaledGradient, WithWeights
 from lora_dpo.reference_guard import compare
 from lora_dpo.score_ahead import progress_bar, scored_references
@@ -324,6 +317,25 @@ class DPOTrainer(trl.DPOTrainer):
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
+
+    @property
+    def pad_id(self) -> int:
+        """The token id that TRL's batches are padded with."""
+        padding: int = self._tokenizer.pad_token_id
+        return padding
+
+    def snapshot(self) -> Callable[[], None]:
+        """Note what a step adds to the log; the call of the result takes back what was added since."""
+        metrics = {mode: {name: list(v) for name, v in values.items()} for mode, values in self._metrics.items()}
+        seen = self._total_train_tokens
+
+        def undo() -> None:
+            for mode, values in metrics.items():
+                self._metrics[mode].clear()
+                self._metrics[mode].update({name: list(v) for name, v in values.items()})
+            self._total_train_tokens = seen
+
+        return undo
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's log, with what was predicted of prompts seen for the first time (`lora_dpo.learned`)."""

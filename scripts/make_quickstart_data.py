@@ -138,7 +138,7 @@ COMMON = {
 
 
 def correct(sample: Sample, accepted: tuple[str, ...]) -> bool:
-    from lora_dpo.evaluate import is_correct
+    from lora_dpo.data.questions import is_correct
 
     return is_correct(sample.text, accepted)
 

@@ -29,8 +29,9 @@ from lora_dpo.checkpoints import checkpoints
 from lora_dpo.cleaning import leftovers
 from lora_dpo.cli import main
 from lora_dpo.data import read_pairs
+from lora_dpo.journal import rewrite_durably
 from lora_dpo.runs import partial_of
-from lora_dpo.votes import Candidate, VoteBook, rewrite_durably
+from lora_dpo.votes import Candidate, VoteBook
 
 LIBRARY = ctypes.CDLL(None)  # crash.c is in it
 COUNT, KILL, HALF, FULL, ONCE = range(5)

@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.cli import main
-from lora_dpo.evaluate import score_pairs
 from lora_dpo.fetch import fetch_model
 from lora_dpo.model import load_base
+from lora_dpo.scoring import score_pairs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow

@@ -4,10 +4,13 @@ from transformers import AutoModelForCausalLM
 
 from lora_dpo.config import LoraSection
 from lora_dpo.data import Origin, TokenPair
+from lora_dpo.data.questions import is_correct, read_questions
 from lora_dpo.errors import DataError
-from lora_dpo.evaluate import answer_metrics, is_correct, pair_metrics, read_questions, score_pairs
+from lora_dpo.evaluate import answer_metrics, pair_metrics
 from lora_dpo.generate import Answer
-from lora_dpo.model import attach_lora, load_base, reference
+from lora_dpo.lora import attach_lora, reference
+from lora_dpo.model import load_base
+from lora_dpo.scoring import score_pairs
 
 
 def pair(prompt, chosen, rejected):
@@ -81,7 +84,7 @@ def test_is_correct_wants_whole_words(text, accepted, right):
 
 
 def test_answer_metrics():
-    from lora_dpo.evaluate import Question
+    from lora_dpo.data.questions import Question
 
     metrics = answer_metrics(
         [Answer("a b", 2, True), Answer("a b c d", 4, False)],

@@ -23,7 +23,8 @@ from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host, open_host
 from lora_dpo.job import Job
 from lora_dpo.library import list_adapters
-from lora_dpo.model import attach_lora, load_base, share_weights
+from lora_dpo.lora import attach_lora, share_weights
+from lora_dpo.model import load_base
 from lora_dpo.shelf import KEPT
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,8 @@ from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.events import Note, Progress, RoundsMeasured, Saved, StepLogged
 from lora_dpo.generate import Answer
 from lora_dpo.improve_recipe import ImproveRecipe, ImproveSection, dump_improve_recipe, read_improve_recipe
-from lora_dpo.model import detach, load_base
+from lora_dpo.lora import detach
+from lora_dpo.model import load_base
 from lora_dpo.prepare import Stopped, StopSignal
 
 rounds = importlib.import_module("lora_dpo.improve")

@@ -7,7 +7,8 @@ import pytest
 
 from lora_dpo.config import check_recipe
 from lora_dpo.events import Progress
-from lora_dpo.learned import FirstSight, at_first_sight
+from lora_dpo.first_sight import FirstSight
+from lora_dpo.learned import at_first_sight
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.train import train
 

@@ -17,8 +17,8 @@ from lora_dpo import merge
 from lora_dpo.adapters import attach_adapter, read_passport, strictness, write_passport
 from lora_dpo.cli import main
 from lora_dpo.config import check_recipe
+from lora_dpo.data.pairs import evenly
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError
-from lora_dpo.evaluate import evenly
 from lora_dpo.fidelity import Fidelity, fidelity, recommend, thinned
 from lora_dpo.merge import shard_files
 from lora_dpo.merging import merge_weight, plan_merge, predict_bytes

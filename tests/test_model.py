@@ -3,8 +3,11 @@ import torch
 from conftest import COMMIT
 
 from lora_dpo.config import LoraSection
+from lora_dpo.device import pick_dtype
 from lora_dpo.errors import ConfigError, ModelError
-from lora_dpo.model import attach_lora, load_base, load_tokenizer, pick_dtype, reference, weight_fingerprint
+from lora_dpo.identity import weight_fingerprint
+from lora_dpo.lora import attach_lora, reference
+from lora_dpo.model import load_base, load_tokenizer
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9, 10, 11]])
 

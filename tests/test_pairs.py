@@ -20,10 +20,12 @@ from lora_dpo.data import read_pairs
 from lora_dpo.errors import AdapterError, ConfigError, DataError, JudgeError, OutputError
 from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.journal import Journal, alone, write_new
+from lora_dpo.judge_loading import load_with_judge
 from lora_dpo.judges.base import Judge
-from lora_dpo.model import attach_lora, load_base
+from lora_dpo.lora import attach_lora
+from lora_dpo.model import load_base
 from lora_dpo.pairs import Selection, choose, make_pairs
-from lora_dpo.policy import Policy, attach_reference, load_policy, load_with_judge
+from lora_dpo.policy import Policy, attach_reference, load_policy
 from lora_dpo.prompts import Prompt, prompts_with_report, read_prompts
 from lora_dpo.samples import SamplePlan, batch_seed, conversation, sample_answers
 

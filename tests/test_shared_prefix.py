@@ -14,7 +14,7 @@ from trl import DPOConfig
 
 from lora_dpo import DPOTrainer
 from lora_dpo.data import Origin, PreferencePair, read_pairs, tokenize_pairs
-from lora_dpo.evaluate import _padded_logps, _stream_logps, score_pairs
+from lora_dpo.scoring import _padded_logps, _stream_logps, score_pairs
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
 from lora_dpo.shared_prefix.attention import StreamPlan, pair_attention

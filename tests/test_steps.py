@@ -15,9 +15,10 @@ from peft import LoraConfig
 from tiny import LORA, PAIRS, Stock, assert_close, build, columns, gradients_of, pair, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
-from lora_dpo.evaluate import score_pairs
-from lora_dpo.memory import Budget, container_bytes, fit, peak_of_process
+from lora_dpo.device import container_bytes, peak_of_process
+from lora_dpo.memory import Budget, fit
 from lora_dpo.record import peak_memory
+from lora_dpo.scoring import score_pairs
 from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import lay_out
 from lora_dpo.shared_prefix.layout import pack, stream_length
@@ -170,7 +171,8 @@ def test_twenty_steps_follow_stock_trls_trajectory(tiny_model_folder, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text"])
 def test_a_4bit_base_gives_stock_trls_gradients(architecture, tokenizer, tmp_path):
-    from lora_dpo.model import load_base, to_fp32_masters
+    from lora_dpo.lora import to_fp32_masters
+    from lora_dpo.model import load_base
 
     folder = tmp_path / architecture
     wide = {"head_dim": 16} if architecture != "llama" else {}

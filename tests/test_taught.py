@@ -11,7 +11,8 @@ from lora_dpo.generate import Sampling, generate
 from lora_dpo.intervals import call
 from lora_dpo.judges import open_judge
 from lora_dpo.looking import Looker
-from lora_dpo.model import attach_lora, load_base
+from lora_dpo.lora import attach_lora
+from lora_dpo.model import load_base
 from lora_dpo.policy import load_policy
 from lora_dpo.prepare import StopSignal, prepare
 from lora_dpo.train import train

@@ -18,7 +18,8 @@ import pytest
 from lora_dpo import votes
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import ConfigError, DataError, OutputError
-from lora_dpo.votes import Candidate, Record, VoteBook, rewrite_durably
+from lora_dpo.journal import rewrite_durably
+from lora_dpo.votes import Candidate, Record, VoteBook
 
 PROMPT = [{"role": "user", "content": "Why is the sky blue?"}]
 

@@ -19,7 +19,8 @@ import torch
 from lora_dpo import Sampling, attach_lora, reference
 from lora_dpo.config import LoraSection
 from lora_dpo.generate import decode, stop_token_ids
-from lora_dpo.model import Base, bare, detach
+from lora_dpo.lora import bare, detach
+from lora_dpo.model import Base
 
 from .maths import exact_kl
 from .reward import rewards

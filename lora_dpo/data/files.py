@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.fetch import looks_local
+from lora_dpo.files import looks_local
 from lora_dpo.leftovers import settle
 from lora_dpo.wording import shown
 

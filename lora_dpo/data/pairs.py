@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_dpo.data.template import Message
 from lora_dpo.wording import counted, reasons_text
+
+ROWS_SHOWN = 8
+"""Places of a finding that are named on a page or in a terminal."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,18 @@ class ReadReport:
         why = reasons_text(self.reasons())
         read = counted(self.kept, what.removesuffix("s"))
         return f"{read} read, {len(self.dropped):,} dropped" + (f" ({why})" if why else "")
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """`count` indices spread evenly over `range(total)`: a fair sample, not the best."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
+
+
+def rows_text(rows: Sequence[Origin], shown: int = ROWS_SHOWN) -> str:
+    """`3, 7 of a.jsonl; 12 of b.jsonl; … 40 more`."""
+    by_source: dict[str, list[str]] = {}
+    for origin in rows[:shown]:
+        by_source.setdefault(origin.source, []).append(str(origin.row))
+    named = "; ".join(f"{', '.join(numbers)} of {source}" for source, numbers in by_source.items())
+    return named + (f"; … {len(rows) - shown} more (--json lists all)" if len(rows) > shown else "")

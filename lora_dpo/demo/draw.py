@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from lora_dpo.console_data import rows_text
 from lora_dpo.data.doctor import Diagnosis
-from lora_dpo.data.pairs import ReadReport
+from lora_dpo.data.pairs import ReadReport, rows_text
 from lora_dpo.demo.charts import line_chart
 from lora_dpo.talk import Said
 from lora_dpo.votes import Record

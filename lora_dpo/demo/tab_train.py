@@ -8,13 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from lora_dpo.cli_plan import duration, lines, verdict
 from lora_dpo.collection import VOTES
 from lora_dpo.config import Recipe
 from lora_dpo.demo.draw import curves, facts, note, progress_bar, samples_table, table
 from lora_dpo.demo.kit import told
 from lora_dpo.desk import WATCHED, Desk, Training
 from lora_dpo.plan import plan
+from lora_dpo.plan_lines import duration, lines, verdict
 from lora_dpo.presets import PRESETS, draft, settings_text, with_settings
 
 LOOK_EVERY = 1.5

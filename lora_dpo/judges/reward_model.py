@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import Message
 from lora_dpo.data.template import encode, render
+from lora_dpo.device import pick_device, pick_dtype
 from lora_dpo.errors import JudgeError, ModelError
-from lora_dpo.fetch import looks_local
+from lora_dpo.files import looks_local
 from lora_dpo.generate import Answer
+from lora_dpo.identity import weight_fingerprint
 from lora_dpo.judges.base import Judge, Scores
-from lora_dpo.model import pick_device, pick_dtype, resolve_model, weight_fingerprint
+from lora_dpo.model import resolve_model
 from lora_dpo.prompts import Prompt
 from lora_dpo.quiet import errors_only, quiet_libraries
 

@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from lora_dpo.config import nearest
+from lora_dpo.data.questions import is_correct
 from lora_dpo.errors import ConfigError
-from lora_dpo.evaluate import is_correct
 from lora_dpo.generate import Answer
 from lora_dpo.judges.base import Judge, Scores
 from lora_dpo.prompts import Prompt

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from lora_dpo.report import page, svg
-from lora_dpo.report.evaluation import NAMES, is_known
+from lora_dpo.report.evaluation import is_known
 from lora_dpo.report.run import ANSWERS, PAIRS, flat
+from lora_dpo.report.schema import NAMES
 from lora_dpo.report.stored import StoredRun, number
 
 HIDDEN = ("output",)

@@ -7,24 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from lora_dpo.report import page, svg
+from lora_dpo.report.schema import NAMES
 
 Stored = Mapping[str, Any]
 
-NAMES = {
-    "accuracy": "reward accuracy",
-    "accuracy-lc": "reward accuracy, length taken out",
-    "learned": "accuracy on training prompts at first sight",
-    "margin": "reward margin",
-    "win-rate": "win rate",
-    "win-rate-lc": "win rate, length taken out",
-    "kl": "KL from the reference (nats a token)",
-    "length": "answer length (tokens)",
-    "length-change": "change of length (tokens)",
-    "finished": "answers that end by themselves",
-    "repetition": "repeated three-word sequences",
-    "refusals": "refusals",
-    "perplexity-ratio": "perplexity on plain text, × that of the base",
-}
 AGAINST_CHANCE = ("accuracy", "accuracy-lc", "learned", "win-rate", "win-rate-lc")
 OF_ANSWERS = ("finished", "refusals")
 SHORT = {

@@ -14,7 +14,22 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from lora_dpo.errors import AdapterError
 from lora_dpo.lora_files import plain
-from lora_dpo.report.evaluation import NAMES
+
+NAMES = {
+    "accuracy": "reward accuracy",
+    "accuracy-lc": "reward accuracy, length taken out",
+    "learned": "accuracy on training prompts at first sight",
+    "margin": "reward margin",
+    "win-rate": "win rate",
+    "win-rate-lc": "win rate, length taken out",
+    "kl": "KL from the reference (nats a token)",
+    "length": "answer length (tokens)",
+    "length-change": "change of length (tokens)",
+    "finished": "answers that end by themselves",
+    "repetition": "repeated three-word sequences",
+    "refusals": "refusals",
+    "perplexity-ratio": "perplexity on plain text, × that of the base",
+}
 
 MOST = 10_000
 """Answers, alarms, findings, stages or files that a page shows at most."""

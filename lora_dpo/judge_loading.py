@@ -1,0 +1,48 @@
+"""The model that answers and the judge of its answers, both in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_dpo.config import Quantize
+from lora_dpo.errors import ConfigError
+from lora_dpo.judges import Judge, Means, open_judge
+from lora_dpo.judges.endpoint import EndpointSettings
+from lora_dpo.judges.grammar import check_specs, is_implicit
+from lora_dpo.policy import Policy, attach_reference, beta_of, load_policy
+
+
+def load_with_judge(
+    specs: Sequence[str],
+    *,
+    cache: Path,
+    endpoint: EndpointSettings | None = None,
+    model: str | None = None,
+    adapter: Path | None = None,
+    quantize: Quantize | None = None,
+) -> tuple[Policy, Judge]:
+    """The model that answers and the judge of its answers, both in memory.
+
+    Args:
+        specs: judges as a user writes them; they add up.
+        cache: where an LLM judge keeps its verdicts.
+
+    Raises:
+        LoraDPOError: as `load_policy` and `open_judge` do. What needs no model is refused before one is loaded.
+    """
+    check_specs(specs)
+    implicit = any(map(is_implicit, specs))
+    if implicit and adapter is None:
+        raise ConfigError("The implicit judge compares an adapter with its reference. Give one with --adapter.")
+    policy = load_policy(model, adapter=adapter, quantize=quantize)
+    if implicit:
+        attach_reference(policy)
+    means = Means(
+        base=policy.base,
+        policy=policy.model if adapter else None,
+        beta=beta_of(adapter),
+        endpoint=endpoint or EndpointSettings(),
+        cache=cache,
+    )
+    return policy, open_judge(specs, means)

@@ -1,0 +1,175 @@
+"""LoRA on the one base: adapters on it, on and off it, and the reference that it is when they are off."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.config import LoraSection
+from lora_dpo.errors import ConfigError
+from lora_dpo.model import Base
+from lora_dpo.wording import shown
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+POLICY, REFERENCE = "default", "ref"
+"""Adapter names on the model; TRL and plain peft use the same two."""
+
+
+def share_weights(base: Base) -> Base:
+    """The same base once more, as another tree of modules over the same weights: no tensor is copied but buffers.
+
+    What is done to one tree (an adapter, hooks, checkpointing, train mode) does not touch the other, so one can
+    be trained while the other answers. It costs the modules themselves: megabytes, and a fraction of a second.
+
+    Args:
+        base: without an adapter on it.
+    """
+    weights = list(base.model.parameters())
+    states = [getattr(weight, "quant_state", None) for weight in weights]  # bitsandbytes' scales
+    memo = {id(shared): shared for shared in [*weights, *states] if shared is not None}
+    return replace(base, model=copy.deepcopy(base.model, memo))
+
+
+def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
+    """Put a fresh adapter on a base model: B = 0, so the policy starts as the reference.
+
+    Raises:
+        ConfigError: `targets` or `layers` match nothing in this model.
+    """
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    try:
+        model = get_peft_model(base, lora_config(base, lora))
+    except ValueError as error:
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise ConfigError(f"lora: {reason}. Linear layers here: {', '.join(linear_names(base))}.") from None
+    to_fp32_masters(model)
+    return model
+
+
+def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
+    """The recipe's `lora` section in peft's terms, `top-N` resolved to layer numbers."""
+    from peft import LoraConfig
+
+    count = model.config.get_text_config().num_hidden_layers
+    layers: list[int] | None = None
+    if isinstance(lora.layers, list):
+        layers = lora.layers
+    elif lora.layers.startswith("top-"):
+        layers = list(range(count))[-int(lora.layers.removeprefix("top-")) :]
+    if layers and (max(layers) >= count or min(layers) < 0):
+        raise ConfigError(f"lora.layers is {shown(lora.layers)}: this model has layers 0 to {count - 1}.")
+    targets = lora.targets
+    if layers is not None and targets == "all-linear":
+        targets = linear_names(model)  # peft picks layers by number only for named targets
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # 32 and 32.0 are one file
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        layers_to_transform=layers,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+    )
+
+
+def to_fp32_masters(model: torch.nn.Module) -> None:
+    """Hold every trainable parameter in float32.
+
+    Adam's updates at small learning rates are below bf16's resolution (8 bits): they would round to zero.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32)
+
+
+@contextlib.contextmanager
+def reference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The same model as the reference π_ref, for the length of the block.
+
+    Adapters are off; or, where training continues from an adapter, its frozen copy "ref" is on. A
+    model without adapters is its own reference.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        yield model
+    elif REFERENCE in model.peft_config:
+        before = model.active_adapter
+        model.set_adapter(REFERENCE, inference_mode=True)
+        try:
+            yield model
+        finally:
+            model.set_adapter(before)
+    else:
+        with model.disable_adapter():
+            yield model
+
+
+def is_reference(model: PeftModel) -> bool:
+    """Whether the policy's weights still make it the reference: B = 0 everywhere, or all equal to the copy "ref"."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    copied = REFERENCE in model.peft_config
+    for name, parameter in parameters.items():
+        before, policy, after = name.partition(f".{POLICY}")
+        if not policy or not parameter.requires_grad:
+            continue
+        if not copied and before.endswith("lora_B"):
+            if parameter.any():
+                return False
+        elif copied or before.endswith("modules_to_save"):
+            start = f"{before}.{REFERENCE}" if copied else f"{before.removesuffix('modules_to_save')}original_module"
+            twin = parameters.get(start + after)
+            if twin is None or not torch.equal(twin.to(parameter), parameter):
+                return False
+        elif "lora_" not in before or (before.endswith("lora_embedding_B") and parameter.any()):
+            return False
+    return True
+
+
+def detach(model: PeftModel) -> PreTrainedModel:
+    """Take all adapters off again: the base as it was before any was put on, the same object."""
+    base: PreTrainedModel = model.unload()
+    if not hasattr(base, "_hf_hook"):  # an offloading hook of accelerate sits on the forward, too, and stays
+        vars(base).pop("forward", None)  # TRL leaves its own there, one around the other with each training
+    base.gradient_checkpointing_disable()
+    hooks = base.get_input_embeddings()._forward_hooks
+    for number, hook in list(hooks.items()):
+        # For checkpointing, TRL and peft each add one, and transformers remembers only the last to remove it.
+        if hook.__name__.startswith("make_inputs_require_grad"):
+            del hooks[number]
+    for handle in ("_require_grads_hook", "_require_grads_hooks"):
+        vars(base).pop(handle, None)
+    base.config.use_cache = True  # TRL switches it off for training
+    base.requires_grad_(False)
+    base.eval()
+    return base
+
+
+def bare(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PeftModel (adapters stay in its layers), or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Last name parts of the model's linear layers, without the head: what `targets` may name."""
+    import torch
+
+    names = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    return sorted(names - {"lm_head"})
