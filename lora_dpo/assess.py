@@ -28,7 +28,7 @@ from lora_dpo.policy import Policy, attach_reference, beta_of
 from lora_dpo.prompts import Prompt
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.scoring import score_pairs
-from lora_dpo.texts import refuses, repetition
+from lora_dpo.text_measures import refuses, repetition
 from lora_dpo.token_laws import draw, kl_to_reference, text_losses, windows
 from lora_dpo.verify import pad_of
 

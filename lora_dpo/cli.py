@@ -363,7 +363,7 @@ def _usage_error(error: Exception, arguments: list[str], *, debug: bool) -> int:
 def _plain(error: object) -> str:
     from rich.markup import escape
 
-    from lora_dpo.wording import harmless
+    from lora_dpo.text import harmless
 
     return escape(harmless(str(error)))
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from lora_dpo.cli_pairs import FORMAT_HELP
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.wording import counted, harmless, json_text, shown
+from lora_dpo.text import counted, harmless, json_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_dpo.cli_pairs import JUDGE_HELP, endpoint_settings
-from lora_dpo.wording import json_text
+from lora_dpo.text import json_text
 
 if TYPE_CHECKING:
     from lora_dpo.assessment import Assessment

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_dpo.wording import counted, harmless, shown
+from lora_dpo.text import counted, harmless, shown
 
 if TYPE_CHECKING:
     from lora_dpo.pairs import PairReport

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_dpo.plan_lines import lines, size, trial_lines, verdict
-from lora_dpo.wording import json_text
+from lora_dpo.text import json_text
 
 if TYPE_CHECKING:
     from lora_dpo.config import Recipe

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lora_dpo.errors import ConfigError
-from lora_dpo.wording import SHOWN, one_line, shown
+from lora_dpo.text import SHOWN, one_line, shown
 from lora_dpo.yaml_text import dump_yaml, parse_yaml, typed_value
 
 Quantize = Literal["nf4", "none"]

@@ -34,7 +34,7 @@ from lora_dpo.events import (
 )
 from lora_dpo.events import Progress as ProgressEvent
 from lora_dpo.fidelity import Fidelity
-from lora_dpo.wording import harmless
+from lora_dpo.text import harmless
 
 
 class RunView:

@@ -16,7 +16,7 @@ from lora_dpo.data.pairs import PreferencePair, ReadReport, rows_text
 from lora_dpo.data.template import Message
 from lora_dpo.data.view import PairView, Piece
 from lora_dpo.data.write import Fixed
-from lora_dpo.wording import counted, harmless
+from lora_dpo.text import counted, harmless
 
 STYLE = {"prompt": ("cyan", "bright_cyan"), "chosen": ("green", "bright_green"), "rejected": ("red", "bright_red")}
 

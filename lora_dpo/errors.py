@@ -20,7 +20,7 @@ command line prints it as it is and exits with status 1. Whatever a message repe
 request, it stays one line of bounded length.
 """
 
-from lora_dpo.wording import one_line
+from lora_dpo.text import one_line
 
 
 class LoraDPOError(Exception):

@@ -18,7 +18,7 @@ from lora_dpo.errors import ModelError
 from lora_dpo.files import atomic_folder, disk_errors, looks_local, sha256_of
 from lora_dpo.leftovers import scratch
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 
 @dataclass(frozen=True)

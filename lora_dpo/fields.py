@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from lora_dpo.config import nearest
 from lora_dpo.errors import ConfigError
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 NO_UPLOADS = "a run uploads nothing; share the adapter folder yourself when training is done"
 NO_SECOND_MODEL = "the reference is the same base, so there is no second model to move"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lora_dpo.data.template import Message, prompt_ids
 from lora_dpo.device import free_bytes
 from lora_dpo.errors import ConfigError
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_dpo import advice
 from lora_dpo.config import HealthSection
-from lora_dpo.texts import repetition
+from lora_dpo.text_measures import repetition
 
 WINDOW = 4
 """Logged steps that are averaged before they are judged: single batches are noisy."""

@@ -16,7 +16,7 @@ from typing import Any
 from lora_dpo.errors import OutputError
 from lora_dpo.files import atomic_file, disk_errors, replace_file
 from lora_dpo.leftovers import settle, sync_folder
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.config import LoraSection
 from lora_dpo.errors import ConfigError
 from lora_dpo.model import Base
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from typing import Any
 from lora_dpo.config import EngineSection, Recipe, nearest
 from lora_dpo.errors import ConfigError
 from lora_dpo.fields import ELSEWHERE, NO_SECOND_MODEL, check_given, check_trackers
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 TITLES = {
     "dpo": "preference-tuned with Direct Preference Optimization",

@@ -45,8 +45,8 @@ from lora_dpo.model import Base, load_base
 from lora_dpo.probe import MAX_PAIRS, Probe, Sides, read_probe, save_probe
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.scoring import score_pairs
+from lora_dpo.text import shown
 from lora_dpo.verify import accuracy, pad_of
-from lora_dpo.wording import shown
 
 if TYPE_CHECKING:
     from peft import PeftModel

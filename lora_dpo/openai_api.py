@@ -19,7 +19,7 @@ from lora_dpo.data import Message
 from lora_dpo.errors import RequestRefused
 from lora_dpo.generate import Sampling
 from lora_dpo.request import Reply
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "n": (1,),

@@ -39,7 +39,7 @@ from lora_dpo.lora_files import read_config
 from lora_dpo.model import decide_packed, load_skeleton
 from lora_dpo.prepare import Run, StopSignal, prepare, read_run
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 if TYPE_CHECKING:
     import torch

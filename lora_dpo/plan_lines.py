@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_dpo.wording import counted, reasons_text
+from lora_dpo.text import counted, reasons_text
 
 if TYPE_CHECKING:
     from lora_dpo.plan import Plan

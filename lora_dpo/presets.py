@@ -15,7 +15,7 @@ from lora_dpo.data import PreferencePair, read_pairs
 from lora_dpo.data.checks import Texts
 from lora_dpo.data.write import split_by_prompt, write_pairs
 from lora_dpo.errors import ConfigError
-from lora_dpo.wording import SHOWN, one_line, shown
+from lora_dpo.text import SHOWN, one_line, shown
 
 BATCH = 4
 HOLD_OUT_FROM = 12

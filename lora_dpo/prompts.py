@@ -17,7 +17,7 @@ from lora_dpo.data.messages import BadRow, asked_in_transcript, is_transcript, p
 from lora_dpo.data.pairs import evenly
 from lora_dpo.data.table import Form, form_named, form_of
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.wording import counted, reasons_text, shown
+from lora_dpo.text import counted, reasons_text, shown
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from lora_dpo.openai_api import (
 )
 from lora_dpo.package import BASE
 from lora_dpo.request import Outcome, Reply, Ticket
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 Said = TypeVar("Said", bound=Outcome)
 

@@ -13,7 +13,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.fields import ELSEWHERE as COMMON_ELSEWHERE
 from lora_dpo.fields import NO_SECOND_MODEL, build_config, check_given, check_held_out, check_trackers
 from lora_dpo.methods import METHODS, answer_settings
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 DEFAULTS: dict[str, Any] = {
     # TRL's 1e-6 is meant for whole models; an adapter needs more, and 2e-4 ruined a small model (docs/decisions.md).

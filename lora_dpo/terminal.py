@@ -10,7 +10,7 @@ from rich.markup import escape
 from lora_dpo.chat import Chat
 from lora_dpo.console import side_by_side
 from lora_dpo.errors import LoraDPOError
-from lora_dpo.wording import harmless
+from lora_dpo.text import harmless
 
 HELP = """/base  answer with the base model     /adapter  answer with the adapter
 /compare TEXT  both answers           /reset  forget the conversation

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lora_dpo.config import nearest
 from lora_dpo.errors import ConfigError
 from lora_dpo.intervals import Interval
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,

@@ -25,7 +25,7 @@ from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import disk_errors
 from lora_dpo.journal import append_durably
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 Verdict = Literal["a", "b", "both good", "both bad", "skip"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)

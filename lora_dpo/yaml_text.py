@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from lora_dpo.errors import ConfigError
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 MAX_TEXT = 64 << 10
 """Characters of a text; the longest recipe of this repository has 3,000. PyYAML reads about 100,000 a second."""

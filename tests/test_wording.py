@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lora_dpo.wording import counted, harmless, json_text, reasons_text
+from lora_dpo.text import counted, harmless, json_text, reasons_text
 
 PAINTS = [*map(chr, range(0x7F, 0xA0)), *"\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\x00\x1b\r"]
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import looks_local
 from lora_dpo.leftovers import settle
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 Row = dict[str, Any]
 

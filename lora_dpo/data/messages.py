@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lora_dpo.data.files import Row
 from lora_dpo.data.template import Message
 from lora_dpo.quiet import never_warn
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 Messages = tuple[Message, ...]
 Tools = tuple[dict[str, Any], ...]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_dpo.data.template import Message
-from lora_dpo.wording import counted, reasons_text
+from lora_dpo.text import counted, reasons_text
 
 ROWS_SHOWN = 8
 """Places of a finding that are named on a page or in a terminal."""

@@ -12,7 +12,7 @@ from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vot
 from lora_dpo.data.table import Form, form_named, form_of
 from lora_dpo.data.votes import Ballot
 from lora_dpo.errors import DataError
-from lora_dpo.wording import counted
+from lora_dpo.text import counted
 
 Made = TypeVar("Made", PreferencePair, Vote)
 """What rows become: pairs, or single answers."""

@@ -12,7 +12,7 @@ from lora_dpo.data.forms import pair_from_row
 from lora_dpo.data.messages import is_transcript
 from lora_dpo.data.pairs import Origin, PreferencePair, Vote
 from lora_dpo.errors import ConfigError
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 Reading = PreferencePair | list[PreferencePair] | Vote
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from lora_dpo.data.template_trial import fault_of
 from lora_dpo.errors import ModelError
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

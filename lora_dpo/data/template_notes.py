@@ -9,7 +9,7 @@ from lora_dpo.data.answers import TokenAnswer
 from lora_dpo.data.checks import templated
 from lora_dpo.data.pairs import PreferencePair, Vote
 from lora_dpo.data.tokens import TokenPair, special_tokens
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from lora_dpo.errors import JudgeError, LoraDPOError
 from lora_dpo.generate import Answer
 from lora_dpo.prompts import Prompt
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 Scores = Sequence[float | None]
 """One number an answer, higher is better; None where the judge cannot say."""

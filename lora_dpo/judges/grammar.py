@@ -28,7 +28,7 @@ from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judges.base import Judge, add_up
 from lora_dpo.judges.endpoint import API_KEY, EndpointSettings
 from lora_dpo.judges.rules import KNOWN, rule_judge
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 if TYPE_CHECKING:
     from lora_dpo.model import Base

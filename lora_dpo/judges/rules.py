@@ -21,7 +21,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.generate import Answer
 from lora_dpo.judges.base import Judge, Scores
 from lora_dpo.prompts import Prompt
-from lora_dpo.wording import shown
+from lora_dpo.text import shown
 
 Rule = Callable[[Prompt, Answer], float | None]
 
