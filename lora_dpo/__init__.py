@@ -12,7 +12,8 @@ import lora_dpo.telemetry  # noqa: F401 - first: switches off what libraries wou
 from lora_dpo.adapters import attach_adapter
 from lora_dpo.assess import AssessPlan, assess
 from lora_dpo.chat import Chat, open_chat
-from lora_dpo.config import EngineSection, LoraSection, Recipe, read_recipe
+from lora_dpo.config.improve_recipe import read_improve_recipe
+from lora_dpo.config.recipe import EngineSection, LoraSection, Recipe, read_recipe
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.export import export
@@ -22,7 +23,6 @@ from lora_dpo.generate import Sampling, generate, stream
 from lora_dpo.host import Host, open_host
 from lora_dpo.hub import pull, push
 from lora_dpo.improve import improve
-from lora_dpo.improve_recipe import read_improve_recipe
 from lora_dpo.judges import open_judge
 from lora_dpo.library import install, list_adapters, pack
 from lora_dpo.lora import attach_lora, reference

@@ -14,11 +14,11 @@ import torch
 import trl
 from datasets import Dataset
 
+from lora_dpo.config.trl_common import trl_refusals
+from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.engine_checks import TOLERANCE
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.fields import trl_refusals
 from lora_dpo.lora import POLICY, REFERENCE
-from lora_dpo.settings import trainer_config
 
 if TYPE_CHECKING:
     from peft import PeftModel

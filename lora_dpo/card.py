@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lora_dpo.config import Recipe
+from lora_dpo.config.recipe import Recipe
+from lora_dpo.config.trl_sft_kto import TITLES
 from lora_dpo.fetch import is_hub_id
-from lora_dpo.methods import TITLES
 from lora_dpo.package import PICTURE
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_dpo.adapters import attach_adapter, base_name, read_passport
-from lora_dpo.config import Dtype, Quantize
+from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.data import Message
 from lora_dpo.errors import OutputError
 from lora_dpo.generate import Sampling, stream

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.config import read_recipe
+from lora_dpo.config.recipe import read_recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.files import replace_file, sha256_of, sync
 from lora_dpo.leftovers import discard, sync_folder

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dpo.checkpoints import checkpoints, torn
-from lora_dpo.config import read_recipe
+from lora_dpo.config.recipe import read_recipe
 from lora_dpo.crash import crash_reports
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.leftovers import discard, is_held, left_in, scratch_folders, sweep_one

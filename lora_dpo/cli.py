@@ -90,7 +90,7 @@ def train(
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.checkpoints import checkpoints
-    from lora_dpo.config import read_recipe
+    from lora_dpo.config.recipe import read_recipe
     from lora_dpo.console import RunView
     from lora_dpo.prepare import Stopped, StopSignal
     from lora_dpo.runs import partial_of, resume_command
@@ -154,7 +154,7 @@ def chat(
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.chat import open_chat
-    from lora_dpo.config import one_of
+    from lora_dpo.config.recipe import one_of
     from lora_dpo.generate import Sampling
     from lora_dpo.terminal import compare_once, converse
 
@@ -209,7 +209,7 @@ def merge(
         lora-dpo merge adapters/quickstart --output merged/compared --into both
     """
     from lora_dpo.adapters import strictness
-    from lora_dpo.config import one_of
+    from lora_dpo.config.recipe import one_of
     from lora_dpo.console import fidelity_table, stages
     from lora_dpo.fidelity import check_pairs, fidelity, recommend
     from lora_dpo.merge import merge as run_merge
@@ -259,7 +259,7 @@ def recipe_help() -> None:
     """Explain every setting that a recipe can hold."""
     from rich.markup import escape
 
-    from lora_dpo.config import describe_fields
+    from lora_dpo.config.recipe import describe_fields
 
     table = Table(show_lines=False, box=None, padding=(0, 2, 0, 0))
     for column in ("setting", "default", "what it does"):

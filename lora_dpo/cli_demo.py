@@ -53,7 +53,7 @@ def demo(
 
         LORA_DPO_AUTH=me:secret lora-dpo demo --host 0.0.0.0
     """
-    from lora_dpo.config import one_of
+    from lora_dpo.config.recipe import one_of
 
     one_of("--quantize", quantize, ("nf4", "none"))
     login = read_auth(auth)

@@ -79,7 +79,7 @@ def evaluate(
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.assess import AssessPlan, assess
-    from lora_dpo.config import one_of
+    from lora_dpo.config.recipe import one_of
     from lora_dpo.console import RunView
     from lora_dpo.evaluations import evaluation_folder, save_evaluation
     from lora_dpo.generate import Sampling

@@ -210,7 +210,7 @@ def show_report(report: PairReport) -> None:
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise `ConfigError` for a value that an option does not know."""
-    from lora_dpo.config import nearest
+    from lora_dpo.config.recipe import nearest
     from lora_dpo.errors import ConfigError
 
     if value not in allowed:
@@ -246,9 +246,9 @@ def improve(
         lora-dpo improve configs/improve/quickstart.yaml improve.rounds=1 output=adapters/short
     """
     from lora_dpo.adapters import strictness
+    from lora_dpo.config.improve_recipe import read_improve_recipe
     from lora_dpo.console import RunView
     from lora_dpo.improve import improve as run_rounds
-    from lora_dpo.improve_recipe import read_improve_recipe
     from lora_dpo.prepare import Stopped, StopSignal
     from lora_dpo.signals import stop_on_signals
 

@@ -14,7 +14,7 @@ from lora_dpo.plan_lines import lines, size, trial_lines, verdict
 from lora_dpo.text import json_text
 
 if TYPE_CHECKING:
-    from lora_dpo.config import Recipe
+    from lora_dpo.config.recipe import Recipe
     from lora_dpo.console import RunView
     from lora_dpo.plan import Plan
 
@@ -53,7 +53,7 @@ def plan(
 
         lora-dpo plan configs/8gb-3b.yaml --card 12GB trainer.max_length=2048
     """
-    from lora_dpo.config import read_recipe
+    from lora_dpo.config.recipe import read_recipe
     from lora_dpo.console import RunView
     from lora_dpo.plan import plan as make_plan
 

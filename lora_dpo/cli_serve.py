@@ -59,7 +59,7 @@ def serve(
     """
     from lora_dpo.adapters import strictness
     from lora_dpo.address import is_loopback, listen
-    from lora_dpo.config import one_of
+    from lora_dpo.config.recipe import one_of
     from lora_dpo.errors import ConfigError
     from lora_dpo.host import open_host
     from lora_dpo.serve import build_app, run

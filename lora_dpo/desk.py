@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.arena import Arena
 from lora_dpo.collection import Collection
-from lora_dpo.config import Recipe, nearest, read_recipe
+from lora_dpo.config.recipe import Recipe, nearest, read_recipe
 from lora_dpo.data import Message
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.generate import Sampling, generate

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.config import Dtype
+from lora_dpo.config.recipe import Dtype
 
 if TYPE_CHECKING:
     import torch

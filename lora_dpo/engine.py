@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_dpo.config import EngineSection
+from lora_dpo.config.recipe import EngineSection
 from lora_dpo.device import free_bytes, give_back_memory, out_of_memory
 from lora_dpo.first_sight import FirstSight
 from lora_dpo.lora import bare, is_reference, reference

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.config import HealthSection, Recipe
+from lora_dpo.config.recipe import HealthSection, Recipe
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Alarmed, Note, Sampled
 from lora_dpo.files import replace_file

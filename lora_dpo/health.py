@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_dpo import advice
-from lora_dpo.config import HealthSection
+from lora_dpo.config.recipe import HealthSection
 from lora_dpo.text_measures import repetition
 
 WINDOW = 4

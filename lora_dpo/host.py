@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from lora_dpo.adapters import is_strict
-from lora_dpo.config import Dtype, ModelSection, Quantize, Recipe
+from lora_dpo.config.recipe import Dtype, ModelSection, Quantize, Recipe
 from lora_dpo.data import Message
 from lora_dpo.data.template import prompt_ids
 from lora_dpo.device import out_of_memory

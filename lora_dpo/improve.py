@@ -23,12 +23,13 @@ from typing import Any
 
 from lora_dpo.adapters import attach_adapter, read_passport
 from lora_dpo.checkpoints import checkpoints
+from lora_dpo.config.improve_recipe import ImproveRecipe, dump_improve_recipe
+from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.data.pairs import evenly
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured
 from lora_dpo.files import disk_errors, refuse_existing, replace_file
 from lora_dpo.generate import Answer, Sampling, generate
-from lora_dpo.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.journal import alone, write_new
 from lora_dpo.judges import Judge, Means, open_judge
 from lora_dpo.judges.endpoint import EndpointSettings
@@ -43,7 +44,6 @@ from lora_dpo.prompts import Prompt, accepted_hash, prompts_hash, prompts_with_r
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.runs import ADAPTERS_DIR, partial_of
 from lora_dpo.samples import SamplePlan
-from lora_dpo.settings import trainer_settings
 from lora_dpo.train import train
 
 FEWEST_HELD_OUT = 8

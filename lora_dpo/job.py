@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from lora_dpo.config import Recipe
+from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.events import Event, OnEvent, Progress, Saved
 from lora_dpo.lora import share_weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_dpo.config import Quantize
+from lora_dpo.config.recipe import Quantize
 from lora_dpo.errors import ConfigError
 from lora_dpo.judges import Judge, Means, open_judge
 from lora_dpo.judges.endpoint import EndpointSettings

@@ -23,7 +23,7 @@ from lora_dpo.adapters import (
     read_passport,
     weights_sha256,
 )
-from lora_dpo.config import nearest
+from lora_dpo.config.recipe import nearest
 from lora_dpo.errors import AdapterError, ModelError, OutputError, PackageError
 from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, replace_file, sha256_of
 from lora_dpo.identity import weight_files, weight_fingerprint

@@ -171,7 +171,7 @@ def parse_part(text: str) -> tuple[str, float]:
 def _check_options(
     parts: Sequence[tuple[str | Path, float]], *, method: str, rank: int | None, density: float | None, sweep: int
 ) -> None:
-    from lora_dpo.config import one_of
+    from lora_dpo.config.recipe import one_of
 
     one_of("--method", method, METHODS)
     if odd := [weight for _, weight in parts if not math.isfinite(weight)]:

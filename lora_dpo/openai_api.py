@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
-from lora_dpo.config import nearest
+from lora_dpo.config.recipe import nearest
 from lora_dpo.data import Message
 from lora_dpo.errors import RequestRefused
 from lora_dpo.generate import Sampling

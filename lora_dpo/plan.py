@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.config import Recipe
+from lora_dpo.config.recipe import Recipe
 from lora_dpo.device import free_bytes, pick_device, pick_dtype
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped

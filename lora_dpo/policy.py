@@ -17,7 +17,7 @@ from lora_dpo.adapters import (
     read_passport,
     warn_of,
 )
-from lora_dpo.config import Dtype, Quantize, read_recipe
+from lora_dpo.config.recipe import Dtype, Quantize, read_recipe
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.files import sha256_of
 from lora_dpo.lora import POLICY, REFERENCE

@@ -11,7 +11,9 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters import check_folder
-from lora_dpo.config import Recipe
+from lora_dpo.config.recipe import Recipe
+from lora_dpo.config.trl_common import check_optimizer
+from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.answers import DEMONSTRATIONS, TokenAnswer, read_answers, tokenize_answers
 from lora_dpo.data.checks import prompt_text
@@ -22,11 +24,9 @@ from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
 from lora_dpo.device import pick_device, pick_dtype
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
-from lora_dpo.fields import check_optimizer
 from lora_dpo.lora import attach_lora
 from lora_dpo.model import decide_packed, load_skeleton, load_tokenizer
 from lora_dpo.runs import check_space, partial_of
-from lora_dpo.settings import trainer_config, trainer_settings
 from lora_dpo.tensor_file import open_tensors
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.adapters import PASSPORT, check_adapter, put_adapter
-from lora_dpo.config import nearest
+from lora_dpo.config.recipe import nearest
 from lora_dpo.errors import AdapterError
 from lora_dpo.lora import share_weights
 from lora_dpo.lora_files import CONFIG, WEIGHTS, plain

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.adapters import attach_adapter, make_passport, restore_adapter, write_passport
 from lora_dpo.card import write_card, write_curves
 from lora_dpo.checkpoints import checkpoints, clear_torn, make_keeper, read_state, tokens_seen
-from lora_dpo.config import Recipe, dump_recipe
+from lora_dpo.config.recipe import Recipe, dump_recipe
+from lora_dpo.config.trl_common import trl_refusals
+from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import crossed
 from lora_dpo.data.pairs import evenly
@@ -25,7 +27,6 @@ from lora_dpo.device import out_of_memory
 from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.evaluate import to_json
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged
-from lora_dpo.fields import trl_refusals
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.guard_callback import add_guard
@@ -40,7 +41,6 @@ from lora_dpo.quiet import quiet_libraries
 from lora_dpo.record import Stopwatch, findings, record, write_record
 from lora_dpo.report import PAGE, report_of
 from lora_dpo.runs import METRICS, RunLog, choose_output, open_run, release, resume_command
-from lora_dpo.settings import trainer_config
 from lora_dpo.verify import write_probe
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 
-from lora_dpo.config import EngineSection
+from lora_dpo.config.recipe import EngineSection
 from lora_dpo.device import give_back_memory, pick_device, pick_dtype
 from lora_dpo.engine import Engine
 from lora_dpo.engine_checks import no_engine_because, odd_batch

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters import attach_adapter
+from lora_dpo.config.trl_common import trl_refusals
+from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import TokenPair
 from lora_dpo.device import out_of_memory, peak_of_process
 from lora_dpo.errors import ModelError
 from lora_dpo.events import OnEvent, Progress
-from lora_dpo.fields import trl_refusals
 from lora_dpo.footprint import PairShape
 from lora_dpo.leftovers import scratch
 from lora_dpo.lora import attach_lora
 from lora_dpo.model import load_base
 from lora_dpo.prepare import Run
-from lora_dpo.settings import trainer_config
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lora_dpo.config import Recipe, describe_fields
-from lora_dpo.methods import METHODS
-from lora_dpo.settings import DEFAULTS, ELSEWHERE, NEEDS_LOSS
+from lora_dpo.config.recipe import Recipe, describe_fields
+from lora_dpo.config.trl_dpo import DEFAULTS, ELSEWHERE, NEEDS_LOSS
+from lora_dpo.config.trl_sft_kto import METHODS
 
 Field = tuple[str, str, str]
 """Dotted key, default, description: what `describe_fields` yields."""

@@ -77,7 +77,7 @@ def train_again() -> None:
 
 
 def interrupted() -> int:
-    from lora_dpo.config import read_recipe
+    from lora_dpo.config.recipe import read_recipe
     from lora_dpo.events import Progress
     from lora_dpo.prepare import Stopped, StopSignal
     from lora_dpo.train import train

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from taught import SUBJECTS, long, prompt, short
 
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.train import train
 
 pytestmark = pytest.mark.outcome

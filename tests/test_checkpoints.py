@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lora_dpo.checkpoints import MOST_SECONDS, begin, checkpoints, make_keeper, newest_whole, seal
-from lora_dpo.config import check_recipe, read_recipe
+from lora_dpo.config.recipe import check_recipe, read_recipe
+from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.events import Note, Progress
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.runs import RunLog, open_run, partial_of, release
-from lora_dpo.settings import trainer_settings
 from lora_dpo.train import train
 
 PARTIAL = Path("out.partial")

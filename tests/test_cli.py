@@ -170,7 +170,7 @@ def a_bug(monkeypatch, tmp_path):
     def bug(*arguments: object) -> None:
         raise ZeroDivisionError("a bug\nof two lines, with hf_abcdefghijklmnop in it")
 
-    monkeypatch.setattr("lora_dpo.config.read_recipe", bug)
+    monkeypatch.setattr("lora_dpo.config.recipe.read_recipe", bug)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path
 
@@ -355,7 +355,7 @@ def test_the_help_says_where_to_start(capsys):
 
 
 def test_the_recipe_command_explains_every_setting(capsys, monkeypatch):
-    from lora_dpo.config import describe_fields
+    from lora_dpo.config.recipe import describe_fields
 
     monkeypatch.setenv("COLUMNS", "300")
     assert main(["recipe"]) == 0
@@ -419,7 +419,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(arguments):
     code = f"import json, sys; {run}; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stderr.splitlines()[-1]))
-    assert "lora_dpo.config" in loaded
+    assert "lora_dpo.config.recipe" in loaded
     assert not loaded & HEAVY
 
 

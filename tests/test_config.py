@@ -8,9 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_dpo.config import Recipe, check_recipe, describe_fields, dump_recipe, nearest, read_recipe, read_settings
+from lora_dpo.config.improve_recipe import read_improve_recipe
+from lora_dpo.config.recipe import (
+    Recipe,
+    check_recipe,
+    describe_fields,
+    dump_recipe,
+    nearest,
+    read_recipe,
+    read_settings,
+)
 from lora_dpo.errors import ConfigError
-from lora_dpo.improve_recipe import read_improve_recipe
 
 MINIMAL = "model:\n  name: some-model\ndata:\n  train: pairs.jsonl\n"
 

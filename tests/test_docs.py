@@ -13,7 +13,7 @@ import typer
 
 import lora_dpo
 from lora_dpo.cli import app
-from lora_dpo.config import read_recipe
+from lora_dpo.config.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -140,7 +140,7 @@ def test_the_page_of_a_command_has_every_option(words):
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
 def test_a_recipe_is_valid_down_to_trl(path, tmp_path):
-    from lora_dpo.settings import trainer_config, trainer_settings
+    from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 
     recipe = read_recipe(path)
     trainer_config(trainer_settings(recipe), output_dir=tmp_path, dtype="float32")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_dpo.config import LoraSection
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import Origin, TokenPair
 from lora_dpo.data.questions import is_correct, read_questions
 from lora_dpo.errors import DataError

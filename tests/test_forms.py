@@ -936,7 +936,7 @@ def test_json_lines_under_the_name_json_are_read(tmp_path):
 
 
 def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, recipe_dict):
-    from lora_dpo.config import check_recipe
+    from lora_dpo.config.recipe import check_recipe
     from lora_dpo.events import Resolved
     from lora_dpo.prepare import StopSignal, prepare
 
@@ -965,7 +965,7 @@ def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, re
 
 
 def test_a_leak_across_a_system_turn_is_said(tmp_path, recipe_dict):
-    from lora_dpo.config import check_recipe
+    from lora_dpo.config.recipe import check_recipe
     from lora_dpo.events import Note
     from lora_dpo.prepare import StopSignal, prepare
 
@@ -982,7 +982,7 @@ def test_a_leak_across_a_system_turn_is_said(tmp_path, recipe_dict):
 
 
 def weights_of(tmp_path, recipe_dict, scores, **trainer):
-    from lora_dpo.config import check_recipe
+    from lora_dpo.config.recipe import check_recipe
     from lora_dpo.prepare import StopSignal, prepare
 
     rows = [
@@ -1010,7 +1010,7 @@ def test_weights_need_scores_and_a_loss_that_is_a_mean_over_pairs(tmp_path, reci
 def test_a_run_trains_with_the_weights_of_its_rows(tmp_path, recipe_dict, monkeypatch):
     from safetensors.torch import load_file
 
-    from lora_dpo.config import check_recipe
+    from lora_dpo.config.recipe import check_recipe
     from lora_dpo.train import train
 
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.events import Alarmed, Note, Progress, Sampled, StepLogged
 from lora_dpo.prepare import Stopped, StopSignal

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dpo.config import HealthSection
+from lora_dpo.config.recipe import HealthSection
 from lora_dpo.health import (
     STUCK_AFTER,
     WINDOW,

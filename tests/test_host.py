@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_dpo.adapters import read_passport, strictness, write_passport
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.desk import Desk
 from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
 from lora_dpo.events import Progress
@@ -94,7 +94,7 @@ def test_a_second_tree_has_the_same_weights_and_a_life_of_its_own(tiny_model_fol
     mine, theirs = dict(base.model.named_parameters()), dict(other.model.named_parameters())
     assert mine.keys() == theirs.keys()
     assert all(mine[name] is theirs[name] for name in mine)
-    from lora_dpo.config import LoraSection
+    from lora_dpo.config.recipe import LoraSection
 
     policy = attach_lora(other.model, LoraSection(rank=2), seed=0)
     policy.enable_input_require_grads()

@@ -16,11 +16,11 @@ import yaml
 
 from lora_dpo.adapters import read_passport, write_passport
 from lora_dpo.cli import main
-from lora_dpo.config import check_settings
+from lora_dpo.config.improve_recipe import ImproveRecipe, ImproveSection, dump_improve_recipe, read_improve_recipe
+from lora_dpo.config.recipe import check_settings
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.events import Note, Progress, RoundsMeasured, Saved, StepLogged
 from lora_dpo.generate import Answer
-from lora_dpo.improve_recipe import ImproveRecipe, ImproveSection, dump_improve_recipe, read_improve_recipe
 from lora_dpo.lora import detach
 from lora_dpo.model import load_base
 from lora_dpo.prepare import Stopped, StopSignal
@@ -110,7 +110,7 @@ def state_of(model):
 
 
 def test_training_gives_the_base_back_bit_for_bit(tiny_model_folder, recipe_dict):
-    from lora_dpo.config import check_recipe
+    from lora_dpo.config.recipe import check_recipe
 
     base = load_base(str(tiny_model_folder), quantize="none", dtype="float32")
     ids = torch.arange(40)[None]
@@ -445,8 +445,8 @@ def test_a_recipe_is_read_back_as_it_was_written(recipe, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "improve").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_recipe_that_comes_with_the_project_is_valid_and_says_its_command(path, monkeypatch):
+    from lora_dpo.config.trl_dpo import trainer_settings
     from lora_dpo.judges.grammar import check_specs
-    from lora_dpo.settings import trainer_settings
 
     monkeypatch.chdir(ROOT)
     recipe = read_improve_recipe(path)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from lora_dpo.config import LoraSection
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import Origin, PreferencePair
 from lora_dpo.data.tokens import tokenize_pair
 from lora_dpo.errors import ConfigError, JudgeError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.events import Progress
 from lora_dpo.first_sight import FirstSight
 from lora_dpo.learned import at_first_sight

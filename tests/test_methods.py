@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_dpo.adapters import read_passport
 from lora_dpo.answer_trainers import KTOTrainer, SFTTrainer, kto_rows, sft_rows
 from lora_dpo.cli import main
-from lora_dpo.config import LoraSection, check_recipe, dump_recipe, read_recipe
+from lora_dpo.config.recipe import LoraSection, check_recipe, dump_recipe, read_recipe
+from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 from lora_dpo.data.answers import read_answers, tokenize_answers
 from lora_dpo.errors import ConfigError, DataError, ReferenceMismatch
 from lora_dpo.events import Compared, Progress, Resolved, Sampled
@@ -23,7 +24,6 @@ from lora_dpo.lora import attach_lora, detach
 from lora_dpo.model import load_base
 from lora_dpo.plan import plan
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.settings import trainer_config, trainer_settings
 from lora_dpo.train import train
 from lora_dpo.verify import verify
 
@@ -353,7 +353,7 @@ def test_a_kto_without_kl_may_draw_at_random(recipe_dict):
 def test_fields_named_in_the_tables_are_trls(method, tmp_path):
     import dataclasses
 
-    from lora_dpo.methods import METHODS
+    from lora_dpo.config.trl_sft_kto import METHODS
 
     fields = {field.name for field in dataclasses.fields(getattr(trl, METHODS[method].config))}
     assert set(METHODS[method].defaults) <= fields

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import COMMIT
 
-from lora_dpo.config import LoraSection
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.device import pick_dtype
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.identity import weight_fingerprint

@@ -15,7 +15,7 @@ import pytest
 
 import lora_dpo.samples
 from lora_dpo.cli import main
-from lora_dpo.config import LoraSection
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import AdapterError, ConfigError, DataError, JudgeError, OutputError
 from lora_dpo.generate import Answer, Sampling, generate

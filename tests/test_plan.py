@@ -11,7 +11,7 @@ from trl import DPOConfig
 from lora_dpo import DPOTrainer, plan
 from lora_dpo.cli import main
 from lora_dpo.cli_plan import bar
-from lora_dpo.config import check_recipe, read_recipe
+from lora_dpo.config.recipe import check_recipe, read_recipe
 from lora_dpo.errors import ConfigError
 from lora_dpo.footprint import NF4_BYTES, PairShape, footprint, pair_shape
 from lora_dpo.lora import attach_lora, bare
@@ -246,7 +246,7 @@ def test_the_budget_parts_a_step(recipe_dict):
 
 
 def test_checkpointing_is_planned_as_training_does_it(recipe_dict):
-    from lora_dpo.settings import trainer_config, trainer_settings
+    from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 
     settings = recipe_dict()
     settings["trainer"].pop("gradient_checkpointing", None)

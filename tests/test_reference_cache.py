@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny import LORA, PAIRS, build, columns, pair, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
-from lora_dpo.config import LoraSection
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.engine import answer_sums
 from lora_dpo.lora import attach_lora
 from lora_dpo.model import load_base

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lora_dpo.cli import main
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import AdapterError, OutputError
 from lora_dpo.events import Progress
 from lora_dpo.learned import at_first_sight

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lora_dpo.checkpoints import checkpoints, seal
-from lora_dpo.config import Recipe, check_recipe, read_recipe
+from lora_dpo.config.recipe import Recipe, check_recipe, read_recipe
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.leftovers import discard
 from lora_dpo.runs import (
@@ -223,7 +223,7 @@ RUNS = """
 import sys
 import traceback
 from pathlib import Path
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.runs import open_run
 recipe = check_recipe({"model": {"name": "m"}, "data": {"train": "a.jsonl"}})
 for line in sys.stdin:

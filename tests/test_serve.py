@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from lora_dpo.adapters import attach_adapter
 from lora_dpo.address import is_local_name, is_loopback, listen
 from lora_dpo.cli import app, main
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import ConfigError, RequestRefused
 from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host

@@ -11,10 +11,10 @@ import pytest
 import trl
 import yaml
 
-from lora_dpo.config import check_recipe, dump_recipe
+from lora_dpo.config.recipe import check_recipe, dump_recipe
+from lora_dpo.config.trl_common import build_config, check_optimizer
+from lora_dpo.config.trl_dpo import DEFAULTS, ELSEWHERE, LOSSES, trainer_config, trainer_settings
 from lora_dpo.errors import ConfigError
-from lora_dpo.fields import build_config, check_optimizer
-from lora_dpo.settings import DEFAULTS, ELSEWHERE, LOSSES, trainer_config, trainer_settings
 
 TRL_LOSSES = re.findall(r"if loss_type == \"(\w+)\"", inspect.getsource(trl.DPOTrainer._compute_loss))
 

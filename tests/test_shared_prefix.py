@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from trl import DPOConfig
 
 from lora_dpo import DPOTrainer
+from lora_dpo.config.trl_dpo import LOSSES
 from lora_dpo.data import Origin, PreferencePair, read_pairs, tokenize_pairs
 from lora_dpo.scoring import _padded_logps, _stream_logps, score_pairs
-from lora_dpo.settings import LOSSES
 from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
 from lora_dpo.shared_prefix.attention import StreamPlan, pair_attention
 from lora_dpo.shared_prefix.model import ARCHITECTURES

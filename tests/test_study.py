@@ -22,7 +22,7 @@ from benchmarks.dpo_vs_ppo.presets import PRESETS  # noqa: E402
 from benchmarks.dpo_vs_ppo.prompts import FAMILIES, UNSEEN, of_split, openings  # noqa: E402
 from benchmarks.dpo_vs_ppo.reward import rewards  # noqa: E402
 from lora_dpo import DPOTrainer, load_base  # noqa: E402
-from lora_dpo.config import LoraSection  # noqa: E402
+from lora_dpo.config.recipe import LoraSection  # noqa: E402
 
 
 def t(*rows):

@@ -6,7 +6,7 @@ import pytest
 from taught import write_pairs
 
 from lora_dpo.assess import AssessPlan, assess
-from lora_dpo.config import LoraSection, check_recipe
+from lora_dpo.config.recipe import LoraSection, check_recipe
 from lora_dpo.generate import Sampling, generate
 from lora_dpo.intervals import call
 from lora_dpo.judges import open_judge

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import lora_dpo
 from lora_dpo.adapters import read_passport
 from lora_dpo.chat import open_chat
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.data import Origin, TokenPair
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
 from lora_dpo.events import Compared, Note, Progress, Resolved, Saved, StepLogged
@@ -69,7 +69,7 @@ def test_second_run_takes_the_next_free_name_and_a_given_output_is_never_overwri
 
 
 def test_the_saved_recipe_runs_again_to_the_same_losses(recipe):
-    from lora_dpo.config import read_recipe
+    from lora_dpo.config.recipe import read_recipe
 
     first = train(recipe(trainer__max_steps=2), name="tiny").folder
     again = train(read_recipe(first / "recipe.yaml", ["output=adapters/again"])).folder

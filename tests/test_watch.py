@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lora_dpo.config import check_recipe
+from lora_dpo.config.recipe import check_recipe
 from lora_dpo.desk import Desk, looks_of
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Answered, Compared, Note, Progress, Resolved, Saved, StepLogged

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from bounded import ends_well, within
 
-from lora_dpo.config import check_recipe, parse_settings
+from lora_dpo.config.recipe import check_recipe, parse_settings
+from lora_dpo.config.yaml import MAX_TEXT, dump_yaml, parse_yaml
 from lora_dpo.errors import ConfigError
-from lora_dpo.yaml_text import MAX_TEXT, dump_yaml, parse_yaml
 
 
 def bomb(fan=9, levels=8):

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from lora_dpo import Sampling, attach_lora, reference
-from lora_dpo.config import LoraSection
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.generate import decode, stop_token_ids
 from lora_dpo.lora import bare, detach
 from lora_dpo.model import Base

@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from lora_dpo import LoraDPOError, load_base
-from lora_dpo.config import LoraSection
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.quiet import quiet_libraries
 
 from .lab import Answer, Lab, costing, kl_of, log_ratios

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_dpo.config import nearest
+from lora_dpo.config.recipe import nearest
 from lora_dpo.data import shapes, votes
 from lora_dpo.data.files import Row
 from lora_dpo.data.forms import pair_from_row

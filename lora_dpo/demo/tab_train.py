@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from lora_dpo.collection import VOTES
-from lora_dpo.config import Recipe
+from lora_dpo.config.recipe import Recipe
 from lora_dpo.demo.draw import curves, facts, note, progress_bar, samples_table, table
 from lora_dpo.demo.kit import told
 from lora_dpo.desk import WATCHED, Desk, Training

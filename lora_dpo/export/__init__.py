@@ -100,13 +100,13 @@ def adapter_of(source: str | Path) -> Path | None:
 
 
 def _near(name: str, names: list[str]) -> bool:
-    from lora_dpo.config import nearest
+    from lora_dpo.config.recipe import nearest
 
     return bool(nearest(name, names))
 
 
 def _kind(kind: str | None, default: str) -> str:
-    from lora_dpo.config import nearest
+    from lora_dpo.config.recipe import nearest
     from lora_dpo.export.gguf_write import KINDS
 
     kind = kind or default

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.config import nearest
+from lora_dpo.config.recipe import nearest
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judges.base import Judge, add_up
 from lora_dpo.judges.endpoint import API_KEY, EndpointSettings

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
-from lora_dpo.config import nearest
+from lora_dpo.config.recipe import nearest
 from lora_dpo.data.questions import is_correct
 from lora_dpo.errors import ConfigError
 from lora_dpo.generate import Answer

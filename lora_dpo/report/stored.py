@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from lora_dpo.adapters import PASSPORT, Passport, parse_passport
 from lora_dpo.checkpoints import checkpoints
-from lora_dpo.config import read_settings
+from lora_dpo.config.recipe import read_settings
+from lora_dpo.config.trl_dpo import DEFAULTS
+from lora_dpo.config.trl_sft_kto import METHODS
 from lora_dpo.errors import AdapterError
-from lora_dpo.methods import METHODS
 from lora_dpo.report.schema import (
     Evaluation,
     FirstLook,
@@ -28,7 +29,6 @@ from lora_dpo.report.schema import (
     check,
 )
 from lora_dpo.runs import METRICS, resume_command, running
-from lora_dpo.settings import DEFAULTS
 
 NUMBERS = "eval.json"
 MEASURED = "measured.json"

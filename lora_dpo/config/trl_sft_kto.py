@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_dpo.config import EngineSection, Recipe, nearest
+from lora_dpo.config.recipe import EngineSection, Recipe, nearest
+from lora_dpo.config.trl_common import ELSEWHERE, NO_SECOND_MODEL, check_given, check_trackers
 from lora_dpo.errors import ConfigError
-from lora_dpo.fields import ELSEWHERE, NO_SECOND_MODEL, check_given, check_trackers
 from lora_dpo.text import shown
 
 TITLES = {

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.config import EvaluationSection, Recipe, nearest
+from lora_dpo.config.recipe import EvaluationSection, Recipe, nearest
+from lora_dpo.config.trl_common import ELSEWHERE as COMMON_ELSEWHERE
+from lora_dpo.config.trl_common import NO_SECOND_MODEL, build_config, check_given, check_held_out, check_trackers
+from lora_dpo.config.trl_sft_kto import METHODS, answer_settings
 from lora_dpo.errors import ConfigError
-from lora_dpo.fields import ELSEWHERE as COMMON_ELSEWHERE
-from lora_dpo.fields import NO_SECOND_MODEL, build_config, check_given, check_held_out, check_trackers
-from lora_dpo.methods import METHODS, answer_settings
 from lora_dpo.text import shown
 
 DEFAULTS: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from lora_dpo.config import (
+from lora_dpo.config.recipe import (
     LoraSection,
     ModelSection,
     Recipe,

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lora_dpo.config.yaml import dump_yaml, parse_yaml, typed_value
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import SHOWN, one_line, shown
-from lora_dpo.yaml_text import dump_yaml, parse_yaml, typed_value
 
 Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -1,0 +1,10 @@
+"""What a user writes: recipes, and TRL's settings within them, checked before anything is loaded.
+
+yaml             YAML as recipes hold it, read within limits
+recipe           the recipe of a run, section by section; `lora-dpo recipe` prints its fields
+reading          recipes from files and options, with an error for what is none
+trl_common       what every method's `trainer:` section has in common
+trl_dpo          that section for DPO, with nothing ignored in silence
+trl_sft_kto      the same for SFT and KTO
+improve_recipe   the recipe of `lora-dpo improve`: rounds, and where prompts come from
+"""
