@@ -15,6 +15,7 @@ from lora_dpo.chat import Chat, open_chat
 from lora_dpo.config.improve_recipe import read_improve_recipe
 from lora_dpo.config.recipe import EngineSection, LoraSection, Recipe, read_recipe
 from lora_dpo.data import read_pairs
+from lora_dpo.data.prompts import read_prompts
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.export import export
 from lora_dpo.fetch import fetch_model
@@ -33,7 +34,6 @@ from lora_dpo.pairs import make_pairs
 from lora_dpo.plan import Plan, plan
 from lora_dpo.policy import load_policy
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.prompts import read_prompts
 from lora_dpo.report import write_report
 from lora_dpo.train import TrainResult, train
 from lora_dpo.verify import verify

@@ -15,6 +15,7 @@ from lora_dpo.assessment import AnswerPart, Assessment, PairPart, TextPart
 from lora_dpo.contest import Contest, judged, voted
 from lora_dpo.data import PreferencePair, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.pairs import evenly
+from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import sha256_of
@@ -25,7 +26,6 @@ from lora_dpo.learned import at_first_sight
 from lora_dpo.lora import POLICY, REFERENCE, reference
 from lora_dpo.lora_files import WEIGHTS
 from lora_dpo.policy import Policy, attach_reference, beta_of
-from lora_dpo.prompts import Prompt
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.scoring import score_pairs
 from lora_dpo.text_measures import refuses, repetition

@@ -73,8 +73,8 @@ def check(
         lora-dpo data check pairs.csv --model smollm2-135m --fix clean.jsonl
     """
     from lora_dpo.console_data import diagnosis_view, fixed_view
-    from lora_dpo.data.doctor import examine
-    from lora_dpo.data.files import refuse_twice
+    from lora_dpo.data.doctor.examination import examine
+    from lora_dpo.data.rows import refuse_twice
     from lora_dpo.data.write import check_name, dropped_of, write_fixed
     from lora_dpo.files import refuse_existing, refuse_unwritable
 
@@ -134,8 +134,8 @@ def show(
         lora-dpo data show feedback.csv 12 --format orca --model smollm2-135m --max-length 512
     """
     from lora_dpo.console_data import messages_view, tokens_view
-    from lora_dpo.data.reading import pair_at
-    from lora_dpo.data.view import view_pair
+    from lora_dpo.data.read import pair_at
+    from lora_dpo.data.token_view import view_pair
 
     pair = pair_at(file, number, form=format)
     tokenizer = _tokenizer(model)
@@ -161,7 +161,7 @@ def convert(
         lora-dpo data convert owner/name:train rated.jsonl.gz --format ratings --min-gap 1
     """
     from lora_dpo.console_data import read_view
-    from lora_dpo.data.reading import read_pairs
+    from lora_dpo.data.read import read_pairs
     from lora_dpo.data.write import check_name, write_pairs
 
     check_name(output)
@@ -192,7 +192,7 @@ def split(
         lora-dpo data split pairs.jsonl train.jsonl eval.jsonl --share 0.05 --seed 1
     """
     from lora_dpo.console_data import read_view
-    from lora_dpo.data.reading import read_pairs
+    from lora_dpo.data.read import read_pairs
     from lora_dpo.data.write import split_by_prompt, write_both
 
     with err.status(f"reading {file}"):
@@ -222,8 +222,8 @@ def stats(
         lora-dpo data stats mine.jsonl folder-of-more/ --model smollm2-135m --max-length 512
     """
     from lora_dpo.console_data import stats_view
-    from lora_dpo.data.doctor import examine
-    from lora_dpo.data.files import refuse_twice
+    from lora_dpo.data.doctor.examination import examine
+    from lora_dpo.data.rows import refuse_twice
 
     refuse_twice(files)
     with _counting() as count:
@@ -251,8 +251,8 @@ def mix_files(
         lora-dpo data mix mine.jsonl:2 owner/name:test:1 --size 5000 --seed 1 --output mixed.jsonl.gz
     """
     from lora_dpo.console_data import read_view
-    from lora_dpo.data.files import refuse_twice
-    from lora_dpo.data.reading import read_pairs
+    from lora_dpo.data.read import read_pairs
+    from lora_dpo.data.rows import refuse_twice
     from lora_dpo.data.write import check_name, mix, write_pairs
 
     check_name(output)

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lora_dpo.data import Message, PreferencePair, ReadReport, read_pairs
-from lora_dpo.data.checks import Texts
-from lora_dpo.data.doctor import Diagnosis, examine
-from lora_dpo.data.files import Row
-from lora_dpo.data.forms import checked_pair
+from lora_dpo.data.doctor.checks import Texts
+from lora_dpo.data.doctor.examination import Diagnosis, examine
+from lora_dpo.data.formats.trl import checked_pair
 from lora_dpo.data.messages import BadRow
-from lora_dpo.data.reading import outcomes
+from lora_dpo.data.read import outcomes
+from lora_dpo.data.rows import Row
 from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.errors import ConfigError, DataError

@@ -10,11 +10,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lora_dpo.data.doctor import Diagnosis, Finding
-from lora_dpo.data.measures import PERCENTILES, percentiles
+from lora_dpo.data.chat_template import Message
+from lora_dpo.data.doctor.examination import Diagnosis, Finding
+from lora_dpo.data.doctor.statistics import PERCENTILES, percentiles
 from lora_dpo.data.pairs import PreferencePair, ReadReport, rows_text
-from lora_dpo.data.template import Message
-from lora_dpo.data.view import PairView, Piece
+from lora_dpo.data.token_view import PairView, Piece
 from lora_dpo.data.write import Fixed
 from lora_dpo.text import counted, harmless
 

@@ -181,7 +181,7 @@ class Footprint:
 
 def pair_shape(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> PairShape:
     """The lengths of a pair of token ids."""
-    from lora_dpo.data.tokens import common_prefix_length
+    from lora_dpo.data.tokenize import common_prefix_length
 
     common = len(prompt) + common_prefix_length(chosen, rejected)
     return PairShape(len(prompt), len(prompt) + len(chosen), len(prompt) + len(rejected), common)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_dpo.data.template import Message, prompt_ids
+from lora_dpo.data.chat_template import Message, prompt_ids
 from lora_dpo.device import free_bytes
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import shown

@@ -24,7 +24,7 @@ from typing import Any
 from lora_dpo.adapters import is_strict
 from lora_dpo.config.recipe import Dtype, ModelSection, Quantize, Recipe
 from lora_dpo.data import Message
-from lora_dpo.data.template import prompt_ids
+from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.device import out_of_memory
 from lora_dpo.errors import Busy, ConfigError, LoraDPOError, ModelError, PromptTooLong
 from lora_dpo.events import OnEvent

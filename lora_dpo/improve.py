@@ -26,6 +26,7 @@ from lora_dpo.checkpoints import checkpoints
 from lora_dpo.config.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.data.pairs import evenly
+from lora_dpo.data.prompts import Prompt, accepted_hash, prompts_hash, prompts_with_report
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured
 from lora_dpo.files import disk_errors, refuse_existing, replace_file
@@ -40,7 +41,6 @@ from lora_dpo.model import Base, load_base
 from lora_dpo.pairs import Selection, make_pairs
 from lora_dpo.policy import Policy
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.prompts import Prompt, accepted_hash, prompts_hash, prompts_with_report
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.runs import ADAPTERS_DIR, partial_of
 from lora_dpo.samples import SamplePlan

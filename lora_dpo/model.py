@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo.config.recipe import Dtype, Quantize
-from lora_dpo.data.template import check_default
+from lora_dpo.data.chat_template import check_default
 from lora_dpo.device import pick_device, pick_dtype
 from lora_dpo.errors import ModelError
 from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS

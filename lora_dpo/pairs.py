@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_dpo.data.prompts import Prompt, accepted_hash
 from lora_dpo.data.write import check_name, write_rows
 from lora_dpo.errors import ConfigError, NoPairs
 from lora_dpo.events import Note, OnEvent, Progress
@@ -23,7 +24,6 @@ from lora_dpo.files import refuse_existing
 from lora_dpo.generate import Answer
 from lora_dpo.journal import Journal, Row, alone
 from lora_dpo.judges import Judge
-from lora_dpo.prompts import Prompt, accepted_hash
 from lora_dpo.samples import Sample, SamplePlan, sample_answers
 
 if TYPE_CHECKING:

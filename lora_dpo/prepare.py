@@ -16,10 +16,10 @@ from lora_dpo.config.trl_common import check_optimizer
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.answers import DEMONSTRATIONS, TokenAnswer, read_answers, tokenize_answers
-from lora_dpo.data.checks import prompt_text
+from lora_dpo.data.doctor.checks import prompt_text
 from lora_dpo.data.pairs import Dropped, Vote, evenly
 from lora_dpo.data.questions import Question, read_questions
-from lora_dpo.data.reading import outcomes
+from lora_dpo.data.read import outcomes
 from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
 from lora_dpo.device import pick_device, pick_dtype
 from lora_dpo.errors import ConfigError, DataError

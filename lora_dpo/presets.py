@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_dpo.config.recipe import ModelSection, Recipe, check_recipe, dump_settings, nearest, parse_settings
 from lora_dpo.data import PreferencePair, read_pairs
-from lora_dpo.data.checks import Texts
+from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.data.write import split_by_prompt, write_pairs
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import SHOWN, one_line, shown

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.doctor import examine
+from lora_dpo.data.doctor.examination import examine
 from lora_dpo.device import peak_of_process
 from lora_dpo.events import Event, OnEvent, Progress
 from lora_dpo.report.stored import MEASURED

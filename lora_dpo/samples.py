@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import Message
-from lora_dpo.data.template import prompt_ids
+from lora_dpo.data.chat_template import prompt_ids
+from lora_dpo.data.prompts import Prompt, prompts_hash
 from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.journal import Journal, Row
-from lora_dpo.prompts import Prompt, prompts_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

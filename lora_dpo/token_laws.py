@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import Message
-from lora_dpo.data.template import prompt_ids
+from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.generate import Answer, Sampling, decode, stop_token_ids
 from lora_dpo.lora import reference
 

@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 
 from lora_dpo import intervals
 from lora_dpo.data import Message, Origin
-from lora_dpo.data.files import Row, read_rows
-from lora_dpo.data.forms import checked_pair
+from lora_dpo.data.formats.trl import checked_pair
 from lora_dpo.data.messages import BadRow
+from lora_dpo.data.rows import Row, read_rows
 from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import disk_errors

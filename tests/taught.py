@@ -30,7 +30,7 @@ def long(number):
 
 def teach(folder: Path, target: Path) -> Path:
     """Teach the tiny random model of the tests both ways to answer; returns `target`."""
-    from lora_dpo.data.template import encode, prompt_ids
+    from lora_dpo.data.chat_template import encode, prompt_ids
 
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

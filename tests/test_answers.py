@@ -6,7 +6,7 @@ import pytest
 
 from lora_dpo.data import Origin, TokenPair, tokenize_pairs
 from lora_dpo.data.answers import crossed, read_answers, tokenize_answers
-from lora_dpo.data.reading import read_pairs
+from lora_dpo.data.read import read_pairs
 from lora_dpo.errors import ConfigError, DataError
 
 PAIR = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go away."}

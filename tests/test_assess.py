@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lora_dpo.assess import AssessPlan, assess, pair_part, ratio_interval
 from lora_dpo.cli import main
 from lora_dpo.data import Origin, TokenPair
-from lora_dpo.data.template import prompt_ids
+from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.files import sha256_of
 from lora_dpo.generate import Sampling, generate, stop_token_ids

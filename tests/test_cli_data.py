@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lora_dpo.cli import main
 from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
-from lora_dpo.data.view import pieces_of, view_pair
+from lora_dpo.data.token_view import pieces_of, view_pair
 from lora_dpo.data.write import canonical_row, mix, split_by_prompt
 from lora_dpo.errors import ConfigError, DataError
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_forms import CASES
 
 from lora_dpo.data import Origin, PreferencePair, ReadReport, read_pairs
-from lora_dpo.data.files import read_rows
-from lora_dpo.data.forms import pair_from_row
+from lora_dpo.data.formats.trl import pair_from_row
 from lora_dpo.data.messages import ROLES, BadRow
+from lora_dpo.data.rows import read_rows
 from lora_dpo.errors import ConfigError, DataError
 
 HERE = Origin("rows", 1)
@@ -281,7 +281,7 @@ def test_a_mistyped_file_is_answered_here_and_never_asked_from_the_hub(tmp_path,
 
 def test_the_help_names_every_form():
     from lora_dpo.cli_pairs import FORMAT_HELP
-    from lora_dpo.data.table import FORMS
+    from lora_dpo.data.formats.registry import FORMS
 
     named = FORMAT_HELP.partition(": ")[2].partition(" (")[0].replace(" or ", ", ").split(", ")
     assert named == [form.name for form in FORMS]

@@ -12,13 +12,13 @@ from typing import Any, get_args
 
 import pytest
 
-from lora_dpo.data import Message, Origin, PreferencePair, checks, read_pairs
-from lora_dpo.data.checks import CHECKS, Texts, text_findings
-from lora_dpo.data.doctor import _OF_KIND, examine
-from lora_dpo.data.language import differ, language_of, script_of
-from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
+from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
+from lora_dpo.data.doctor.checks import CHECKS, Texts, text_findings
+from lora_dpo.data.doctor.examination import _OF_KIND, checks, examine
+from lora_dpo.data.doctor.language import differ, language_of, script_of
+from lora_dpo.data.doctor.near_duplicates import HASHES, NearDuplicates, signature_of
+from lora_dpo.data.doctor.statistics import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.messages import Kind
-from lora_dpo.data.sketch import HASHES, NearDuplicates, signature_of
 from lora_dpo.data.write import write_fixed
 from lora_dpo.errors import ConfigError, DataError, OutputError
 

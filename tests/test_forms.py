@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from lora_dpo.data import Message, Origin, read_pairs
-from lora_dpo.data.doctor import examine
-from lora_dpo.data.forms import SCORES
+from lora_dpo.data.chat_template import render
+from lora_dpo.data.doctor.examination import examine
+from lora_dpo.data.formats.feedback import matched
+from lora_dpo.data.formats.registry import FORMS, form_of
+from lora_dpo.data.formats.trl import SCORES
 from lora_dpo.data.pairs import Vote
-from lora_dpo.data.table import FORMS, form_of
-from lora_dpo.data.template import render
-from lora_dpo.data.tokens import tokenize_pair
-from lora_dpo.data.votes import matched
+from lora_dpo.data.tokenize import tokenize_pair
 from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
 

@@ -17,14 +17,14 @@ from test_forms import CASES
 
 from lora_dpo.data import read_pairs
 from lora_dpo.data.answers import read_answers
-from lora_dpo.data.doctor import examine
+from lora_dpo.data.doctor.examination import examine
+from lora_dpo.data.formats.registry import FORMS
 from lora_dpo.data.messages import ROLES
 from lora_dpo.data.pairs import ReadReport
-from lora_dpo.data.reading import account, outcomes
-from lora_dpo.data.table import FORMS
+from lora_dpo.data.prompts import read_prompts
+from lora_dpo.data.read import account, outcomes
 from lora_dpo.data.write import canonical_row, write_fixed
 from lora_dpo.errors import DataError, LoraDPOError
-from lora_dpo.prompts import read_prompts
 
 ROWS = [row for case in CASES.values() for row in case.rows]
 FUZZ = settings(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_dpo.data.template import prompt_ids
+from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import ConfigError
 from lora_dpo.generate import (
     SHORTCUT,

@@ -63,7 +63,7 @@ def import_nodes(tree: ast.AST, *, in_functions: bool, for_types: bool) -> Itera
 
 
 def own_modules(node: ast.Import | ast.ImportFrom) -> set[str]:
-    """The modules of this package that a statement names: `data.tokens` for `lora_dpo.data.tokens`."""
+    """The modules of this package that a statement names: `data.tokens` for `lora_dpo.data.tokenize`."""
     if isinstance(node, ast.Import):
         dotted = [alias.name for alias in node.names]
     else:

@@ -19,7 +19,7 @@ from lora_dpo.checkpoints import begin, seal
 from lora_dpo.cleaning import leftovers as found_in
 from lora_dpo.cli import main
 from lora_dpo.crash import write_crash
-from lora_dpo.data.files import read_rows
+from lora_dpo.data.rows import read_rows
 from lora_dpo.errors import OutputError
 from lora_dpo.files import atomic_file, atomic_files, atomic_folder, replace_file
 from lora_dpo.journal import Journal, alone

@@ -12,11 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lora_dpo.cli import main
+from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.generate import Answer
 from lora_dpo.judges.endpoint import API_KEY, Endpoint, EndpointSettings
 from lora_dpo.judges.llm import comparison_messages, llm_judge, read_verdict
-from lora_dpo.prompts import Prompt
 
 PROMPT = Prompt(({"role": "user", "content": "Name a colour."},), "p.jsonl", 1)
 SECRET = "sk-very-secret-123"

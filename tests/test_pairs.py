@@ -17,6 +17,7 @@ import lora_dpo.samples
 from lora_dpo.cli import main
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import read_pairs
+from lora_dpo.data.prompts import Prompt, prompts_with_report, read_prompts
 from lora_dpo.errors import AdapterError, ConfigError, DataError, JudgeError, OutputError
 from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.journal import Journal, alone, write_new
@@ -26,7 +27,6 @@ from lora_dpo.lora import attach_lora
 from lora_dpo.model import load_base
 from lora_dpo.pairs import Selection, choose, make_pairs
 from lora_dpo.policy import Policy, attach_reference, load_policy
-from lora_dpo.prompts import Prompt, prompts_with_report, read_prompts
 from lora_dpo.samples import SamplePlan, batch_seed, conversation, sample_answers
 
 PLAN = SamplePlan(answers=3, sampling=Sampling(max_new_tokens=10, temperature=1.0, seed=5), batch_size=4)

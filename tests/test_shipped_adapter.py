@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.cli import main
-from lora_dpo.data.template import prompt_ids
+from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.export import export
 from lora_dpo.fetch import fetch_model
 from lora_dpo.fidelity import fidelity

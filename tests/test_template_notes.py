@@ -8,9 +8,9 @@ import pytest
 from lora_dpo.cli import main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.data import Message, Origin
-from lora_dpo.data.doctor import examine
+from lora_dpo.data.doctor.examination import examine
 from lora_dpo.data.pairs import PreferencePair
-from lora_dpo.data.tokens import tokenize_pair
+from lora_dpo.data.tokenize import tokenize_pair
 from lora_dpo.events import Note
 from lora_dpo.prepare import StopSignal, prepare
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_dpo.data import Message, Origin, PreferencePair, TokenPair, tokenize_pairs
-from lora_dpo.data.template import encode, prompt_ids, render
-from lora_dpo.data.tokens import common_prefix_length, tokenize_pair
+from lora_dpo.data.chat_template import encode, prompt_ids, render
+from lora_dpo.data.tokenize import common_prefix_length, tokenize_pair
 from lora_dpo.errors import ModelError
 
 START, END, TEXT_END = 256, 257, 258

@@ -111,8 +111,8 @@ class Tags(HTMLParser):
 
 
 def test_no_text_from_outside_becomes_a_tag():
-    from lora_dpo.data.checks import CHECKS
-    from lora_dpo.data.doctor import Diagnosis, Finding
+    from lora_dpo.data.doctor.checks import CHECKS
+    from lora_dpo.data.doctor.examination import Diagnosis, Finding
     from lora_dpo.data.pairs import Origin
     from lora_dpo.demo import draw
     from lora_dpo.votes import Record

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from lora_dpo.data.chat_template import Message
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport
-from lora_dpo.data.reading import read_pairs
-from lora_dpo.data.template import Message
-from lora_dpo.data.tokens import TokenPair, tokenize_pairs
+from lora_dpo.data.read import read_pairs
+from lora_dpo.data.tokenize import TokenPair, tokenize_pairs
 
 __all__ = [
     "Dropped",

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.files import Row, read_rows
-from lora_dpo.data.forms import check_answer, check_prompt
+from lora_dpo.data.formats.published import ANSWERS, prompt_and_answer
+from lora_dpo.data.formats.registry import Form, form_named, form_of
+from lora_dpo.data.formats.trl import check_answer, check_prompt
 from lora_dpo.data.messages import BadRow, tools_of
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
-from lora_dpo.data.reading import Outcome, all_files, gather, left_out
-from lora_dpo.data.shapes import ANSWERS, prompt_and_answer
-from lora_dpo.data.table import Form, form_named, form_of
-from lora_dpo.data.tokens import TokenPair, tokenize_row
+from lora_dpo.data.read import Outcome, all_files, gather, left_out
+from lora_dpo.data.rows import Row, read_rows
+from lora_dpo.data.tokenize import TokenPair, tokenize_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

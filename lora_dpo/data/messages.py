@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lora_dpo.data.files import Row
-from lora_dpo.data.template import Message
+from lora_dpo.data.chat_template import Message
+from lora_dpo.data.rows import Row
 from lora_dpo.quiet import never_warn
 from lora_dpo.text import shown
 

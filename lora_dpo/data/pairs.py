@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_dpo.data.template import Message
+from lora_dpo.data.chat_template import Message
 from lora_dpo.text import counted, reasons_text
 
 ROWS_SHOWN = 8

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_dpo.data.files import read_rows
+from lora_dpo.data.rows import read_rows
 from lora_dpo.errors import DataError
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lora_dpo.data.answers import TokenAnswer
-from lora_dpo.data.checks import templated
+from lora_dpo.data.doctor.checks import templated
 from lora_dpo.data.pairs import PreferencePair, Vote
-from lora_dpo.data.tokens import TokenPair, special_tokens
+from lora_dpo.data.tokenize import TokenPair, special_tokens
 from lora_dpo.text import shown
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from math import ceil
 from pathlib import Path
 from typing import IO, Any
 
-from lora_dpo.data.checks import prompt_text
-from lora_dpo.data.doctor import Diagnosis
-from lora_dpo.data.files import Row, refuse_twice
+from lora_dpo.data.doctor.checks import prompt_text
+from lora_dpo.data.doctor.examination import Diagnosis
 from lora_dpo.data.pairs import Origin, PreferencePair
-from lora_dpo.data.reading import Outcome, outcomes
+from lora_dpo.data.read import Outcome, outcomes
+from lora_dpo.data.rows import Row, refuse_twice
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import atomic_files
 

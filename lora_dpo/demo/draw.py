@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from lora_dpo.data.doctor import Diagnosis
+from lora_dpo.data.doctor.examination import Diagnosis
 from lora_dpo.data.pairs import ReadReport, rows_text
 from lora_dpo.demo.charts import line_chart
 from lora_dpo.talk import Said

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_dpo.data import Message
-from lora_dpo.data.template import render
+from lora_dpo.data.chat_template import render
 from lora_dpo.errors import ModelError
 
 if TYPE_CHECKING:

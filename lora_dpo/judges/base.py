@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import JudgeError, LoraDPOError
 from lora_dpo.generate import Answer
-from lora_dpo.prompts import Prompt
 from lora_dpo.text import shown
 
 Scores = Sequence[float | None]

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_dpo.data.tokens import common_prefix_length
+from lora_dpo.data.tokenize import common_prefix_length
 
 if TYPE_CHECKING:
     import torch

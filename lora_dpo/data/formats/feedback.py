@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_dpo.data.files import Row
-from lora_dpo.data.forms import check_answer, check_prompt, checked_pair
+from lora_dpo.data.formats.published import prompt_and_answer
+from lora_dpo.data.formats.trl import check_answer, check_prompt, checked_pair
 from lora_dpo.data.messages import BadRow, Messages, conversation, message, number, tools_of, without_call_ids
 from lora_dpo.data.pairs import Origin, PreferencePair, Vote
-from lora_dpo.data.shapes import prompt_and_answer
+from lora_dpo.data.rows import Row
 
 LABELS = ("label", "kto_tag")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_dpo.data.pairs import PreferencePair
-from lora_dpo.data.tokens import tokenize_pair
+from lora_dpo.data.tokenize import tokenize_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

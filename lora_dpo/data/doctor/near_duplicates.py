@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_dpo.data.checks import Texts
+from lora_dpo.data.doctor.checks import Texts
 
 HASHES, BANDS = 32, 8
 """Answers with a share s of their word pairs in common share a band with probability 1 - (1 - s⁴)⁸: 0.985 at 0.8."""

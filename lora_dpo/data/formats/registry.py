@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_dpo.config.recipe import nearest
-from lora_dpo.data import shapes, votes
-from lora_dpo.data.files import Row
-from lora_dpo.data.forms import pair_from_row
+from lora_dpo.data.formats import feedback as votes
+from lora_dpo.data.formats import published as shapes
+from lora_dpo.data.formats.trl import pair_from_row
 from lora_dpo.data.messages import is_transcript
 from lora_dpo.data.pairs import Origin, PreferencePair, Vote
+from lora_dpo.data.rows import Row
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import shown
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_dpo.data.language import differ
+from lora_dpo.data.chat_template import Message
+from lora_dpo.data.doctor.language import differ
 from lora_dpo.data.pairs import PreferencePair
-from lora_dpo.data.template import Message
 
 Severity = Literal["error", "warning"]
 

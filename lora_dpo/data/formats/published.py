@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_dpo.data.files import Row
-from lora_dpo.data.forms import checked_pair, columns_of, scores_of
+from lora_dpo.data.formats.trl import checked_pair, columns_of, scores_of
 from lora_dpo.data.messages import (
     BadRow,
     Messages,
@@ -28,6 +27,7 @@ from lora_dpo.data.messages import (
     with_system,
 )
 from lora_dpo.data.pairs import Origin, PreferencePair
+from lora_dpo.data.rows import Row
 
 
 def alpaca(row: Row, origin: Origin) -> PreferencePair:

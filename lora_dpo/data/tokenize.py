@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_dpo.data.chat_template import Message, encode, render
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair
-from lora_dpo.data.template import Message, encode, render
 from lora_dpo.errors import ModelError
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_dpo.data.files import Row
 from lora_dpo.data.messages import (
     BadRow,
     Messages,
@@ -28,6 +27,7 @@ from lora_dpo.data.messages import (
     without_call_ids,
 )
 from lora_dpo.data.pairs import Origin, PreferencePair
+from lora_dpo.data.rows import Row
 
 SCORES = (
     ("chosen_score", "rejected_score"),

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.data import Message, Origin
-from lora_dpo.data.files import Row, files_of, near_file, read_rows
-from lora_dpo.data.forms import check_prompt
+from lora_dpo.data.formats.registry import Form, form_named, form_of
+from lora_dpo.data.formats.trl import check_prompt
 from lora_dpo.data.messages import BadRow, asked_in_transcript, is_transcript, prompt_of, tools_of, with_system
 from lora_dpo.data.pairs import evenly
-from lora_dpo.data.table import Form, form_named, form_of
+from lora_dpo.data.rows import Row, files_of, near_file, read_rows
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.text import counted, reasons_text, shown
 

@@ -13,14 +13,22 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.checks import CHECKS, Check, Texts, ends_with_marker, prompt_text, special_findings, text_findings
-from lora_dpo.data.language import language_of
-from lora_dpo.data.measures import LengthBias, Noise, length_bias, percentiles
+from lora_dpo.data.chat_template import Message, prompt_ids
+from lora_dpo.data.doctor.checks import (
+    CHECKS,
+    Check,
+    Texts,
+    ends_with_marker,
+    prompt_text,
+    special_findings,
+    text_findings,
+)
+from lora_dpo.data.doctor.language import language_of
+from lora_dpo.data.doctor.near_duplicates import NearDuplicates
+from lora_dpo.data.doctor.statistics import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
-from lora_dpo.data.reading import account, outcomes
-from lora_dpo.data.sketch import NearDuplicates
-from lora_dpo.data.template import Message, prompt_ids
-from lora_dpo.data.tokens import special_tokens, tokenize_pair
+from lora_dpo.data.read import account, outcomes
+from lora_dpo.data.tokenize import special_tokens, tokenize_pair
 from lora_dpo.errors import DataError, ModelError
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from lora_dpo.data.files import Row, files_of, read_rows
+from lora_dpo.data.formats.feedback import Ballot
+from lora_dpo.data.formats.registry import Form, form_named, form_of
 from lora_dpo.data.messages import BadRow, Messages
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
-from lora_dpo.data.table import Form, form_named, form_of
-from lora_dpo.data.votes import Ballot
+from lora_dpo.data.rows import Row, files_of, read_rows
 from lora_dpo.errors import DataError
 from lora_dpo.text import counted
 
