@@ -36,8 +36,8 @@ from rich.table import Table
 from shapes import SHAPES, Row, draw, read, total
 
 from lora_dpo import DPOTrainer, EngineSection, load_base
-from lora_dpo.device import pick_device
-from lora_dpo.model import load_tokenizer
+from lora_dpo.model.base import load_tokenizer
+from lora_dpo.model.device import pick_device
 
 
 class Stock(trl.DPOTrainer):

@@ -21,7 +21,7 @@ from rich.console import Console
 from shapes import SHAPES, draw
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lora_dpo.fetch import fetch_model
+from lora_dpo.model.packaged import fetch_model
 
 SIZES = {
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32),

@@ -18,18 +18,18 @@ from lora_dpo.data import read_pairs
 from lora_dpo.data.prompts import read_prompts
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.export import export
-from lora_dpo.fetch import fetch_model
 from lora_dpo.fidelity import fidelity
-from lora_dpo.generate import Sampling, generate, stream
 from lora_dpo.host import Host, open_host
 from lora_dpo.hub import pull, push
 from lora_dpo.improve import improve
 from lora_dpo.judges import open_judge
 from lora_dpo.library import install, list_adapters, pack
-from lora_dpo.lora import attach_lora, reference
 from lora_dpo.merge import merge
 from lora_dpo.mix import mix
-from lora_dpo.model import Base, load_base
+from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.decoding import Sampling, generate, stream
+from lora_dpo.model.lora import attach_lora, reference
+from lora_dpo.model.packaged import fetch_model
 from lora_dpo.pairs import make_pairs
 from lora_dpo.plan import Plan, plan
 from lora_dpo.policy import load_policy

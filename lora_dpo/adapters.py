@@ -25,11 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.device import out_of_memory
 from lora_dpo.errors import AdapterError, BaseDiffers
-from lora_dpo.fetch import PACKAGED_MODELS, is_hub_id
 from lora_dpo.files import sha256_of
-from lora_dpo.lora import POLICY
 from lora_dpo.lora_files import (
     CONFIG,
     WEIGHTS,
@@ -41,10 +38,13 @@ from lora_dpo.lora_files import (
     read_json,
     weights,
 )
-from lora_dpo.model import Base, resolve_model
+from lora_dpo.model.base import Base, resolve_model
+from lora_dpo.model.device import out_of_memory
+from lora_dpo.model.lora import POLICY
+from lora_dpo.model.packaged import PACKAGED_MODELS, is_hub_id
+from lora_dpo.model.tensor_file import State, state_of
 from lora_dpo.peft_config import live_config
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.tensor_file import State, state_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -18,7 +18,7 @@ from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.engine_checks import TOLERANCE
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.lora import POLICY, REFERENCE
+from lora_dpo.model.lora import POLICY, REFERENCE
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -19,12 +19,12 @@ from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import sha256_of
-from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.intervals import Interval, length_controlled, mean, rate
 from lora_dpo.judges import Judge
 from lora_dpo.learned import at_first_sight
-from lora_dpo.lora import POLICY, REFERENCE, reference
 from lora_dpo.lora_files import WEIGHTS
+from lora_dpo.model.decoding import Answer, Sampling, generate
+from lora_dpo.model.lora import POLICY, REFERENCE, reference
 from lora_dpo.policy import Policy, attach_reference, beta_of
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.scoring import score_pairs

@@ -11,7 +11,7 @@ import yaml
 
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.config.trl_sft_kto import TITLES
-from lora_dpo.fetch import is_hub_id
+from lora_dpo.model.packaged import is_hub_id
 from lora_dpo.package import PICTURE
 
 if TYPE_CHECKING:

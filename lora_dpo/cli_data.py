@@ -298,7 +298,7 @@ def _share(part: str) -> tuple[str, float]:
 def _tokenizer(model: str | None) -> PreTrainedTokenizerBase | None:
     if model is None:
         return None
-    from lora_dpo.model import load_tokenizer
+    from lora_dpo.model.base import load_tokenizer
 
     with err.status(f"loading the tokenizer of {model}"):
         return load_tokenizer(model)

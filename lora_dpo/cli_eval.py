@@ -83,9 +83,9 @@ def evaluate(
     from lora_dpo.console import RunView
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.evaluations import evaluation_folder, save_evaluation
-    from lora_dpo.generate import Sampling
     from lora_dpo.judge_loading import load_with_judge
     from lora_dpo.library import find_adapter
+    from lora_dpo.model.decoding import Sampling
     from lora_dpo.policy import load_policy
     from lora_dpo.thresholds import parse_requirements
 

@@ -101,9 +101,9 @@ def pairs(
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.data.write import check_name
     from lora_dpo.files import refuse_existing, refuse_unwritable
-    from lora_dpo.generate import Sampling
     from lora_dpo.judge_loading import load_with_judge
     from lora_dpo.judges.grammar import check_specs
+    from lora_dpo.model.decoding import Sampling
     from lora_dpo.pairs import Selection, make_pairs
     from lora_dpo.samples import SamplePlan
 

@@ -31,7 +31,7 @@ from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.journal import rewrite_durably
 from lora_dpo.lora_files import plain
-from lora_dpo.tensor_file import State, state_of
+from lora_dpo.model.tensor_file import State, state_of
 from lora_dpo.votes import VoteBook
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from lora_dpo.config.recipe import EngineSection
-from lora_dpo.device import free_bytes, give_back_memory, out_of_memory
 from lora_dpo.first_sight import FirstSight
-from lora_dpo.lora import bare, is_reference, reference
 from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget
-from lora_dpo.model import steady
+from lora_dpo.model.base import steady
+from lora_dpo.model.device import free_bytes, give_back_memory, out_of_memory
+from lora_dpo.model.lora import bare, is_reference, reference
 from lora_dpo.objective import Objective
 from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
 from lora_dpo.shared_prefix import PairForward

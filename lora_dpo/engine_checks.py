@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lora_dpo.lora import bare
+from lora_dpo.model.lora import bare
 from lora_dpo.shared_prefix import unsupported_reason
 
 if TYPE_CHECKING:

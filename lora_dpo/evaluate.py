@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from lora_dpo.data.questions import Question, is_correct
-from lora_dpo.generate import Answer
+from lora_dpo.model.decoding import Answer
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from lora_dpo.config.recipe import HealthSection, Recipe
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Alarmed, Note, Sampled
 from lora_dpo.files import replace_file
-from lora_dpo.generate import Answer
 from lora_dpo.health import Alarm, Checkup, Lengths, Monitor, Yardstick
 from lora_dpo.judges import open_judge
 from lora_dpo.judges.grammar import check_specs, is_implicit
 from lora_dpo.keeping import Kept, Slots, keep, put
 from lora_dpo.looking import Looker
+from lora_dpo.model.decoding import Answer
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -25,13 +25,13 @@ from lora_dpo.adapters import is_strict
 from lora_dpo.config.recipe import Dtype, ModelSection, Quantize, Recipe
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import prompt_ids
-from lora_dpo.device import out_of_memory
 from lora_dpo.errors import Busy, ConfigError, LoraDPOError, ModelError, PromptTooLong
 from lora_dpo.events import OnEvent
 from lora_dpo.files import refuse_existing
-from lora_dpo.generate import Sampling, stream_from
 from lora_dpo.job import Job
-from lora_dpo.model import Base, load_base
+from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.decoding import Sampling, stream_from
+from lora_dpo.model.device import out_of_memory
 from lora_dpo.package import check_name
 from lora_dpo.request import Asked, Outcome, Reply, Stream, Ticket
 from lora_dpo.runs import ADAPTERS_DIR

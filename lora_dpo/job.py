@@ -19,8 +19,8 @@ from typing import Literal
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.events import Event, OnEvent, Progress, Saved
-from lora_dpo.lora import share_weights
-from lora_dpo.model import Base
+from lora_dpo.model.base import Base
+from lora_dpo.model.lora import share_weights
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.runs import discard_run
 from lora_dpo.train import Look, train

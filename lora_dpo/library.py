@@ -26,10 +26,10 @@ from lora_dpo.adapters import (
 from lora_dpo.config.recipe import nearest
 from lora_dpo.errors import AdapterError, ModelError, OutputError, PackageError
 from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, replace_file, sha256_of
-from lora_dpo.identity import weight_files, weight_fingerprint
 from lora_dpo.leftovers import discard, scratch, settle
 from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
-from lora_dpo.model import load_skeleton, resolve_model
+from lora_dpo.model.base import load_skeleton, resolve_model
+from lora_dpo.model.identity import weight_files, weight_fingerprint
 from lora_dpo.package import (
     BASE,
     CARD,

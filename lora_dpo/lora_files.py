@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lora_dpo.errors import AdapterError
+from lora_dpo.model.tensor_file import open_tensors, state_of
 from lora_dpo.module_names import MAX_NAME, MAX_NAMES, MAX_PATTERNS, ByModule, is_name, is_pattern
-from lora_dpo.tensor_file import open_tensors, state_of
 
 if TYPE_CHECKING:
     import torch

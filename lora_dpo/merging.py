@@ -24,7 +24,6 @@ from lora_dpo.adapters import (
 )
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.hub import hub_errors
-from lora_dpo.identity import chat_template_sha256, tokenizer_sha256, weight_files, weight_fingerprint
 from lora_dpo.lora_files import (
     WEIGHTS,
     AdapterConfig,
@@ -34,8 +33,9 @@ from lora_dpo.lora_files import (
     plain,
     read_adapter,
 )
-from lora_dpo.model import load_skeleton, resolve_model
-from lora_dpo.tensor_file import open_tensors
+from lora_dpo.model.base import load_skeleton, resolve_model
+from lora_dpo.model.identity import chat_template_sha256, tokenizer_sha256, weight_files, weight_fingerprint
+from lora_dpo.model.tensor_file import open_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -41,7 +41,7 @@ from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import atomic_folder, refuse_existing, sha256_of
 from lora_dpo.library import check_content, named
 from lora_dpo.lora_files import CONFIG, WEIGHTS, LoraModule, plain, read_adapter, read_config
-from lora_dpo.model import Base, load_base
+from lora_dpo.model.base import Base, load_base
 from lora_dpo.probe import MAX_PAIRS, Probe, Sides, read_probe, save_probe
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.scoring import score_pairs

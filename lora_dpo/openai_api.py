@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Va
 from lora_dpo.config.recipe import nearest
 from lora_dpo.data import Message
 from lora_dpo.errors import RequestRefused
-from lora_dpo.generate import Sampling
+from lora_dpo.model.decoding import Sampling
 from lora_dpo.request import Reply
 from lora_dpo.text import shown
 

@@ -16,7 +16,6 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.recipe import Recipe
-from lora_dpo.device import free_bytes, pick_device, pick_dtype
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped
 from lora_dpo.fitting import (
@@ -34,9 +33,10 @@ from lora_dpo.fitting import (
     run_apart,
 )
 from lora_dpo.footprint import Footprint, PairShape, pair_shape
-from lora_dpo.lora import attach_lora
 from lora_dpo.lora_files import read_config
-from lora_dpo.model import decide_packed, load_skeleton
+from lora_dpo.model.base import decide_packed, load_skeleton
+from lora_dpo.model.device import free_bytes, pick_device, pick_dtype
+from lora_dpo.model.lora import attach_lora
 from lora_dpo.prepare import Run, StopSignal, prepare, read_run
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
@@ -245,7 +245,7 @@ def _bytes(option: str, text: str) -> int:
 
 
 def _costs(run: Run, sizes: dict[str, int]) -> Costs:
-    from lora_dpo.lora import bare
+    from lora_dpo.model.lora import bare
     from lora_dpo.shared_prefix import unsupported_reason
 
     section = run.recipe.model

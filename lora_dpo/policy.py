@@ -20,9 +20,9 @@ from lora_dpo.adapters import (
 from lora_dpo.config.recipe import Dtype, Quantize, read_recipe
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.files import sha256_of
-from lora_dpo.lora import POLICY, REFERENCE
 from lora_dpo.lora_files import WEIGHTS
-from lora_dpo.model import Base, load_base
+from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.lora import POLICY, REFERENCE
 
 
 @dataclass

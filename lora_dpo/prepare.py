@@ -21,13 +21,13 @@ from lora_dpo.data.pairs import Dropped, Vote, evenly
 from lora_dpo.data.questions import Question, read_questions
 from lora_dpo.data.read import outcomes
 from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
-from lora_dpo.device import pick_device, pick_dtype
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.events import Note, OnEvent, Progress, Resolved, RowsDropped
-from lora_dpo.lora import attach_lora
-from lora_dpo.model import decide_packed, load_skeleton, load_tokenizer
+from lora_dpo.model.base import decide_packed, load_skeleton, load_tokenizer
+from lora_dpo.model.device import pick_device, pick_dtype
+from lora_dpo.model.lora import attach_lora
+from lora_dpo.model.tensor_file import open_tensors
 from lora_dpo.runs import check_space, partial_of
-from lora_dpo.tensor_file import open_tensors
 
 if TYPE_CHECKING:
     import torch

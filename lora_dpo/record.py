@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.doctor.examination import examine
-from lora_dpo.device import peak_of_process
 from lora_dpo.events import Event, OnEvent, Progress
+from lora_dpo.model.device import peak_of_process
 from lora_dpo.report.stored import MEASURED
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_dpo.lora import REFERENCE
+from lora_dpo.model.lora import REFERENCE
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from peft import LoraConfig
 
 from lora_dpo.engine_checks import TOLERANCE
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.lora import REFERENCE, bare
-from lora_dpo.model import steady
+from lora_dpo.model.base import steady
+from lora_dpo.model.lora import REFERENCE, bare
 from lora_dpo.shared_prefix.model import DIFFERENCE, largest_difference
 
 if TYPE_CHECKING:

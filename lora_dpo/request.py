@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_dpo.errors import Busy, LoraDPOError
-from lora_dpo.generate import Sampling
+from lora_dpo.model.decoding import Sampling
 from lora_dpo.turns import Turns
 
 

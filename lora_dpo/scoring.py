@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import TokenPair
-from lora_dpo.lora import bare
+from lora_dpo.model.lora import bare
 
 if TYPE_CHECKING:
     import torch

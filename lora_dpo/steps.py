@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dpo.device import give_back_memory, out_of_memory
 from lora_dpo.memory import Budget
+from lora_dpo.model.device import give_back_memory, out_of_memory
 from lora_dpo.objective import Objective
 from lora_dpo.shared_prefix.layout import pack, stream_length
 from lora_dpo.shared_prefix.model import rows_of

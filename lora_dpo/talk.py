@@ -11,8 +11,8 @@ from typing import Any
 
 from lora_dpo.data import Message
 from lora_dpo.errors import ConfigError, LoraDPOError
-from lora_dpo.generate import Sampling
 from lora_dpo.host import Host
+from lora_dpo.model.decoding import Sampling
 from lora_dpo.request import Outcome, Reply
 
 SHOW_EVERY = 0.05

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import prompt_ids
-from lora_dpo.generate import Answer, Sampling, decode, stop_token_ids
-from lora_dpo.lora import reference
+from lora_dpo.model.decoding import Answer, Sampling, decode, stop_token_ids
+from lora_dpo.model.lora import reference
 
 if TYPE_CHECKING:
     import torch

@@ -23,19 +23,19 @@ from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import crossed
 from lora_dpo.data.pairs import evenly
-from lora_dpo.device import out_of_memory
 from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.evaluate import to_json
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.guard_callback import add_guard
-from lora_dpo.identity import commit_of
 from lora_dpo.leftovers import discard
-from lora_dpo.lora import POLICY, attach_lora
 from lora_dpo.measure import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.memory import memory_advice
-from lora_dpo.model import Base, load_base, resolve_model
+from lora_dpo.model.base import Base, load_base, resolve_model
+from lora_dpo.model.device import out_of_memory
+from lora_dpo.model.identity import commit_of
+from lora_dpo.model.lora import POLICY, attach_lora
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.record import Stopwatch, findings, record, write_record

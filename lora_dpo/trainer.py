@@ -18,12 +18,12 @@ from datasets import Dataset
 from peft import PeftModel
 
 from lora_dpo.config.recipe import EngineSection
-from lora_dpo.device import give_back_memory, pick_device, pick_dtype
 from lora_dpo.engine import Engine
 from lora_dpo.engine_checks import no_engine_because, odd_batch
 from lora_dpo.errors import ConfigError
-from lora_dpo.lora import POLICY, REFERENCE, bare, to_fp32_masters
-from lora_dpo.model import keep_packed_weights_differentiable
+from lora_dpo.model.base import keep_packed_weights_differentiable
+from lora_dpo.model.device import give_back_memory, pick_device, pick_dtype
+from lora_dpo.model.lora import POLICY, REFERENCE, bare, to_fp32_masters
 from lora_dpo.pair_weights import ScaledGradient, WithWeights
 from lora_dpo.reference_guard import compare
 from lora_dpo.score_ahead import progress_bar, scored_references

@@ -60,7 +60,7 @@ def sample(questions: list[Question], batch_size: int = 64) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lora_dpo.generate import Sampling, generate
+    from lora_dpo.model.decoding import Sampling, generate
 
     done = {(s.prompt, s.style) for s in read_samples()} if SAMPLES.exists() else set()
     if all((q.prompt, style) in done for q in questions if q.part != "questions" for style in STYLES):

@@ -336,7 +336,7 @@ class Campaign:
 def end_turns() -> None:
     """A random model hardly ever ends its turn: let some bytes do it."""
     stops = frozenset({*range(100, 140), 257})
-    setattr(importlib.import_module("lora_dpo.generate"), "stop_token_ids", lambda model, tokenizer: stops)  # noqa: B010
+    setattr(importlib.import_module("lora_dpo.model.decoding"), "stop_token_ids", lambda model, tokenizer: stops)  # noqa: B010
 
 
 if __name__ == "__main__":

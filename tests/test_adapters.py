@@ -19,10 +19,10 @@ from lora_dpo.adapters import attach_adapter, put_beside, read_passport, strictn
 from lora_dpo.chat import open_chat
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, BaseDiffers
-from lora_dpo.identity import weight_fingerprint
 from lora_dpo.library import describe, diff, find_adapter, list_adapters
 from lora_dpo.merge import merge
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
+from lora_dpo.model.identity import weight_fingerprint
 from lora_dpo.policy import attach_reference, load_policy
 from lora_dpo.verify import verify
 

@@ -23,7 +23,7 @@ from lora_dpo.cli import main
 from lora_dpo.cli_demo import check_reach, read_auth
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import ConfigError
-from lora_dpo.generate import Sampling
+from lora_dpo.model.decoding import Sampling
 
 gradio_client = pytest.importorskip("gradio_client")
 

@@ -22,7 +22,7 @@ pytest.importorskip("gradio", reason="the demo's tests need Gradio: pip install 
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 from browsing import CHROMIUM, TABS, Visitor, chromium, playwright_timeout
 
-from lora_dpo.generate import Sampling
+from lora_dpo.model.decoding import Sampling
 
 if CHROMIUM is None:
     pytest.skip("the browser tests need chromium: apt-get install chromium", allow_module_level=True)
@@ -177,7 +177,7 @@ def test_stop_retry_edit_and_a_second_visitor(browser, served):
 
 def slowly(*args, **kwargs):
     """An answer that takes a minute."""
-    from lora_dpo.generate import Answer
+    from lora_dpo.model.decoding import Answer
 
     for _ in range(1200):
         time.sleep(0.05)
@@ -477,7 +477,7 @@ def hostile(roomy, tiny_adapter, tmp_path, monkeypatch):
     import gradio
 
     from lora_dpo import host
-    from lora_dpo.generate import Answer
+    from lora_dpo.model.decoding import Answer
 
     def answers(*args, **kwargs):
         yield EVIL

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.cli import main
-from lora_dpo.fetch import fetch_model
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
+from lora_dpo.model.packaged import fetch_model
 from lora_dpo.scoring import score_pairs
 
 ROOT = Path(__file__).parent.parent

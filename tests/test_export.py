@@ -24,7 +24,7 @@ from lora_dpo.export import export
 from lora_dpo.export.gguf_arch import llama3_factors, permute
 from lora_dpo.export.ollama import modelfile, read_turns
 from lora_dpo.merge import merge
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
 from lora_dpo.quiet import quiet_libraries
 
 IDS = [257, *b"Say it to the moon, red kite."]

@@ -27,7 +27,7 @@ from lora_dpo.data.chat_template import render
 from lora_dpo.judges.grammar import check_specs
 from lora_dpo.library import describe, diff, install, list_adapters
 from lora_dpo.lora_files import read_adapter
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
 from lora_dpo.openai_api import read_request
 from lora_dpo.presets import with_settings
 from lora_dpo.report import report_of

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import ConfigError
-from lora_dpo.generate import (
+from lora_dpo.model.decoding import (
     SHORTCUT,
     Sampling,
     first_of,
@@ -133,7 +133,7 @@ def test_every_ended_answer_counts_as_done_at_once(model, tokenizer):
 
 
 def test_rows_that_fit_take_a_quarter_of_the_free_memory(model, monkeypatch):
-    generate_module = sys.modules["lora_dpo.generate"]  # the package's attribute of this name is the function
+    generate_module = sys.modules["lora_dpo.model.decoding"]  # the package's attribute of this name is the function
     config = model.config
     # keys and values of 100 tokens, float32: 2 tensors a layer
     size = config.hidden_size // config.num_attention_heads

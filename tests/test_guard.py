@@ -211,7 +211,7 @@ def test_nan_in_training_ends_in_the_last_good_state(recipe, monkeypatch):
 
 
 def test_a_reference_that_moves_is_noticed(recipe):
-    from lora_dpo.model import load_base
+    from lora_dpo.model.base import load_base
 
     base = load_base(recipe().model.name, quantize="none", dtype="float32")
 

@@ -19,12 +19,12 @@ from lora_dpo.config.recipe import check_recipe
 from lora_dpo.desk import Desk
 from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
 from lora_dpo.events import Progress
-from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host, open_host
 from lora_dpo.job import Job
 from lora_dpo.library import list_adapters
-from lora_dpo.lora import attach_lora, share_weights
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
+from lora_dpo.model.decoding import Sampling, generate
+from lora_dpo.model.lora import attach_lora, share_weights
 from lora_dpo.shelf import KEPT
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,9 +20,9 @@ from lora_dpo.config.improve_recipe import ImproveRecipe, ImproveSection, dump_i
 from lora_dpo.config.recipe import check_settings
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.events import Note, Progress, RoundsMeasured, Saved, StepLogged
-from lora_dpo.generate import Answer
-from lora_dpo.lora import detach
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
+from lora_dpo.model.decoding import Answer
+from lora_dpo.model.lora import detach
 from lora_dpo.prepare import Stopped, StopSignal
 
 rounds = importlib.import_module("lora_dpo.improve")
@@ -44,7 +44,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     (tmp_path / "held.txt").write_text("".join(f"Tell {number}.\n" for number in range(16)))
     # A random model hardly ever ends its turn: let some bytes do it.
     stops = frozenset({*range(120, 140), 257})
-    module = importlib.import_module("lora_dpo.generate")  # the package's attribute is the function
+    module = importlib.import_module("lora_dpo.model.decoding")  # the package's attribute is the function
     monkeypatch.setattr(module, "stop_token_ids", lambda model, tokenizer: stops)
 
 

@@ -14,9 +14,9 @@ import pytest
 from lora_dpo.cli import main
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import ConfigError, JudgeError
-from lora_dpo.generate import Answer
 from lora_dpo.judges.endpoint import API_KEY, Endpoint, EndpointSettings
 from lora_dpo.judges.llm import comparison_messages, llm_judge, read_verdict
+from lora_dpo.model.decoding import Answer
 
 PROMPT = Prompt(({"role": "user", "content": "Name a colour."},), "p.jsonl", 1)
 SECRET = "sk-very-secret-123"
@@ -442,7 +442,7 @@ def test_what_was_answered_before_a_failure_is_kept(server, tmp_path):
 def test_the_command_with_a_judge_behind_a_server_that_fails_and_recovers(
     server, tiny_model_folder, tmp_path, monkeypatch, capsys
 ):
-    module = importlib.import_module("lora_dpo.generate")  # the package's attribute is the function
+    module = importlib.import_module("lora_dpo.model.decoding")  # the package's attribute is the function
     monkeypatch.setattr(module, "stop_token_ids", lambda model, tokenizer: frozenset({*range(100, 130), 257}))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("One?\nTwo?\nThree?\n")

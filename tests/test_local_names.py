@@ -13,7 +13,7 @@ from lora_dpo.errors import AdapterError, DataError, JudgeError, ModelError
 from lora_dpo.judges.grammar import open_judge
 from lora_dpo.library import install
 from lora_dpo.merging import plan_base
-from lora_dpo.model import load_base, load_skeleton, load_tokenizer
+from lora_dpo.model.base import load_base, load_skeleton, load_tokenizer
 
 LOCAL = (
     "gone",

@@ -22,7 +22,7 @@ from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError
 from lora_dpo.fidelity import Fidelity, fidelity, recommend, thinned
 from lora_dpo.merge import shard_files
 from lora_dpo.merging import merge_weight, plan_merge, predict_bytes
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
 from lora_dpo.probe import read_probe
 from lora_dpo.train import train
 

@@ -3,11 +3,11 @@ import torch
 from conftest import COMMIT
 
 from lora_dpo.config.recipe import LoraSection
-from lora_dpo.device import pick_dtype
 from lora_dpo.errors import ConfigError, ModelError
-from lora_dpo.identity import weight_fingerprint
-from lora_dpo.lora import attach_lora, reference
-from lora_dpo.model import load_base, load_tokenizer
+from lora_dpo.model.base import load_base, load_tokenizer
+from lora_dpo.model.device import pick_dtype
+from lora_dpo.model.identity import weight_fingerprint
+from lora_dpo.model.lora import attach_lora, reference
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9, 10, 11]])
 

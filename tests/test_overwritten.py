@@ -10,15 +10,15 @@ import pytest
 
 from lora_dpo.adapters import check_adapter, read_passport, write_passport
 from lora_dpo.errors import AdapterError
-from lora_dpo.generate import Sampling
 from lora_dpo.host import Host
 from lora_dpo.lora_files import WEIGHTS, check_finite, read_header, weights
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
+from lora_dpo.model.decoding import Sampling
 
 OVERWRITTEN = """
     import pathlib, shutil, sys, threading
     from lora_dpo.errors import LoraDPOError
-    from lora_dpo.generate import Sampling
+    from lora_dpo.model.decoding import Sampling
     from lora_dpo.host import open_host
 
     model, folder, source = sys.argv[1:]

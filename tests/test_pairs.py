@@ -19,12 +19,12 @@ from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import read_pairs
 from lora_dpo.data.prompts import Prompt, prompts_with_report, read_prompts
 from lora_dpo.errors import AdapterError, ConfigError, DataError, JudgeError, OutputError
-from lora_dpo.generate import Answer, Sampling, generate
 from lora_dpo.journal import Journal, alone, write_new
 from lora_dpo.judge_loading import load_with_judge
 from lora_dpo.judges.base import Judge
-from lora_dpo.lora import attach_lora
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
+from lora_dpo.model.decoding import Answer, Sampling, generate
+from lora_dpo.model.lora import attach_lora
 from lora_dpo.pairs import Selection, choose, make_pairs
 from lora_dpo.policy import Policy, attach_reference, load_policy
 from lora_dpo.samples import SamplePlan, batch_seed, conversation, sample_answers
@@ -40,7 +40,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def answers_end(monkeypatch):
     """A random model hardly ever ends its turn: let some bytes do it."""
-    module = importlib.import_module("lora_dpo.generate")  # the package's attribute is the function
+    module = importlib.import_module("lora_dpo.model.decoding")  # the package's attribute is the function
     monkeypatch.setattr(module, "stop_token_ids", lambda model, tokenizer: frozenset({*range(100, 130), 257}))
 
 

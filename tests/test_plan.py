@@ -14,8 +14,8 @@ from lora_dpo.cli_plan import bar
 from lora_dpo.config.recipe import check_recipe, read_recipe
 from lora_dpo.errors import ConfigError
 from lora_dpo.footprint import NF4_BYTES, PairShape, footprint, pair_shape
-from lora_dpo.lora import attach_lora, bare
-from lora_dpo.model import load_base, load_skeleton
+from lora_dpo.model.base import load_base, load_skeleton
+from lora_dpo.model.lora import attach_lora, bare
 from lora_dpo.plan import bins, count, parse_size
 from lora_dpo.plan_lines import verdict
 from lora_dpo.shared_prefix import PairForward, lay_out

@@ -12,8 +12,8 @@ from tiny import LORA, PAIRS, build, columns, pair, tiny
 from lora_dpo import DPOTrainer, EngineSection
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.engine import answer_sums
-from lora_dpo.lora import attach_lora
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
+from lora_dpo.model.lora import attach_lora
 from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
 
 LOGPS = PairLogps(-1.5, -0.25, -3.0, 0.0)

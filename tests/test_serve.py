@@ -23,9 +23,9 @@ from lora_dpo.address import is_local_name, is_loopback, listen
 from lora_dpo.cli import app, main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import ConfigError, RequestRefused
-from lora_dpo.generate import Sampling, generate
 from lora_dpo.host import Host
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
+from lora_dpo.model.decoding import Sampling, generate
 from lora_dpo.openai_api import read_request
 from lora_dpo.serve import build_app
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lora_dpo.adapters import attach_adapter
 from lora_dpo.errors import AdapterError
 from lora_dpo.lora_files import WEIGHTS
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
 from lora_dpo.shelf import Shelf
 
 IDS = torch.tensor([[257, 5, 6, 7, 8]])

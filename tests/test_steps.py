@@ -16,8 +16,8 @@ from tiny import LORA, PAIRS, Stock, assert_close, build, columns, gradients_of,
 
 from lora_dpo import DPOTrainer, EngineSection
 from lora_dpo.config.trl_dpo import LOSSES
-from lora_dpo.device import container_bytes, peak_of_process
 from lora_dpo.memory import Budget, fit
+from lora_dpo.model.device import container_bytes, peak_of_process
 from lora_dpo.record import peak_memory
 from lora_dpo.scoring import score_pairs
 from lora_dpo.shared_prefix import lay_out
@@ -171,8 +171,8 @@ def test_twenty_steps_follow_stock_trls_trajectory(tiny_model_folder, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text"])
 def test_a_4bit_base_gives_stock_trls_gradients(architecture, tokenizer, tmp_path):
-    from lora_dpo.lora import to_fp32_masters
-    from lora_dpo.model import load_base
+    from lora_dpo.model.base import load_base
+    from lora_dpo.model.lora import to_fp32_masters
 
     folder = tmp_path / architecture
     wide = {"head_dim": 16} if architecture != "llama" else {}

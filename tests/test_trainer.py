@@ -144,8 +144,8 @@ def test_continuing_from_an_adapter_its_frozen_copy_is_the_reference(tiny_model_
 
 def test_adapter_weights_stay_exact_float32_on_a_4bit_base(tiny_model_folder, tmp_path):
     from lora_dpo.config.recipe import LoraSection
-    from lora_dpo.lora import attach_lora
-    from lora_dpo.model import load_base
+    from lora_dpo.model.base import load_base
+    from lora_dpo.model.lora import attach_lora
 
     base = load_base(str(tiny_model_folder), quantize="nf4", packed=True)
     model = attach_lora(base.model, LoraSection(rank=4), seed=0)

@@ -14,7 +14,7 @@ from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.export import export
 from lora_dpo.lora_files import plain
 from lora_dpo.merge import merge
-from lora_dpo.model import load_base
+from lora_dpo.model.base import load_base
 
 
 def adapter_of(base, folder, *, rows=None, **settings):

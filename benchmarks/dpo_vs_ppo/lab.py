@@ -18,9 +18,9 @@ import torch
 
 from lora_dpo import Sampling, attach_lora, reference
 from lora_dpo.config.recipe import LoraSection
-from lora_dpo.generate import decode, stop_token_ids
-from lora_dpo.lora import bare, detach
-from lora_dpo.model import Base
+from lora_dpo.model.base import Base
+from lora_dpo.model.decoding import decode, stop_token_ids
+from lora_dpo.model.lora import bare, detach
 
 from .maths import exact_kl
 from .reward import rewards

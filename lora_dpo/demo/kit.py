@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from lora_dpo.errors import LoraDPOError
-from lora_dpo.generate import Sampling
+from lora_dpo.model.decoding import Sampling
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from lora_dpo.adapters import base_name, check_weights_are_the_passports, read_passport, warn_of
 from lora_dpo.errors import AdapterError, ConfigError
-from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.files import atomic_file, atomic_folder
 from lora_dpo.library import adapter_names, find_adapter
 from lora_dpo.lora_files import CONFIG, WEIGHTS, plain, read_json
 from lora_dpo.merging import Into, Merged, plan_base, plan_merge, trained_into
+from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.package import CARD, without_picture
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.runs import ADAPTERS_DIR

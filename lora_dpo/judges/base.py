@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import JudgeError, LoraDPOError
-from lora_dpo.generate import Answer
+from lora_dpo.model.decoding import Answer
 from lora_dpo.text import shown
 
 Scores = Sequence[float | None]

@@ -31,7 +31,7 @@ from lora_dpo.judges.rules import KNOWN, rule_judge
 from lora_dpo.text import shown
 
 if TYPE_CHECKING:
-    from lora_dpo.model import Base
+    from lora_dpo.model.base import Base
 
 KINDS = ("rules", "reward", "llm", "implicit")
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import encode, render
 from lora_dpo.data.prompts import Prompt
-from lora_dpo.device import pick_device, pick_dtype
 from lora_dpo.errors import JudgeError, ModelError
 from lora_dpo.files import looks_local
-from lora_dpo.generate import Answer
-from lora_dpo.identity import weight_fingerprint
 from lora_dpo.judges.base import Judge, Scores
-from lora_dpo.model import resolve_model
+from lora_dpo.model.base import resolve_model
+from lora_dpo.model.decoding import Answer
+from lora_dpo.model.device import pick_device, pick_dtype
+from lora_dpo.model.identity import weight_fingerprint
 from lora_dpo.quiet import errors_only, quiet_libraries
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.errors import ConfigError
-from lora_dpo.model import Base
+from lora_dpo.model.base import Base
 from lora_dpo.text import shown
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.files import looks_local
-from lora_dpo.tensor_file import open_tensors
+from lora_dpo.model.tensor_file import open_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

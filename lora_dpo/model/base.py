@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.data.chat_template import check_default
-from lora_dpo.device import pick_device, pick_dtype
 from lora_dpo.errors import ModelError
-from lora_dpo.fetch import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.files import looks_local
-from lora_dpo.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
+from lora_dpo.model.device import pick_device, pick_dtype
+from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
+from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def keep_packed_weights_differentiable(model: torch.nn.Module) -> None:
             raise ModelError(
                 f"The 4-bit weights of {name} were repacked for inference, because the model ran in eval mode on this "
                 "CPU, and bitsandbytes has no gradient for that form. Load the model again, and call "
-                "lora_dpo.model.keep_packed_weights_differentiable(model) before its first pass."
+                "lora_dpo.model.base.keep_packed_weights_differentiable(model) before its first pass."
             )
         part.support_avx512bf16_for_cpu = False
 

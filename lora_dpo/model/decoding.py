@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_dpo.data.chat_template import Message, prompt_ids
-from lora_dpo.device import free_bytes
 from lora_dpo.errors import ConfigError
+from lora_dpo.model.device import free_bytes
 from lora_dpo.text import shown
 
 if TYPE_CHECKING:

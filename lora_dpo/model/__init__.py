@@ -1,0 +1,10 @@
+"""One base in memory, LoRA on it, and how it answers.
+
+device        what computes, what it computes fast, how much memory is free
+tensor_file   safetensors files that others may write to meanwhile
+packaged      base models that come from a package index
+identity      what a base is: fingerprint, commit, tokenizer and template
+base          loading it, once, in 4 bits or as stored
+lora          adapters on it: policy with them on, reference with them off
+decoding      answers from it: one loop for chat, evaluation and sampling
+"""
