@@ -8,8 +8,8 @@ from typing import Any
 
 from measuring import Switch, Variant
 
-from lora_dpo.shared_prefix import layout as layout_module
-from lora_dpo.shared_prefix import model as forward_module
+from lora_dpo.engine import layout as layout_module
+from lora_dpo.engine import pair_forward as forward_module
 
 
 def ablations(full: Variant) -> list[Variant]:

@@ -21,7 +21,7 @@ from shapes import Row, total
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_dpo.steps import pair_lengths
+from lora_dpo.engine.whole_step import pair_lengths
 
 GB = 1e9
 

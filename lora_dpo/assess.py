@@ -16,6 +16,7 @@ from lora_dpo.contest import Contest, judged, voted
 from lora_dpo.data import PreferencePair, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.pairs import evenly
 from lora_dpo.data.prompts import Prompt
+from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import sha256_of
@@ -27,7 +28,6 @@ from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import POLICY, REFERENCE, reference
 from lora_dpo.policy import Policy, attach_reference, beta_of
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.scoring import score_pairs
 from lora_dpo.text_measures import refuses, repetition
 from lora_dpo.token_laws import draw, kl_to_reference, text_losses, windows
 from lora_dpo.verify import pad_of

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lora_dpo.engine import unsupported_reason
 from lora_dpo.model.lora import bare
-from lora_dpo.shared_prefix import unsupported_reason
 
 if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer

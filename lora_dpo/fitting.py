@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from lora_dpo.footprint import Footprint, PairShape, footprint
-from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
+from lora_dpo.engine.cost_model import Footprint, PairShape, footprint
+from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
 from lora_dpo.prepare import Run
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def run_apart(pairs: Sequence[PairShape], choice: Choice) -> Sequence[PairShape]
 
 def parts_of(pairs: Sequence[PairShape], tokens: int, choice: Choice) -> list[list[PairShape]]:
     """The parts that a step's pairs are run in."""
-    from lora_dpo.shared_prefix.layout import pack
+    from lora_dpo.engine.layout import pack
 
     if choice.split_pairs:
         return [[branch] for branch in run_apart(pairs, choice)]
@@ -201,7 +201,7 @@ def _part_bytes(cost: Footprint, part: Sequence[PairShape], checkpointed: int) -
 
 def _head_bytes(cost: Footprint, labels: int) -> int:
     """A tile of logits as `shared_prefix.logprobs` works on it, on a step that is logged."""
-    from lora_dpo.shared_prefix.logprobs import TILE
+    from lora_dpo.engine.logprobs import TILE
 
     tile = min(TILE, labels * cost.vocabulary)
     rounded = cost.itemsize if cost.itemsize < 4 else 0

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_dpo.config.trl_dpo import DEFAULTS
-from lora_dpo.first_sight import PROMPTS, RIGHT
+from lora_dpo.engine.first_sight import PROMPTS, RIGHT
 from lora_dpo.intervals import Interval, rate
 from lora_dpo.report.stored import StoredRun, read_run
 

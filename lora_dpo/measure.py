@@ -11,12 +11,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import Message
+from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.evaluate import AnswerMetrics, PairMetrics, answer_metrics, pair_metrics
 from lora_dpo.files import write_json
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import reference
 from lora_dpo.prepare import Run, Stopped
-from lora_dpo.scoring import score_pairs
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,6 +16,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.recipe import Recipe
+from lora_dpo.engine.cost_model import Footprint, PairShape, pair_shape
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped
 from lora_dpo.fitting import (
@@ -32,7 +33,6 @@ from lora_dpo.fitting import (
     parts_of,
     run_apart,
 )
-from lora_dpo.footprint import Footprint, PairShape, pair_shape
 from lora_dpo.lora_files import read_config
 from lora_dpo.model.base import decide_packed, load_skeleton
 from lora_dpo.model.device import free_bytes, pick_device, pick_dtype
@@ -245,8 +245,8 @@ def _bytes(option: str, text: str) -> int:
 
 
 def _costs(run: Run, sizes: dict[str, int]) -> Costs:
+    from lora_dpo.engine import unsupported_reason
     from lora_dpo.model.lora import bare
-    from lora_dpo.shared_prefix import unsupported_reason
 
     section = run.recipe.model
     skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig
 
+from lora_dpo.engine.pair_forward import DIFFERENCE, largest_difference
 from lora_dpo.engine_checks import TOLERANCE
 from lora_dpo.errors import ReferenceMismatch
 from lora_dpo.model.base import steady
 from lora_dpo.model.lora import REFERENCE, bare
-from lora_dpo.shared_prefix.model import DIFFERENCE, largest_difference
 
 if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer

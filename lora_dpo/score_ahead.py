@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_dpo.engine import Engine
+    from lora_dpo.engine.engine import Engine
     from lora_dpo.trainer import DPOTrainer
 
 

@@ -23,6 +23,7 @@ from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import crossed
 from lora_dpo.data.pairs import evenly
+from lora_dpo.engine.token_budget import memory_advice
 from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.evaluate import to_json
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged
@@ -31,7 +32,6 @@ from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.guard_callback import add_guard
 from lora_dpo.leftovers import discard
 from lora_dpo.measure import Measured, comparison, held_out_losses, measure_after, measure_before
-from lora_dpo.memory import memory_advice
 from lora_dpo.model.base import Base, load_base, resolve_model
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.identity import commit_of

@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from lora_dpo.config.recipe import EngineSection
-from lora_dpo.engine import Engine
+from lora_dpo.engine.engine import Engine
 from lora_dpo.engine_checks import no_engine_because, odd_batch
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import keep_packed_weights_differentiable
@@ -39,11 +39,11 @@ class DPOTrainer(trl.DPOTrainer):
 
     What differs:
 
-    - Each pair's common prefix is computed once and nothing is padded (`lora_dpo.shared_prefix`). With
+    - Each pair's common prefix is computed once and nothing is padded (`lora_dpo.engine`). With
       LoRA dropout both branches then share one draw over their prefix.
     - An optimiser step is one batch: all its pairs (`gradient_accumulation_steps` batches of them) are packed
-      into parts by tokens, with the gradient of the whole (`lora_dpo.steps`).
-    - The reference is scored once a pair and kept on disk (`lora_dpo.reference_cache`).
+      into parts by tokens, with the gradient of the whole (`lora_dpo.engine.whole_step`).
+    - The reference is scored once a pair and kept on disk (`lora_dpo.engine.reference_cache`).
     - `gradient_checkpointing=True`, TRL's default, means: where the step would not fit without it.
     - Entropy, mean logits and token accuracy are computed on steps that are logged, not averaged over those between.
     - Adapter weights are float32 masters also on a 4-bit base, where TRL casts them to bf16 and Adam's

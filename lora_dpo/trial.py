@@ -12,9 +12,9 @@ from lora_dpo.adapters import attach_adapter
 from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import TokenPair
+from lora_dpo.engine.cost_model import PairShape
 from lora_dpo.errors import ModelError
 from lora_dpo.events import OnEvent, Progress
-from lora_dpo.footprint import PairShape
 from lora_dpo.leftovers import scratch
 from lora_dpo.model.base import load_base
 from lora_dpo.model.device import out_of_memory, peak_of_process

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.adapters import attach_adapter, base_name, read_passport
 from lora_dpo.data import TokenPair
 from lora_dpo.data.pairs import evenly
+from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.probe import PROBE, Probe, Sides, read_probe, save_probe
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.scoring import score_pairs
 
 if TYPE_CHECKING:
     from peft import PeftModel

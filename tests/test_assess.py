@@ -126,8 +126,8 @@ def test_a_ratio_and_its_interval():
 
 def test_an_assessment_agrees_with_plain_scores(policy, write_pairs, tiny_adapter):
     from lora_dpo.data import read_pairs, tokenize_pairs
+    from lora_dpo.engine.scoring import score_pairs
     from lora_dpo.evaluate import pair_metrics
-    from lora_dpo.scoring import score_pairs
 
     data = str(write_pairs(count=6))
     found = assess(policy, [data], plan=QUICK, judge=open_judge(["rules:length<=2"]))

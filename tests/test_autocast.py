@@ -7,7 +7,7 @@ import torch
 from tiny import PAIRS, build, columns, gradients_of, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
-from lora_dpo.steps import model_inputs, select
+from lora_dpo.engine.whole_step import model_inputs, select
 
 
 @pytest.fixture(autouse=True)

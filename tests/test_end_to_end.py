@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.cli import main
+from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.model.base import load_base
 from lora_dpo.model.packaged import fetch_model
-from lora_dpo.scoring import score_pairs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow

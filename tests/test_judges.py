@@ -9,6 +9,7 @@ from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import Origin, PreferencePair
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.tokenize import tokenize_pair
+from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judges import Means, open_judge
 from lora_dpo.judges.base import Judge
@@ -17,7 +18,6 @@ from lora_dpo.judges.rules import last_number
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Answer
 from lora_dpo.model.lora import attach_lora, reference
-from lora_dpo.scoring import score_pairs
 
 
 def prompt(*accepted, text="What is 6 times 7?"):

@@ -6,8 +6,8 @@ from tiny import PAIRS, build, columns, gradients_of, tiny
 from trl.kernels import ChunkedLogProbFunction
 
 from lora_dpo import DPOTrainer
-from lora_dpo.shared_prefix import logprobs
-from lora_dpo.shared_prefix.logprobs import EXTRAS, head_values
+from lora_dpo.engine import logprobs
+from lora_dpo.engine.logprobs import EXTRAS, head_values
 
 
 def inputs(tokens=7, width=5, vocabulary=11, dtype=torch.float32):

@@ -12,14 +12,14 @@ from lora_dpo import DPOTrainer, plan
 from lora_dpo.cli import main
 from lora_dpo.cli_plan import bar
 from lora_dpo.config.recipe import check_recipe, read_recipe
+from lora_dpo.engine import PairForward, lay_out
+from lora_dpo.engine.cost_model import NF4_BYTES, PairShape, footprint, pair_shape
+from lora_dpo.engine.layout import stream_length
 from lora_dpo.errors import ConfigError
-from lora_dpo.footprint import NF4_BYTES, PairShape, footprint, pair_shape
 from lora_dpo.model.base import load_base, load_skeleton
 from lora_dpo.model.lora import attach_lora, bare
 from lora_dpo.plan import bins, count, parse_size
 from lora_dpo.plan_lines import verdict
-from lora_dpo.shared_prefix import PairForward, lay_out
-from lora_dpo.shared_prefix.layout import stream_length
 
 SIZES = dict(
     vocab_size=300, hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,

@@ -11,10 +11,10 @@ from tiny import LORA, PAIRS, build, columns, pair, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
 from lora_dpo.config.recipe import LoraSection
-from lora_dpo.engine import answer_sums
+from lora_dpo.engine.engine import answer_sums
+from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
 from lora_dpo.model.base import load_base
 from lora_dpo.model.lora import attach_lora
-from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
 
 LOGPS = PairLogps(-1.5, -0.25, -3.0, 0.0)
 
@@ -134,7 +134,7 @@ def test_a_large_weight_is_summed_in_pieces(dtype, monkeypatch):
         return plain(self, *args, **kwargs)
 
     names = [reference_name(weight, torch.float32)]
-    monkeypatch.setattr("lora_dpo.reference_cache.PIECE", 64)
+    monkeypatch.setattr("lora_dpo.engine.reference_cache.PIECE", 64)
     monkeypatch.setattr(torch.Tensor, "sum", watched)
     names.append(reference_name(weight, torch.float32))
     assert max(widened) == 64  # the sum makes 8 bytes of each of them first
@@ -149,7 +149,7 @@ def test_with_a_full_cache_the_adapters_are_never_switched(run, monkeypatch):
     def never(model):
         raise AssertionError("the reference was switched to")
 
-    monkeypatch.setattr("lora_dpo.engine.reference", never)
+    monkeypatch.setattr("lora_dpo.engine.engine.reference", never)
     assert run() == (4, 0)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import tiny
 
-from lora_dpo.shared_prefix.layout import lay_out
-from lora_dpo.shared_prefix.model import stream_attention, stream_hidden
-from lora_dpo.shared_prefix.rematerialise import Rematerialiser
+from lora_dpo.engine.layout import lay_out
+from lora_dpo.engine.pair_forward import stream_attention, stream_hidden
+from lora_dpo.engine.rematerialise import Rematerialiser
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])

@@ -15,10 +15,10 @@ from trl import DPOConfig
 from lora_dpo import DPOTrainer
 from lora_dpo.config.trl_dpo import LOSSES
 from lora_dpo.data import Origin, PreferencePair, read_pairs, tokenize_pairs
-from lora_dpo.scoring import _padded_logps, _stream_logps, score_pairs
-from lora_dpo.shared_prefix import PairForward, lay_out, unsupported_reason
-from lora_dpo.shared_prefix.attention import StreamPlan, pair_attention
-from lora_dpo.shared_prefix.model import ARCHITECTURES
+from lora_dpo.engine import PairForward, lay_out, unsupported_reason
+from lora_dpo.engine.attention import StreamPlan, pair_attention
+from lora_dpo.engine.pair_forward import ARCHITECTURES
+from lora_dpo.engine.scoring import _padded_logps, _stream_logps, score_pairs
 
 
 def rows_of(pairs):

@@ -16,13 +16,13 @@ from tiny import LORA, PAIRS, Stock, assert_close, build, columns, gradients_of,
 
 from lora_dpo import DPOTrainer, EngineSection
 from lora_dpo.config.trl_dpo import LOSSES
-from lora_dpo.memory import Budget, fit
+from lora_dpo.engine import lay_out
+from lora_dpo.engine.layout import pack, stream_length
+from lora_dpo.engine.scoring import score_pairs
+from lora_dpo.engine.token_budget import Budget, fit
+from lora_dpo.engine.whole_step import couples_pairs
 from lora_dpo.model.device import container_bytes, peak_of_process
 from lora_dpo.record import peak_memory
-from lora_dpo.scoring import score_pairs
-from lora_dpo.shared_prefix import lay_out
-from lora_dpo.shared_prefix.layout import pack, stream_length
-from lora_dpo.steps import couples_pairs
 
 
 def step(trainer, batches=(PAIRS,)):

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from tiny import PAIRS, Stock, assert_close, build, columns, gradients_of, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
-from lora_dpo.shared_prefix.trunk import TrunkCache, lowest_adapted_layer
+from lora_dpo.engine.trunk_cache import TrunkCache, lowest_adapted_layer
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOP = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LINEAR, layers_to_transform=[3])

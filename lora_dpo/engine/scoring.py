@@ -28,7 +28,7 @@ def score_pairs(
     Args:
         on_pair: called with the number of pairs done so far.
     """
-    from lora_dpo.shared_prefix.model import unsupported_reason
+    from lora_dpo.engine.pair_forward import unsupported_reason
 
     streams = unsupported_reason(bare(model)) is None
     chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
@@ -58,12 +58,12 @@ def _batches(pairs: Sequence[TokenPair]) -> Iterator[list[int]]:
 
 
 def _stream_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[list[float], list[float]]:
-    """Score without padding, each prompt once (`lora_dpo.shared_prefix`)."""
+    """Score without padding, each prompt once (`lora_dpo.engine`)."""
     import torch
 
-    from lora_dpo.shared_prefix.layout import lay_out
-    from lora_dpo.shared_prefix.logprobs import to_rows
-    from lora_dpo.shared_prefix.model import label_values, stream_attention, stream_hidden, to_device
+    from lora_dpo.engine.layout import lay_out
+    from lora_dpo.engine.logprobs import to_rows
+    from lora_dpo.engine.pair_forward import label_values, stream_attention, stream_hidden, to_device
 
     base = bare(model)
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lora_dpo.shared_prefix.layout import Layout
+from lora_dpo.engine.layout import Layout
 
 
 def lowest_adapted_layer(model: Any) -> int:

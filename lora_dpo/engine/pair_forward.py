@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dpo.shared_prefix.attention import NAME, PLAN, StreamPlan
-from lora_dpo.shared_prefix.layout import Layout, lay_out
-from lora_dpo.shared_prefix.logprobs import HeadValues, head_values, to_rows
-from lora_dpo.shared_prefix.rematerialise import Rematerialiser
-from lora_dpo.shared_prefix.trunk import TrunkCache, decoder_layers, from_trunk, lowest_adapted_layer, trunk_hidden
+from lora_dpo.engine.attention import NAME, PLAN, StreamPlan
+from lora_dpo.engine.layout import Layout, lay_out
+from lora_dpo.engine.logprobs import HeadValues, head_values, to_rows
+from lora_dpo.engine.rematerialise import Rematerialiser
+from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, from_trunk, lowest_adapted_layer, trunk_hidden
 
 if TYPE_CHECKING:
     pass

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lora_dpo.shared_prefix.trunk import decoder_layers
+from lora_dpo.engine.trunk_cache import decoder_layers
 
 Recipe = Callable[[], torch.Tensor]
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from lora_dpo.shared_prefix.layout import Span
+from lora_dpo.engine.layout import Span
 
 NAME = "lora_dpo_shared_prefix"
 PLAN = "lora_dpo_plan"

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 
 from lora_dpo.config.recipe import EngineSection
-from lora_dpo.first_sight import FirstSight
-from lora_dpo.memory import CPU_TOKENS, CUDA_TOKENS, Budget
+from lora_dpo.engine import PairForward
+from lora_dpo.engine.first_sight import FirstSight
+from lora_dpo.engine.layout import pack
+from lora_dpo.engine.objective import Objective
+from lora_dpo.engine.pair_forward import largest_difference, rows_of
+from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
+from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, Budget
+from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, lowest_adapted_layer
+from lora_dpo.engine.whole_step import Inputs, WholeStep, assemble, merge_batches, model_inputs, pair_lengths, select
 from lora_dpo.model.base import steady
 from lora_dpo.model.device import free_bytes, give_back_memory, out_of_memory
 from lora_dpo.model.lora import bare, is_reference, reference
-from lora_dpo.objective import Objective
-from lora_dpo.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
-from lora_dpo.shared_prefix import PairForward
-from lora_dpo.shared_prefix.layout import pack
-from lora_dpo.shared_prefix.model import largest_difference, rows_of
-from lora_dpo.shared_prefix.trunk import TrunkCache, decoder_layers, lowest_adapted_layer
-from lora_dpo.steps import Inputs, WholeStep, assemble, merge_batches, model_inputs, pair_lengths, select
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ logprobs.py    stream → per-token log-probabilities of both sides
 model.py       which models can do this, and how one of them is run so
 """
 
-from lora_dpo.shared_prefix.layout import Layout, lay_out
-from lora_dpo.shared_prefix.model import PairForward, unsupported_reason
+from lora_dpo.engine.layout import Layout, lay_out
+from lora_dpo.engine.pair_forward import PairForward, unsupported_reason
 
 __all__ = ["Layout", "PairForward", "lay_out", "unsupported_reason"]

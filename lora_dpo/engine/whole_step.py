@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dpo.memory import Budget
+from lora_dpo.engine.layout import pack, stream_length
+from lora_dpo.engine.objective import Objective
+from lora_dpo.engine.pair_forward import rows_of
+from lora_dpo.engine.token_budget import Budget
 from lora_dpo.model.device import give_back_memory, out_of_memory
-from lora_dpo.objective import Objective
-from lora_dpo.shared_prefix.layout import pack, stream_length
-from lora_dpo.shared_prefix.model import rows_of
 
 if TYPE_CHECKING:
-    from lora_dpo.engine import Engine
+    from lora_dpo.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 

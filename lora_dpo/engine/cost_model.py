@@ -195,8 +195,8 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> Footprint:
         itemsize: bytes of a number in the compute dtype.
         packed: whether linear layers are held in 4 bits, else in the compute dtype.
     """
+    from lora_dpo.engine.trunk_cache import decoder_layers, lowest_adapted_layer
     from lora_dpo.model.lora import bare
-    from lora_dpo.shared_prefix.trunk import decoder_layers, lowest_adapted_layer
 
     base: Any = bare(model)
     config = base.config
