@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lora_dpo.telemetry  # noqa: F401 - first: switches off what libraries would count and tell
-from lora_dpo.adapters import attach_adapter
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.hub import pull, push
+from lora_dpo.adapters.loading import load_policy
+from lora_dpo.adapters.store import install, list_adapters, pack
 from lora_dpo.assess import AssessPlan, assess
 from lora_dpo.chat import Chat, open_chat
 from lora_dpo.config.improve_recipe import read_improve_recipe
@@ -20,10 +23,8 @@ from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.export import export
 from lora_dpo.fidelity import fidelity
 from lora_dpo.host import Host, open_host
-from lora_dpo.hub import pull, push
 from lora_dpo.improve import improve
 from lora_dpo.judges import open_judge
-from lora_dpo.library import install, list_adapters, pack
 from lora_dpo.merge import merge
 from lora_dpo.mix import mix
 from lora_dpo.model.base import Base, load_base
@@ -32,7 +33,6 @@ from lora_dpo.model.lora import attach_lora, reference
 from lora_dpo.model.packaged import fetch_model
 from lora_dpo.pairs import make_pairs
 from lora_dpo.plan import Plan, plan
-from lora_dpo.policy import load_policy
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.report import write_report
 from lora_dpo.train import TrainResult, train

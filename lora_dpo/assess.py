@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from lora_dpo.adapters import check_adapter, check_folder, put_beside, read_passport, warn_of
+from lora_dpo.adapters.folder import check_adapter, check_folder, put_beside, read_passport, warn_of
+from lora_dpo.adapters.loading import Policy, attach_reference, beta_of
+from lora_dpo.adapters.peft_files import WEIGHTS
 from lora_dpo.assessment import AnswerPart, Assessment, PairPart, TextPart
 from lora_dpo.contest import Contest, judged, voted
 from lora_dpo.data import PreferencePair, TokenPair, read_pairs, tokenize_pairs
@@ -23,10 +25,8 @@ from lora_dpo.files import sha256_of
 from lora_dpo.intervals import Interval, length_controlled, mean, rate
 from lora_dpo.judges import Judge
 from lora_dpo.learned import at_first_sight
-from lora_dpo.lora_files import WEIGHTS
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import POLICY, REFERENCE, reference
-from lora_dpo.policy import Policy, attach_reference, beta_of
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text_measures import refuses, repetition
 from lora_dpo.token_laws import draw, kl_to_reference, text_losses, windows

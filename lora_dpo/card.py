@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lora_dpo.adapters.package import PICTURE
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.config.trl_sft_kto import TITLES
 from lora_dpo.model.packaged import is_hub_id
-from lora_dpo.package import PICTURE
 
 if TYPE_CHECKING:
-    from lora_dpo.adapters import Passport
+    from lora_dpo.adapters.folder import Passport
 
 
 def write_card(

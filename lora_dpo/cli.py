@@ -88,12 +88,12 @@ def train(
 
         lora-dpo train configs/quickstart.yaml trainer.beta=0.2 lora.rank=8 output=adapters/beta02
     """
-    from lora_dpo.adapters import strictness
-    from lora_dpo.checkpoints import checkpoints
+    from lora_dpo.adapters.checkpoints import checkpoints
+    from lora_dpo.adapters.folder import strictness
+    from lora_dpo.adapters.run_folder import partial_of, resume_command
     from lora_dpo.config.recipe import read_recipe
     from lora_dpo.console import RunView
     from lora_dpo.prepare import Stopped, StopSignal
-    from lora_dpo.runs import partial_of, resume_command
     from lora_dpo.signals import stop_on_signals
     from lora_dpo.train import train as run_training
 
@@ -152,7 +152,7 @@ def chat(
 
         lora-dpo chat adapters/quickstart --prompt "Why is the sky blue?" --compare
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
     from lora_dpo.chat import open_chat
     from lora_dpo.config.recipe import one_of
     from lora_dpo.model.decoding import Sampling
@@ -208,12 +208,12 @@ def merge(
 
         lora-dpo merge adapters/quickstart --output merged/compared --into both
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
+    from lora_dpo.adapters.stored_pairs import read_probe
     from lora_dpo.config.recipe import one_of
     from lora_dpo.console import fidelity_table, stages
     from lora_dpo.fidelity import check_pairs, fidelity, recommend
     from lora_dpo.merge import merge as run_merge
-    from lora_dpo.probe import read_probe
 
     one_of("--into", into, ("base16", "trained-base", "both"))
     one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))

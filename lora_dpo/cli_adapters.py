@@ -30,7 +30,7 @@ def list_() -> None:
 
         lora-dpo adapters list
     """
-    from lora_dpo.library import list_adapters
+    from lora_dpo.adapters.store import list_adapters
 
     rows = list_adapters()
     if not rows:
@@ -55,7 +55,7 @@ def show(name: Name) -> None:
 
         lora-dpo adapters show quickstart
     """
-    from lora_dpo.library import describe, find_adapter
+    from lora_dpo.adapters.store import describe, find_adapter
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
@@ -75,9 +75,9 @@ def verify(name: Name, model: Model = None, strict: Strict = False) -> None:
 
         lora-dpo adapters verify quickstart
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
+    from lora_dpo.adapters.store import find_adapter, record_verified
     from lora_dpo.errors import AdapterError
-    from lora_dpo.library import find_adapter, record_verified
     from lora_dpo.verify import verify as run_verify
 
     folder = find_adapter(name)
@@ -108,8 +108,8 @@ def pack(
 
         lora-dpo adapters pack quickstart
     """
-    from lora_dpo.library import find_adapter
-    from lora_dpo.library import pack as run_pack
+    from lora_dpo.adapters.store import find_adapter
+    from lora_dpo.adapters.store import pack as run_pack
 
     file = run_pack(find_adapter(name), output)
     out.print(f"packed {escape(str(file))} ({file.stat().st_size / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
@@ -131,8 +131,8 @@ def install(
 
         lora-dpo adapters install ~/Downloads/some-peft-folder --name friendly
     """
-    from lora_dpo.hub import download
-    from lora_dpo.library import install as run_install
+    from lora_dpo.adapters.hub import download
+    from lora_dpo.adapters.store import install as run_install
 
     with err.status("checking"):
         done = run_install(source, name=name, fetch=download)
@@ -151,7 +151,7 @@ def pull(
 
         lora-dpo adapters pull someone/brief-smollm2 --revision main
     """
-    from lora_dpo.hub import pull as run_pull
+    from lora_dpo.adapters.hub import pull as run_pull
 
     with err.status("downloading and checking"):
         done = run_pull(repo, name=name, revision=revision)
@@ -172,9 +172,9 @@ def push(
 
         lora-dpo adapters push quickstart me/brief-smollm2
     """
-    from lora_dpo.hub import paths_told
-    from lora_dpo.hub import push as run_push
-    from lora_dpo.library import find_adapter
+    from lora_dpo.adapters.hub import paths_told
+    from lora_dpo.adapters.hub import push as run_push
+    from lora_dpo.adapters.store import find_adapter
 
     folder = find_adapter(name)
     if told := paths_told(folder):
@@ -195,8 +195,8 @@ def remove(
 
         lora-dpo adapters remove quickstart-2
     """
-    from lora_dpo.library import removable
-    from lora_dpo.library import remove as run_remove
+    from lora_dpo.adapters.store import removable
+    from lora_dpo.adapters.store import remove as run_remove
 
     folder = removable(name)
     if not yes:
@@ -215,8 +215,8 @@ def diff(
 
         lora-dpo adapters diff quickstart quickstart-2
     """
-    from lora_dpo.library import diff as run_diff
-    from lora_dpo.library import find_adapter
+    from lora_dpo.adapters.store import diff as run_diff
+    from lora_dpo.adapters.store import find_adapter
 
     one, other = find_adapter(first), find_adapter(second)
     rows = run_diff(one, other)
@@ -258,13 +258,13 @@ def mix(
 
         lora-dpo adapters mix brief:0.5 kind:0.5 --method svd --sweep 5 --output half
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
+    from lora_dpo.adapters.package import check_name
+    from lora_dpo.adapters.run_folder import ADAPTERS_DIR
+    from lora_dpo.adapters.store import find_adapter
     from lora_dpo.console import stages
-    from lora_dpo.library import find_adapter
     from lora_dpo.mix import mix as run_mix
     from lora_dpo.mix import parse_part
-    from lora_dpo.package import check_name
-    from lora_dpo.runs import ADAPTERS_DIR
 
     found = [(find_adapter(name), weight) for name, weight in map(parse_part, parts)]
     target = Path(output) if len(Path(output).parts) > 1 else ADAPTERS_DIR / check_name(output)

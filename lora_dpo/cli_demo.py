@@ -61,7 +61,7 @@ def demo(
     if ":" in host:
         raise ConfigError(f"--host is {host}: Gradio listens on IPv4 addresses and names alone. Give 127.0.0.1.")
     check_gradio()
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
     from lora_dpo.address import listen
 
     # Before a model is loaded for nothing; and strict around the first look at the adapters, too.

@@ -77,16 +77,16 @@ def evaluate(
 
         lora-dpo eval quickstart --data eval.jsonl --require 'accuracy>0.7' --require 'kl<0.5' --json
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
+    from lora_dpo.adapters.loading import load_policy
+    from lora_dpo.adapters.store import find_adapter
     from lora_dpo.assess import AssessPlan, assess
     from lora_dpo.config.recipe import one_of
     from lora_dpo.console import RunView
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.evaluations import evaluation_folder, save_evaluation
     from lora_dpo.judge_loading import load_with_judge
-    from lora_dpo.library import find_adapter
     from lora_dpo.model.decoding import Sampling
-    from lora_dpo.policy import load_policy
     from lora_dpo.thresholds import parse_requirements
 
     if quantize is not None:

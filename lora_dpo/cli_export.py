@@ -60,7 +60,7 @@ def export(
 
         lora-dpo export adapters/quickstart --to ollama --output ollama/quickstart
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
     from lora_dpo.config.recipe import one_of
     from lora_dpo.console import stages
     from lora_dpo.export import adapter_of

@@ -96,7 +96,7 @@ def pairs(
     exact, contains and numeric compare with 'accepted' in the rows of PROMPTS. A weight is a number before it:
     --judge '0.5*rules:no-repeat'.
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
     from lora_dpo.console import RunView
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.data.write import check_name
@@ -245,7 +245,7 @@ def improve(
 
         lora-dpo improve configs/improve/quickstart.yaml improve.rounds=1 output=adapters/short
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
     from lora_dpo.config.improve_recipe import read_improve_recipe
     from lora_dpo.console import RunView
     from lora_dpo.improve import improve as run_rounds

@@ -57,7 +57,7 @@ def serve(
 
         curl http://127.0.0.1:8000/v1/models
     """
-    from lora_dpo.adapters import strictness
+    from lora_dpo.adapters.folder import strictness
     from lora_dpo.address import is_loopback, listen
     from lora_dpo.config.recipe import one_of
     from lora_dpo.errors import ConfigError

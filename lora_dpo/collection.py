@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lora_dpo.adapters.peft_files import plain
 from lora_dpo.data import Message, PreferencePair, ReadReport, read_pairs
 from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.data.doctor.examination import Diagnosis, examine
@@ -30,7 +31,6 @@ from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.journal import rewrite_durably
-from lora_dpo.lora_files import plain
 from lora_dpo.model.tensor_file import State, state_of
 from lora_dpo.votes import VoteBook
 

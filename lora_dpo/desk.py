@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters.package import check_name
+from lora_dpo.adapters.peft_files import CONFIG, plain
+from lora_dpo.adapters.run_folder import discard_run, interrupted_runs, logged_rows, partial_of
 from lora_dpo.arena import Arena
 from lora_dpo.collection import Collection
 from lora_dpo.config.recipe import Recipe, nearest, read_recipe
@@ -19,10 +22,7 @@ from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.host import Host
 from lora_dpo.job import Job
 from lora_dpo.leftovers import scratch_folder
-from lora_dpo.lora_files import CONFIG, plain
 from lora_dpo.model.decoding import Sampling, generate
-from lora_dpo.package import check_name
-from lora_dpo.runs import discard_run, interrupted_runs, logged_rows, partial_of
 from lora_dpo.watch import Sample, Watch
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lora_dpo.adapters.stored_run import NUMBERS
 from lora_dpo.assessment import Assessment
 from lora_dpo.files import atomic_folder, refuse_existing
 from lora_dpo.report import PAGE, evaluation_page
-from lora_dpo.report.stored import NUMBERS
 
 EVALUATIONS = Path("evaluations")
 

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters import attach_adapter, base_name, read_passport
+from lora_dpo.adapters.folder import attach_adapter, base_name, read_passport
+from lora_dpo.adapters.stored_pairs import PROBE, Sides, read_probe
 from lora_dpo.data import TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.pairs import evenly
 from lora_dpo.errors import AdapterError, DataError
@@ -22,7 +23,6 @@ from lora_dpo.files import disk_errors, replace_file
 from lora_dpo.leftovers import temporary_folder
 from lora_dpo.model.base import load_base, load_tokenizer
 from lora_dpo.model.decoding import Sampling, decode, stop_token_ids
-from lora_dpo.probe import PROBE, Sides, read_probe
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.verify import accuracy
 

@@ -23,8 +23,8 @@ from lora_dpo.model.decoding import Answer
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from lora_dpo.adapters.run_folder import RunLog
     from lora_dpo.prepare import Run
-    from lora_dpo.runs import RunLog
 
 STRIDE = 4
 """Steps between two kept states: an alarm of the numbers goes back 4 to 8 steps."""

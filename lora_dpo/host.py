@@ -21,7 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lora_dpo.adapters import is_strict
+from lora_dpo.adapters.folder import is_strict
+from lora_dpo.adapters.package import check_name
+from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.config.recipe import Dtype, ModelSection, Quantize, Recipe
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import prompt_ids
@@ -32,9 +34,7 @@ from lora_dpo.job import Job
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Sampling, stream_from
 from lora_dpo.model.device import out_of_memory
-from lora_dpo.package import check_name
 from lora_dpo.request import Asked, Outcome, Reply, Stream, Ticket
-from lora_dpo.runs import ADAPTERS_DIR
 from lora_dpo.shelf import Shelf
 from lora_dpo.train import Look
 from lora_dpo.turns import OWN, Chore, Turns

@@ -21,8 +21,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lora_dpo.adapters import attach_adapter, read_passport
-from lora_dpo.checkpoints import checkpoints
+from lora_dpo.adapters.checkpoints import checkpoints
+from lora_dpo.adapters.folder import attach_adapter, read_passport
+from lora_dpo.adapters.loading import Policy
+from lora_dpo.adapters.run_folder import ADAPTERS_DIR, partial_of
 from lora_dpo.config.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.data.pairs import evenly
@@ -39,10 +41,8 @@ from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import detach
 from lora_dpo.pairs import Selection, make_pairs
-from lora_dpo.policy import Policy
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.runs import ADAPTERS_DIR, partial_of
 from lora_dpo.samples import SamplePlan
 from lora_dpo.train import train
 

@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from lora_dpo.adapters.run_folder import discard_run
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.events import Event, OnEvent, Progress, Saved
 from lora_dpo.model.base import Base
 from lora_dpo.model.lora import share_weights
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.runs import discard_run
 from lora_dpo.train import Look, train
 from lora_dpo.turns import OWN, Turns
 

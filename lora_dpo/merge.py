@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lora_dpo.adapters import warn_of
+from lora_dpo.adapters.folder import warn_of
+from lora_dpo.adapters.peft_files import plain
 from lora_dpo.files import atomic_folder, refuse_existing
-from lora_dpo.lora_files import plain
 from lora_dpo.merging import Merged, plan_merge
 from lora_dpo.quiet import quiet_libraries
 

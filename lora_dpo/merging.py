@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_dpo.adapters import (
+from lora_dpo.adapters.folder import (
     base_name,
     check_holding,
     check_weights_are_the_passports,
@@ -22,9 +22,8 @@ from lora_dpo.adapters import (
     read_passport,
     unverified,
 )
-from lora_dpo.errors import AdapterError, ModelError
-from lora_dpo.hub import hub_errors
-from lora_dpo.lora_files import (
+from lora_dpo.adapters.hub import hub_errors
+from lora_dpo.adapters.peft_files import (
     WEIGHTS,
     AdapterConfig,
     LoraModule,
@@ -33,6 +32,7 @@ from lora_dpo.lora_files import (
     plain,
     read_adapter,
 )
+from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.model.base import load_skeleton, resolve_model
 from lora_dpo.model.identity import chat_template_sha256, tokenizer_sha256, weight_files, weight_fingerprint
 from lora_dpo.model.tensor_file import open_tensors
@@ -40,7 +40,7 @@ from lora_dpo.model.tensor_file import open_tensors
 if TYPE_CHECKING:
     import torch
 
-    from lora_dpo.adapters import Passport
+    from lora_dpo.adapters.folder import Passport
 
 Into = Literal["base16", "trained-base"]
 

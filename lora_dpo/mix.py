@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters import (
+from lora_dpo.adapters.folder import (
     Passport,
     base_name,
     check_adapter,
@@ -34,16 +34,16 @@ from lora_dpo.adapters import (
     warn_of,
     write_passport,
 )
+from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, LoraModule, plain, read_adapter, read_config
+from lora_dpo.adapters.store import check_content, named
+from lora_dpo.adapters.stored_pairs import MAX_PAIRS, Probe, Sides, read_probe, save_probe
 from lora_dpo.card import front_matter
 from lora_dpo.data import TokenPair
 from lora_dpo.data.pairs import evenly
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import atomic_folder, refuse_existing, sha256_of
-from lora_dpo.library import check_content, named
-from lora_dpo.lora_files import CONFIG, WEIGHTS, LoraModule, plain, read_adapter, read_config
 from lora_dpo.model.base import Base, load_base
-from lora_dpo.probe import MAX_PAIRS, Probe, Sides, read_probe, save_probe
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
 from lora_dpo.verify import accuracy, pad_of

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lora_dpo.adapters.peft_files import plain
+from lora_dpo.adapters.store import pack
 from lora_dpo.desk import Desk
 from lora_dpo.errors import ConfigError
-from lora_dpo.library import pack
-from lora_dpo.lora_files import plain
 
 FORMS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
 """Forms of an export, with the end of the name that is written: a merged model folder, files for llama.cpp, Ollama."""

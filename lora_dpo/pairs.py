@@ -27,7 +27,7 @@ from lora_dpo.model.decoding import Answer
 from lora_dpo.samples import Sample, SamplePlan, sample_answers
 
 if TYPE_CHECKING:
-    from lora_dpo.policy import Policy
+    from lora_dpo.adapters.loading import Policy
 
 Select = Literal["best-worst", "gaps"]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters.peft_files import read_config
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.engine.cost_model import Footprint, PairShape, pair_shape
 from lora_dpo.errors import ConfigError
@@ -33,7 +34,6 @@ from lora_dpo.fitting import (
     parts_of,
     run_apart,
 )
-from lora_dpo.lora_files import read_config
 from lora_dpo.model.base import decide_packed, load_skeleton
 from lora_dpo.model.device import free_bytes, pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
@@ -260,8 +260,8 @@ def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:
         return attach_lora(skeleton, recipe.lora, seed=0)
     from peft import get_peft_model
 
-    from lora_dpo.adapters import check_folder, peft_errors
-    from lora_dpo.peft_config import live_config
+    from lora_dpo.adapters.folder import check_folder, peft_errors
+    from lora_dpo.adapters.peft_config import live_config
 
     folder = recipe.reference_adapter
     check_folder(folder)

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters import check_folder
+from lora_dpo.adapters.folder import check_folder
+from lora_dpo.adapters.run_folder import check_space, partial_of
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.config.trl_common import check_optimizer
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
@@ -27,7 +28,6 @@ from lora_dpo.model.base import decide_packed, load_skeleton, load_tokenizer
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
 from lora_dpo.model.tensor_file import open_tensors
-from lora_dpo.runs import check_space, partial_of
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters.stored_run import MEASURED
 from lora_dpo.data.doctor.examination import examine
 from lora_dpo.events import Event, OnEvent, Progress
 from lora_dpo.model.device import peak_of_process
-from lora_dpo.report.stored import MEASURED
 
 if TYPE_CHECKING:
     from lora_dpo.guard import Outcome

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
 
+from lora_dpo.adapters.package import BASE
 from lora_dpo.address import is_cross_site, is_local_name
 from lora_dpo.connections import Server, server_config
 from lora_dpo.errors import AdapterError, Busy, LoraDPOError, ModelError, PromptTooLong, RequestRefused
@@ -37,7 +38,6 @@ from lora_dpo.openai_api import (
     model_entry,
     read_request,
 )
-from lora_dpo.package import BASE
 from lora_dpo.request import Outcome, Reply, Ticket
 from lora_dpo.text import shown
 

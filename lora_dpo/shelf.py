@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters import PASSPORT, check_adapter, put_adapter
+from lora_dpo.adapters.folder import PASSPORT, check_adapter, put_adapter
+from lora_dpo.adapters.package import BASE
+from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, plain
 from lora_dpo.config.recipe import nearest
 from lora_dpo.errors import AdapterError
-from lora_dpo.lora_files import CONFIG, WEIGHTS, plain
 from lora_dpo.model.base import Base
 from lora_dpo.model.lora import share_weights
 from lora_dpo.model.tensor_file import State as FileState
 from lora_dpo.model.tensor_file import state_of
-from lora_dpo.package import BASE
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters import attach_adapter, make_passport, restore_adapter, write_passport
+from lora_dpo.adapters.checkpoints import checkpoints, clear_torn, make_keeper, read_state, tokens_seen
+from lora_dpo.adapters.folder import attach_adapter, make_passport, restore_adapter, write_passport
+from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, open_run, release, resume_command
 from lora_dpo.card import write_card, write_curves
-from lora_dpo.checkpoints import checkpoints, clear_torn, make_keeper, read_state, tokens_seen
 from lora_dpo.config.recipe import Recipe, dump_recipe
 from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
@@ -40,7 +41,6 @@ from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.record import Stopwatch, findings, record, write_record
 from lora_dpo.report import PAGE, report_of
-from lora_dpo.runs import METRICS, RunLog, choose_output, open_run, release, resume_command
 from lora_dpo.verify import write_probe
 
 if TYPE_CHECKING:

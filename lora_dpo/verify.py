@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters import attach_adapter, base_name, read_passport
+from lora_dpo.adapters.folder import attach_adapter, base_name, read_passport
+from lora_dpo.adapters.stored_pairs import PROBE, Probe, Sides, read_probe, save_probe
 from lora_dpo.data import TokenPair
 from lora_dpo.data.pairs import evenly
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError
 from lora_dpo.model.base import Base, load_base
-from lora_dpo.probe import PROBE, Probe, Sides, read_probe, save_probe
 from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:

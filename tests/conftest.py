@@ -172,7 +172,7 @@ def make_adapter(tiny_model_folder: Path) -> Callable[..., Path]:
     """
     import torch
 
-    from lora_dpo.adapters import make_passport, write_passport
+    from lora_dpo.adapters.folder import make_passport, write_passport
     from lora_dpo.config.recipe import LoraSection
     from lora_dpo.data import TokenPair
     from lora_dpo.data.pairs import Origin

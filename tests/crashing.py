@@ -25,12 +25,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_dpo.checkpoints import checkpoints
+from lora_dpo.adapters.checkpoints import checkpoints
+from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.cleaning import leftovers
 from lora_dpo.cli import main
 from lora_dpo.data import read_pairs
 from lora_dpo.journal import rewrite_durably
-from lora_dpo.runs import partial_of
 from lora_dpo.votes import Candidate, VoteBook
 
 LIBRARY = ctypes.CDLL(None)  # crash.c is in it
@@ -143,11 +143,11 @@ WARM = (
         "numpy",
         "safetensors.torch",
         "peft",
-        "lora_dpo.library",
+        "lora_dpo.adapters.store",
         "lora_dpo.console_data",
         "lora_dpo.data.write",
     ),
-    *("lora_dpo.adapters", "transformers.models.llama.modeling_llama", "filelock", "lora_dpo.hub"),
+    *("lora_dpo.adapters.folder", "transformers.models.llama.modeling_llama", "filelock", "lora_dpo.adapters.hub"),
 )
 TRAINING = ("lora_dpo.train", "lora_dpo.trainer", "trl.trainer.dpo_trainer", "matplotlib.pyplot")
 CASES = {

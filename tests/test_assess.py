@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lora_dpo.adapters.loading import load_policy
 from lora_dpo.assess import AssessPlan, assess, pair_part, ratio_interval
 from lora_dpo.cli import main
 from lora_dpo.data import Origin, TokenPair
@@ -16,7 +17,6 @@ from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.files import sha256_of
 from lora_dpo.judges import open_judge
 from lora_dpo.model.decoding import Sampling, generate, stop_token_ids
-from lora_dpo.policy import load_policy
 from lora_dpo.token_laws import as_answer, draw, kl_to_reference, text_losses, windows
 
 QUICK = AssessPlan(answers=4, kl_answers=3, sampling=Sampling(max_new_tokens=8))

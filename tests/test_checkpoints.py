@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_dpo.checkpoints import MOST_SECONDS, begin, checkpoints, make_keeper, newest_whole, seal
+from lora_dpo.adapters.checkpoints import MOST_SECONDS, begin, checkpoints, make_keeper, newest_whole, seal
+from lora_dpo.adapters.run_folder import RunLog, open_run, partial_of, release
 from lora_dpo.config.recipe import check_recipe, read_recipe
 from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.events import Note, Progress
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.runs import RunLog, open_run, partial_of, release
 from lora_dpo.train import train
 
 PARTIAL = Path("out.partial")
@@ -183,7 +183,7 @@ def test_a_checkpoint_that_cannot_be_sealed_costs_no_earlier_one(monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_dpo.checkpoints.sync", full)
+    monkeypatch.setattr("lora_dpo.adapters.checkpoints.sync", full)
     clock.now += MOST_SECONDS
     with pytest.raises(OSError, match="No space"):
         step(2)
@@ -225,7 +225,7 @@ def same_run(folder, whole):
 def test_a_resumed_run_has_every_row_of_an_uninterrupted_one(recipe, monkeypatch):
     whole = train(recipe.model_copy(update={"output": "whole"})).folder
     assert [row["num_tokens"] for row in rows(whole) if "num_tokens" in row]
-    monkeypatch.setattr("lora_dpo.checkpoints.MOST_SECONDS", 0.0)  # after every step
+    monkeypatch.setattr("lora_dpo.adapters.checkpoints.MOST_SECONDS", 0.0)  # after every step
     seen = []
     partial = cut(recipe, 3, look=lambda step, total, model: seen.append(names(checkpoints(PARTIAL))))
     assert seen[2:4] == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]  # looked at before the step is saved
@@ -255,7 +255,7 @@ def test_a_resumed_run_has_every_row_of_an_uninterrupted_one(recipe, monkeypatch
 
 
 def test_a_full_disk_at_a_checkpoint_is_a_sentence_that_says_how_to_go_on(recipe, monkeypatch):
-    monkeypatch.setattr("lora_dpo.checkpoints.MOST_SECONDS", 0.0)
+    monkeypatch.setattr("lora_dpo.adapters.checkpoints.MOST_SECONDS", 0.0)
     real, calls = torch.save, []
 
     def full(thing, path, *args, **kwargs):
@@ -290,7 +290,7 @@ def test_memory_that_runs_out_is_a_sentence(recipe, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_told_of_as_a_warning(recipe, monkeypatch):
-    monkeypatch.setattr("lora_dpo.checkpoints.MOST_SECONDS", 0.0)
+    monkeypatch.setattr("lora_dpo.adapters.checkpoints.MOST_SECONDS", 0.0)
     partial = cut(recipe, 3)
     (partial / "checkpoints/checkpoint-3/optimizer.pt").unlink()
     told = []
@@ -307,7 +307,7 @@ def test_the_space_that_is_asked_for_holds_every_checkpoint(recipe_dict, tokeniz
     fat.save_pretrained("fat")
     asked = []
     monkeypatch.setattr("lora_dpo.prepare.check_space", lambda output, needed: asked.append(needed))
-    monkeypatch.setattr("lora_dpo.checkpoints.MOST_SECONDS", 0.0)
+    monkeypatch.setattr("lora_dpo.adapters.checkpoints.MOST_SECONDS", 0.0)
     settings = recipe_dict(output="out", trainer={"max_steps": 4}, model={"name": "fat"})
     partial = cut(check_recipe(settings), 3)
     used = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())

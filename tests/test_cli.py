@@ -156,7 +156,7 @@ def test_memory_and_disks_are_a_sentence_wherever_they_fail(error, said, monkeyp
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("lora_dpo.library.list_adapters", fail)
+    monkeypatch.setattr("lora_dpo.adapters.store.list_adapters", fail)
     assert main(["adapters", "list"]) == 1
     assert said in capsys.readouterr().err
     with pytest.raises(type(error)):

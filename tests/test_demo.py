@@ -18,7 +18,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from lora_dpo.adapters import read_passport, write_passport
+from lora_dpo.adapters.folder import read_passport, write_passport
 from lora_dpo.cli import main
 from lora_dpo.cli_demo import check_reach, read_auth
 from lora_dpo.data import read_pairs
@@ -523,7 +523,7 @@ def test_a_kill_while_people_vote_and_train_loses_no_vote_and_leaves_no_adapter(
     on_disk = {pair.provenance["id"] for pair in pairs}
     assert set(acknowledged) <= on_disk
     assert len(on_disk) <= len(acknowledged) + 1
-    from lora_dpo.library import list_adapters
+    from lora_dpo.adapters.store import list_adapters
 
     assert [row.name for row in list_adapters(tmp_path / "adapters")] == ["first"]
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_dpo.adapters import read_passport, write_passport
+from lora_dpo.adapters.folder import read_passport, write_passport
 from lora_dpo.chat import open_chat
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, ModelError, OutputError

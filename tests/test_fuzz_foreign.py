@@ -19,14 +19,14 @@ from bounded import EXAMPLES, ends_well
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lora_dpo.adapters import attach_adapter
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.peft_files import read_adapter
+from lora_dpo.adapters.store import describe, diff, install, list_adapters
 from lora_dpo.config.improve_recipe import read_improve_recipe
 from lora_dpo.config.recipe import check_recipe, parse_settings, read_recipe, read_settings
 from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.data.chat_template import render
 from lora_dpo.judges.grammar import check_specs
-from lora_dpo.library import describe, diff, install, list_adapters
-from lora_dpo.lora_files import read_adapter
 from lora_dpo.model.base import load_base
 from lora_dpo.openai_api import read_request
 from lora_dpo.presets import with_settings

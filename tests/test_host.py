@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_dpo.adapters import read_passport, strictness, write_passport
+from lora_dpo.adapters.folder import read_passport, strictness, write_passport
+from lora_dpo.adapters.store import list_adapters
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.desk import Desk
 from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
 from lora_dpo.events import Progress
 from lora_dpo.host import Host, open_host
 from lora_dpo.job import Job
-from lora_dpo.library import list_adapters
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling, generate
 from lora_dpo.model.lora import attach_lora, share_weights
@@ -74,7 +74,7 @@ def wait_until_warm(host):
 
 def alone(tiny_model_folder, folder, text, sampling=SHORT):
     """The answer of a base with nothing else in memory."""
-    from lora_dpo.adapters import attach_adapter
+    from lora_dpo.adapters.folder import attach_adapter
 
     base = load_base(str(tiny_model_folder), quantize="none")
     model = attach_adapter(base, folder) if folder else base.model

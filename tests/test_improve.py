@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from lora_dpo.adapters import read_passport, write_passport
+from lora_dpo.adapters.folder import read_passport, write_passport
 from lora_dpo.cli import main
 from lora_dpo.config.improve_recipe import ImproveRecipe, ImproveSection, dump_improve_recipe, read_improve_recipe
 from lora_dpo.config.recipe import check_settings

@@ -15,12 +15,12 @@ import pytest
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_dpo.adapters import check_folder
+from lora_dpo.adapters.folder import check_folder
+from lora_dpo.adapters.package import unpack
+from lora_dpo.adapters.store import check_content, install, list_adapters, pack
 from lora_dpo.errors import AdapterError
 from lora_dpo.export import export
-from lora_dpo.library import check_content, install, list_adapters, pack
 from lora_dpo.merge import merge
-from lora_dpo.package import unpack
 
 KILLS = 20
 

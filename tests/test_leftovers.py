@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lora_dpo import leftovers
-from lora_dpo.checkpoints import begin, seal
+from lora_dpo.adapters.checkpoints import begin, seal
 from lora_dpo.cleaning import leftovers as found_in
 from lora_dpo.cli import main
 from lora_dpo.crash import write_crash

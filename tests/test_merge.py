@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_dpo import merge
-from lora_dpo.adapters import attach_adapter, read_passport, strictness, write_passport
+from lora_dpo.adapters.folder import attach_adapter, read_passport, strictness, write_passport
+from lora_dpo.adapters.stored_pairs import read_probe
 from lora_dpo.cli import main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.data.pairs import evenly
@@ -23,7 +24,6 @@ from lora_dpo.fidelity import Fidelity, fidelity, recommend, thinned
 from lora_dpo.merge import shard_files
 from lora_dpo.merging import merge_weight, plan_merge, predict_bytes
 from lora_dpo.model.base import load_base
-from lora_dpo.probe import read_probe
 from lora_dpo.train import train
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9]])

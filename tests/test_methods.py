@@ -12,7 +12,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_dpo.adapters import read_passport
+from lora_dpo.adapters.folder import read_passport
 from lora_dpo.answer_trainers import KTOTrainer, SFTTrainer, kto_rows, sft_rows
 from lora_dpo.cli import main
 from lora_dpo.config.recipe import LoraSection, check_recipe, dump_recipe, read_recipe

@@ -10,13 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_dpo.adapters import read_passport
+from lora_dpo.adapters.folder import read_passport
+from lora_dpo.adapters.peft_files import read_adapter
+from lora_dpo.adapters.store import install
+from lora_dpo.adapters.stored_pairs import read_probe
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
-from lora_dpo.library import install
-from lora_dpo.lora_files import read_adapter
 from lora_dpo.mix import METHODS, mix, parse_part
-from lora_dpo.probe import read_probe
 from lora_dpo.verify import verify
 
 
@@ -203,7 +203,7 @@ def test_what_comes_out_is_what_install_takes(parents, tmp_path, monkeypatch):
     done = mix([(parents[0], 0.1)] * 9, tmp_path / "nine", method="cat")
     assert len(read_probe(done.folder).pairs) == 64
     install(done.folder, name="nine", root=tmp_path / "adapters")
-    monkeypatch.setattr("lora_dpo.lora_files.MAX_RANK", 7)
+    monkeypatch.setattr("lora_dpo.adapters.peft_files.MAX_RANK", 7)
     with pytest.raises(AdapterError, match="rank 8: allowed is 1 to 7") as error:
         mix([(parents[0], 0.5), (parents[2], 0.5)], tmp_path / "mixed", method="cat")
     assert "/." not in str(error.value)

@@ -9,7 +9,7 @@ from bounded import within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_dpo.module_names import MAX_NAME, ByModule, in_use, is_name, is_pattern, matching
+from lora_dpo.adapters.module_names import MAX_NAME, ByModule, in_use, is_name, is_pattern, matching
 
 MODULES = [
     f"model.layers.{layer}.{part}"

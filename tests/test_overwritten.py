@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from lora_dpo.adapters import check_adapter, read_passport, write_passport
+from lora_dpo.adapters.folder import check_adapter, read_passport, write_passport
+from lora_dpo.adapters.peft_files import WEIGHTS, check_finite, read_header, weights
 from lora_dpo.errors import AdapterError
 from lora_dpo.host import Host
-from lora_dpo.lora_files import WEIGHTS, check_finite, read_header, weights
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling
 

@@ -16,10 +16,10 @@ import torch
 from bounded import within
 from safetensors.torch import load_file, save_file
 
+from lora_dpo.adapters.package import KNOWN
+from lora_dpo.adapters.store import install, list_adapters, pack, remove
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, BaseDiffers, LoraDPOError, OutputError, PackageError
-from lora_dpo.library import install, list_adapters, pack, remove
-from lora_dpo.package import KNOWN
 
 WEIGHTS, CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "passport.json"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import lora_dpo.samples
+from lora_dpo.adapters.loading import Policy, attach_reference, load_policy
 from lora_dpo.cli import main
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import read_pairs
@@ -26,7 +27,6 @@ from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import attach_lora
 from lora_dpo.pairs import Selection, choose, make_pairs
-from lora_dpo.policy import Policy, attach_reference, load_policy
 from lora_dpo.samples import SamplePlan, batch_seed, conversation, sample_answers
 
 PLAN = SamplePlan(answers=3, sampling=Sampling(max_new_tokens=10, temperature=1.0, seed=5), batch_size=4)
@@ -589,10 +589,12 @@ def test_the_implicit_reward_of_a_continued_adapter_is_against_the_adapter_it_co
     import types
 
     own = types.SimpleNamespace(reference=f"adapter:{adapter}", reference_sha256=None)
-    monkeypatch.setattr("lora_dpo.policy.read_passport", lambda folder: own)
+    monkeypatch.setattr("lora_dpo.adapters.loading.read_passport", lambda folder: own)
     attach_reference(policy)
     assert judge.score(prompts[0], answers) == pytest.approx([0, 0], abs=1e-5)
-    monkeypatch.setattr("lora_dpo.policy.read_passport", lambda folder: types.SimpleNamespace(reference="adapter:gone"))
+    monkeypatch.setattr(
+        "lora_dpo.adapters.loading.read_passport", lambda folder: types.SimpleNamespace(reference="adapter:gone")
+    )
     with pytest.raises(AdapterError, match="adapter:gone, which is not there"):
         attach_reference(policy)
 

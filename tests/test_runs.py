@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 
-from lora_dpo.checkpoints import checkpoints, seal
-from lora_dpo.config.recipe import Recipe, check_recipe, read_recipe
-from lora_dpo.errors import ConfigError, OutputError
-from lora_dpo.leftovers import discard
-from lora_dpo.runs import (
+from lora_dpo.adapters.checkpoints import checkpoints, seal
+from lora_dpo.adapters.run_folder import (
     RunLog,
     check_space,
     choose_output,
@@ -25,6 +22,9 @@ from lora_dpo.runs import (
     release,
     resume_command,
 )
+from lora_dpo.config.recipe import Recipe, check_recipe, read_recipe
+from lora_dpo.errors import ConfigError, OutputError
+from lora_dpo.leftovers import discard
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +224,7 @@ import sys
 import traceback
 from pathlib import Path
 from lora_dpo.config.recipe import check_recipe
-from lora_dpo.runs import open_run
+from lora_dpo.adapters.run_folder import open_run
 recipe = check_recipe({"model": {"name": "m"}, "data": {"train": "a.jsonl"}})
 for line in sys.stdin:
     open_run(recipe, Path(line.strip()), resume=False)
@@ -271,7 +271,9 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_name(another_process):
 
 def test_of_two_runs_that_start_together_only_one_gets_the_place(another_process, monkeypatch):
     run_of(another_process, Path("out"))
-    monkeypatch.setattr("lora_dpo.runs._check_place", lambda output, resume: None)  # as if checked before the other
+    monkeypatch.setattr(
+        "lora_dpo.adapters.run_folder._check_place", lambda output, resume: None
+    )  # as if checked before the other
     with pytest.raises(OutputError, match="has just started"):
         open_run(recipe(), Path("out"), resume=False)
 

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner
 
-from lora_dpo.adapters import attach_adapter
+from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.address import is_local_name, is_loopback, listen
 from lora_dpo.cli import app, main
 from lora_dpo.config.recipe import check_recipe

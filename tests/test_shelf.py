@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lora_dpo.adapters import attach_adapter
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.peft_files import WEIGHTS
 from lora_dpo.errors import AdapterError
-from lora_dpo.lora_files import WEIGHTS
 from lora_dpo.model.base import load_base
 from lora_dpo.shelf import Shelf
 

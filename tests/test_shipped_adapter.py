@@ -12,11 +12,11 @@ import torch
 from llama_cpp import llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_dpo.adapters.store import describe, list_adapters
 from lora_dpo.cli import main
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.export import export
 from lora_dpo.fidelity import fidelity
-from lora_dpo.library import describe, list_adapters
 from lora_dpo.merge import merge
 from lora_dpo.model.packaged import fetch_model
 from lora_dpo.verify import verify

@@ -5,6 +5,7 @@ import shutil
 import pytest
 from taught import write_pairs
 
+from lora_dpo.adapters.loading import load_policy
 from lora_dpo.assess import AssessPlan, assess
 from lora_dpo.config.recipe import LoraSection, check_recipe
 from lora_dpo.intervals import call
@@ -13,7 +14,6 @@ from lora_dpo.looking import Looker
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling, generate
 from lora_dpo.model.lora import attach_lora
-from lora_dpo.policy import load_policy
 from lora_dpo.prepare import StopSignal, prepare
 from lora_dpo.train import train
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lora_dpo
-from lora_dpo.adapters import read_passport
+from lora_dpo.adapters.folder import read_passport
 from lora_dpo.chat import open_chat
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.data import Origin, TokenPair

@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from lora_dpo.adapters import PASSPORT, attach_adapter
+from lora_dpo.adapters.folder import PASSPORT, attach_adapter
+from lora_dpo.adapters.peft_files import plain
 from lora_dpo.chat import open_chat
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.export import export
-from lora_dpo.lora_files import plain
 from lora_dpo.merge import merge
 from lora_dpo.model.base import load_base
 

@@ -11,11 +11,11 @@ import gradio as gr
 from gradio.events import api as endpoint
 
 from lora_dpo import outgoing
+from lora_dpo.adapters.store import describe, install, list_adapters
 from lora_dpo.data import Message
 from lora_dpo.demo.kit import client_of, sampling_of, told
 from lora_dpo.demo.tab_train import drafted, end, pause
 from lora_dpo.desk import Desk
-from lora_dpo.library import describe, install, list_adapters
 from lora_dpo.plan import plan
 from lora_dpo.presets import settings_text
 from lora_dpo.talk import ask, talk_of

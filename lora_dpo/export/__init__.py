@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_dpo.adapters import base_name, check_weights_are_the_passports, read_passport, warn_of
+from lora_dpo.adapters.folder import base_name, check_weights_are_the_passports, read_passport, warn_of
+from lora_dpo.adapters.package import CARD, without_picture
+from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, plain, read_json
+from lora_dpo.adapters.run_folder import ADAPTERS_DIR
+from lora_dpo.adapters.store import adapter_names, find_adapter
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import atomic_file, atomic_folder
-from lora_dpo.library import adapter_names, find_adapter
-from lora_dpo.lora_files import CONFIG, WEIGHTS, plain, read_json
 from lora_dpo.merging import Into, Merged, plan_base, plan_merge, trained_into
 from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
-from lora_dpo.package import CARD, without_picture
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.runs import ADAPTERS_DIR
 
 __all__ = ["adapter_of", "export"]
 
@@ -156,7 +156,7 @@ def _ollama(merged: Merged, output: Path, kind: str, name: str, on_tensor: OnTen
 
 def _peft_folder(adapter: Path, output: Path) -> Path:
     """The two PEFT files and the card. The base is named where it can be loaded from: a hub id, or a folder here."""
-    from lora_dpo.lora_files import check_finite, read_adapter
+    from lora_dpo.adapters.peft_files import check_finite, read_adapter
 
     config, _ = read_adapter(adapter)
     check_weights_are_the_passports(read_passport(adapter), adapter)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_dpo.adapters import check_folder
+from lora_dpo.adapters.folder import check_folder
+from lora_dpo.adapters.run_folder import partial_of
+from lora_dpo.adapters.stored_run import is_evaluation, is_unfinished, read_evaluation, read_run
 from lora_dpo.errors import AdapterError
 from lora_dpo.files import atomic_file
 from lora_dpo.report.compare import comparison_page
 from lora_dpo.report.evaluation import evaluation_page, number_rows
 from lora_dpo.report.run import run_page
-from lora_dpo.report.stored import is_evaluation, is_unfinished, read_evaluation, read_run
-from lora_dpo.runs import partial_of
 
 __all__ = ["PAGE", "evaluation_page", "number_rows", "report_of", "write_report"]
 

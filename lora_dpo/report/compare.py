@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lora_dpo.adapters.stored_run import StoredRun, number
+from lora_dpo.adapters.stored_schema import NAMES
 from lora_dpo.report import page, svg
 from lora_dpo.report.evaluation import is_known
 from lora_dpo.report.run import ANSWERS, PAIRS, flat
-from lora_dpo.report.schema import NAMES
-from lora_dpo.report.stored import StoredRun, number
 
 HIDDEN = ("output",)
 """Settings that differ between any two runs."""

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from lora_dpo.adapters.stored_schema import NAMES
 from lora_dpo.report import page, svg
-from lora_dpo.report.schema import NAMES
 
 Stored = Mapping[str, Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lora_dpo.adapters.stored_run import StoredRun
+from lora_dpo.adapters.stored_run import number as number_of
 from lora_dpo.report import page, svg
-from lora_dpo.report.stored import StoredRun
-from lora_dpo.report.stored import number as number_of
 
 CURVES = (
     ("loss", "loss", 1.0, None),

@@ -25,9 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.errors import AdapterError, BaseDiffers
-from lora_dpo.files import sha256_of
-from lora_dpo.lora_files import (
+from lora_dpo.adapters.peft_config import live_config
+from lora_dpo.adapters.peft_files import (
     CONFIG,
     WEIGHTS,
     check_finite,
@@ -38,12 +37,13 @@ from lora_dpo.lora_files import (
     read_json,
     weights,
 )
+from lora_dpo.errors import AdapterError, BaseDiffers
+from lora_dpo.files import sha256_of
 from lora_dpo.model.base import Base, resolve_model
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.lora import POLICY
 from lora_dpo.model.packaged import PACKAGED_MODELS, is_hub_id
 from lora_dpo.model.tensor_file import State, state_of
-from lora_dpo.peft_config import live_config
 from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def check_adapter(base: Base, folder: Path) -> list[str]:
 
 def read_adapter_names(folder: Path) -> list[str]:
     """Names of the tensors in the folder's weights, without copies of the base's own embeddings."""
-    from lora_dpo.lora_files import read_header
+    from lora_dpo.adapters.peft_files import read_header
 
     return [name for name in read_header(folder / WEIGHTS) if ".base_layer." not in name]
 

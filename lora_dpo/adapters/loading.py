@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters import (
+from lora_dpo.adapters.folder import (
     attach_adapter,
     base_name,
     check_adapter,
@@ -17,10 +17,10 @@ from lora_dpo.adapters import (
     read_passport,
     warn_of,
 )
+from lora_dpo.adapters.peft_files import WEIGHTS
 from lora_dpo.config.recipe import Dtype, Quantize, read_recipe
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.files import sha256_of
-from lora_dpo.lora_files import WEIGHTS
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.lora import POLICY, REFERENCE
 

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters.module_names import ByModule, in_use, is_name, matching
+from lora_dpo.adapters.peft_files import CONFIG, AdapterConfig, plain
 from lora_dpo.errors import AdapterError
-from lora_dpo.lora_files import CONFIG, AdapterConfig, plain
 from lora_dpo.model.lora import bare
-from lora_dpo.module_names import ByModule, in_use, is_name, matching
 
 if TYPE_CHECKING:
     import torch

@@ -12,13 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lora_dpo.adapters import PASSPORT, Passport, parse_passport
-from lora_dpo.checkpoints import checkpoints
-from lora_dpo.config.recipe import read_settings
-from lora_dpo.config.trl_dpo import DEFAULTS
-from lora_dpo.config.trl_sft_kto import METHODS
-from lora_dpo.errors import AdapterError
-from lora_dpo.report.schema import (
+from lora_dpo.adapters.checkpoints import checkpoints
+from lora_dpo.adapters.folder import PASSPORT, Passport, parse_passport
+from lora_dpo.adapters.run_folder import METRICS, resume_command, running
+from lora_dpo.adapters.stored_schema import (
     Evaluation,
     FirstLook,
     PassportParts,
@@ -28,7 +25,10 @@ from lora_dpo.report.schema import (
     TrainerState,
     check,
 )
-from lora_dpo.runs import METRICS, resume_command, running
+from lora_dpo.config.recipe import read_settings
+from lora_dpo.config.trl_dpo import DEFAULTS
+from lora_dpo.config.trl_sft_kto import METHODS
+from lora_dpo.errors import AdapterError
 
 NUMBERS = "eval.json"
 MEASURED = "measured.json"

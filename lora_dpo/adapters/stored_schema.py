@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
+from lora_dpo.adapters.peft_files import plain
 from lora_dpo.errors import AdapterError
-from lora_dpo.lora_files import plain
 
 NAMES = {
     "accuracy": "reward accuracy",

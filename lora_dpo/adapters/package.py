@@ -16,8 +16,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, plain, revealed
 from lora_dpo.errors import PackageError
-from lora_dpo.lora_files import CONFIG, WEIGHTS, plain, revealed
 
 SUFFIX = ".lora.zip"
 KNOWN = {

@@ -10,10 +10,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_dpo.adapters.peft_files import plain, read_json
 from lora_dpo.data import TokenPair
 from lora_dpo.data.pairs import Origin
 from lora_dpo.errors import AdapterError
-from lora_dpo.lora_files import plain, read_json
 
 PROBE = "verify.json"
 MAX_PROBE = 4 << 20

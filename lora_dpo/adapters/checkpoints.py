@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS
 from lora_dpo.config.recipe import read_recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.files import replace_file, sha256_of, sync
 from lora_dpo.leftovers import discard, sync_folder
-from lora_dpo.lora_files import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
-    from lora_dpo.runs import RunLog
+    from lora_dpo.adapters.run_folder import RunLog
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 MOST_SECONDS = 120.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters import (
+from lora_dpo.adapters.folder import (
     PASSPORT,
     Passport,
     check_folder,
@@ -23,14 +23,7 @@ from lora_dpo.adapters import (
     read_passport,
     weights_sha256,
 )
-from lora_dpo.config.recipe import nearest
-from lora_dpo.errors import AdapterError, ModelError, OutputError, PackageError
-from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, replace_file, sha256_of
-from lora_dpo.leftovers import discard, scratch, settle
-from lora_dpo.lora_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
-from lora_dpo.model.base import load_skeleton, resolve_model
-from lora_dpo.model.identity import weight_files, weight_fingerprint
-from lora_dpo.package import (
+from lora_dpo.adapters.package import (
     BASE,
     CARD,
     KNOWN,
@@ -42,8 +35,15 @@ from lora_dpo.package import (
     unpack,
     without_picture,
 )
-from lora_dpo.probe import PROBE, parse_probe
-from lora_dpo.runs import ADAPTERS_DIR
+from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, check_finite, check_fit, plain, read_adapter, read_config
+from lora_dpo.adapters.run_folder import ADAPTERS_DIR
+from lora_dpo.adapters.stored_pairs import PROBE, parse_probe
+from lora_dpo.config.recipe import nearest
+from lora_dpo.errors import AdapterError, ModelError, OutputError, PackageError
+from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing, replace_file, sha256_of
+from lora_dpo.leftovers import discard, scratch, settle
+from lora_dpo.model.base import load_skeleton, resolve_model
+from lora_dpo.model.identity import weight_files, weight_fingerprint
 
 RECORD = ".verified.json"
 
@@ -363,7 +363,7 @@ def _size(folder: Path) -> int:
 
 
 def _dtypes(folder: Path) -> list[str]:
-    from lora_dpo.lora_files import read_header
+    from lora_dpo.adapters.peft_files import read_header
 
     return sorted({stored.dtype for stored in read_header(folder / WEIGHTS).values()})
 

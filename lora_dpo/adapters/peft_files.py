@@ -20,9 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from lora_dpo.adapters.module_names import MAX_NAME, MAX_NAMES, MAX_PATTERNS, ByModule, is_name, is_pattern
 from lora_dpo.errors import AdapterError
 from lora_dpo.model.tensor_file import open_tensors, state_of
-from lora_dpo.module_names import MAX_NAME, MAX_NAMES, MAX_PATTERNS, ByModule, is_name, is_pattern
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,20 @@
+"""The adapter folder, the only thing that training hands on: written, read, checked, shared.
+
+module_names     which modules a PEFT config means, found in linear time
+lora_config      `adapter_config.json`, read and checked without a model
+peft_files       its weights, read and checked alike
+peft_config      what PEFT is told about an adapter: checked fields alone
+passport         what an adapter was made from
+folder           an adapter put on a base that it fits
+stored_pairs     held-out pairs with their scores, which travel with an adapter
+loading          the model that answers: a base, with an adapter or without
+run_folder       where a run writes, finished and unfinished
+checkpoints      when a checkpoint counts
+stored_schema    what a reader of runs and evaluations may find in their files
+stored_run       a run's or an evaluation's folder, read for a report
+package          a packed adapter, checked before it is used
+describe         what an adapter was made from, and in what two differ
+store            the adapters on this machine: list, find, remove
+exchange         packed for others, and taken in from elsewhere
+hub              adapters on the Hugging Face hub
+"""
