@@ -24,14 +24,14 @@ from lora_dpo.export import export
 from lora_dpo.fidelity import fidelity
 from lora_dpo.host import Host, open_host
 from lora_dpo.improve import improve
-from lora_dpo.judges import open_judge
+from lora_dpo.judging import open_judge
+from lora_dpo.judging.pair_making import make_pairs
 from lora_dpo.merge import merge
 from lora_dpo.mix import mix
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Sampling, generate, stream
 from lora_dpo.model.lora import attach_lora, reference
 from lora_dpo.model.packaged import fetch_model
-from lora_dpo.pairs import make_pairs
 from lora_dpo.plan import Plan, plan
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.report import write_report

@@ -23,7 +23,7 @@ from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import sha256_of
 from lora_dpo.intervals import Interval, length_controlled, mean, rate
-from lora_dpo.judges import Judge
+from lora_dpo.judging import Judge
 from lora_dpo.learned import at_first_sight
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import POLICY, REFERENCE, reference

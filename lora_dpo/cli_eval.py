@@ -85,7 +85,7 @@ def evaluate(
     from lora_dpo.console import RunView
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.evaluations import evaluation_folder, save_evaluation
-    from lora_dpo.judge_loading import load_with_judge
+    from lora_dpo.judging.policy_and_judge import load_with_judge
     from lora_dpo.model.decoding import Sampling
     from lora_dpo.thresholds import parse_requirements
 
@@ -136,7 +136,7 @@ def _check(
 ) -> None:
     """Refuse what could not be done, before anything is loaded."""
     from lora_dpo.errors import ConfigError
-    from lora_dpo.judges.grammar import check_specs
+    from lora_dpo.judging.specs import check_specs
     from lora_dpo.learned import at_first_sight
     from lora_dpo.thresholds import NAMES, check_measurable
 

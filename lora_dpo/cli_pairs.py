@@ -14,7 +14,7 @@ from rich.table import Table
 from lora_dpo.text import counted, harmless, shown
 
 if TYPE_CHECKING:
-    from lora_dpo.pairs import PairReport
+    from lora_dpo.judging.pair_making import PairReport
 
 out = Console()
 err = Console(stderr=True)
@@ -101,11 +101,11 @@ def pairs(
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.data.write import check_name
     from lora_dpo.files import refuse_existing, refuse_unwritable
-    from lora_dpo.judge_loading import load_with_judge
-    from lora_dpo.judges.grammar import check_specs
+    from lora_dpo.judging.pair_making import Selection, make_pairs
+    from lora_dpo.judging.policy_and_judge import load_with_judge
+    from lora_dpo.judging.samples import SamplePlan
+    from lora_dpo.judging.specs import check_specs
     from lora_dpo.model.decoding import Sampling
-    from lora_dpo.pairs import Selection, make_pairs
-    from lora_dpo.samples import SamplePlan
 
     one_of("--select", select, ("best-worst", "gaps"))
     if quantize is not None:
@@ -155,7 +155,7 @@ def endpoint_settings(criterion: str | None, per_minute: float | None, prices: s
     from dataclasses import replace
 
     from lora_dpo.errors import ConfigError
-    from lora_dpo.judges.endpoint import EndpointSettings
+    from lora_dpo.judging.endpoint import EndpointSettings
 
     given = {"--criterion": criterion, "--judge-per-minute": per_minute, "--judge-prices": prices}
     unused = [name for name, value in given.items() if value is not None]

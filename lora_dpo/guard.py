@@ -14,8 +14,8 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.events import Alarmed, Note, Sampled
 from lora_dpo.files import replace_file
 from lora_dpo.health import Alarm, Checkup, Lengths, Monitor, Yardstick
-from lora_dpo.judges import open_judge
-from lora_dpo.judges.grammar import check_specs, is_implicit
+from lora_dpo.judging import open_judge
+from lora_dpo.judging.specs import check_specs, is_implicit
 from lora_dpo.keeping import Kept, Slots, keep, put
 from lora_dpo.looking import Looker
 from lora_dpo.model.decoding import Answer

@@ -33,17 +33,17 @@ from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured
 from lora_dpo.files import disk_errors, refuse_existing, replace_file
 from lora_dpo.journal import alone, write_new
-from lora_dpo.judges import Judge, Means, open_judge
-from lora_dpo.judges.endpoint import EndpointSettings
-from lora_dpo.judges.grammar import check_specs, is_implicit
+from lora_dpo.judging import Judge, Means, open_judge
+from lora_dpo.judging.endpoint import EndpointSettings
+from lora_dpo.judging.pair_making import Selection, make_pairs
+from lora_dpo.judging.samples import SamplePlan
+from lora_dpo.judging.specs import check_specs, is_implicit
 from lora_dpo.leftovers import settle
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import detach
-from lora_dpo.pairs import Selection, make_pairs
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.samples import SamplePlan
 from lora_dpo.train import train
 
 FEWEST_HELD_OUT = 8

@@ -180,7 +180,7 @@ CASES = {
         command("pairs", "prompts.txt", "--model", "model", "--judge", "my_judge:longest", "--output", "made.jsonl",
                 "--answers", "3", "--max-new-tokens", "12", "--quantize", "none"),
         ("made.jsonl",),
-        warm=("lora_dpo.pairs", "transformers.models.llama.modeling_llama"),
+        warm=("lora_dpo.judging.pair_making", "transformers.models.llama.modeling_llama"),
     ),
     "improve": Case(command("improve", "rounds.yaml"), ("better-round1",), warm=TRAINING),
     "train": Case(command("train", "recipe.yaml"), ("out",), train_again, warm=TRAINING),

@@ -15,7 +15,7 @@ from lora_dpo.data import Origin, TokenPair
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.files import sha256_of
-from lora_dpo.judges import open_judge
+from lora_dpo.judging import open_judge
 from lora_dpo.model.decoding import Sampling, generate, stop_token_ids
 from lora_dpo.token_laws import as_answer, draw, kl_to_reference, text_losses, windows
 

@@ -446,7 +446,7 @@ def test_a_recipe_is_read_back_as_it_was_written(recipe, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "improve").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_recipe_that_comes_with_the_project_is_valid_and_says_its_command(path, monkeypatch):
     from lora_dpo.config.trl_dpo import trainer_settings
-    from lora_dpo.judges.grammar import check_specs
+    from lora_dpo.judging.specs import check_specs
 
     monkeypatch.chdir(ROOT)
     recipe = read_improve_recipe(path)

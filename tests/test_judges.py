@@ -11,10 +11,10 @@ from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.tokenize import tokenize_pair
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import ConfigError, JudgeError
-from lora_dpo.judges import Means, open_judge
-from lora_dpo.judges.base import Judge
-from lora_dpo.judges.grammar import check_specs, is_implicit
-from lora_dpo.judges.rules import last_number
+from lora_dpo.judging import Means, open_judge
+from lora_dpo.judging.judge import Judge
+from lora_dpo.judging.rules import last_number
+from lora_dpo.judging.specs import check_specs, is_implicit
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Answer
 from lora_dpo.model.lora import attach_lora, reference

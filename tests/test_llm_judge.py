@@ -14,8 +14,8 @@ import pytest
 from lora_dpo.cli import main
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import ConfigError, JudgeError
-from lora_dpo.judges.endpoint import API_KEY, Endpoint, EndpointSettings
-from lora_dpo.judges.llm import comparison_messages, llm_judge, read_verdict
+from lora_dpo.judging.endpoint import API_KEY, Endpoint, EndpointSettings
+from lora_dpo.judging.llm import comparison_messages, llm_judge, read_verdict
 from lora_dpo.model.decoding import Answer
 
 PROMPT = Prompt(({"role": "user", "content": "Name a colour."},), "p.jsonl", 1)

@@ -11,7 +11,7 @@ from lora_dpo.adapters.folder import attach_adapter, is_public_name, put_adapter
 from lora_dpo.adapters.store import install
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import AdapterError, DataError, JudgeError, ModelError
-from lora_dpo.judges.grammar import open_judge
+from lora_dpo.judging.specs import open_judge
 from lora_dpo.merging import plan_base
 from lora_dpo.model.base import load_base, load_skeleton, load_tokenizer
 

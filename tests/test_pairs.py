@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import lora_dpo.samples
+import lora_dpo.judging.samples
 from lora_dpo.adapters.loading import Policy, attach_reference, load_policy
 from lora_dpo.cli import main
 from lora_dpo.config.recipe import LoraSection
@@ -21,13 +21,13 @@ from lora_dpo.data import read_pairs
 from lora_dpo.data.prompts import Prompt, prompts_with_report, read_prompts
 from lora_dpo.errors import AdapterError, ConfigError, DataError, JudgeError, OutputError
 from lora_dpo.journal import Journal, alone, write_new
-from lora_dpo.judge_loading import load_with_judge
-from lora_dpo.judges.base import Judge
+from lora_dpo.judging.judge import Judge
+from lora_dpo.judging.pair_making import Selection, choose, make_pairs
+from lora_dpo.judging.policy_and_judge import load_with_judge
+from lora_dpo.judging.samples import SamplePlan, batch_seed, conversation, sample_answers
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import attach_lora
-from lora_dpo.pairs import Selection, choose, make_pairs
-from lora_dpo.samples import SamplePlan, batch_seed, conversation, sample_answers
 
 PLAN = SamplePlan(answers=3, sampling=Sampling(max_new_tokens=10, temperature=1.0, seed=5), batch_size=4)
 
@@ -339,7 +339,7 @@ def test_a_killed_run_goes_on_to_the_same_answers(policy, prompts, monkeypatch, 
     Path("s.jsonl").write_bytes(b"".join(lines[:kept]) + (lines[kept][:cut] if kept < len(lines) else b""))
     drawn = []
     real = generate
-    monkeypatch.setattr(lora_dpo.samples, "generate", lambda *a, **n: drawn.append(len(a[2])) or real(*a, **n))
+    monkeypatch.setattr(lora_dpo.judging.samples, "generate", lambda *a, **n: drawn.append(len(a[2])) or real(*a, **n))
     assert texts(sample(policy, prompts)) == whole
     assert sum(drawn) == 15 - 4 * (max(0, kept - 1) // 4) if kept < 16 else drawn == []
 
@@ -481,7 +481,7 @@ def test_a_judge_that_was_mended_scores_the_kept_answers(policy, prompts, monkey
 
     with pytest.raises(JudgeError, match="a bug"):
         make_pairs(prompts, policy, Judge("mine:f", broken, {"source": 1}), Path("p.jsonl"), plan=PLAN)
-    monkeypatch.setattr(lora_dpo.samples, "generate", None)
+    monkeypatch.setattr(lora_dpo.judging.samples, "generate", None)
     assert make_pairs(prompts, policy, Judge("mine:f", longest, {"source": 2}), Path("p.jsonl"), plan=PLAN).pairs
 
 
@@ -518,7 +518,7 @@ def test_a_judge_that_fails_half_way_keeps_what_it_judged(policy, prompts):
 
 def test_answers_can_be_judged_anew_without_sampling(policy, prompts, monkeypatch):
     make_pairs(prompts, policy, LONGEST, Path("p.jsonl"), plan=PLAN)
-    monkeypatch.setattr(lora_dpo.samples, "generate", None)
+    monkeypatch.setattr(lora_dpo.judging.samples, "generate", None)
     shortest = Judge("mine:shortest", lambda prompt, answers: [-len(answer.text) for answer in answers])
     report = make_pairs(prompts, policy, shortest, Path("q.jsonl"), plan=PLAN, samples=Path("p.jsonl.samples.jsonl"))
     assert report.chosen_longer == 0

@@ -22,9 +22,9 @@ from lora_dpo.errors import ConfigError, NoPairs
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import refuse_existing
 from lora_dpo.journal import Journal, Row, alone
-from lora_dpo.judges import Judge
+from lora_dpo.judging import Judge
+from lora_dpo.judging.samples import Sample, SamplePlan, sample_answers
 from lora_dpo.model.decoding import Answer
-from lora_dpo.samples import Sample, SamplePlan, sample_answers
 
 if TYPE_CHECKING:
     from lora_dpo.adapters.loading import Policy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_dpo.judges.base import Judge, ScoreFunction, Scores
-from lora_dpo.judges.grammar import Means, open_judge
+from lora_dpo.judging.judge import Judge, ScoreFunction, Scores
+from lora_dpo.judging.specs import Means, open_judge
 
 __all__ = ["Judge", "Means", "ScoreFunction", "Scores", "open_judge"]

@@ -12,7 +12,7 @@ from lora_dpo.data import Message, Origin, PreferencePair, TokenPair
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.tokenize import tokenize_pair
 from lora_dpo.engine.scoring import score_pairs
-from lora_dpo.judges.base import Judge, Scores
+from lora_dpo.judging.judge import Judge, Scores
 from lora_dpo.model.decoding import Answer
 from lora_dpo.model.lora import reference
 

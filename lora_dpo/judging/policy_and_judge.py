@@ -8,9 +8,9 @@ from pathlib import Path
 from lora_dpo.adapters.loading import Policy, attach_reference, beta_of, load_policy
 from lora_dpo.config.recipe import Quantize
 from lora_dpo.errors import ConfigError
-from lora_dpo.judges import Judge, Means, open_judge
-from lora_dpo.judges.endpoint import EndpointSettings
-from lora_dpo.judges.grammar import check_specs, is_implicit
+from lora_dpo.judging import Judge, Means, open_judge
+from lora_dpo.judging.endpoint import EndpointSettings
+from lora_dpo.judging.specs import check_specs, is_implicit
 
 
 def load_with_judge(

@@ -1,6 +1,6 @@
 """From what a user writes to a judge.
 
-    rules:RULE            lora_dpo.judges.rules
+    rules:RULE            lora_dpo.judging.rules
     reward:MODEL          a reward model, a folder or a hub id
     llm:MODEL@URL         a model behind an OpenAI-compatible endpoint
     implicit              the policy's own implicit reward against its reference
@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.recipe import nearest
 from lora_dpo.errors import ConfigError, JudgeError
-from lora_dpo.judges.base import Judge, add_up
-from lora_dpo.judges.endpoint import API_KEY, EndpointSettings
-from lora_dpo.judges.rules import KNOWN, rule_judge
+from lora_dpo.judging.endpoint import API_KEY, EndpointSettings
+from lora_dpo.judging.judge import Judge, add_up
+from lora_dpo.judging.rules import KNOWN, rule_judge
 from lora_dpo.text import shown
 
 if TYPE_CHECKING:
@@ -105,16 +105,16 @@ def _open(text: str, means: Means) -> Judge:
     if kind == "rules":
         return rule_judge(text, argument)
     if kind == "reward":
-        from lora_dpo.judges.reward_model import reward_judge
+        from lora_dpo.judging.reward_model import reward_judge
 
         return reward_judge(text, argument)
     if kind == "llm":
-        from lora_dpo.judges.llm import llm_judge
+        from lora_dpo.judging.llm import llm_judge
 
         model, url = _split_endpoint(text, argument)
         return llm_judge(text, model, url, means.endpoint, cache=means.cache)
     if kind == "implicit":
-        from lora_dpo.judges.implicit import implicit_judge
+        from lora_dpo.judging.implicit_reward import implicit_judge
 
         if means.base is None or means.policy is None:
             raise ConfigError("The implicit judge compares an adapter with its reference. Give one with --adapter.")

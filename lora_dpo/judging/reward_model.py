@@ -13,7 +13,7 @@ from lora_dpo.data.chat_template import encode, render
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import JudgeError, ModelError
 from lora_dpo.files import looks_local
-from lora_dpo.judges.base import Judge, Scores
+from lora_dpo.judging.judge import Judge, Scores
 from lora_dpo.model.base import resolve_model
 from lora_dpo.model.decoding import Answer
 from lora_dpo.model.device import pick_device, pick_dtype

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import fmean
 
 from lora_dpo.data.prompts import Prompt
-from lora_dpo.judges.base import Judge, Scores
-from lora_dpo.judges.endpoint import Endpoint, EndpointSettings
+from lora_dpo.judging.endpoint import Endpoint, EndpointSettings
+from lora_dpo.judging.judge import Judge, Scores
 from lora_dpo.model.decoding import Answer
 
 INSTRUCTIONS = """You compare two answers, A and B, to the same request. {criterion}

@@ -19,7 +19,7 @@ from lora_dpo.config.recipe import nearest
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.questions import is_correct
 from lora_dpo.errors import ConfigError
-from lora_dpo.judges.base import Judge, Scores
+from lora_dpo.judging.judge import Judge, Scores
 from lora_dpo.model.decoding import Answer
 from lora_dpo.text import shown
 
