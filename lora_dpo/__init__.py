@@ -13,13 +13,15 @@ from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.hub import pull, push
 from lora_dpo.adapters.loading import load_policy
 from lora_dpo.adapters.store import install, list_adapters, pack
-from lora_dpo.assess import AssessPlan, assess
 from lora_dpo.chat import Chat, open_chat
 from lora_dpo.config.improve_recipe import read_improve_recipe
 from lora_dpo.config.recipe import EngineSection, LoraSection, Recipe, read_recipe
 from lora_dpo.data import read_pairs
 from lora_dpo.data.prompts import read_prompts
 from lora_dpo.errors import BaseDiffers, LoraDPOError
+from lora_dpo.evaluation.evaluate import AssessPlan, assess
+from lora_dpo.evaluation.report.write import write_report
+from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.export import export
 from lora_dpo.fidelity import fidelity
 from lora_dpo.host import Host, open_host
@@ -34,9 +36,7 @@ from lora_dpo.model.lora import attach_lora, reference
 from lora_dpo.model.packaged import fetch_model
 from lora_dpo.plan import Plan, plan
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.report import write_report
 from lora_dpo.train import TrainResult, train
-from lora_dpo.verify import verify
 
 if TYPE_CHECKING:
     from lora_dpo.trainer import DPOTrainer

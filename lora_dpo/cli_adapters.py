@@ -78,7 +78,7 @@ def verify(name: Name, model: Model = None, strict: Strict = False) -> None:
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.store import find_adapter, record_verified
     from lora_dpo.errors import AdapterError
-    from lora_dpo.verify import verify as run_verify
+    from lora_dpo.evaluation.verify_adapter import verify as run_verify
 
     folder = find_adapter(name)
     with strictness(strict), err.status("rescoring the stored pairs"):

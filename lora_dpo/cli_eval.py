@@ -14,8 +14,8 @@ from lora_dpo.cli_pairs import JUDGE_HELP, endpoint_settings
 from lora_dpo.text import json_text
 
 if TYPE_CHECKING:
-    from lora_dpo.assessment import Assessment
-    from lora_dpo.thresholds import Requirement
+    from lora_dpo.evaluation.requirements import Requirement
+    from lora_dpo.evaluation.result import Assessment
 
 NOT_MET = 3
 """Exit status of an evaluation that ended, and did not meet a requirement."""
@@ -80,14 +80,14 @@ def evaluate(
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.loading import load_policy
     from lora_dpo.adapters.store import find_adapter
-    from lora_dpo.assess import AssessPlan, assess
     from lora_dpo.config.recipe import one_of
     from lora_dpo.console import RunView
     from lora_dpo.data.prompts import prompts_with_report
-    from lora_dpo.evaluations import evaluation_folder, save_evaluation
+    from lora_dpo.evaluation.evaluate import AssessPlan, assess
+    from lora_dpo.evaluation.requirements import parse_requirements
+    from lora_dpo.evaluation.saved import evaluation_folder, save_evaluation
     from lora_dpo.judging.policy_and_judge import load_with_judge
     from lora_dpo.model.decoding import Sampling
-    from lora_dpo.thresholds import parse_requirements
 
     if quantize is not None:
         one_of("--quantize", quantize, ("nf4", "none"))
@@ -136,9 +136,9 @@ def _check(
 ) -> None:
     """Refuse what could not be done, before anything is loaded."""
     from lora_dpo.errors import ConfigError
+    from lora_dpo.evaluation.prequential import at_first_sight
+    from lora_dpo.evaluation.requirements import NAMES, check_measurable
     from lora_dpo.judging.specs import check_specs
-    from lora_dpo.learned import at_first_sight
-    from lora_dpo.thresholds import NAMES, check_measurable
 
     if judge and votes:
         raise ConfigError("--judge and --votes both say who wins. Give one of them.")
@@ -177,7 +177,7 @@ def _show(found: Assessment, requirements: list[Requirement], target: Path, *, a
 
 def table(found: Assessment) -> Table:
     """All numbers with their intervals."""
-    from lora_dpo.report import number_rows
+    from lora_dpo.evaluation.report.write import number_rows
 
     drawn = Table(title=f"{found.adapter} against {found.against}", title_justify="left")
     for column in ("", "value", "95% interval", "from"):
@@ -206,7 +206,7 @@ def report(
 
         lora-dpo report adapters/beta01 adapters/beta02 adapters/beta05 --output beta.html
     """
-    from lora_dpo.report import write_report
+    from lora_dpo.evaluation.report.write import write_report
 
     written = write_report(runs, output)
     out.print(f"[green]written[/] [bold]{escape(str(written))}[/]", soft_wrap=True)

@@ -19,12 +19,12 @@ from lora_dpo.adapters.stored_pairs import PROBE, Sides, read_probe
 from lora_dpo.data import TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.pairs import evenly
 from lora_dpo.errors import AdapterError, DataError
+from lora_dpo.evaluation.verify_adapter import accuracy
 from lora_dpo.files import disk_errors, replace_file
 from lora_dpo.leftovers import temporary_folder
 from lora_dpo.model.base import load_base, load_tokenizer
 from lora_dpo.model.decoding import Sampling, decode, stop_token_ids
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.verify import accuracy
 
 if TYPE_CHECKING:
     import torch

@@ -37,16 +37,16 @@ from lora_dpo.adapters.folder import (
 from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, LoraModule, plain, read_adapter, read_config
 from lora_dpo.adapters.store import check_content, named
 from lora_dpo.adapters.stored_pairs import MAX_PAIRS, Probe, Sides, read_probe, save_probe
-from lora_dpo.card import front_matter
 from lora_dpo.data import TokenPair
 from lora_dpo.data.pairs import evenly
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, ConfigError
+from lora_dpo.evaluation.report.model_card import front_matter
+from lora_dpo.evaluation.verify_adapter import accuracy, pad_of
 from lora_dpo.files import atomic_folder, refuse_existing, sha256_of
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
-from lora_dpo.verify import accuracy, pad_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

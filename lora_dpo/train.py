@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.adapters.checkpoints import checkpoints, clear_torn, make_keeper, read_state, tokens_seen
 from lora_dpo.adapters.folder import attach_adapter, make_passport, restore_adapter, write_passport
 from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, open_run, release, resume_command
-from lora_dpo.card import write_card, write_curves
 from lora_dpo.config.recipe import Recipe, dump_recipe
 from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
@@ -26,7 +25,10 @@ from lora_dpo.data.answers import crossed
 from lora_dpo.data.pairs import evenly
 from lora_dpo.engine.token_budget import memory_advice
 from lora_dpo.errors import ConfigError, ModelError, OutputError
-from lora_dpo.evaluate import to_json
+from lora_dpo.evaluation.metrics import to_json
+from lora_dpo.evaluation.report.model_card import write_card, write_curves
+from lora_dpo.evaluation.report.write import PAGE, report_of
+from lora_dpo.evaluation.verify_adapter import write_probe
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
@@ -40,8 +42,6 @@ from lora_dpo.model.lora import POLICY, attach_lora
 from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.record import Stopwatch, findings, record, write_record
-from lora_dpo.report import PAGE, report_of
-from lora_dpo.verify import write_probe
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -338,7 +338,7 @@ class DPOTrainer(trl.DPOTrainer):
         return undo
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """TRL's log, with what was predicted of prompts seen for the first time (`lora_dpo.learned`)."""
+        """TRL's log, with what was predicted of prompts seen for the first time (`lora_dpo.evaluation.prequential`)."""
         if self.engine is not None and self.model.training:
             logs.update(self.engine.first_sight.take())
             if self._metrics["train"] and "entropy" not in self._metrics["train"]:

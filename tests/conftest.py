@@ -176,9 +176,9 @@ def make_adapter(tiny_model_folder: Path) -> Callable[..., Path]:
     from lora_dpo.config.recipe import LoraSection
     from lora_dpo.data import TokenPair
     from lora_dpo.data.pairs import Origin
+    from lora_dpo.evaluation.verify_adapter import write_probe
     from lora_dpo.model.base import load_base
     from lora_dpo.model.lora import attach_lora
-    from lora_dpo.verify import write_probe
 
     def make(folder: Path, *, seed: int = 0, quantize: str = "none", model: Path | None = None, **lora: Any) -> Path:
         base = load_base(str(model or tiny_model_folder), quantize=quantize)

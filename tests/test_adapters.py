@@ -21,10 +21,10 @@ from lora_dpo.adapters.store import describe, diff, find_adapter, list_adapters
 from lora_dpo.chat import open_chat
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, BaseDiffers
+from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.merge import merge
 from lora_dpo.model.base import load_base
 from lora_dpo.model.identity import weight_fingerprint
-from lora_dpo.verify import verify
 
 WEIGHTS = "adapter_model.safetensors"
 

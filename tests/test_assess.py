@@ -9,15 +9,15 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_dpo.adapters.loading import load_policy
-from lora_dpo.assess import AssessPlan, assess, pair_part, ratio_interval
 from lora_dpo.cli import main
 from lora_dpo.data import Origin, TokenPair
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import AdapterError, DataError
+from lora_dpo.evaluation.evaluate import AssessPlan, assess, pair_part, ratio_interval
+from lora_dpo.evaluation.kl import as_answer, draw, kl_to_reference, text_losses, windows
 from lora_dpo.files import sha256_of
 from lora_dpo.judging import open_judge
 from lora_dpo.model.decoding import Sampling, generate, stop_token_ids
-from lora_dpo.token_laws import as_answer, draw, kl_to_reference, text_losses, windows
 
 QUICK = AssessPlan(answers=4, kl_answers=3, sampling=Sampling(max_new_tokens=8))
 ASKED = [[{"role": "user", "content": text}] for text in ("Say it.", "Now, please, say it once more.")]
@@ -127,7 +127,7 @@ def test_a_ratio_and_its_interval():
 def test_an_assessment_agrees_with_plain_scores(policy, write_pairs, tiny_adapter):
     from lora_dpo.data import read_pairs, tokenize_pairs
     from lora_dpo.engine.scoring import score_pairs
-    from lora_dpo.evaluate import pair_metrics
+    from lora_dpo.evaluation.metrics import pair_metrics
 
     data = str(write_pairs(count=6))
     found = assess(policy, [data], plan=QUICK, judge=open_judge(["rules:length<=2"]))

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from lora_dpo.contest import judged, voted
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import DataError
+from lora_dpo.evaluation.win_rate import judged, voted
 from lora_dpo.judging import Judge
 from lora_dpo.model.decoding import Answer
 

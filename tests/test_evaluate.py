@@ -7,7 +7,7 @@ from lora_dpo.data import Origin, TokenPair
 from lora_dpo.data.questions import is_correct, read_questions
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import DataError
-from lora_dpo.evaluate import answer_metrics, pair_metrics
+from lora_dpo.evaluation.metrics import answer_metrics, pair_metrics
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Answer
 from lora_dpo.model.lora import attach_lora, reference

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lora_dpo.intervals import PRIOR, Interval, call, length_controlled, mean, rate, t_quantile
+from lora_dpo.evaluation.intervals import PRIOR, Interval, call, length_controlled, mean, rate, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ from lora_dpo.config.recipe import LoraSection, check_recipe, dump_recipe, read_
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 from lora_dpo.data.answers import read_answers, tokenize_answers
 from lora_dpo.errors import ConfigError, DataError, ReferenceMismatch
+from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.events import Compared, Progress, Resolved, Sampled
 from lora_dpo.model.base import load_base
 from lora_dpo.model.lora import attach_lora, detach
 from lora_dpo.plan import plan
 from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.train import train
-from lora_dpo.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 

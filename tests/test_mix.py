@@ -16,8 +16,8 @@ from lora_dpo.adapters.store import install
 from lora_dpo.adapters.stored_pairs import read_probe
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
+from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.mix import METHODS, mix, parse_part
-from lora_dpo.verify import verify
 
 
 @pytest.fixture(scope="module")

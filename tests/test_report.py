@@ -16,11 +16,12 @@ from lora_dpo.adapters.stored_run import read_run
 from lora_dpo.cli import main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import AdapterError, OutputError
+from lora_dpo.evaluation.prequential import at_first_sight
+from lora_dpo.evaluation.report import svg
+from lora_dpo.evaluation.report.several import differences
+from lora_dpo.evaluation.report.write import evaluation_page, report_of, write_report
 from lora_dpo.events import Progress
-from lora_dpo.learned import at_first_sight
 from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.report import evaluation_page, report_of, svg, write_report
-from lora_dpo.report.compare import differences
 from lora_dpo.train import train
 
 ROOT = Path(__file__).parent.parent

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_dpo.adapters.store import describe, list_adapters
 from lora_dpo.cli import main
 from lora_dpo.data.chat_template import prompt_ids
+from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.export import export
 from lora_dpo.fidelity import fidelity
 from lora_dpo.merge import merge
 from lora_dpo.model.packaged import fetch_model
-from lora_dpo.verify import verify
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = ROOT / "adapters" / "quickstart"

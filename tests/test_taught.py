@@ -6,9 +6,9 @@ import pytest
 from taught import write_pairs
 
 from lora_dpo.adapters.loading import load_policy
-from lora_dpo.assess import AssessPlan, assess
 from lora_dpo.config.recipe import LoraSection, check_recipe
-from lora_dpo.intervals import call
+from lora_dpo.evaluation.evaluate import AssessPlan, assess
+from lora_dpo.evaluation.intervals import call
 from lora_dpo.judging import open_judge
 from lora_dpo.looking import Looker
 from lora_dpo.model.base import load_base

@@ -3,9 +3,9 @@ import math
 import pytest
 
 from lora_dpo.errors import ConfigError
-from lora_dpo.intervals import Interval
+from lora_dpo.evaluation.intervals import Interval
+from lora_dpo.evaluation.requirements import check_measurable, parse_requirements
 from lora_dpo.text_measures import refuses, repetition
-from lora_dpo.thresholds import check_measurable, parse_requirements
 
 NUMBERS = {"accuracy": Interval(0.8, 0.65, 0.9, 40), "win-rate": Interval(0.6, 0.5, 0.7, 60)}
 

@@ -10,10 +10,10 @@ from lora_dpo.adapters.folder import check_folder
 from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.adapters.stored_run import is_evaluation, is_unfinished, read_evaluation, read_run
 from lora_dpo.errors import AdapterError
+from lora_dpo.evaluation.report.one_evaluation import evaluation_page, number_rows
+from lora_dpo.evaluation.report.one_run import run_page
+from lora_dpo.evaluation.report.several import comparison_page
 from lora_dpo.files import atomic_file
-from lora_dpo.report.compare import comparison_page
-from lora_dpo.report.evaluation import evaluation_page, number_rows
-from lora_dpo.report.run import run_page
 
 __all__ = ["PAGE", "evaluation_page", "number_rows", "report_of", "write_report"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lora_dpo.config.recipe import nearest
 from lora_dpo.errors import ConfigError
-from lora_dpo.intervals import Interval
+from lora_dpo.evaluation.intervals import Interval
 from lora_dpo.text import shown
 
 SIGNS: dict[str, Callable[[float, float], bool]] = {

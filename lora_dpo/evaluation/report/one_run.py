@@ -7,7 +7,8 @@ from typing import Any
 
 from lora_dpo.adapters.stored_run import StoredRun
 from lora_dpo.adapters.stored_run import number as number_of
-from lora_dpo.report import page, svg
+from lora_dpo.evaluation.report import parts as page
+from lora_dpo.evaluation.report import svg
 
 CURVES = (
     ("loss", "loss", 1.0, None),

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from lora_dpo.adapters.stored_schema import NAMES
-from lora_dpo.report import page, svg
+from lora_dpo.evaluation.report import parts as page
+from lora_dpo.evaluation.report import svg
 
 Stored = Mapping[str, Any]
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from lora_dpo.adapters.stored_run import NUMBERS
-from lora_dpo.assessment import Assessment
+from lora_dpo.evaluation.report.write import PAGE, evaluation_page
+from lora_dpo.evaluation.result import Assessment
 from lora_dpo.files import atomic_folder, refuse_existing
-from lora_dpo.report import PAGE, evaluation_page
 
 EVALUATIONS = Path("evaluations")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_dpo.contest import Contest
-from lora_dpo.intervals import Interval, call
+from lora_dpo.evaluation.intervals import Interval, call
+from lora_dpo.evaluation.win_rate import Contest
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Assessment:
     """Mean tokens of the adapter's answer less the other's, prompt by prompt."""
     contest: Contest | None
     learned: Interval | None
-    """Reward accuracy on training prompts at first sight (`lora_dpo.learned`); None where no log says it."""
+    """Reward accuracy on training prompts at first sight (`lora_dpo.evaluation.prequential`); None where no log says it."""
     kl: Interval | None
     """Nats a token."""
     text: TextPart | None
@@ -113,7 +113,7 @@ class Assessment:
 
         By the win rate where there is one, else by the reward accuracy. Better must be learnt, too: if the run could
         not predict the labels of pairs that it saw for the first time, it only drifted, and another seed would have
-        drifted elsewhere (`lora_dpo.learned`). Where that is not known, an accuracy must hold with length taken out.
+        drifted elsewhere (`lora_dpo.evaluation.prequential`). Where that is not known, an accuracy must hold with length taken out.
         """
         first = call(self.contest.win_rate if self.contest else self.pairs.accuracy)
         if first != "better":

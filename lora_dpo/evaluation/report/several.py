@@ -8,9 +8,10 @@ from typing import Any
 
 from lora_dpo.adapters.stored_run import StoredRun, number
 from lora_dpo.adapters.stored_schema import NAMES
-from lora_dpo.report import page, svg
-from lora_dpo.report.evaluation import is_known
-from lora_dpo.report.run import ANSWERS, PAIRS, flat
+from lora_dpo.evaluation.report import parts as page
+from lora_dpo.evaluation.report import svg
+from lora_dpo.evaluation.report.one_evaluation import is_known
+from lora_dpo.evaluation.report.one_run import ANSWERS, PAIRS, flat
 
 HIDDEN = ("output",)
 """Settings that differ between any two runs."""

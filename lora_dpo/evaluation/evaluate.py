@@ -13,24 +13,24 @@ from statistics import fmean
 from lora_dpo.adapters.folder import check_adapter, check_folder, put_beside, read_passport, warn_of
 from lora_dpo.adapters.loading import Policy, attach_reference, beta_of
 from lora_dpo.adapters.peft_files import WEIGHTS
-from lora_dpo.assessment import AnswerPart, Assessment, PairPart, TextPart
-from lora_dpo.contest import Contest, judged, voted
 from lora_dpo.data import PreferencePair, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.pairs import evenly
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, DataError
+from lora_dpo.evaluation.intervals import Interval, length_controlled, mean, rate
+from lora_dpo.evaluation.kl import draw, kl_to_reference, text_losses, windows
+from lora_dpo.evaluation.prequential import at_first_sight
+from lora_dpo.evaluation.result import AnswerPart, Assessment, PairPart, TextPart
+from lora_dpo.evaluation.verify_adapter import pad_of
+from lora_dpo.evaluation.win_rate import Contest, judged, voted
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import sha256_of
-from lora_dpo.intervals import Interval, length_controlled, mean, rate
 from lora_dpo.judging import Judge
-from lora_dpo.learned import at_first_sight
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import POLICY, REFERENCE, reference
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text_measures import refuses, repetition
-from lora_dpo.token_laws import draw, kl_to_reference, text_losses, windows
-from lora_dpo.verify import pad_of
 
 AGAINST = "against"
 """Name on the model of the adapter that is compared with."""

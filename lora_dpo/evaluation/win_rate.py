@@ -12,7 +12,7 @@ from typing import Any
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.rows import read_rows
 from lora_dpo.errors import DataError
-from lora_dpo.intervals import Interval, length_controlled, rate
+from lora_dpo.evaluation.intervals import Interval, length_controlled, rate
 from lora_dpo.judging import Judge
 from lora_dpo.model.decoding import Answer
 
