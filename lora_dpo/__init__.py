@@ -25,7 +25,6 @@ from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.export import export
 from lora_dpo.fidelity import fidelity
 from lora_dpo.host import Host, open_host
-from lora_dpo.improve import improve
 from lora_dpo.judging import open_judge
 from lora_dpo.judging.pair_making import make_pairs
 from lora_dpo.merge import merge
@@ -34,12 +33,13 @@ from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Sampling, generate, stream
 from lora_dpo.model.lora import attach_lora, reference
 from lora_dpo.model.packaged import fetch_model
-from lora_dpo.plan import Plan, plan
-from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.train import TrainResult, train
+from lora_dpo.training.improve_rounds import improve
+from lora_dpo.training.planning.make_plan import Plan, plan
+from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.run import TrainResult, train
 
 if TYPE_CHECKING:
-    from lora_dpo.trainer import DPOTrainer
+    from lora_dpo.training.dpo_trainer import DPOTrainer
 
 __all__ = [
     "AssessPlan",
@@ -95,7 +95,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "DPOTrainer":
-        from lora_dpo.trainer import DPOTrainer
+        from lora_dpo.training.dpo_trainer import DPOTrainer
 
         return DPOTrainer
     raise AttributeError(f"module 'lora_dpo' has no attribute {name!r}")

@@ -93,9 +93,9 @@ def train(
     from lora_dpo.adapters.run_folder import partial_of, resume_command
     from lora_dpo.config.recipe import read_recipe
     from lora_dpo.console import RunView
-    from lora_dpo.prepare import Stopped, StopSignal
     from lora_dpo.signals import stop_on_signals
-    from lora_dpo.train import train as run_training
+    from lora_dpo.training.prepare import Stopped, StopSignal
+    from lora_dpo.training.run import train as run_training
 
     settings = read_recipe(recipe, overrides or ())
     view, stop = RunView(out, show_dropped=show_dropped), StopSignal()

@@ -248,9 +248,9 @@ def improve(
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.config.improve_recipe import read_improve_recipe
     from lora_dpo.console import RunView
-    from lora_dpo.improve import improve as run_rounds
-    from lora_dpo.prepare import Stopped, StopSignal
     from lora_dpo.signals import stop_on_signals
+    from lora_dpo.training.improve_rounds import improve as run_rounds
+    from lora_dpo.training.prepare import Stopped, StopSignal
 
     settings = read_improve_recipe(recipe, overrides or ())
     view, stop = RunView(out), StopSignal()

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_dpo.plan_lines import lines, size, trial_lines, verdict
 from lora_dpo.text import json_text
+from lora_dpo.training.planning.lines import lines, size, trial_lines, verdict
 
 if TYPE_CHECKING:
     from lora_dpo.config.recipe import Recipe
     from lora_dpo.console import RunView
-    from lora_dpo.plan import Plan
+    from lora_dpo.training.planning.make_plan import Plan
 
 BAR = 10
 """Characters of the longest bar of a histogram."""
@@ -55,7 +55,7 @@ def plan(
     """
     from lora_dpo.config.recipe import read_recipe
     from lora_dpo.console import RunView
-    from lora_dpo.plan import plan as make_plan
+    from lora_dpo.training.planning.make_plan import plan as make_plan
 
     settings = read_recipe(recipe, overrides or ())
     out = Console()
@@ -74,7 +74,7 @@ def plan(
 def _plan_answers(recipe: Recipe, view: RunView, out: Console, *, given: bool, as_json: bool) -> None:
     """Print what is known of a run by SFT or KTO."""
     from lora_dpo.errors import ConfigError
-    from lora_dpo.plan import plan_answers
+    from lora_dpo.training.planning.make_plan import plan_answers
 
     if given:
         raise ConfigError(

@@ -36,7 +36,7 @@ from lora_dpo.model.decoding import Sampling, stream_from
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.request import Asked, Outcome, Reply, Stream, Ticket
 from lora_dpo.shelf import Shelf
-from lora_dpo.train import Look
+from lora_dpo.training.run import Look
 from lora_dpo.turns import OWN, Chore, Turns
 
 logger = logging.getLogger(__name__)

@@ -79,8 +79,8 @@ def train_again() -> None:
 def interrupted() -> int:
     from lora_dpo.config.recipe import read_recipe
     from lora_dpo.events import Progress
-    from lora_dpo.prepare import Stopped, StopSignal
-    from lora_dpo.train import train
+    from lora_dpo.training.prepare import Stopped, StopSignal
+    from lora_dpo.training.run import train
 
     stop = StopSignal()
 
@@ -149,7 +149,7 @@ WARM = (
     ),
     *("lora_dpo.adapters.folder", "transformers.models.llama.modeling_llama", "filelock", "lora_dpo.adapters.hub"),
 )
-TRAINING = ("lora_dpo.train", "lora_dpo.trainer", "trl.trainer.dpo_trainer", "matplotlib.pyplot")
+TRAINING = ("lora_dpo.training.run", "lora_dpo.training.dpo_trainer", "trl.trainer.dpo_trainer", "matplotlib.pyplot")
 CASES = {
     "split": Case(
         command("data", "split", "pairs.jsonl", "train.jsonl", "deep/held.jsonl"), ("train.jsonl", "deep/held.jsonl")

@@ -118,7 +118,7 @@ def test_the_command_line_warns_in_one_line_and_strict_exits_1(place, capsys):
 
 def test_continuing_training_checks_the_passport_too(place, recipe_dict):
     from lora_dpo.config.recipe import check_recipe
-    from lora_dpo.train import train
+    from lora_dpo.training.run import train
 
     scale_weights(place / "models" / "smollm2-135m")
     settings = recipe_dict(model={"name": "smollm2-135m"}, reference="adapter:adapters/mine")
@@ -181,7 +181,7 @@ def test_the_passport_records_what_an_adapter_was_made_from(place):
 
 def test_the_passport_records_the_weights_of_a_reference_adapter(place, recipe_dict):
     from lora_dpo.config.recipe import check_recipe
-    from lora_dpo.train import train
+    from lora_dpo.training.run import train
 
     settings = recipe_dict(model={"name": "smollm2-135m"}, reference="adapter:adapters/mine")
     second = train(check_recipe(settings), name="second").folder
@@ -369,7 +369,7 @@ def test_verify_rescores_what_the_adapter_carries(place, capsys):
 
 def test_an_adapter_that_was_trained_against_another_verifies_where_that_one_is_not(place, recipe_dict):
     from lora_dpo.config.recipe import check_recipe
-    from lora_dpo.train import train
+    from lora_dpo.training.run import train
 
     settings = recipe_dict(model={"name": "smollm2-135m"}, reference="adapter:adapters/mine")
     second = train(check_recipe(settings), name="second").folder

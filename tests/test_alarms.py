@@ -7,7 +7,7 @@ import pytest
 from taught import SUBJECTS, long, prompt, short
 
 from lora_dpo.config.recipe import check_recipe
-from lora_dpo.train import train
+from lora_dpo.training.run import train
 
 pytestmark = pytest.mark.outcome
 

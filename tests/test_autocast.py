@@ -12,7 +12,7 @@ from lora_dpo.engine.whole_step import model_inputs, select
 
 @pytest.fixture(autouse=True)
 def bf16_is_fast(monkeypatch):
-    monkeypatch.setattr("lora_dpo.trainer.pick_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr("lora_dpo.training.dpo_trainer.pick_dtype", lambda *_: "bfloat16")
 
 
 def fresh(folder, tmp_path, **options):

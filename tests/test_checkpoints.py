@@ -16,8 +16,8 @@ from lora_dpo.config.recipe import check_recipe, read_recipe
 from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.events import Note, Progress
-from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.train import train
+from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.run import train
 
 PARTIAL = Path("out.partial")
 
@@ -278,7 +278,7 @@ def test_a_full_disk_at_a_checkpoint_is_a_sentence_that_says_how_to_go_on(recipe
 
 def test_memory_that_runs_out_is_a_sentence(recipe, monkeypatch):
     from lora_dpo.errors import ModelError
-    from lora_dpo.trainer import DPOTrainer
+    from lora_dpo.training.dpo_trainer import DPOTrainer
 
     def greedy(self, *args, **kwargs):
         raise MemoryError
@@ -306,7 +306,7 @@ def test_the_space_that_is_asked_for_holds_every_checkpoint(recipe_dict, tokeniz
     fat.add_tokens([f"{number}-word-of-a-large-vocabulary" for number in range(8_000)])
     fat.save_pretrained("fat")
     asked = []
-    monkeypatch.setattr("lora_dpo.prepare.check_space", lambda output, needed: asked.append(needed))
+    monkeypatch.setattr("lora_dpo.training.prepare.check_space", lambda output, needed: asked.append(needed))
     monkeypatch.setattr("lora_dpo.adapters.checkpoints.MOST_SECONDS", 0.0)
     settings = recipe_dict(output="out", trainer={"max_steps": 4}, model={"name": "fat"})
     partial = cut(check_recipe(settings), 3)

@@ -938,7 +938,7 @@ def test_json_lines_under_the_name_json_are_read(tmp_path):
 def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, recipe_dict):
     from lora_dpo.config.recipe import check_recipe
     from lora_dpo.events import Resolved
-    from lora_dpo.prepare import StopSignal, prepare
+    from lora_dpo.training.prepare import StopSignal, prepare
 
     rows = [
         {
@@ -967,7 +967,7 @@ def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, re
 def test_a_leak_across_a_system_turn_is_said(tmp_path, recipe_dict):
     from lora_dpo.config.recipe import check_recipe
     from lora_dpo.events import Note
-    from lora_dpo.prepare import StopSignal, prepare
+    from lora_dpo.training.prepare import StopSignal, prepare
 
     framed, plain = CASES["trl-chat"].rows[0], CASES["trl-text"].rows[0]
     data = {"train": write(tmp_path / "a.jsonl", framed), "eval": write(tmp_path / "b.jsonl", plain)}
@@ -983,7 +983,7 @@ def test_a_leak_across_a_system_turn_is_said(tmp_path, recipe_dict):
 
 def weights_of(tmp_path, recipe_dict, scores, **trainer):
     from lora_dpo.config.recipe import check_recipe
-    from lora_dpo.prepare import StopSignal, prepare
+    from lora_dpo.training.prepare import StopSignal, prepare
 
     rows = [
         {"question": f"Name tree {row}.", "chosen": "Oak.", "rejected": "Moss.", "chosen_score": c, "rejected_score": r}
@@ -1011,7 +1011,7 @@ def test_a_run_trains_with_the_weights_of_its_rows(tmp_path, recipe_dict, monkey
     from safetensors.torch import load_file
 
     from lora_dpo.config.recipe import check_recipe
-    from lora_dpo.train import train
+    from lora_dpo.training.run import train
 
     monkeypatch.chdir(tmp_path)
     rows = [

@@ -10,9 +10,9 @@ import torch
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.events import Alarmed, Note, Progress, Sampled, StepLogged
-from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.train import train
-from lora_dpo.trainer import DPOTrainer
+from lora_dpo.training.dpo_trainer import DPOTrainer
+from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.run import train
 
 pytestmark = pytest.mark.outcome
 
@@ -236,7 +236,7 @@ def test_identical_ways_to_answer_are_stuck_at_ln_2(recipe):
 
 
 def test_the_best_held_out_accuracy_is_kept(recipe, monkeypatch):
-    from lora_dpo.guard import Guard
+    from lora_dpo.training.guard.training_guard import Guard
 
     accuracies = iter([0.6, 0.9, 0.8])
     original = Guard.logged
@@ -254,7 +254,7 @@ def test_the_best_held_out_accuracy_is_kept(recipe, monkeypatch):
 
 
 def test_a_judge_of_the_samples_chooses_the_step(recipe, monkeypatch):
-    from lora_dpo.looking import Looker
+    from lora_dpo.training.guard.completion_sampler import Looker
 
     scores = iter([None, 0.2, 0.7, 0.7, 0.1])  # before the first step, then every second step
     monkeypatch.setattr(Looker, "_score", lambda self, answers: next(scores))

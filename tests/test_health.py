@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_dpo.config.recipe import HealthSection
-from lora_dpo.health import (
+from lora_dpo.training.guard.monitor import (
     STUCK_AFTER,
     WINDOW,
     Checkup,

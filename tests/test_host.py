@@ -531,7 +531,7 @@ def test_one_training_at_a_time_under_a_free_name(host, recipe):
     ],
 )
 def test_a_training_that_breaks_leaves_answers_working_and_no_adapter(host, adapters, recipe, monkeypatch, crash, said):
-    from lora_dpo.trainer import DPOTrainer
+    from lora_dpo.training.dpo_trainer import DPOTrainer
 
     before = host.answer("alpha", ask("Say it."), SHORT, client="a").text
     step, calls = DPOTrainer.training_step, []

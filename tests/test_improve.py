@@ -23,10 +23,10 @@ from lora_dpo.events import Note, Progress, RoundsMeasured, Saved, StepLogged
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Answer
 from lora_dpo.model.lora import detach
-from lora_dpo.prepare import Stopped, StopSignal
+from lora_dpo.training.prepare import Stopped, StopSignal
 
-rounds = importlib.import_module("lora_dpo.improve")
-training = importlib.import_module("lora_dpo.train")
+rounds = importlib.import_module("lora_dpo.training.improve_rounds")
+training = importlib.import_module("lora_dpo.training.run")
 ROOT = Path(__file__).resolve().parent.parent
 
 # High bytes are not words: this judge likes answers of ASCII characters.

@@ -9,8 +9,8 @@ from lora_dpo.config.recipe import check_recipe
 from lora_dpo.engine.first_sight import FirstSight
 from lora_dpo.evaluation.prequential import at_first_sight
 from lora_dpo.events import Progress
-from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.train import train
+from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.run import train
 
 # --- counting in training -------------------------------------------------------------------------
 

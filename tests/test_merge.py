@@ -24,7 +24,7 @@ from lora_dpo.fidelity import Fidelity, fidelity, recommend, thinned
 from lora_dpo.merge import shard_files
 from lora_dpo.merging import merge_weight, plan_merge, predict_bytes
 from lora_dpo.model.base import load_base
-from lora_dpo.train import train
+from lora_dpo.training.run import train
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9]])
 

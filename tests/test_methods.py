@@ -13,7 +13,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.adapters.folder import read_passport
-from lora_dpo.answer_trainers import KTOTrainer, SFTTrainer, kto_rows, sft_rows
 from lora_dpo.cli import main
 from lora_dpo.config.recipe import LoraSection, check_recipe, dump_recipe, read_recipe
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
@@ -23,9 +22,10 @@ from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.events import Compared, Progress, Resolved, Sampled
 from lora_dpo.model.base import load_base
 from lora_dpo.model.lora import attach_lora, detach
-from lora_dpo.plan import plan
-from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.train import train
+from lora_dpo.training.planning.make_plan import plan
+from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.run import train
+from lora_dpo.training.sft_kto_trainers import KTOTrainer, SFTTrainer, kto_rows, sft_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -296,7 +296,7 @@ def test_an_adapter_on_a_packed_4_bit_base_keeps_float32_values(recipe, tiny_mod
 def test_the_kl_answers_are_the_neighbours(write_pairs, tokenizer):
     rows = kto_rows(answers_of(write_pairs(count=3), tokenizer, good_only=False))
     random.Random(0).shuffle(rows)
-    from lora_dpo.answer_trainers import _rotated
+    from lora_dpo.training.sft_kto_trainers import _rotated
 
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     rotated = _rotated(columns)["KL_completion_ids"]

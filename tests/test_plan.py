@@ -18,8 +18,8 @@ from lora_dpo.engine.layout import stream_length
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import load_base, load_skeleton
 from lora_dpo.model.lora import attach_lora, bare
-from lora_dpo.plan import bins, count, parse_size
-from lora_dpo.plan_lines import verdict
+from lora_dpo.training.planning.lines import verdict
+from lora_dpo.training.planning.make_plan import bins, count, parse_size
 
 SIZES = dict(
     vocab_size=300, hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,

@@ -21,8 +21,8 @@ from lora_dpo.evaluation.report import svg
 from lora_dpo.evaluation.report.several import differences
 from lora_dpo.evaluation.report.write import evaluation_page, report_of, write_report
 from lora_dpo.events import Progress
-from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.train import train
+from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.run import train
 
 ROOT = Path(__file__).parent.parent
 EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"

@@ -22,7 +22,7 @@ from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.engine.token_budget import Budget, fit
 from lora_dpo.engine.whole_step import couples_pairs
 from lora_dpo.model.device import container_bytes, peak_of_process
-from lora_dpo.record import peak_memory
+from lora_dpo.training.run_summary import peak_memory
 
 
 def step(trainer, batches=(PAIRS,)):

@@ -10,12 +10,12 @@ from lora_dpo.config.recipe import LoraSection, check_recipe
 from lora_dpo.evaluation.evaluate import AssessPlan, assess
 from lora_dpo.evaluation.intervals import call
 from lora_dpo.judging import open_judge
-from lora_dpo.looking import Looker
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling, generate
 from lora_dpo.model.lora import attach_lora
-from lora_dpo.prepare import StopSignal, prepare
-from lora_dpo.train import train
+from lora_dpo.training.guard.completion_sampler import Looker
+from lora_dpo.training.prepare import StopSignal, prepare
+from lora_dpo.training.run import train
 
 pytestmark = pytest.mark.outcome
 

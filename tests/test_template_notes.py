@@ -12,7 +12,7 @@ from lora_dpo.data.doctor.examination import examine
 from lora_dpo.data.pairs import PreferencePair
 from lora_dpo.data.tokenize import tokenize_pair
 from lora_dpo.events import Note
-from lora_dpo.prepare import StopSignal, prepare
+from lora_dpo.training.prepare import StopSignal, prepare
 
 CHATML = (
     "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{assistant}<|im_end|>\n{{% endfor %}}"

@@ -17,8 +17,8 @@ from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
 from lora_dpo.events import Compared, Note, Progress, Resolved, Saved, StepLogged
 from lora_dpo.model.base import load_base
-from lora_dpo.prepare import Stopped, StopSignal
-from lora_dpo.train import train
+from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.run import train
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_resuming_with_other_settings_is_refused(recipe):
 
 
 def test_a_crash_in_training_leaves_no_adapter(recipe, monkeypatch, tmp_path):
-    from lora_dpo.trainer import DPOTrainer
+    from lora_dpo.training.dpo_trainer import DPOTrainer
 
     def crash(self, *args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -16,7 +16,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.events import Answered, Compared, Note, Progress, Resolved, Saved, StepLogged
 from lora_dpo.host import Host
 from lora_dpo.model.base import load_base
-from lora_dpo.train import train
+from lora_dpo.training.run import train
 from lora_dpo.watch import Sample, Watch, logratios
 
 
@@ -196,7 +196,7 @@ def test_a_look_sees_the_model_in_eval_mode_and_leaves_each_part_as_it_was():
 
     import torch
 
-    from lora_dpo.train import _make_look
+    from lora_dpo.training.run import _make_look
 
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5)).train()
     model[1].eval()

@@ -12,9 +12,9 @@ from typing import Any
 from datasets import Dataset
 
 from lora_dpo import DPOTrainer, EngineSection
-from lora_dpo.answer_trainers import SFTTrainer
 from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.training.sft_kto_trainers import SFTTrainer
 
 from .lab import Answer, Lab
 from .maths import smoothed_weights

@@ -16,9 +16,9 @@ from lora_dpo.data import Message
 from lora_dpo.demo.kit import client_of, sampling_of, told
 from lora_dpo.demo.tab_train import drafted, end, pause
 from lora_dpo.desk import Desk
-from lora_dpo.plan import plan
 from lora_dpo.presets import settings_text
 from lora_dpo.talk import ask, talk_of
+from lora_dpo.training.planning.make_plan import plan
 
 
 def add(desk: Desk) -> None:

@@ -13,9 +13,9 @@ from lora_dpo.config.recipe import Recipe
 from lora_dpo.demo.draw import curves, facts, note, progress_bar, samples_table, table
 from lora_dpo.demo.kit import told
 from lora_dpo.desk import WATCHED, Desk, Training
-from lora_dpo.plan import plan
-from lora_dpo.plan_lines import duration, lines, verdict
 from lora_dpo.presets import PRESETS, draft, settings_text, with_settings
+from lora_dpo.training.planning.lines import duration, lines, verdict
+from lora_dpo.training.planning.make_plan import plan
 
 LOOK_EVERY = 1.5
 """Seconds between two looks at a run."""

@@ -31,17 +31,17 @@ from lora_dpo.evaluation.report.write import PAGE, report_of
 from lora_dpo.evaluation.verify_adapter import write_probe
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
-from lora_dpo.guard import Guard, Outcome, check_health, was_stopped
-from lora_dpo.guard_callback import add_guard
 from lora_dpo.leftovers import discard
-from lora_dpo.measure import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.model.base import Base, load_base, resolve_model
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.identity import commit_of
 from lora_dpo.model.lora import POLICY, attach_lora
-from lora_dpo.prepare import Run, Stopped, StopSignal, prepare
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.record import Stopwatch, findings, record, write_record
+from lora_dpo.training.before_after import Measured, comparison, held_out_losses, measure_after, measure_before
+from lora_dpo.training.guard.callback import add_guard
+from lora_dpo.training.guard.training_guard import Guard, Outcome, check_health, was_stopped
+from lora_dpo.training.prepare import Run, Stopped, StopSignal, prepare
+from lora_dpo.training.run_summary import Stopwatch, findings, record, write_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -161,7 +161,7 @@ def _optimise(
     if run.recipe.method == "dpo":
         trainer: Any = _dpo_trainer(run, model, dtype=base.dtype, callback=callback)
     else:
-        from lora_dpo.answer_trainers import answer_trainer
+        from lora_dpo.training.sft_kto_trainers import answer_trainer
 
         trainer = answer_trainer(run, model, dtype=base.dtype, callback=callback)
     _drop_printing_callbacks(trainer)
@@ -187,7 +187,7 @@ def _optimise(
 def _dpo_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> Any:
     from datasets import Dataset
 
-    from lora_dpo.trainer import DPOTrainer
+    from lora_dpo.training.dpo_trainer import DPOTrainer
 
     with trl_refusals():
         return DPOTrainer(

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-from lora_dpo import advice
 from lora_dpo.config.recipe import HealthSection
 from lora_dpo.text_measures import repetition
+from lora_dpo.training.guard import advice
 
 WINDOW = 4
 """Logged steps that are averaged before they are judged: single batches are noisy."""

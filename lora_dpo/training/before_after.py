@@ -16,7 +16,7 @@ from lora_dpo.evaluation.metrics import AnswerMetrics, PairMetrics, answer_metri
 from lora_dpo.files import write_json
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import reference
-from lora_dpo.prepare import Run, Stopped
+from lora_dpo.training.prepare import Run, Stopped
 
 if TYPE_CHECKING:
     from peft import PeftModel

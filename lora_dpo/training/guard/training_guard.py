@@ -13,18 +13,18 @@ from lora_dpo.config.recipe import HealthSection, Recipe
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Alarmed, Note, Sampled
 from lora_dpo.files import replace_file
-from lora_dpo.health import Alarm, Checkup, Lengths, Monitor, Yardstick
 from lora_dpo.judging import open_judge
 from lora_dpo.judging.specs import check_specs, is_implicit
-from lora_dpo.keeping import Kept, Slots, keep, put
-from lora_dpo.looking import Looker
 from lora_dpo.model.decoding import Answer
+from lora_dpo.training.guard.completion_sampler import Looker
+from lora_dpo.training.guard.monitor import Alarm, Checkup, Lengths, Monitor, Yardstick
+from lora_dpo.training.guard.snapshots import Kept, Slots, keep, put
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_dpo.adapters.run_folder import RunLog
-    from lora_dpo.prepare import Run
+    from lora_dpo.training.prepare import Run
 
 STRIDE = 4
 """Steps between two kept states: an alarm of the numbers goes back 4 to 8 steps."""

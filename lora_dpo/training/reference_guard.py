@@ -14,13 +14,13 @@ import torch
 from peft import LoraConfig
 
 from lora_dpo.engine.pair_forward import DIFFERENCE, largest_difference
-from lora_dpo.engine_checks import TOLERANCE
 from lora_dpo.errors import ReferenceMismatch
 from lora_dpo.model.base import steady
 from lora_dpo.model.lora import REFERENCE, bare
+from lora_dpo.training.step_aside import TOLERANCE
 
 if TYPE_CHECKING:
-    from lora_dpo.trainer import DPOTrainer
+    from lora_dpo.training.dpo_trainer import DPOTrainer
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "eva")
 """How the values of `init_lora_weights` begin that put a part of the base, or of the data, into a fresh adapter."""

@@ -16,7 +16,7 @@ from lora_dpo.engine import unsupported_reason
 from lora_dpo.model.lora import bare
 
 if TYPE_CHECKING:
-    from lora_dpo.trainer import DPOTrainer
+    from lora_dpo.training.dpo_trainer import DPOTrainer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest mean |log-ratio| per answer token at step 0 that still counts as equal, by compute dtype."""

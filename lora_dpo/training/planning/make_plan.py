@@ -20,7 +20,12 @@ from lora_dpo.config.recipe import Recipe
 from lora_dpo.engine.cost_model import Footprint, PairShape, pair_shape
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped
-from lora_dpo.fitting import (
+from lora_dpo.model.base import decide_packed, load_skeleton
+from lora_dpo.model.device import free_bytes, pick_device, pick_dtype
+from lora_dpo.model.lora import attach_lora
+from lora_dpo.quiet import quiet_libraries
+from lora_dpo.text import shown
+from lora_dpo.training.planning.memory_plan import (
     CUDA_CONTEXT,
     GB,
     Choice,
@@ -34,18 +39,13 @@ from lora_dpo.fitting import (
     parts_of,
     run_apart,
 )
-from lora_dpo.model.base import decide_packed, load_skeleton
-from lora_dpo.model.device import free_bytes, pick_device, pick_dtype
-from lora_dpo.model.lora import attach_lora
-from lora_dpo.prepare import Run, StopSignal, prepare, read_run
-from lora_dpo.quiet import quiet_libraries
-from lora_dpo.text import shown
+from lora_dpo.training.prepare import Run, StopSignal, prepare, read_run
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-    from lora_dpo.trial import Trial
+    from lora_dpo.training.planning.dry_run import Trial
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ def _plan(costs: Costs, choice: Choice, notes: list[str]) -> Plan:
 
 def _measured(planned: Plan, costs: Costs, choice: Choice, emit: OnEvent) -> Plan:
     """The plan with two real steps beside it; their speed, in FLOP/s, is taken for the whole run."""
-    from lora_dpo.trial import try_steps
+    from lora_dpo.training.planning.dry_run import try_steps
 
     trial = try_steps(costs.run, costs.shapes, on_event=emit)
     longest = sorted(costs.shapes, key=lambda shape: -shape.stream)[: trial.pairs]

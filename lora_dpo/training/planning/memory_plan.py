@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.engine.cost_model import Footprint, PairShape, footprint
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
-from lora_dpo.prepare import Run
+from lora_dpo.training.prepare import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel

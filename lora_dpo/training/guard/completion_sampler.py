@@ -14,17 +14,17 @@ from lora_dpo.data.pairs import evenly
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.evaluation.kl import as_answer, kl_to_reference
-from lora_dpo.health import Checkup
 from lora_dpo.judging import Judge
 from lora_dpo.model.decoding import Answer, Sampling, decode, stop_token_ids
 from lora_dpo.model.lora import reference
+from lora_dpo.training.guard.monitor import Checkup
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_dpo.data import TokenPair
     from lora_dpo.data.answers import TokenAnswer
-    from lora_dpo.prepare import Run
+    from lora_dpo.training.prepare import Run
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from datasets import Dataset
 
 from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
-from lora_dpo.engine_checks import TOLERANCE
 from lora_dpo.errors import ReferenceMismatch
 from lora_dpo.model.lora import POLICY, REFERENCE
+from lora_dpo.training.step_aside import TOLERANCE
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_dpo.data.answers import TokenAnswer
-    from lora_dpo.prepare import Run
+    from lora_dpo.training.prepare import Run
 
 
 class _OnOneBase:

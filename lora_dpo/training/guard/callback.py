@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.guard import Guard
+from lora_dpo.training.guard.training_guard import Guard
 
 TEXT_TRACKERS = ("tensorboard", "wandb", "trackio")
 """Trackers of transformers that take texts beside numbers."""

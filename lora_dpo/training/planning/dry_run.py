@@ -19,7 +19,7 @@ from lora_dpo.leftovers import scratch
 from lora_dpo.model.base import load_base
 from lora_dpo.model.device import out_of_memory, peak_of_process
 from lora_dpo.model.lora import attach_lora
-from lora_dpo.prepare import Run
+from lora_dpo.training.prepare import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +87,7 @@ def _train(
 ) -> Trial:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from lora_dpo.trainer import DPOTrainer
+    from lora_dpo.training.dpo_trainer import DPOTrainer
 
     clock = _make_clock(on_event)
     engine = run.recipe.engine.model_copy(update={"reference_cache": "off"})

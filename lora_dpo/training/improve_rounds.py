@@ -42,9 +42,9 @@ from lora_dpo.leftovers import settle
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import detach
-from lora_dpo.prepare import Stopped, StopSignal
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.train import train
+from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.run import train
 
 FEWEST_HELD_OUT = 8
 
