@@ -22,17 +22,17 @@ from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.evaluation.evaluate import AssessPlan, assess
 from lora_dpo.evaluation.report.write import write_report
 from lora_dpo.evaluation.verify_adapter import verify
-from lora_dpo.export import export
-from lora_dpo.fidelity import fidelity
 from lora_dpo.host import Host, open_host
 from lora_dpo.judging import open_judge
 from lora_dpo.judging.pair_making import make_pairs
-from lora_dpo.merge import merge
-from lora_dpo.mix import mix
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Sampling, generate, stream
 from lora_dpo.model.lora import attach_lora, reference
 from lora_dpo.model.packaged import fetch_model
+from lora_dpo.release.exports.export_adapter import export
+from lora_dpo.release.merge_fidelity import fidelity
+from lora_dpo.release.merged_folder import merge
+from lora_dpo.release.mixture import mix
 from lora_dpo.training.improve_rounds import improve
 from lora_dpo.training.planning.make_plan import Plan, plan
 from lora_dpo.training.prepare import Stopped, StopSignal

@@ -212,8 +212,8 @@ def merge(
     from lora_dpo.adapters.stored_pairs import read_probe
     from lora_dpo.config.recipe import one_of
     from lora_dpo.console import fidelity_table, stages
-    from lora_dpo.fidelity import check_pairs, fidelity, recommend
-    from lora_dpo.merge import merge as run_merge
+    from lora_dpo.release.merge_fidelity import check_pairs, fidelity, recommend
+    from lora_dpo.release.merged_folder import merge as run_merge
 
     one_of("--into", into, ("base16", "trained-base", "both"))
     one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))

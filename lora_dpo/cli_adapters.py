@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from lora_dpo.mix import Mixed
+    from lora_dpo.release.mixture import Mixed
 
 app = typer.Typer(help="The adapters on this machine: list, check, share, mix.", no_args_is_help=True)
 out = Console()
@@ -263,8 +263,8 @@ def mix(
     from lora_dpo.adapters.run_folder import ADAPTERS_DIR
     from lora_dpo.adapters.store import find_adapter
     from lora_dpo.console import stages
-    from lora_dpo.mix import mix as run_mix
-    from lora_dpo.mix import parse_part
+    from lora_dpo.release.mixture import mix as run_mix
+    from lora_dpo.release.mixture import parse_part
 
     found = [(find_adapter(name), weight) for name, weight in map(parse_part, parts)]
     target = Path(output) if len(Path(output).parts) > 1 else ADAPTERS_DIR / check_name(output)
@@ -286,7 +286,7 @@ def mix(
 
 def _draw_mix(done: Mixed, first: str) -> None:
     """Scores on each parent's pairs, then the sweep over the first parent's weight."""
-    from lora_dpo.mix import SWEEP_PLOT
+    from lora_dpo.release.mixture import SWEEP_PLOT
 
     if not done.scores:
         out.print("Not scored: the adapters carry no pairs.")

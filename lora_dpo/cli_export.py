@@ -63,9 +63,9 @@ def export(
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.config.recipe import one_of
     from lora_dpo.console import stages
-    from lora_dpo.export import adapter_of
-    from lora_dpo.export import export as run_export
-    from lora_dpo.merging import trained_into
+    from lora_dpo.release.exports.export_adapter import adapter_of
+    from lora_dpo.release.exports.export_adapter import export as run_export
+    from lora_dpo.release.merged_weights import trained_into
 
     one_of("--to", to, ("gguf-adapter", "gguf", "ollama", "peft"))
     if into is not None:

@@ -33,7 +33,7 @@ from lora_dpo.events import (
     StepLogged,
 )
 from lora_dpo.events import Progress as ProgressEvent
-from lora_dpo.fidelity import Fidelity
+from lora_dpo.release.merge_fidelity import Fidelity
 from lora_dpo.text import harmless
 
 

@@ -71,9 +71,9 @@ def _free(desk: Desk, name: str, end: str) -> Path:
 
 
 def _work(desk: Desk, adapter: Path, target: Path, form: str) -> Callable[[Tick], object]:
-    from lora_dpo.export import export
-    from lora_dpo.merge import merge
-    from lora_dpo.merging import trained_into
+    from lora_dpo.release.exports.export_adapter import export
+    from lora_dpo.release.merged_folder import merge
+    from lora_dpo.release.merged_weights import trained_into
 
     model = desk.host.base.name  # the base is here: the passport may name another place
     if form == "merge":

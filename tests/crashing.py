@@ -169,10 +169,10 @@ CASES = {
     "merge": Case(
         command("merge", "adapters/mine", "--output", "merged", "--dtype", "float32"),
         ("merged",),
-        warm=("lora_dpo.merge", "lora_dpo.fidelity", "transformers.models.llama.modeling_llama"),
+        warm=("lora_dpo.release.merged_folder", "lora_dpo.release.merge_fidelity", "transformers.models.llama.modeling_llama"),
     ),
     "export": Case(
-        command("export", "mine", "--to", "peft", "--output", "plain"), ("plain",), warm=("lora_dpo.export",)
+        command("export", "mine", "--to", "peft", "--output", "plain"), ("plain",), warm=("lora_dpo.release.exports.export_adapter",)
     ),
     "votes": Case(vote_often, (), vote_again),
     "forget": Case(forget, (), forget_again, before=vote_often),

@@ -22,9 +22,9 @@ from lora_dpo.chat import open_chat
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.evaluation.verify_adapter import verify
-from lora_dpo.merge import merge
 from lora_dpo.model.base import load_base
 from lora_dpo.model.identity import weight_fingerprint
+from lora_dpo.release.merged_folder import merge
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -20,12 +20,12 @@ from lora_dpo.adapters.folder import read_passport, write_passport
 from lora_dpo.chat import open_chat
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, ModelError, OutputError
-from lora_dpo.export import export
-from lora_dpo.export.gguf_arch import llama3_factors, permute
-from lora_dpo.export.ollama import modelfile, read_turns
-from lora_dpo.merge import merge
 from lora_dpo.model.base import load_base
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.release.exports.export_adapter import export
+from lora_dpo.release.exports.gguf_arch import llama3_factors, permute
+from lora_dpo.release.exports.ollama import modelfile, read_turns
+from lora_dpo.release.merged_folder import merge
 
 IDS = [257, *b"Say it to the moon, red kite."]
 COMMON = dict(

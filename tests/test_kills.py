@@ -19,8 +19,8 @@ from lora_dpo.adapters.folder import check_folder
 from lora_dpo.adapters.package import unpack
 from lora_dpo.adapters.store import check_content, install, list_adapters, pack
 from lora_dpo.errors import AdapterError
-from lora_dpo.export import export
-from lora_dpo.merge import merge
+from lora_dpo.release.exports.export_adapter import export
+from lora_dpo.release.merged_folder import merge
 
 KILLS = 20
 

@@ -12,8 +12,8 @@ from lora_dpo.adapters.store import install
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import AdapterError, DataError, JudgeError, ModelError
 from lora_dpo.judging.specs import open_judge
-from lora_dpo.merging import plan_base
 from lora_dpo.model.base import load_base, load_skeleton, load_tokenizer
+from lora_dpo.release.merged_weights import plan_base
 
 LOCAL = (
     "gone",

@@ -20,10 +20,10 @@ from lora_dpo.cli import main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.data.pairs import evenly
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError
-from lora_dpo.fidelity import Fidelity, fidelity, recommend, thinned
-from lora_dpo.merge import shard_files
-from lora_dpo.merging import merge_weight, plan_merge, predict_bytes
 from lora_dpo.model.base import load_base
+from lora_dpo.release.merge_fidelity import Fidelity, fidelity, recommend, thinned
+from lora_dpo.release.merged_folder import shard_files
+from lora_dpo.release.merged_weights import merge_weight, plan_merge, predict_bytes
 from lora_dpo.training.run import train
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9]])
@@ -379,7 +379,7 @@ def test_pairs_that_would_fill_the_disk_are_thinned_evenly(adapter, tmp_path, mo
     pairs = read_probe(adapter).pairs
     assert thinned(pairs, 259) == pairs
     size = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) * 259 * 4
-    monkeypatch.setattr(sys.modules["lora_dpo.fidelity"], "MAX_STORED", size // 2)
+    monkeypatch.setattr(sys.modules["lora_dpo.release.merge_fidelity"], "MAX_STORED", size // 2)
     assert thinned(pairs, 259) == [pairs[index] for index in evenly(len(pairs), len(pairs) // 2)]
     [found] = fidelity(adapter, {"base16": merge(adapter, tmp_path / "merged")})
     assert (found.pairs, found.given) == (len(pairs) // 2, len(pairs))

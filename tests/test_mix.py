@@ -17,7 +17,7 @@ from lora_dpo.adapters.stored_pairs import read_probe
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
 from lora_dpo.evaluation.verify_adapter import verify
-from lora_dpo.mix import METHODS, mix, parse_part
+from lora_dpo.release.mixture import METHODS, mix, parse_part
 
 
 @pytest.fixture(scope="module")

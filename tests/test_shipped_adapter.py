@@ -16,10 +16,10 @@ from lora_dpo.adapters.store import describe, list_adapters
 from lora_dpo.cli import main
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.evaluation.verify_adapter import verify
-from lora_dpo.export import export
-from lora_dpo.fidelity import fidelity
-from lora_dpo.merge import merge
 from lora_dpo.model.packaged import fetch_model
+from lora_dpo.release.exports.export_adapter import export
+from lora_dpo.release.merge_fidelity import fidelity
+from lora_dpo.release.merged_folder import merge
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = ROOT / "adapters" / "quickstart"
@@ -91,8 +91,8 @@ def test_merging_into_the_trained_base_keeps_its_log_probabilities(workplace, dt
 
 MEASURE = """
 import threading, time
-from lora_dpo.merge import merge
-from lora_dpo.merging import plan_merge, predict_bytes
+from lora_dpo.release.merged_folder import merge
+from lora_dpo.release.merged_weights import plan_merge, predict_bytes
 from transformers import AutoTokenizer
 
 def private():

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal
 from lora_dpo.adapters.folder import warn_of
 from lora_dpo.adapters.peft_files import plain
 from lora_dpo.files import atomic_folder, refuse_existing
-from lora_dpo.merging import Merged, plan_merge
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.release.merged_weights import Merged, plan_merge
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.adapters.store import adapter_names, find_adapter
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import atomic_file, atomic_folder
-from lora_dpo.merging import Into, Merged, plan_base, plan_merge, trained_into
 from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.release.merged_weights import Into, Merged, plan_base, plan_merge, trained_into
 
 __all__ = ["adapter_of", "export"]
 
@@ -107,7 +107,7 @@ def _near(name: str, names: list[str]) -> bool:
 
 def _kind(kind: str | None, default: str) -> str:
     from lora_dpo.config.recipe import nearest
-    from lora_dpo.export.gguf_write import KINDS
+    from lora_dpo.release.exports.gguf_write import KINDS
 
     kind = kind or default
     if kind not in KINDS:
@@ -116,7 +116,7 @@ def _kind(kind: str | None, default: str) -> str:
 
 
 def _gguf_adapter(adapter: Path, merged: Merged, output: Path, kind: str, name: str) -> Path:
-    from lora_dpo.export.gguf_write import write_adapter
+    from lora_dpo.release.exports.gguf_write import write_adapter
 
     if kind not in ("f32", "f16", "bf16", "q8_0"):
         raise ConfigError(f"--type is {kind!r}: an adapter is stored as f32, f16, bf16 or q8_0.")
@@ -126,7 +126,7 @@ def _gguf_adapter(adapter: Path, merged: Merged, output: Path, kind: str, name: 
 
 
 def _gguf_model(merged: Merged, target: Path, kind: str, name: str, on_tensor: OnTensor | None) -> None:
-    from lora_dpo.export.gguf_write import write_model
+    from lora_dpo.release.exports.gguf_write import write_model
 
     tokenizer, stops = _tokenizer(merged)
     write_model(merged, target, kind=kind, tokenizer=tokenizer, stops=stops, name=name, on_tensor=on_tensor)
@@ -144,7 +144,7 @@ def _tokenizer(merged: Merged) -> tuple[Any, list[int]]:
 
 
 def _ollama(merged: Merged, output: Path, kind: str, name: str, on_tensor: OnTensor | None) -> Path:
-    from lora_dpo.export.ollama import modelfile
+    from lora_dpo.release.exports.ollama import modelfile
 
     tokenizer, stops = _tokenizer(merged)
     text = modelfile("model.gguf", tokenizer, [str(tokenizer.convert_ids_to_tokens(stop)) for stop in stops])

@@ -1,0 +1,8 @@
+"""An adapter, or a whole model, in the form that another program reads.
+
+gguf_arch        names and numbers of llama.cpp's architectures
+gguf_vocab       a tokenizer as llama.cpp keeps it
+gguf_write       GGUF files of adapters and of merged models
+ollama           a Modelfile with the chat template in Go's language
+export_adapter   the choice between them
+"""
