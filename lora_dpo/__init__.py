@@ -13,7 +13,6 @@ from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.hub import pull, push
 from lora_dpo.adapters.loading import load_policy
 from lora_dpo.adapters.store import install, list_adapters, pack
-from lora_dpo.chat import Chat, open_chat
 from lora_dpo.config.improve_recipe import read_improve_recipe
 from lora_dpo.config.recipe import EngineSection, LoraSection, Recipe, read_recipe
 from lora_dpo.data import read_pairs
@@ -22,7 +21,6 @@ from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.evaluation.evaluate import AssessPlan, assess
 from lora_dpo.evaluation.report.write import write_report
 from lora_dpo.evaluation.verify_adapter import verify
-from lora_dpo.host import Host, open_host
 from lora_dpo.judging import open_judge
 from lora_dpo.judging.pair_making import make_pairs
 from lora_dpo.model.base import Base, load_base
@@ -33,6 +31,8 @@ from lora_dpo.release.exports.export_adapter import export
 from lora_dpo.release.merge_fidelity import fidelity
 from lora_dpo.release.merged_folder import merge
 from lora_dpo.release.mixture import mix
+from lora_dpo.serving.chat import Chat, open_chat
+from lora_dpo.serving.host import Host, open_host
 from lora_dpo.training.improve_rounds import improve
 from lora_dpo.training.planning.make_plan import Plan, plan
 from lora_dpo.training.prepare import Stopped, StopSignal

@@ -20,8 +20,8 @@ from lora_dpo.adapters.peft_files import WEIGHTS
 from lora_dpo.data import Message
 from lora_dpo.errors import ConfigError
 from lora_dpo.files import sha256_of
-from lora_dpo.host import Host
 from lora_dpo.model.decoding import Sampling
+from lora_dpo.serving.host import Host
 from lora_dpo.talk import Said, write
 from lora_dpo.votes import Candidate, VoteBook
 

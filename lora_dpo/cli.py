@@ -153,9 +153,9 @@ def chat(
         lora-dpo chat adapters/quickstart --prompt "Why is the sky blue?" --compare
     """
     from lora_dpo.adapters.folder import strictness
-    from lora_dpo.chat import open_chat
     from lora_dpo.config.recipe import one_of
     from lora_dpo.model.decoding import Sampling
+    from lora_dpo.serving.chat import open_chat
     from lora_dpo.terminal import compare_once, converse
 
     if quantize is not None:

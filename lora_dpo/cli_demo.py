@@ -62,13 +62,13 @@ def demo(
         raise ConfigError(f"--host is {host}: Gradio listens on IPv4 addresses and names alone. Give 127.0.0.1.")
     check_gradio()
     from lora_dpo.adapters.folder import strictness
-    from lora_dpo.address import listen
+    from lora_dpo.serving.address import listen
 
     # Before a model is loaded for nothing; and strict around the first look at the adapters, too.
     with listen(host, port) as listening, strictness(strict):
         from lora_dpo.demo import app
         from lora_dpo.desk import Desk
-        from lora_dpo.host import open_host
+        from lora_dpo.serving.host import open_host
 
         port = listening.getsockname()[1]
         with err.status("loading the model"):
@@ -97,7 +97,7 @@ def check_reach(host: str, *, share: bool, auth: bool) -> None:
     """Raise `ConfigError` if others could come in without a password."""
     if auth:
         return
-    from lora_dpo.address import is_loopback
+    from lora_dpo.serving.address import is_loopback
 
     if share:
         raise ConfigError("--share makes the page public: set --auth USER:PASSWORD as well.")

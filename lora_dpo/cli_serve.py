@@ -58,11 +58,11 @@ def serve(
         curl http://127.0.0.1:8000/v1/models
     """
     from lora_dpo.adapters.folder import strictness
-    from lora_dpo.address import is_loopback, listen
     from lora_dpo.config.recipe import one_of
     from lora_dpo.errors import ConfigError
-    from lora_dpo.host import open_host
-    from lora_dpo.serve import build_app, run
+    from lora_dpo.serving.address import is_loopback, listen
+    from lora_dpo.serving.host import open_host
+    from lora_dpo.serving.http import build_app, run
 
     one_of("--quantize", quantize, ("nf4", "none"))
     if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key == api_key.strip()):

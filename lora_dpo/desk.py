@@ -19,10 +19,10 @@ from lora_dpo.collection import Collection
 from lora_dpo.config.recipe import Recipe, nearest, read_recipe
 from lora_dpo.data import Message
 from lora_dpo.errors import AdapterError, ConfigError
-from lora_dpo.host import Host
-from lora_dpo.job import Job
 from lora_dpo.leftovers import scratch_folder
 from lora_dpo.model.decoding import Sampling, generate
+from lora_dpo.serving.host import Host
+from lora_dpo.serving.training_job import Job
 from lora_dpo.watch import Sample, Watch
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any
 
 from lora_dpo.data import Message
 from lora_dpo.errors import ConfigError, LoraDPOError
-from lora_dpo.host import Host
 from lora_dpo.model.decoding import Sampling
-from lora_dpo.request import Outcome, Reply
+from lora_dpo.serving.host import Host
+from lora_dpo.serving.request import Outcome, Reply
 
 SHOW_EVERY = 0.05
 """Seconds between two states of an answer that is being written: faster than anyone reads."""

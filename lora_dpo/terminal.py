@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from lora_dpo.chat import Chat
 from lora_dpo.console import side_by_side
 from lora_dpo.errors import LoraDPOError
+from lora_dpo.serving.chat import Chat
 from lora_dpo.text import harmless
 
 HELP = """/base  answer with the base model     /adapter  answer with the adapter

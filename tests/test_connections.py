@@ -13,8 +13,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from lora_dpo import connections
-from lora_dpo.address import listen
+from lora_dpo.serving import connections
+from lora_dpo.serving.address import listen
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
@@ -127,8 +127,8 @@ HALF_OPEN = """
     from starlette.applications import Starlette
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
-    from lora_dpo.address import listen
-    from lora_dpo.connections import Server, server_config
+    from lora_dpo.serving.address import listen
+    from lora_dpo.serving.connections import Server, server_config
 
     app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("fine"))])
     with listen("127.0.0.1", 0) as sock:

@@ -113,7 +113,7 @@ def ask(text):
 @pytest.fixture(scope="module")
 def desk(tiny_model_folder, tiny_adapter, tmp_path_factory):
     from lora_dpo.desk import Desk
-    from lora_dpo.host import open_host
+    from lora_dpo.serving.host import open_host
 
     place = tmp_path_factory.mktemp("demo")
     shutil.copytree(tiny_adapter, place / "adapters/first")
@@ -408,7 +408,7 @@ def test_with_a_password_nobody_comes_in_without_it(desk):
 
 @pytest.mark.slow
 def test_twenty_clients_for_a_minute_each_get_their_own_answers(tiny_model_folder, tiny_adapter, tmp_path):
-    from lora_dpo.host import open_host
+    from lora_dpo.serving.host import open_host
 
     shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
     port = free_port()

@@ -42,7 +42,7 @@ def serve(model, place, quantize="none"):
     """A demo in this process: its desk and its address."""
     from lora_dpo.demo import app
     from lora_dpo.desk import Desk
-    from lora_dpo.host import open_host
+    from lora_dpo.serving.host import open_host
 
     host = open_host(str(model), place / "adapters", quantize=quantize)
     desk = Desk(host, place / "collected", scratch=place / "scratch")
@@ -186,7 +186,7 @@ def slowly(*args, **kwargs):
 
 
 def test_a_new_chat_stays_new_while_an_answer_is_being_written(browser, served, monkeypatch):
-    from lora_dpo import host
+    from lora_dpo.serving import host
 
     _, address = served
     real = host.stream_from
@@ -206,7 +206,7 @@ def test_a_new_chat_stays_new_while_an_answer_is_being_written(browser, served, 
 
 
 def test_the_stop_button_keeps_what_was_said_so_far(browser, served, monkeypatch):
-    from lora_dpo import host
+    from lora_dpo.serving import host
 
     _, address = served
     me = Visitor(browser, address)
@@ -258,7 +258,7 @@ def test_a_prompt_that_is_refused_does_not_block_voting(browser, served, tmp_pat
 
 
 def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
-    from lora_dpo import host
+    from lora_dpo.serving import host
 
     desk, address = served
     real = host.stream_from
@@ -476,8 +476,8 @@ def hostile(roomy, tiny_adapter, tmp_path, monkeypatch):
     """A demo where every text that can come from outside holds scripts, the model's answers among them."""
     import gradio
 
-    from lora_dpo import host
     from lora_dpo.model.decoding import Answer
+    from lora_dpo.serving import host
 
     def answers(*args, **kwargs):
         yield EVIL

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_dpo.adapters.folder import read_passport, write_passport
-from lora_dpo.chat import open_chat
 from lora_dpo.cli import main
 from lora_dpo.errors import AdapterError, ConfigError, ModelError, OutputError
 from lora_dpo.model.base import load_base
@@ -26,6 +25,7 @@ from lora_dpo.release.exports.export_adapter import export
 from lora_dpo.release.exports.gguf_arch import llama3_factors, permute
 from lora_dpo.release.exports.ollama import modelfile, read_turns
 from lora_dpo.release.merged_folder import merge
+from lora_dpo.serving.chat import open_chat
 
 IDS = [257, *b"Say it to the moon, red kite."]
 COMMON = dict(

@@ -29,8 +29,8 @@ from lora_dpo.data.chat_template import render
 from lora_dpo.evaluation.report.write import report_of
 from lora_dpo.judging.specs import check_specs
 from lora_dpo.model.base import load_base
-from lora_dpo.openai_api import read_request
 from lora_dpo.presets import with_settings
+from lora_dpo.serving.openai_schema import read_request
 
 FUZZ = settings(
     max_examples=EXAMPLES or 25,

@@ -20,12 +20,12 @@ from lora_dpo.config.recipe import check_recipe
 from lora_dpo.desk import Desk
 from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
 from lora_dpo.events import Progress
-from lora_dpo.host import Host, open_host
-from lora_dpo.job import Job
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling, generate
 from lora_dpo.model.lora import attach_lora, share_weights
-from lora_dpo.shelf import KEPT
+from lora_dpo.serving.adapter_pool import KEPT
+from lora_dpo.serving.host import Host, open_host
+from lora_dpo.serving.training_job import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = Sampling(max_new_tokens=12)
@@ -167,7 +167,7 @@ def test_what_is_no_name_of_a_model_is_refused(host, name):
 
 
 def test_adapters_are_in_memory_before_anyone_asks_for_them(base, adapters, monkeypatch):
-    monkeypatch.setattr("lora_dpo.shelf.SETTLED", 0.0)
+    monkeypatch.setattr("lora_dpo.serving.adapter_pool.SETTLED", 0.0)
     with Host(base, adapters) as host:
         wait_until_warm(host)
         check_warm(host, adapters)
@@ -185,15 +185,15 @@ def check_warm(host, adapters):
 def test_few_bytes_of_adapters_are_put_into_memory_ahead_newest_first(base, adapters, monkeypatch):
     weights = adapters / "alpha" / "adapter_model.safetensors"
     os.utime(weights, (2e9, 2e9))
-    monkeypatch.setattr("lora_dpo.shelf.AHEAD", weights.stat().st_size)
-    monkeypatch.setattr("lora_dpo.shelf.SETTLED", 0.0)
+    monkeypatch.setattr("lora_dpo.serving.adapter_pool.AHEAD", weights.stat().st_size)
+    monkeypatch.setattr("lora_dpo.serving.adapter_pool.SETTLED", 0.0)
     with Host(base, adapters) as host:
         wait_until_warm(host)
         assert host.in_memory() == ["alpha"]
 
 
 def test_an_adapter_that_cannot_be_put_on_is_tried_once_and_says_why(base, adapters, monkeypatch):
-    from lora_dpo import shelf
+    from lora_dpo.serving import adapter_pool as shelf
 
     tried = []
 
@@ -212,7 +212,7 @@ def test_an_adapter_that_cannot_be_put_on_is_tried_once_and_says_why(base, adapt
 
 
 def test_memory_that_is_short_for_a_moment_hides_no_adapter(base, adapters, monkeypatch):
-    from lora_dpo import shelf
+    from lora_dpo.serving import adapter_pool as shelf
 
     tried, put = [], shelf.put_adapter
 
@@ -233,7 +233,7 @@ def test_memory_that_is_short_for_a_moment_hides_no_adapter(base, adapters, monk
 
 
 def test_what_has_just_been_written_is_not_read_ahead(base, adapters, monkeypatch):
-    monkeypatch.setattr("lora_dpo.shelf.SETTLED", 1000.0)
+    monkeypatch.setattr("lora_dpo.serving.adapter_pool.SETTLED", 1000.0)
     with Host(base, adapters) as host:  # the fixture has just copied them
         wait_until_warm(host)
         assert host.in_memory() == []
@@ -287,7 +287,7 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_answer_stays_in_the_contex
 
 
 def test_a_text_without_end_is_refused_before_it_is_tokenised(host, monkeypatch):
-    from lora_dpo import host as module
+    from lora_dpo.serving import host as module
 
     monkeypatch.setattr(module, "prompt_ids", lambda *nothing: pytest.fail("it was tokenised"))
     with pytest.raises(PromptTooLong, match="1,000,000 characters"):
@@ -424,7 +424,7 @@ def weights(folder):
 
 
 def test_training_between_answers_gives_the_same_adapter_bit_for_bit(host, adapters, recipe, monkeypatch):
-    monkeypatch.setattr("lora_dpo.job.SLICE", 0.0)  # others go first before every pass
+    monkeypatch.setattr("lora_dpo.serving.training_job.SLICE", 0.0)  # others go first before every pass
     quiet = host.start_training(recipe(), "quiet")
     assert quiet.wait(120)
     assert quiet.state == "done", quiet.error

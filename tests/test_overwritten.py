@@ -11,15 +11,15 @@ import pytest
 from lora_dpo.adapters.folder import check_adapter, read_passport, write_passport
 from lora_dpo.adapters.peft_files import WEIGHTS, check_finite, read_header, weights
 from lora_dpo.errors import AdapterError
-from lora_dpo.host import Host
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling
+from lora_dpo.serving.host import Host
 
 OVERWRITTEN = """
     import pathlib, shutil, sys, threading
     from lora_dpo.errors import LoraDPOError
     from lora_dpo.model.decoding import Sampling
-    from lora_dpo.host import open_host
+    from lora_dpo.serving.host import open_host
 
     model, folder, source = sys.argv[1:]
     target = pathlib.Path(folder) / "mine" / "adapter_model.safetensors"
@@ -125,7 +125,7 @@ def replaced(folder, **changes):
 
 
 def test_an_adapter_that_takes_long_to_check_holds_up_nobody_else(base, make_adapter, tmp_path, monkeypatch):
-    from lora_dpo import shelf
+    from lora_dpo.serving import adapter_pool as shelf
 
     adapters = tmp_path / "adapters"
     make_adapter(adapters / "small")
@@ -155,7 +155,7 @@ def test_an_adapter_that_takes_long_to_check_holds_up_nobody_else(base, make_ada
 
 
 def test_adapters_in_memory_are_bounded_by_their_bytes(base, make_adapter, tmp_path, monkeypatch):
-    from lora_dpo import shelf
+    from lora_dpo.serving import adapter_pool as shelf
 
     for number in range(4):
         make_adapter(tmp_path / f"a{number}", seed=number)

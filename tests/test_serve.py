@@ -19,15 +19,15 @@ import uvicorn
 from typer.testing import CliRunner
 
 from lora_dpo.adapters.folder import attach_adapter
-from lora_dpo.address import is_local_name, is_loopback, listen
 from lora_dpo.cli import app, main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import ConfigError, RequestRefused
-from lora_dpo.host import Host
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling, generate
-from lora_dpo.openai_api import read_request
-from lora_dpo.serve import build_app
+from lora_dpo.serving.address import is_local_name, is_loopback, listen
+from lora_dpo.serving.host import Host
+from lora_dpo.serving.http import build_app
+from lora_dpo.serving.openai_schema import read_request
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def test_pages_of_other_sites_have_nothing_to_ask(port, headers, status):
 
 
 def test_messages_without_end_are_refused_before_they_are_tokenised(port, host, monkeypatch):
-    from lora_dpo import host as module
+    from lora_dpo.serving import host as module
 
     monkeypatch.setattr(module, "prompt_ids", lambda *nothing: pytest.fail("it was tokenised"))
     many = {"model": "base", "messages": [{"role": "user", "content": ""}] * 60_000}
@@ -463,7 +463,7 @@ def test_a_client_that_leaves_frees_its_place(port, host, monkeypatch, stream):
 
 
 def test_silence_is_filled_so_that_proxies_keep_the_stream(port, host, monkeypatch):
-    monkeypatch.setattr("lora_dpo.serve.HEARTBEAT", 0.05)
+    monkeypatch.setattr("lora_dpo.serving.http.HEARTBEAT", 0.05)
     gate = Gate(host, monkeypatch)
     threading.Timer(0.4, gate.open.set).start()
     body = json.dumps({"model": "base", "messages": ask("hi"), "stream": True, "max_tokens": 5}).encode()
@@ -578,7 +578,7 @@ def test_twenty_clients_at_once_each_get_their_own_answers(port, host, base, alo
 
 
 def test_clients_are_answered_while_a_training_goes_on(port, client, host, recipe_dict, adapters, monkeypatch):
-    monkeypatch.setattr("lora_dpo.job.SLICE", 0.05)
+    monkeypatch.setattr("lora_dpo.serving.training_job.SLICE", 0.05)
     job = host.start_training(check_recipe(recipe_dict(trainer={"max_steps": 8})), "fresh")
     answers = 0
     while job.running:

@@ -12,7 +12,7 @@ from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.peft_files import WEIGHTS
 from lora_dpo.errors import AdapterError
 from lora_dpo.model.base import load_base
-from lora_dpo.shelf import Shelf
+from lora_dpo.serving.adapter_pool import Shelf
 
 IDS = torch.tensor([[257, 5, 6, 7, 8]])
 

@@ -14,9 +14,9 @@ import pytest
 from lora_dpo.arena import Arena
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import Busy, ConfigError, DataError
-from lora_dpo.host import Host
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling
+from lora_dpo.serving.host import Host
 from lora_dpo.talk import Exchange, Said, Talk, ask, write
 from lora_dpo.votes import VoteBook
 

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lora_dpo
 from lora_dpo.adapters.folder import read_passport
-from lora_dpo.chat import open_chat
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.data import Origin, TokenPair
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
 from lora_dpo.events import Compared, Note, Progress, Resolved, Saved, StepLogged
 from lora_dpo.model.base import load_base
+from lora_dpo.serving.chat import open_chat
 from lora_dpo.training.prepare import Stopped, StopSignal
 from lora_dpo.training.run import train
 

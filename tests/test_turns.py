@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from lora_dpo.errors import Busy
-from lora_dpo.turns import OWN, Turns
+from lora_dpo.serving.fair_queue import OWN, Turns
 
 
 class Noted:

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 from lora_dpo.adapters.folder import PASSPORT, attach_adapter
 from lora_dpo.adapters.peft_files import plain
-from lora_dpo.chat import open_chat
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.model.base import load_base
 from lora_dpo.release.exports.export_adapter import export
 from lora_dpo.release.merged_folder import merge
+from lora_dpo.serving.chat import open_chat
 
 
 def adapter_of(base, folder, *, rows=None, **settings):

@@ -14,8 +14,8 @@ from lora_dpo.config.recipe import check_recipe
 from lora_dpo.desk import Desk, looks_of
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Answered, Compared, Note, Progress, Resolved, Saved, StepLogged
-from lora_dpo.host import Host
 from lora_dpo.model.base import load_base
+from lora_dpo.serving.host import Host
 from lora_dpo.training.run import train
 from lora_dpo.watch import Sample, Watch, logratios
 

@@ -83,8 +83,8 @@ def served(folder: Path, model: str) -> None:
 
     from lora_dpo.demo import app
     from lora_dpo.desk import Desk
-    from lora_dpo.host import open_host
-    from lora_dpo.serve import build_app, run
+    from lora_dpo.serving.host import open_host
+    from lora_dpo.serving.http import build_app, run
 
     print("> serve", flush=True)
     with open_host(model, folder / "adapters", quantize="none") as host, socket.create_server(("127.0.0.1", 0)) as sock:

@@ -16,8 +16,8 @@ from typing import Any
 
 from gradio import http_server
 
-from lora_dpo.connections import Server, server_config
 from lora_dpo.errors import ConfigError
+from lora_dpo.serving.connections import Server, server_config
 
 
 class _Thread(Server):

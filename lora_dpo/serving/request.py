@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lora_dpo.errors import Busy, LoraDPOError
 from lora_dpo.model.decoding import Sampling
-from lora_dpo.turns import Turns
+from lora_dpo.serving.fair_queue import Turns
 
 
 @dataclass(frozen=True)

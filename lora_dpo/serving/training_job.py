@@ -22,9 +22,9 @@ from lora_dpo.errors import LoraDPOError
 from lora_dpo.events import Event, OnEvent, Progress, Saved
 from lora_dpo.model.base import Base
 from lora_dpo.model.lora import share_weights
+from lora_dpo.serving.fair_queue import OWN, Turns
 from lora_dpo.training.prepare import Stopped, StopSignal
 from lora_dpo.training.run import Look, train
-from lora_dpo.turns import OWN, Turns
 
 logger = logging.getLogger(__name__)
 

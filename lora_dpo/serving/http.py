@@ -24,11 +24,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
 
 from lora_dpo.adapters.package import BASE
-from lora_dpo.address import is_cross_site, is_local_name
-from lora_dpo.connections import Server, server_config
 from lora_dpo.errors import AdapterError, Busy, LoraDPOError, ModelError, PromptTooLong, RequestRefused
-from lora_dpo.host import Host
-from lora_dpo.openai_api import (
+from lora_dpo.serving.address import is_cross_site, is_local_name
+from lora_dpo.serving.connections import Server, server_config
+from lora_dpo.serving.host import Host
+from lora_dpo.serving.openai_schema import (
     DONE,
     ChatRequest,
     Envelope,
@@ -38,7 +38,7 @@ from lora_dpo.openai_api import (
     model_entry,
     read_request,
 )
-from lora_dpo.request import Outcome, Reply, Ticket
+from lora_dpo.serving.request import Outcome, Reply, Ticket
 from lora_dpo.text import shown
 
 Said = TypeVar("Said", bound=Outcome)

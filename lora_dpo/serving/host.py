@@ -30,14 +30,14 @@ from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import Busy, ConfigError, LoraDPOError, ModelError, PromptTooLong
 from lora_dpo.events import OnEvent
 from lora_dpo.files import refuse_existing
-from lora_dpo.job import Job
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Sampling, stream_from
 from lora_dpo.model.device import out_of_memory
-from lora_dpo.request import Asked, Outcome, Reply, Stream, Ticket
-from lora_dpo.shelf import Shelf
+from lora_dpo.serving.adapter_pool import Shelf
+from lora_dpo.serving.fair_queue import OWN, Chore, Turns
+from lora_dpo.serving.request import Asked, Outcome, Reply, Stream, Ticket
+from lora_dpo.serving.training_job import Job
 from lora_dpo.training.run import Look
-from lora_dpo.turns import OWN, Chore, Turns
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from lora_dpo.config.recipe import nearest
 from lora_dpo.data import Message
 from lora_dpo.errors import RequestRefused
 from lora_dpo.model.decoding import Sampling
-from lora_dpo.request import Reply
+from lora_dpo.serving.request import Reply
 from lora_dpo.text import shown
 
 NEUTRAL: Mapping[str, Sequence[Any]] = {
