@@ -67,7 +67,7 @@ def demo(
     # Before a model is loaded for nothing; and strict around the first look at the adapters, too.
     with listen(host, port) as listening, strictness(strict):
         from lora_dpo.demo import app
-        from lora_dpo.desk import Desk
+        from lora_dpo.demo.session import Desk
         from lora_dpo.serving.host import open_host
 
         port = listening.getsockname()[1]

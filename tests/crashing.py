@@ -30,8 +30,8 @@ from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.cleaning import leftovers
 from lora_dpo.cli import main
 from lora_dpo.data import read_pairs
+from lora_dpo.demo.votes import Candidate, VoteBook
 from lora_dpo.journal import rewrite_durably
-from lora_dpo.votes import Candidate, VoteBook
 
 LIBRARY = ctypes.CDLL(None)  # crash.c is in it
 COUNT, KILL, HALF, FULL, ONCE = range(5)

@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 from bounded import within
 
-from lora_dpo.collection import KINDS, Collection, check_upload, clean_name
 from lora_dpo.data import read_pairs
 from lora_dpo.data.unpacked import unpacked_size
+from lora_dpo.demo.pair_store import KINDS, Collection, check_upload, clean_name
+from lora_dpo.demo.votes import Candidate
 from lora_dpo.errors import DataError
-from lora_dpo.votes import Candidate
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_no_name_leads_out_of_the_folder(collection, taken, tmp_path):
 def test_uploads_are_held_to_kinds_and_sizes(collection, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"pairs\.exe is no file of a known kind: known are \.jsonl"):
         check_upload(upload(tmp_path, "x", "pairs.exe"), "pairs.exe", KINDS)
-    monkeypatch.setattr("lora_dpo.collection.MAX_UPLOAD", 10)
+    monkeypatch.setattr("lora_dpo.demo.pair_store.MAX_UPLOAD", 10)
     with pytest.raises(DataError, match="has 0 MB; at most"):
         collection.take_in(upload(tmp_path, json.dumps(ROWS[0])), "pairs.jsonl")
     assert collection.names() == []
@@ -200,7 +200,7 @@ def test_what_is_counted_of_parquet_is_about_its_values(tmp_path):
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_dpo.collection.MAX_UPLOAD", 1 << 20)
+    monkeypatch.setattr("lora_dpo.demo.pair_store.MAX_UPLOAD", 1 << 20)
     path = tmp_path / "pairs.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * (3 << 20)))
     assert path.stat().st_size < 10_000
@@ -211,7 +211,7 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, monkeypat
 
 
 def test_the_doctor_looks_again_only_at_what_has_changed(collection, taken, monkeypatch):
-    from lora_dpo import collection as module
+    from lora_dpo.demo import pair_store as module
 
     looked, examine = [], module.examine
     monkeypatch.setattr(module, "examine", lambda *args, **more: looked.append(args) or examine(*args, **more))

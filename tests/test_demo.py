@@ -112,7 +112,7 @@ def ask(text):
 
 @pytest.fixture(scope="module")
 def desk(tiny_model_folder, tiny_adapter, tmp_path_factory):
-    from lora_dpo.desk import Desk
+    from lora_dpo.demo.session import Desk
     from lora_dpo.serving.host import open_host
 
     place = tmp_path_factory.mktemp("demo")
@@ -372,7 +372,7 @@ def test_a_port_that_is_taken_meanwhile_is_one_sentence(desk):
 
 
 def test_an_export_ends_with_its_page_and_one_is_written_at_a_time(desk):
-    from lora_dpo.outgoing import exported
+    from lora_dpo.demo.downloads import exported
 
     first, second = exported(desk, "first", "merge"), exported(desk, "first", "gguf-adapter")
     done, total, target = next(first)
@@ -556,7 +556,7 @@ def test_a_run_that_ends_while_it_is_drawn_is_drawn_again(monkeypatch):
     from types import SimpleNamespace
 
     from lora_dpo.demo import tab_train
-    from lora_dpo.watch import Seen
+    from lora_dpo.demo.run_state import Seen
 
     job = SimpleNamespace(state="stopping", name="new", error="", running=True)
     watch = SimpleNamespace(seen=Seen("new"))

@@ -41,7 +41,7 @@ def browser():
 def serve(model, place, quantize="none"):
     """A demo in this process: its desk and its address."""
     from lora_dpo.demo import app
-    from lora_dpo.desk import Desk
+    from lora_dpo.demo.session import Desk
     from lora_dpo.serving.host import open_host
 
     host = open_host(str(model), place / "adapters", quantize=quantize)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lora_dpo.adapters.folder import read_passport, strictness, write_passport
 from lora_dpo.adapters.store import list_adapters
 from lora_dpo.config.recipe import check_recipe
-from lora_dpo.desk import Desk
+from lora_dpo.demo.session import Desk
 from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
 from lora_dpo.events import Progress
 from lora_dpo.model.base import load_base

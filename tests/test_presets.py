@@ -8,8 +8,8 @@ import pytest
 
 from lora_dpo.config.recipe import ModelSection, read_recipe
 from lora_dpo.data import read_pairs
+from lora_dpo.demo.presets import PRESETS, draft, settings_text, steps_of, with_settings
 from lora_dpo.errors import ConfigError
-from lora_dpo.presets import PRESETS, draft, settings_text, steps_of, with_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 

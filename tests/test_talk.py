@@ -11,14 +11,14 @@ from random import Random
 
 import pytest
 
-from lora_dpo.arena import Arena
 from lora_dpo.data import read_pairs
+from lora_dpo.demo.arena import Arena
+from lora_dpo.demo.conversation import Exchange, Said, Talk, ask, write
+from lora_dpo.demo.votes import VoteBook
 from lora_dpo.errors import Busy, ConfigError, DataError
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Sampling
 from lora_dpo.serving.host import Host
-from lora_dpo.talk import Exchange, Said, Talk, ask, write
-from lora_dpo.votes import VoteBook
 
 GREEDY = Sampling(max_new_tokens=12)
 LIVELY = Sampling(max_new_tokens=12, temperature=1.0)
@@ -256,7 +256,7 @@ def test_what_cannot_be_drawn(arena):
 
 
 def test_old_matches_are_forgotten(arena, monkeypatch):
-    monkeypatch.setattr("lora_dpo.arena.MOST_OPEN", 3)
+    monkeypatch.setattr("lora_dpo.demo.arena.MOST_OPEN", 3)
     matches = [arena.draw(PROMPT, ["base", "mine"], LIVELY) for _ in range(4)]
     with pytest.raises(ConfigError, match="too old"):
         arena.match(matches[0].id)

@@ -15,11 +15,11 @@ import time
 import filelock
 import pytest
 
-from lora_dpo import votes
 from lora_dpo.data import read_pairs
+from lora_dpo.demo import votes
+from lora_dpo.demo.votes import Candidate, Record, VoteBook
 from lora_dpo.errors import ConfigError, DataError, OutputError
 from lora_dpo.journal import rewrite_durably
-from lora_dpo.votes import Candidate, Record, VoteBook
 
 PROMPT = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -128,7 +128,7 @@ def test_a_whole_last_line_without_its_line_break_is_kept(tmp_path):
 VOTER = """
 import sys
 from pathlib import Path
-from lora_dpo.votes import Candidate, VoteBook
+from lora_dpo.demo.votes import Candidate, VoteBook
 book = VoteBook(Path(sys.argv[1]))
 for number in range(100_000):
     a, b = Candidate(f"One {number}.", "base", {}), Candidate(f"Two {number}. " + "x" * 5000, "mine", {})

@@ -11,13 +11,13 @@ from xml.etree import ElementTree
 import pytest
 
 from lora_dpo.config.recipe import check_recipe
-from lora_dpo.desk import Desk, looks_of
+from lora_dpo.demo.run_state import Sample, Watch, logratios
+from lora_dpo.demo.session import Desk, looks_of
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Answered, Compared, Note, Progress, Resolved, Saved, StepLogged
 from lora_dpo.model.base import load_base
 from lora_dpo.serving.host import Host
 from lora_dpo.training.run import train
-from lora_dpo.watch import Sample, Watch, logratios
 
 
 def step(number, **metrics):
@@ -114,9 +114,9 @@ def test_no_text_from_outside_becomes_a_tag():
     from lora_dpo.data.doctor.checks import CHECKS
     from lora_dpo.data.doctor.examination import Diagnosis, Finding
     from lora_dpo.data.pairs import Origin
-    from lora_dpo.demo import draw
-    from lora_dpo.votes import Record
-    from lora_dpo.watch import Seen
+    from lora_dpo.demo import html as draw
+    from lora_dpo.demo.run_state import Seen
+    from lora_dpo.demo.votes import Record
 
     evil = "<img src=x onerror=alert(1)>\"'</div><script>"
     diagnosis = Diagnosis(findings={"equal": Finding(CHECKS["equal"], [Origin(evil, 1)], [(Origin(evil, 1), evil)])})
@@ -140,7 +140,7 @@ def test_no_text_from_outside_becomes_a_tag():
 
 def test_markdown_keeps_code_and_loses_tags_and_pictures():
     pytest.importorskip("gradio")
-    from lora_dpo.demo.kit import markdown, plain_text
+    from lora_dpo.demo.handlers import markdown, plain_text
 
     assert markdown("**b** <b>x</b>") == "**b** &lt;b>x&lt;/b>"
     assert markdown("`<b>` and\n```html\n<b>\n```\n<i>") == "`<b>` and\n```html\n<b>\n```\n&lt;i>"

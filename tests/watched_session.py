@@ -82,7 +82,7 @@ def served(folder: Path, model: str) -> None:
     import time
 
     from lora_dpo.demo import app
-    from lora_dpo.desk import Desk
+    from lora_dpo.demo.session import Desk
     from lora_dpo.serving.host import open_host
     from lora_dpo.serving.http import build_app, run
 

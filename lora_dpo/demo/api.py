@@ -10,14 +10,14 @@ from typing import Any, cast
 import gradio as gr
 from gradio.events import api as endpoint
 
-from lora_dpo import outgoing
 from lora_dpo.adapters.store import describe, install, list_adapters
 from lora_dpo.data import Message
-from lora_dpo.demo.kit import client_of, sampling_of, told
+from lora_dpo.demo import downloads as outgoing
+from lora_dpo.demo.conversation import ask, talk_of
+from lora_dpo.demo.handlers import client_of, sampling_of, told
+from lora_dpo.demo.presets import settings_text
+from lora_dpo.demo.session import Desk
 from lora_dpo.demo.tab_train import drafted, end, pause
-from lora_dpo.desk import Desk
-from lora_dpo.presets import settings_text
-from lora_dpo.talk import ask, talk_of
 from lora_dpo.training.planning.make_plan import plan
 
 

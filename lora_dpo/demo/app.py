@@ -15,10 +15,10 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
-from lora_dpo.demo.draw import win_table
-from lora_dpo.demo.page import TITLE, css, head, theme
+from lora_dpo.demo.html import win_table
 from lora_dpo.demo.server import serving_on
-from lora_dpo.desk import Desk
+from lora_dpo.demo.session import Desk
+from lora_dpo.demo.theme import TITLE, css, head, theme
 from lora_dpo.leftovers import give_up
 from lora_dpo.serving.address import is_cross_site, is_local_name, listen
 

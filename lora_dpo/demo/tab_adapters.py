@@ -9,14 +9,14 @@ from typing import Any
 
 import gradio as gr
 
-from lora_dpo import outgoing
 from lora_dpo.adapters.package import SUFFIX
 from lora_dpo.adapters.store import describe, install, list_adapters
-from lora_dpo.demo.draw import curves, facts, note, progress_bar, table, without_pictures
-from lora_dpo.demo.kit import markdown, told
-from lora_dpo.desk import Desk
+from lora_dpo.demo import downloads as outgoing
+from lora_dpo.demo.handlers import markdown, told
+from lora_dpo.demo.html import curves, facts, note, progress_bar, table, without_pictures
+from lora_dpo.demo.run_state import Seen
+from lora_dpo.demo.session import Desk
 from lora_dpo.errors import AdapterError
-from lora_dpo.watch import Seen
 
 FORMS = {
     "merged model folder": "merge",

@@ -9,11 +9,11 @@ from typing import Any
 
 import gradio as gr
 
-from lora_dpo.demo.draw import said_line
-from lora_dpo.demo.kit import client_of, markdown, plain_text, refusal, sampling_of, told
-from lora_dpo.desk import Desk
+from lora_dpo.demo.conversation import Exchange, Said, Talk, ask
+from lora_dpo.demo.handlers import client_of, markdown, plain_text, refusal, sampling_of, told
+from lora_dpo.demo.html import said_line
+from lora_dpo.demo.session import Desk
 from lora_dpo.errors import LoraDPOError
-from lora_dpo.talk import Exchange, Said, Talk, ask
 
 NOBODY = "(nobody)"
 HEIGHT = "max(300px, calc(100vh - 430px))"

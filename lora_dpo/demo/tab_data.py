@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from lora_dpo.collection import KINDS, Entry
-from lora_dpo.demo.draw import findings, note, text_block
-from lora_dpo.demo.kit import told
-from lora_dpo.desk import Desk
+from lora_dpo.demo.downloads import exported_pairs
+from lora_dpo.demo.handlers import told
+from lora_dpo.demo.html import findings, note, text_block
+from lora_dpo.demo.pair_store import KINDS, Entry
+from lora_dpo.demo.session import Desk
 from lora_dpo.errors import DataError
-from lora_dpo.outgoing import exported_pairs
 
 SHOWN = 200
 """Pairs in the list; the search finds the others."""

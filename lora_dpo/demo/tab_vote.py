@@ -10,13 +10,13 @@ from typing import Any
 
 import gradio as gr
 
-from lora_dpo.arena import Match
-from lora_dpo.collection import PROMPT_KINDS, check_upload
 from lora_dpo.data import Message
 from lora_dpo.data.prompts import Prompt, prompts_with_report
-from lora_dpo.demo.draw import answer_card, note, win_table
-from lora_dpo.demo.kit import client_of, refusal, sampling_of, told
-from lora_dpo.desk import Desk
+from lora_dpo.demo.arena import Match
+from lora_dpo.demo.handlers import client_of, refusal, sampling_of, told
+from lora_dpo.demo.html import answer_card, note, win_table
+from lora_dpo.demo.pair_store import PROMPT_KINDS, check_upload
+from lora_dpo.demo.session import Desk
 from lora_dpo.errors import Busy, LoraDPOError, PromptTooLong
 
 LABELS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_dpo.adapters.peft_files import plain
 from lora_dpo.adapters.store import pack
-from lora_dpo.desk import Desk
+from lora_dpo.demo.session import Desk
 from lora_dpo.errors import ConfigError
 
 FORMS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}

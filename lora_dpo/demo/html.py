@@ -9,9 +9,9 @@ from html import escape
 from lora_dpo.data.doctor.examination import Diagnosis
 from lora_dpo.data.pairs import ReadReport, rows_text
 from lora_dpo.demo.charts import line_chart
-from lora_dpo.talk import Said
-from lora_dpo.votes import Record
-from lora_dpo.watch import Seen, logratios
+from lora_dpo.demo.conversation import Said
+from lora_dpo.demo.run_state import Seen, logratios
+from lora_dpo.demo.votes import Record
 
 
 def text_block(text: str, *, kind: str = "") -> str:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.adapters.package import check_name
 from lora_dpo.adapters.peft_files import CONFIG, plain
 from lora_dpo.adapters.run_folder import discard_run, interrupted_runs, logged_rows, partial_of
-from lora_dpo.arena import Arena
-from lora_dpo.collection import Collection
 from lora_dpo.config.recipe import Recipe, nearest, read_recipe
 from lora_dpo.data import Message
+from lora_dpo.demo.arena import Arena
+from lora_dpo.demo.pair_store import Collection
+from lora_dpo.demo.run_state import Sample, Watch
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.leftovers import scratch_folder
 from lora_dpo.model.decoding import Sampling, generate
 from lora_dpo.serving.host import Host
 from lora_dpo.serving.training_job import Job
-from lora_dpo.watch import Sample, Watch
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -18,12 +18,12 @@ from typing import Any
 from lora_dpo.adapters.package import BASE
 from lora_dpo.adapters.peft_files import WEIGHTS
 from lora_dpo.data import Message
+from lora_dpo.demo.conversation import Said, write
+from lora_dpo.demo.votes import Candidate, VoteBook
 from lora_dpo.errors import ConfigError
 from lora_dpo.files import sha256_of
 from lora_dpo.model.decoding import Sampling
 from lora_dpo.serving.host import Host
-from lora_dpo.talk import Said, write
-from lora_dpo.votes import Candidate, VoteBook
 
 MOST_OPEN = 2048
 """Matches that are remembered; an abandoned one is forgotten when so many newer ones were drawn."""

@@ -29,10 +29,10 @@ from lora_dpo.data.read import outcomes
 from lora_dpo.data.rows import Row
 from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
+from lora_dpo.demo.votes import VoteBook
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.journal import rewrite_durably
 from lora_dpo.model.tensor_file import State, state_of
-from lora_dpo.votes import VoteBook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
