@@ -2,6 +2,6 @@
 
 import sys
 
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 
 sys.exit(main())

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from lora_dpo.adapters.checkpoints import checkpoints
 from lora_dpo.adapters.run_folder import partial_of
-from lora_dpo.cleaning import leftovers
-from lora_dpo.cli import main
+from lora_dpo.cli.cleaning import leftovers
+from lora_dpo.cli.commands import main
 from lora_dpo.data import read_pairs
 from lora_dpo.demo.votes import Candidate, VoteBook
 from lora_dpo.journal import rewrite_durably
@@ -144,7 +144,7 @@ WARM = (
         "safetensors.torch",
         "peft",
         "lora_dpo.adapters.store",
-        "lora_dpo.console_data",
+        "lora_dpo.cli.data_views",
         "lora_dpo.data.write",
     ),
     *("lora_dpo.adapters.folder", "transformers.models.llama.modeling_llama", "filelock", "lora_dpo.adapters.hub"),

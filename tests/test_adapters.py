@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lora_dpo.adapters.folder import attach_adapter, put_beside, read_passport, strictness, write_passport
 from lora_dpo.adapters.loading import attach_reference, load_policy
 from lora_dpo.adapters.store import describe, diff, find_adapter, list_adapters
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.model.base import load_base

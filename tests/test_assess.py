@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_dpo.adapters.loading import load_policy
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.data import Origin, TokenPair
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import AdapterError, DataError

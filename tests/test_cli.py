@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 import lora_dpo
-from lora_dpo.cli import main
-from lora_dpo.crash import without_secrets
+from lora_dpo.cli.commands import main
+from lora_dpo.cli.crash import without_secrets
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.events import Compared, Progress, Resolved, Saved, StepLogged
 
@@ -381,7 +381,7 @@ def drawn(*events: Any, width: int = 60) -> str:
     """What a log file gets."""
     from rich.console import Console
 
-    from lora_dpo.console import RunView
+    from lora_dpo.cli.views import RunView
 
     view = RunView(Console(file=io.StringIO(), width=width))
     for event in events:
@@ -415,7 +415,7 @@ HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "ac
 
 @pytest.mark.parametrize("arguments", [None, ["--help"], ["train", "--help"], ["recipe"], ["train", "none.yaml"]])
 def test_nothing_heavy_is_imported_before_it_is_needed(arguments):
-    run = "import lora_dpo" if arguments is None else f"from lora_dpo.cli import main; main({arguments!r})"
+    run = "import lora_dpo" if arguments is None else f"from lora_dpo.cli.commands import main; main({arguments!r})"
     code = f"import json, sys; {run}; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stderr.splitlines()[-1]))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
 from lora_dpo.data.token_view import pieces_of, view_pair
 from lora_dpo.data.write import canonical_row, mix, split_by_prompt
@@ -27,7 +27,7 @@ ORCA = [
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # not by $COLUMNS: the console may have been made, with another width, in an earlier test
-    monkeypatch.setattr("lora_dpo.cli_data.out", Console(width=200))
+    monkeypatch.setattr("lora_dpo.cli.data.out", Console(width=200))
 
 
 @pytest.fixture

@@ -280,7 +280,7 @@ def test_a_mistyped_file_is_answered_here_and_never_asked_from_the_hub(tmp_path,
 
 
 def test_the_help_names_every_form():
-    from lora_dpo.cli_pairs import FORMAT_HELP
+    from lora_dpo.cli.pairs import FORMAT_HELP
     from lora_dpo.data.formats.registry import FORMS
 
     named = FORMAT_HELP.partition(": ")[2].partition(" (")[0].replace(" or ", ", ").split(", ")

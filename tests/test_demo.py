@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from lora_dpo.adapters.folder import read_passport, write_passport
-from lora_dpo.cli import main
-from lora_dpo.cli_demo import check_reach, read_auth
+from lora_dpo.cli.commands import main
+from lora_dpo.cli.demo import check_reach, read_auth
 from lora_dpo.data import read_pairs
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.decoding import Sampling
@@ -92,7 +92,7 @@ def test_who_may_come_in():
 
 
 def test_importing_the_package_and_its_command_line_loads_no_gradio():
-    script = "import sys, lora_dpo, lora_dpo.cli, lora_dpo.cli_demo; print([m for m in sys.modules if 'gradio' in m])"
+    script = "import sys, lora_dpo, lora_dpo.cli.commands, lora_dpo.cli.demo; print([m for m in sys.modules if 'gradio' in m])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 
 

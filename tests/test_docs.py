@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import lora_dpo
-from lora_dpo.cli import app
+from lora_dpo.cli.commands import app
 from lora_dpo.config.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.model.base import load_base
 from lora_dpo.model.packaged import fetch_model

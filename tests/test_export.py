@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_dpo.adapters.folder import read_passport, write_passport
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.errors import AdapterError, ConfigError, ModelError, OutputError
 from lora_dpo.model.base import load_base
 from lora_dpo.quiet import quiet_libraries

@@ -14,7 +14,7 @@ import pytest
 from lora_dpo.adapters.folder import licence_of
 from lora_dpo.adapters.hub import pull, push
 from lora_dpo.adapters.package import KNOWN
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.errors import AdapterError, OutputError, PackageError
 from lora_dpo.evaluation.report.model_card import front_matter
 

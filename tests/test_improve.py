@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from lora_dpo.adapters.folder import read_passport, write_passport
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.config.improve_recipe import ImproveRecipe, ImproveSection, dump_improve_recipe, read_improve_recipe
 from lora_dpo.config.recipe import check_settings
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError

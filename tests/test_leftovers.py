@@ -16,9 +16,9 @@ import pytest
 
 from lora_dpo import leftovers
 from lora_dpo.adapters.checkpoints import begin, seal
-from lora_dpo.cleaning import leftovers as found_in
-from lora_dpo.cli import main
-from lora_dpo.crash import write_crash
+from lora_dpo.cli.cleaning import leftovers as found_in
+from lora_dpo.cli.commands import main
+from lora_dpo.cli.crash import write_crash
 from lora_dpo.data.rows import read_rows
 from lora_dpo.errors import OutputError
 from lora_dpo.files import atomic_file, atomic_files, atomic_folder, replace_file

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judging.endpoint import API_KEY, Endpoint, EndpointSettings

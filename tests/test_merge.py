@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_dpo import merge
 from lora_dpo.adapters.folder import attach_adapter, read_passport, strictness, write_passport
 from lora_dpo.adapters.stored_pairs import read_probe
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.data.pairs import evenly
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError

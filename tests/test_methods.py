@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.adapters.folder import read_passport
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.config.recipe import LoraSection, check_recipe, dump_recipe, read_recipe
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 from lora_dpo.data.answers import read_answers, tokenize_answers

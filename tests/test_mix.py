@@ -14,7 +14,7 @@ from lora_dpo.adapters.folder import read_passport
 from lora_dpo.adapters.peft_files import read_adapter
 from lora_dpo.adapters.store import install
 from lora_dpo.adapters.stored_pairs import read_probe
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
 from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.release.mixture import METHODS, mix, parse_part

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_dpo.adapters.package import KNOWN
 from lora_dpo.adapters.store import install, list_adapters, pack, remove
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.errors import AdapterError, BaseDiffers, LoraDPOError, OutputError, PackageError
 
 WEIGHTS, CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "passport.json"

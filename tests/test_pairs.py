@@ -15,7 +15,7 @@ import pytest
 
 import lora_dpo.judging.samples
 from lora_dpo.adapters.loading import Policy, attach_reference, load_policy
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import read_pairs
 from lora_dpo.data.prompts import Prompt, prompts_with_report, read_prompts

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl import DPOConfig
 
 from lora_dpo import DPOTrainer, plan
-from lora_dpo.cli import main
-from lora_dpo.cli_plan import bar
+from lora_dpo.cli.commands import main
+from lora_dpo.cli.plan import bar
 from lora_dpo.config.recipe import check_recipe, read_recipe
 from lora_dpo.engine import PairForward, lay_out
 from lora_dpo.engine.cost_model import NF4_BYTES, PairShape, footprint, pair_shape

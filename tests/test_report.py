@@ -13,7 +13,7 @@ import pytest
 
 from lora_dpo.adapters.loading import beta_of
 from lora_dpo.adapters.stored_run import read_run
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import AdapterError, OutputError
 from lora_dpo.evaluation.prequential import at_first_sight

@@ -19,7 +19,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 from lora_dpo.adapters.folder import attach_adapter
-from lora_dpo.cli import app, main
+from lora_dpo.cli.commands import app, main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.errors import ConfigError, RequestRefused
 from lora_dpo.model.base import load_base

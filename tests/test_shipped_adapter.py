@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.adapters.store import describe, list_adapters
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.model.packaged import fetch_model

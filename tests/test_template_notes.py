@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lora_dpo.cli import main
+from lora_dpo.cli.commands import main
 from lora_dpo.config.recipe import check_recipe
 from lora_dpo.data import Message, Origin
 from lora_dpo.data.doctor.examination import examine

@@ -39,7 +39,7 @@ sys.addaudithook(note)
 import httpx  # noqa: E402
 import yaml  # noqa: E402
 
-from lora_dpo.cli import main  # noqa: E402
+from lora_dpo.cli.commands import main  # noqa: E402
 
 
 def command(*words: str) -> None:

@@ -13,16 +13,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lora_dpo import cli_pairs
-from lora_dpo.cli_adapters import app as adapters_app
-from lora_dpo.cli_clean import clean
-from lora_dpo.cli_data import app as data_app
-from lora_dpo.cli_demo import demo
-from lora_dpo.cli_eval import evaluate, report
-from lora_dpo.cli_export import export
-from lora_dpo.cli_plan import plan
-from lora_dpo.cli_serve import serve
-from lora_dpo.crash import first_line, quiet_exit, write_crash
+from lora_dpo.cli import pairs as cli_pairs
+from lora_dpo.cli.adapters import app as adapters_app
+from lora_dpo.cli.clean import clean
+from lora_dpo.cli.crash import first_line, quiet_exit, write_crash
+from lora_dpo.cli.data import app as data_app
+from lora_dpo.cli.demo import demo
+from lora_dpo.cli.eval import evaluate, report
+from lora_dpo.cli.export import export
+from lora_dpo.cli.plan import plan
+from lora_dpo.cli.serve import serve
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.files import refusal
 
@@ -91,9 +91,9 @@ def train(
     from lora_dpo.adapters.checkpoints import checkpoints
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.run_folder import partial_of, resume_command
+    from lora_dpo.cli.signals import stop_on_signals
+    from lora_dpo.cli.views import RunView
     from lora_dpo.config.recipe import read_recipe
-    from lora_dpo.console import RunView
-    from lora_dpo.signals import stop_on_signals
     from lora_dpo.training.prepare import Stopped, StopSignal
     from lora_dpo.training.run import train as run_training
 
@@ -153,10 +153,10 @@ def chat(
         lora-dpo chat adapters/quickstart --prompt "Why is the sky blue?" --compare
     """
     from lora_dpo.adapters.folder import strictness
+    from lora_dpo.cli.chat_loop import compare_once, converse
     from lora_dpo.config.recipe import one_of
     from lora_dpo.model.decoding import Sampling
     from lora_dpo.serving.chat import open_chat
-    from lora_dpo.terminal import compare_once, converse
 
     if quantize is not None:
         one_of("--quantize", quantize, ("nf4", "none"))
@@ -210,8 +210,8 @@ def merge(
     """
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.stored_pairs import read_probe
+    from lora_dpo.cli.views import fidelity_table, stages
     from lora_dpo.config.recipe import one_of
-    from lora_dpo.console import fidelity_table, stages
     from lora_dpo.release.merge_fidelity import check_pairs, fidelity, recommend
     from lora_dpo.release.merged_folder import merge as run_merge
 

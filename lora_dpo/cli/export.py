@@ -61,8 +61,8 @@ def export(
         lora-dpo export adapters/quickstart --to ollama --output ollama/quickstart
     """
     from lora_dpo.adapters.folder import strictness
+    from lora_dpo.cli.views import stages
     from lora_dpo.config.recipe import one_of
-    from lora_dpo.console import stages
     from lora_dpo.release.exports.export_adapter import adapter_of
     from lora_dpo.release.exports.export_adapter import export as run_export
     from lora_dpo.release.merged_weights import trained_into

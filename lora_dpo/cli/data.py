@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lora_dpo.cli_pairs import FORMAT_HELP
+from lora_dpo.cli.pairs import FORMAT_HELP
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.text import counted, harmless, json_text, shown
 
@@ -72,7 +72,7 @@ def check(
 
         lora-dpo data check pairs.csv --model smollm2-135m --fix clean.jsonl
     """
-    from lora_dpo.console_data import diagnosis_view, fixed_view
+    from lora_dpo.cli.data_views import diagnosis_view, fixed_view
     from lora_dpo.data.doctor.examination import examine
     from lora_dpo.data.rows import refuse_twice
     from lora_dpo.data.write import check_name, dropped_of, write_fixed
@@ -133,7 +133,7 @@ def show(
 
         lora-dpo data show feedback.csv 12 --format orca --model smollm2-135m --max-length 512
     """
-    from lora_dpo.console_data import messages_view, tokens_view
+    from lora_dpo.cli.data_views import messages_view, tokens_view
     from lora_dpo.data.read import pair_at
     from lora_dpo.data.token_view import view_pair
 
@@ -160,7 +160,7 @@ def convert(
 
         lora-dpo data convert owner/name:train rated.jsonl.gz --format ratings --min-gap 1
     """
-    from lora_dpo.console_data import read_view
+    from lora_dpo.cli.data_views import read_view
     from lora_dpo.data.read import read_pairs
     from lora_dpo.data.write import check_name, write_pairs
 
@@ -191,7 +191,7 @@ def split(
 
         lora-dpo data split pairs.jsonl train.jsonl eval.jsonl --share 0.05 --seed 1
     """
-    from lora_dpo.console_data import read_view
+    from lora_dpo.cli.data_views import read_view
     from lora_dpo.data.read import read_pairs
     from lora_dpo.data.write import split_by_prompt, write_both
 
@@ -221,7 +221,7 @@ def stats(
 
         lora-dpo data stats mine.jsonl folder-of-more/ --model smollm2-135m --max-length 512
     """
-    from lora_dpo.console_data import stats_view
+    from lora_dpo.cli.data_views import stats_view
     from lora_dpo.data.doctor.examination import examine
     from lora_dpo.data.rows import refuse_twice
 
@@ -250,7 +250,7 @@ def mix_files(
 
         lora-dpo data mix mine.jsonl:2 owner/name:test:1 --size 5000 --seed 1 --output mixed.jsonl.gz
     """
-    from lora_dpo.console_data import read_view
+    from lora_dpo.cli.data_views import read_view
     from lora_dpo.data.read import read_pairs
     from lora_dpo.data.rows import refuse_twice
     from lora_dpo.data.write import check_name, mix, write_pairs

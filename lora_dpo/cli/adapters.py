@@ -262,7 +262,7 @@ def mix(
     from lora_dpo.adapters.package import check_name
     from lora_dpo.adapters.run_folder import ADAPTERS_DIR
     from lora_dpo.adapters.store import find_adapter
-    from lora_dpo.console import stages
+    from lora_dpo.cli.views import stages
     from lora_dpo.release.mixture import mix as run_mix
     from lora_dpo.release.mixture import parse_part
 

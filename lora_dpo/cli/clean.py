@@ -23,7 +23,7 @@ def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove what is shown.
 
         lora-dpo clean --yes
     """
-    from lora_dpo.cleaning import leftovers, remove
+    from lora_dpo.cli.cleaning import leftovers, remove
 
     found = leftovers(Path())
     if not found:

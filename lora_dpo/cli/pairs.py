@@ -97,7 +97,7 @@ def pairs(
     --judge '0.5*rules:no-repeat'.
     """
     from lora_dpo.adapters.folder import strictness
-    from lora_dpo.console import RunView
+    from lora_dpo.cli.views import RunView
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.data.write import check_name
     from lora_dpo.files import refuse_existing, refuse_unwritable
@@ -246,9 +246,9 @@ def improve(
         lora-dpo improve configs/improve/quickstart.yaml improve.rounds=1 output=adapters/short
     """
     from lora_dpo.adapters.folder import strictness
+    from lora_dpo.cli.signals import stop_on_signals
+    from lora_dpo.cli.views import RunView
     from lora_dpo.config.improve_recipe import read_improve_recipe
-    from lora_dpo.console import RunView
-    from lora_dpo.signals import stop_on_signals
     from lora_dpo.training.improve_rounds import improve as run_rounds
     from lora_dpo.training.prepare import Stopped, StopSignal
 

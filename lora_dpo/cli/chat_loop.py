@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from lora_dpo.console import side_by_side
+from lora_dpo.cli.views import side_by_side
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.serving.chat import Chat
 from lora_dpo.text import harmless

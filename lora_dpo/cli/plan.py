@@ -14,8 +14,8 @@ from lora_dpo.text import json_text
 from lora_dpo.training.planning.lines import lines, size, trial_lines, verdict
 
 if TYPE_CHECKING:
+    from lora_dpo.cli.views import RunView
     from lora_dpo.config.recipe import Recipe
-    from lora_dpo.console import RunView
     from lora_dpo.training.planning.make_plan import Plan
 
 BAR = 10
@@ -53,8 +53,8 @@ def plan(
 
         lora-dpo plan configs/8gb-3b.yaml --card 12GB trainer.max_length=2048
     """
+    from lora_dpo.cli.views import RunView
     from lora_dpo.config.recipe import read_recipe
-    from lora_dpo.console import RunView
     from lora_dpo.training.planning.make_plan import plan as make_plan
 
     settings = read_recipe(recipe, overrides or ())

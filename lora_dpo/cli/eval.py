@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_dpo.cli_pairs import JUDGE_HELP, endpoint_settings
+from lora_dpo.cli.pairs import JUDGE_HELP, endpoint_settings
 from lora_dpo.text import json_text
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def evaluate(
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.loading import load_policy
     from lora_dpo.adapters.store import find_adapter
+    from lora_dpo.cli.views import RunView
     from lora_dpo.config.recipe import one_of
-    from lora_dpo.console import RunView
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.evaluation.evaluate import AssessPlan, assess
     from lora_dpo.evaluation.requirements import parse_requirements
