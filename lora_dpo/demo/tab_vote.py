@@ -16,7 +16,7 @@ from lora_dpo.demo.arena import Match
 from lora_dpo.demo.handlers import client_of, refusal, sampling_of, told
 from lora_dpo.demo.html import answer_card, note, win_table
 from lora_dpo.demo.pair_store import PROMPT_KINDS, check_upload
-from lora_dpo.demo.session import Desk
+from lora_dpo.demo.session import AppState
 from lora_dpo.errors import Busy, LoraDPOError, PromptTooLong
 
 LABELS = {
@@ -46,24 +46,31 @@ class Parts:
     """Temperature and longest answer."""
 
 
-def build(desk: Desk, item: gr.Tab) -> tuple[gr.Dropdown, gr.HTML]:
-    """Lay the tab out and connect it; returns what is to be refreshed: the picker of players, and who wins."""
-    parts = _layout(desk)
-    tab = Tab(desk)
+def build(app_state: AppState, item: gr.Tab, *, public: bool = False) -> tuple[gr.Dropdown, gr.HTML]:
+    """Lay the tab out and connect it; returns what is to be refreshed: the picker of players, and who wins.
+
+    Args:
+        public: visitors write their prompts; they bring no files.
+    """
+    parts = _layout(app_state)
+    tab = Tab(app_state)
     match_id, queue = gr.State(""), gr.State([])
     outputs = [parts.box, *parts.shown, match_id, queue, *parts.buttons.values()]
     settings = [parts.players, *parts.numbers, queue]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     parts.box.submit(tab.ask, [parts.box, *settings], outputs, **quiet)
-    parts.load.upload(tab.bring, [parts.load, *settings], outputs, **quiet)
+    if public:
+        parts.load.visible = False
+    else:
+        parts.load.upload(tab.bring, [parts.load, *settings], outputs, **quiet)
     for verdict, button in parts.buttons.items():
         button.click(tab.cast(verdict), [match_id, *settings], outputs, **quiet)
-    item.select(lambda: win_table(desk.pairs.book.records()), None, parts.shown[3], **quiet)
+    item.select(lambda: win_table(app_state.pairs.book.records()), None, parts.shown[3], **quiet)
     return parts.players, parts.shown[3]
 
 
-def _layout(desk: Desk) -> Parts:
-    names = desk.names()
+def _layout(app_state: AppState) -> Parts:
+    names = app_state.names()
     with gr.Row(elem_classes="bar"):
         players = gr.Dropdown(
             names,
@@ -103,15 +110,15 @@ def _layout(desk: Desk) -> Parts:
         temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
         longest = gr.Slider(8, 1024, 160, step=8, label="Longest answer (tokens)", elem_id="vote-longest")
     gr.Markdown("#### Who wins")
-    wins = gr.HTML(win_table(desk.pairs.book.records()), elem_id="vote-wins")
+    wins = gr.HTML(win_table(app_state.pairs.book.records()), elem_id="vote-wins")
     return Parts(players, load, box, (asked, cards, status, wins), buttons, (temperature, longest))
 
 
 class Tab:
     """The tab's handlers. Each yields values for all `OUTPUTS`."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, app_state: AppState) -> None:
+        self.app_state = app_state
 
     def ask(
         self, text: str, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
@@ -139,16 +146,16 @@ class Tab:
 
     def cast(self, verdict: str) -> Callable[..., Iterator[State]]:
         """The handler of one verdict: write it down, tell the names, go on with the next imported prompt."""
-        desk = self.desk
+        app_state = self.app_state
 
         @told
         def voted(
             match: str, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
         ) -> Iterator[State]:
-            done = desk.arena.vote(match, verdict)
-            said = note(_told_after(desk, done, verdict), kind="good")
+            done = app_state.arena.vote(match, verdict)
+            said = note(_told_after(app_state, done, verdict), kind="good")
             names = _cards(*(answer.text for answer in done.answers if answer), names=done.players)
-            table = win_table(desk.pairs.book.records())
+            table = win_table(app_state.pairs.book.records())
             rest = left[1:] if left and tuple(left[0].messages) == done.prompt else left
             yield (gr.skip(), gr.skip(), names, said, table, "", rest, *_buttons(False))
             if left:
@@ -183,7 +190,7 @@ class Tab:
         was: str,
     ) -> Iterator[State]:
         """Draw a match and show its answers as they are written; then the buttons work."""
-        arena = self.desk.arena
+        arena = self.app_state.arena
         source = f"{left[0].source}:{left[0].row}" if left and tuple(left[0].messages) == tuple(prompt) else None
         match = arena.draw(prompt, who, sampling_of(numbers[0], 0.95, numbers[1], 0), source=source)
         box = gr.update(value="", submit_btn=False)
@@ -222,9 +229,9 @@ def _cards(a: str, b: str, *, writing: bool = False, names: Sequence[str | None]
     return f'<div class="cards">{"".join(both)}</div>'
 
 
-def _told_after(desk: Desk, match: Match, verdict: str) -> str:
+def _told_after(app_state: AppState, match: Match, verdict: str) -> str:
     a, b = match.players
-    pairs, others = desk.pairs.book.count()
+    pairs, others = app_state.pairs.book.count()
     kept = f"Saved: {pairs} {'pair' if pairs == 1 else 'pairs'} to train on, {others} other votes."
     if a == b:
         return f"Both were {a}. {kept}"
