@@ -1,45 +1,27 @@
 """Preference-tuning of open chat models with LoRA and DPO, on one loaded base model.
 
-Importing this package loads no torch: the names below bring it in when they are called, and
-`DPOTrainer`, a class on top of TRL's, when it is first looked up.
+Importing this package loads nothing but its settings of other libraries: each name below brings in its room when it is
+first looked up, and torch when it is called.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import lora_dpo.telemetry  # noqa: F401 - first: switches off what libraries would count and tell
-from lora_dpo.adapters.folder import attach_adapter
-from lora_dpo.adapters.hub import pull, push
-from lora_dpo.adapters.loading import load_policy
-from lora_dpo.adapters.store import install, list_adapters, pack
-from lora_dpo.config.improve_recipe import read_improve_recipe
-from lora_dpo.config.recipe import EngineSection, LoraSection, Recipe, read_recipe
-from lora_dpo.data import read_pairs
-from lora_dpo.data.prompts import read_prompts
-from lora_dpo.errors import BaseDiffers, LoraDPOError
-from lora_dpo.evaluation.evaluate import AssessPlan, assess
-from lora_dpo.evaluation.report.write import write_report
-from lora_dpo.evaluation.verify_adapter import verify
-from lora_dpo.judging import open_judge
-from lora_dpo.judging.pair_making import make_pairs
-from lora_dpo.model.base import Base, load_base
-from lora_dpo.model.decoding import Sampling, generate, stream
-from lora_dpo.model.lora import attach_lora, reference
-from lora_dpo.model.packaged import fetch_model
-from lora_dpo.release.exports.export_adapter import export
-from lora_dpo.release.merge_fidelity import fidelity
-from lora_dpo.release.merged_folder import merge
-from lora_dpo.release.mixture import mix
-from lora_dpo.serving.chat import Chat, open_chat
-from lora_dpo.serving.host import Host, open_host
-from lora_dpo.training.improve_rounds import improve
-from lora_dpo.training.planning.make_plan import Plan, plan
-from lora_dpo.training.prepare import Stopped, StopSignal
-from lora_dpo.training.run import TrainResult, train
 
 if TYPE_CHECKING:
-    from lora_dpo.training.dpo_trainer import DPOTrainer
+    from lora_dpo.adapters import attach_adapter, install, list_adapters, load_policy, pack, pull, push
+    from lora_dpo.config import EngineSection, LoraSection, Recipe, read_improve_recipe, read_recipe
+    from lora_dpo.data import read_pairs, read_prompts
+    from lora_dpo.errors import BaseDiffers, LoraDPOError
+    from lora_dpo.evaluation import AssessPlan, assess, verify, write_report
+    from lora_dpo.judging import make_pairs, open_judge
+    from lora_dpo.model import Base, Sampling, attach_lora, fetch_model, generate, load_base, reference, stream
+    from lora_dpo.release import export, fidelity, merge, mix, recommend
+    from lora_dpo.serving import Chat, Host, open_chat, open_host
+    from lora_dpo.training import DPOTrainer, Plan, Stopped, StopSignal, TrainResult, improve, plan, train
 
 __all__ = [
     "AssessPlan",
@@ -83,6 +65,7 @@ __all__ = [
     "read_pairs",
     "read_prompts",
     "read_recipe",
+    "recommend",
     "reference",
     "stream",
     "train",
@@ -93,9 +76,28 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name == "DPOTrainer":
-        from lora_dpo.training.dpo_trainer import DPOTrainer
+_ROOMS = {
+    "adapters": "attach_adapter install list_adapters load_policy pack pull push",
+    "config": "EngineSection LoraSection Recipe read_improve_recipe read_recipe",
+    "data": "read_pairs read_prompts",
+    "errors": "BaseDiffers LoraDPOError",
+    "evaluation": "AssessPlan assess verify write_report",
+    "judging": "make_pairs open_judge",
+    "model": "Base Sampling attach_lora fetch_model generate load_base reference stream",
+    "release": "export fidelity merge mix recommend",
+    "serving": "Chat Host open_chat open_host",
+    "training": "DPOTrainer Plan StopSignal Stopped TrainResult improve plan train",
+}
+"""Where each name is at home."""
+_HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
-        return DPOTrainer
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__`, or a room, looked up for the first time."""
+    if name in _HOME:
+        found = getattr(importlib.import_module(f"lora_dpo.{_HOME[name]}"), name)
+        globals()[name] = found
+        return found
+    if name in (*_ROOMS, "engine", "errors", "events"):
+        return importlib.import_module(f"lora_dpo.{name}")
     raise AttributeError(f"module 'lora_dpo' has no attribute {name!r}")

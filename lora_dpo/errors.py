@@ -27,7 +27,7 @@ class LoraDPOError(Exception):
     """Base of all errors that lora-dpo raises on purpose.
 
     Args:
-        message: written on one line, cut in the middle if it is longer than `wording.LONGEST`.
+        message: written on one line, cut in the middle if it is longer than `text.LONGEST`.
     """
 
     def __init__(self, message: object = "") -> None:

@@ -1,4 +1,7 @@
-"""What a run tells while it goes on. `train` emits these and never prints; a face draws them."""
+"""What a run tells while it goes on, and how it is asked to stop.
+
+`train` emits these and never prints: the terminal or the page draws them.
+"""
 
 from __future__ import annotations
 
@@ -108,3 +111,24 @@ Event = (
     | Saved
 )
 OnEvent = Callable[[Event], None]
+
+
+class Stopped(Exception):
+    """The run was asked to stop. `resumable` if a checkpoint was saved."""
+
+    def __init__(self, output: Path, *, step: int, resumable: bool) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.output, self.step, self.resumable = output, step, resumable
+
+
+@dataclass
+class StopSignal:
+    """Set `requested` from a signal handler or another thread to end a run at its next safe point."""
+
+    requested: bool = False
+    keep: bool = False
+    """Set it to end training at its next step and keep the adapter as it is then: it is measured and saved."""
+    kept_at: int | None = None
+    """Filled in by the run: the step, before the last, that `keep` ended it at."""
+    output: Path | None = None
+    """Filled in by the run: the adapter folder that it works towards."""

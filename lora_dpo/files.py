@@ -1,4 +1,7 @@
-"""Writing results so that a reader sees either the whole thing or nothing."""
+"""Writing results so that a reader sees either the whole thing or nothing.
+
+Also what a disk that refuses means in words, and which names are paths of this machine.
+"""
 
 from __future__ import annotations
 
@@ -256,6 +259,11 @@ def write_json(path: Path, value: object) -> None:
     replace_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+OWN_FOLDERS = ("adapters", "models", "merged", "evaluations", "reports", "runs", "collected", "configs", "data")
+"""Folders that lora-dpo makes, or this repository has: `adapters/quickstart` is never asked of the hub's "adapters"."""
+_OF_A_FILE = (".zip", ".partial", ".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml")
+
+
 def looks_local(name: str) -> bool:
     """True for what can only be meant as a path of this machine, also when nothing is there (any more).
 
@@ -272,9 +280,3 @@ def looks_local(name: str) -> bool:
         or (bool(slash) and (first in OWN_FOLDERS or os.path.isdir(first)))
         or name.lower().endswith(_OF_A_FILE)
     )
-
-
-OWN_FOLDERS = ("adapters", "models", "merged", "evaluations", "reports", "runs", "collected", "configs", "data")
-"""Folders that lora-dpo makes, or this repository has: `adapters/quickstart` is never asked of the hub's "adapters"."""
-
-_OF_A_FILE = (".zip", ".partial", ".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml")

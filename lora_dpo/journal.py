@@ -1,6 +1,7 @@
 """A file that long work is written to row by row, so that a killed run goes on where it was.
 
 The first line names the settings that the rows were made with; rows of other settings are never mixed in.
+Beside it: one durable row, a durable rewrite, and a place that one process holds at a time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""How counts, reasons and foreign text are written for a terminal and for programs."""
+"""How counts, reasons and foreign text are written for a terminal and for programs, and what text alone tells."""
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -66,3 +67,41 @@ def reasons_text(counts: Iterable[tuple[str, int]]) -> str:
     shown = [f"{count} {kind}" for kind, count in kinds.most_common(REASONS_SHOWN)]
     rest = len(kinds) - len(shown)
     return ", ".join(shown) + (f", … {counted(rest, 'more reason')}" if rest > 0 else "")
+
+
+def plain(value: object, limit: int = 90) -> str:
+    """Text from outside, on one line and short: all but letters and digits in ASCII, so that nothing in it paints."""
+    text = "".join(letter if _is_seen(letter) else ascii(letter)[1:-1] for letter in str(value).strip())
+    return text if len(text) <= limit else text[: limit - 1] + "~"
+
+
+def revealed(value: object) -> str:
+    """`plain` in ASCII alone: for names that may look like another one."""
+    text = str(value).strip()[:90]
+    return "".join(letter if letter.isascii() and letter.isalnum() else ascii(letter)[1:-1] for letter in text)
+
+
+def _is_seen(letter: str) -> bool:
+    """Whether a letter or digit shows, and as itself: some letters of Hangul have no shape."""
+    return letter.isalnum() and (letter.isascii() or unicodedata.normalize("NFKC", letter) == letter)
+
+
+REFUSAL = re.compile(
+    r"^\W*(?:i(?:'m| am) (?:very |so |truly |really )?sorry\b|sorry\b|i apologi[sz]e\b|unfortunately,? i\b|as an ai\b|"
+    r"(?:i(?:'m| am)|while i(?:'m| am)) (?:not able|unable|not equipped|not allowed|not programmed)\b|"
+    r"i (?:can(?:not|'t| not)|won't|will not|must decline|do not have the ability|don't have the ability)\b)",
+    re.IGNORECASE,
+)
+"""How English refusals begin. Other languages, and refusals further on, are not seen."""
+
+
+def repetition(text: str) -> float:
+    """Share of three-word sequences that stood there before (seq-rep-3, Welleck et al. 2020, arXiv 1908.04319)."""
+    words = re.findall(r"\w+", text.lower())
+    threes = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(threes)) / len(threes) if threes else 0.0
+
+
+def refuses(text: str) -> bool:
+    """True if the answer begins as an English refusal does."""
+    return REFUSAL.match(text.replace("\u2019", "'")) is not None

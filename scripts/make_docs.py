@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lora_dpo.config.recipe import Recipe, describe_fields
+from lora_dpo.config.reading import describe_fields
+from lora_dpo.config.recipe import Recipe
 from lora_dpo.config.trl_dpo import DEFAULTS, ELSEWHERE, NEEDS_LOSS
 from lora_dpo.config.trl_sft_kto import METHODS
 
@@ -26,7 +27,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 INTRO = """\
 # The recipe
 
-<!-- Made by scripts/make_docs.py from lora_dpo/: config.py, settings.py, methods.py. Change those, not this page. -->
+<!-- Made by scripts/make_docs.py from lora_dpo/config/. Change those, not this page. -->
 
 A recipe is one YAML file that says everything about a run. `lora-dpo recipe` prints the tables of settings below.
 

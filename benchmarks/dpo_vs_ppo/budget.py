@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .presets import PRESETS, Preset
-from .study import HERE, JUDGED, pieces
+from .presets import HERE, JUDGED, PRESETS, Preset
 
 UNITS = {
     "answers sampled": "sample",
@@ -53,13 +52,12 @@ def speeds(results: dict[str, Any]) -> dict[str, float]:
     return {kind: seconds[kind] / done[kind] for kind in seconds}
 
 
-def plan_lines(preset: Preset, folder: Path) -> Iterator[str]:
+def plan_lines(preset: Preset, names: Sequence[str], folder: Path) -> Iterator[str]:
     """A table of what a preset computes, with times at the speed of the published study."""
     measured = HERE / "results" / "full.json"
     known = json.loads(measured.read_text(encoding="utf-8"))
     speed = speeds(known)
     total: dict[str, int] = {}
-    names = [piece.name for piece in pieces(preset)]
     for name in names:
         kind, count = units(name, preset)
         total[kind] = total.get(kind, 0) + count

@@ -20,7 +20,7 @@ from lora_dpo import Sampling, attach_lora, reference
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.model.base import Base
 from lora_dpo.model.decoding import decode, stop_token_ids
-from lora_dpo.model.lora import bare, detach
+from lora_dpo.model.lora import base_of, detach
 
 from .maths import exact_kl
 from .reward import rewards
@@ -81,7 +81,7 @@ class Lab:
         self, model: Any, prompts: Sequence[Sequence[int]], *, seed: int, temperature: float = 1.0
     ) -> list[Answer]:
         """One continuation a prompt, drawn from the whole distribution."""
-        stops = stop_token_ids(bare(model), self.base.tokenizer)
+        stops = stop_token_ids(base_of(model), self.base.tokenizer)
         sampling = Sampling(max_new_tokens=self.longest, temperature=temperature, seed=seed)
         tokens: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(prompts), ROWS):
@@ -127,7 +127,7 @@ def rows_of(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) 
 
 def hidden_of(model: Any, rows: Rows) -> torch.Tensor:
     """`[B, T, H]`: the last hidden state at the place that predicts each answer token."""
-    inner = bare(model)
+    inner = base_of(model)
     count = rows.answers.shape[1]
     device = inner.get_input_embeddings().weight.device
     attention = rows.attention.to(device)
@@ -140,7 +140,7 @@ def hidden_of(model: Any, rows: Rows) -> torch.Tensor:
 
 def logps_of(model: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
     """`[B, T, V]` log-probabilities."""
-    return torch.log_softmax(bare(model).get_output_embeddings()(hidden_BTH).float(), dim=-1)
+    return torch.log_softmax(base_of(model).get_output_embeddings()(hidden_BTH).float(), dim=-1)
 
 
 def taken(table_BTV: torch.Tensor, rows: Rows) -> torch.Tensor:

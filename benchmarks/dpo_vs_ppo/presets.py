@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+JUDGED = 8
+"""Answers to each test opening that an adapter's implicit reward puts in order."""
+RESULTS = "results.json"
+"""What a finished study is gathered into."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -22,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from .maths import Point, best_of_n_kl, bootstrap, expected_best, hull, reward_at
+from .presets import RESULTS
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
 PAGE = DOCS / "study.md"
-RESULTS, OWN_PAGE, PLOT = "results.json", "report.md", "frontier.png"
+OWN_PAGE, PLOT = "report.md", "frontier.png"
 """What a study writes into its own folder."""
 
 Results = dict[str, Any]
@@ -34,44 +34,6 @@ Draw = np.ndarray
 """`[N]` indices of test prompts."""
 Interval = tuple[float, float, float]
 """A statistic, and the ends of its 95% interval."""
-
-
-# --- one file of results --------------------------------------------------------------------------
-
-
-def write_results(work: Path) -> Path:
-    """Gather a finished study's pieces into one small file beside them: numbers by prompt, costs, a few samples."""
-    import torch
-
-    from .presets import PRESETS
-    from .study import pieces, write_json
-
-    stored = json.loads((work / "preset.json").read_text(encoding="utf-8"))
-    preset = PRESETS[stored["preset"]["name"]]
-    found = {}
-    for piece in pieces(preset):
-        result = json.loads((work / f"{piece.name}.json").read_text(encoding="utf-8"))
-        found[piece.name] = _slim(piece.name, result)
-    machine = {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "vaderSentiment")}
-    target = work / RESULTS
-    write_json(target, {**stored, "machine": machine, "versions": versions, "pieces": found})
-    return target
-
-
-def _slim(name: str, result: Results) -> Results:
-    if "answers" in result:
-        scores = [[answer["reward"] for answer in of_prompt] for of_prompt in result["answers"]]
-        return {"scores": scores if name == "test-base" else fmean(map(fmean, scores)), "cost": _short(result["cost"])}
-    return {key: _short(value) for key, value in result.items()}
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, list):
-        return [_short(one) for one in value]
-    return {key: _short(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 # --- what is compared -----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,19 +28,16 @@ from lora_dpo import LoraDPOError, load_base
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.quiet import quiet_libraries
 
+from .budget import plan_lines
 from .lab import Answer, Lab, costing, kl_of, log_ratios
 from .maths import agreement, best_and_worst, flip
 from .offline import DPOSettings, pairs_of, train_dpo, train_sft
 from .ppo import PPOSettings, train_ppo
-from .presets import PRESETS, Preset
+from .presets import HERE, JUDGED, PRESETS, RESULTS, Preset
 from .prompts import Opening, of_split
-
-HERE = Path(__file__).resolve().parent
 
 Result = dict[str, Any]
 
-JUDGED = 8
-"""Answers to each test opening that an adapter's implicit reward puts in order."""
 LONGER_BETAS = (0.3, 1.0)
 """β of the runs with twice the steps."""
 ROUNDS_BETA = 0.3
@@ -330,6 +328,44 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+# --- one file of results --------------------------------------------------------------------------
+
+
+def write_results(work: Path) -> Path:
+    """Gather a finished study's pieces into one small file beside them: numbers by prompt, costs, a few samples."""
+    import torch
+
+    stored = json.loads((work / "preset.json").read_text(encoding="utf-8"))
+    preset = PRESETS[stored["preset"]["name"]]
+    found = {}
+    for piece in pieces(preset):
+        result = json.loads((work / f"{piece.name}.json").read_text(encoding="utf-8"))
+        found[piece.name] = _slim(piece.name, result)
+    machine = {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "vaderSentiment")}
+    target = work / RESULTS
+    write_json(target, {**stored, "machine": machine, "versions": versions, "pieces": found})
+    return target
+
+
+def _slim(name: str, result: Result) -> Result:
+    if "answers" in result:
+        scores = [[answer["reward"] for answer in of_prompt] for of_prompt in result["answers"]]
+        return {"scores": scores if name == "test-base" else fmean(map(fmean, scores)), "cost": _short(result["cost"])}
+    return {key: _short(value) for key, value in result.items()}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    return {key: _short(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=sorted(PRESETS))
@@ -340,9 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     preset = PRESETS[given.preset]
     if given.plan:
-        from .budget import plan_lines
-
-        print("\n".join(plan_lines(preset, given.work / preset.name)))
+        names = [piece.name for piece in pieces(preset)]
+        print("\n".join(plan_lines(preset, names, given.work / preset.name)))
         return 0
     study = Study(preset, given.work / preset.name, given.model, deadline=time.monotonic() + 60 * given.minutes)
     try:
@@ -352,8 +387,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if not done:
         return 3
-    from .report import write_results
-
     print(f"written: {os.path.relpath(write_results(study.folder))}")
     return 0
 

@@ -5,7 +5,7 @@ lora_config      `adapter_config.json`, read and checked without a model
 peft_files       its weights, read and checked alike
 peft_config      what PEFT is told about an adapter: checked fields alone
 passport         what an adapter was made from
-folder           an adapter put on a base that it fits
+folder           all that is checked before an adapter goes onto a base, and putting it there
 stored_pairs     held-out pairs with their scores, which travel with an adapter
 loading          the model that answers: a base, with an adapter or without
 run_folder       where a run writes, finished and unfinished
@@ -18,3 +18,13 @@ store            the adapters on this machine: list, find, remove
 exchange         packed for others, and taken in from elsewhere
 hub              adapters on the Hugging Face hub
 """
+
+from __future__ import annotations
+
+from lora_dpo.adapters.exchange import install, pack
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.hub import pull, push
+from lora_dpo.adapters.loading import load_policy
+from lora_dpo.adapters.store import list_adapters
+
+__all__ = ["attach_adapter", "install", "list_adapters", "load_policy", "pack", "pull", "push"]

@@ -12,16 +12,13 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS
-from lora_dpo.config.recipe import read_recipe
+from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
+from lora_dpo.config.reading import read_recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.files import replace_file, sha256_of, sync
 from lora_dpo.leftovers import discard, sync_folder
-
-if TYPE_CHECKING:
-    from lora_dpo.adapters.run_folder import RunLog
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 MOST_SECONDS = 120.0
@@ -109,14 +106,16 @@ def tokens_seen(checkpoint: Path) -> int:
     return int(logged[-1]) if logged else 0
 
 
-def make_keeper(trainer: Any, log: RunLog, *, clock: Callable[[], float] = time.monotonic) -> Any:
+def checkpoint_callback(
+    trainer: Any, sync_log: Callable[[], object], *, clock: Callable[[], float] = time.monotonic
+) -> Any:
     """A callback that asks for checkpoints by time as well, makes each one count, and removes old ones.
 
     Add it after all callbacks that put files into a checkpoint.
 
     Args:
         trainer: its `save_total_limit` is taken over: transformers removes old ones before the new one counts.
-        log: waited for before the checkpoint counts, so that no row before it is missing.
+        sync_log: waits for the log, before the checkpoint counts, so that no row before it is missing.
     """
     from transformers import TrainerCallback
 
@@ -135,7 +134,7 @@ def make_keeper(trainer: Any, log: RunLog, *, clock: Callable[[], float] = time.
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             place = Path(args.output_dir)
-            log.sync()
+            sync_log()
             seal(place / f"checkpoint-{state.global_step}", num_tokens=trainer._total_train_tokens)
             if limit is not None and limit > 0:
                 _remove_old(checkpoints(place.parent), limit, state.best_model_checkpoint)

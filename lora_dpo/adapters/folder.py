@@ -1,4 +1,4 @@
-"""The adapter folder: what training hands to everything after it.
+"""The adapter folder, which training hands to everything after it, and what is checked before it goes onto a base.
 
 adapter_config.json, adapter_model.safetensors   standard PEFT, loadable by plain `peft`
 passport.json    base, fingerprint, quantisation, hashes, data, recipe, reference, metrics, versions
@@ -8,149 +8,33 @@ metrics.jsonl    one row per logged step and evaluation
 curves.png       loss, margin, accuracy, log-ratios
 README.md        the model card
 
-`attach_adapter` is the one way onto a base: it checks the passport first.
+`check_adapter` is all that is checked. `attach_adapter` does both; `put_adapter` and `put_beside` expect it done.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lora_dpo.adapters.lora_config import WEIGHTS, read_config
+from lora_dpo.adapters.passport import PASSPORT, Passport, is_public_name, read_passport
 from lora_dpo.adapters.peft_config import live_config
-from lora_dpo.adapters.peft_files import (
-    CONFIG,
-    WEIGHTS,
-    check_finite,
-    check_fit,
-    plain,
-    read_adapter,
-    read_config,
-    read_json,
-    weights,
-)
+from lora_dpo.adapters.peft_files import check_finite, check_fit, read_adapter, weights
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.files import sha256_of
-from lora_dpo.model.base import Base, resolve_model
+from lora_dpo.model.base import Base
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.lora import POLICY
-from lora_dpo.model.packaged import PACKAGED_MODELS, is_hub_id
 from lora_dpo.model.tensor_file import State, state_of
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-PASSPORT = "passport.json"
-MAX_PASSPORT = 4 << 20
-PACKAGES = ("lora-dpo", "torch", "transformers", "peft", "trl", "bitsandbytes")
-
-
-@dataclass(frozen=True)
-class Passport:
-    """What an adapter was made from. Read back from `passport.json`."""
-
-    base: str
-    base_revision: str | None
-    base_fingerprint: str | None
-    quantize: str
-    packed: bool
-    dtype: str
-    tokenizer_sha256: str
-    chat_template_sha256: str
-    reference: str
-    data: dict[str, Any]
-    metrics: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    created: str = ""
-    base_licence: str | None = None
-    recipe: dict[str, Any] = field(default_factory=dict)
-    adapter_sha256: str | None = None
-    """Of `adapter_model.safetensors`: a passport belongs to one file of weights."""
-    reference_sha256: str | None = None
-    """Of the reference adapter's weights, where `reference` is an adapter."""
-    format: int = 2
-
-
-def make_passport(
-    base: Base,
-    *,
-    reference: str,
-    data: dict[str, Any],
-    metrics: dict[str, Any],
-    created: str,
-    recipe: dict[str, Any] | None = None,
-) -> Passport:
-    """Describe an adapter that was trained on `base` as it is in memory."""
-    return Passport(
-        base=base.name,
-        base_revision=base.revision,
-        base_fingerprint=base.fingerprint,
-        quantize=base.quantize,
-        packed=base.packed,
-        dtype=base.dtype,
-        tokenizer_sha256=base.tokenizer_sha256,
-        chat_template_sha256=base.chat_template_sha256,
-        reference=reference,
-        data=data,
-        metrics=metrics,
-        versions={name: version(name) for name in PACKAGES},
-        created=created,
-        base_licence=licence_of(base.name, base.revision),
-        recipe=recipe or {},
-        reference_sha256=_sha256_of_reference(reference),
-    )
-
-
-def write_passport(folder: Path, passport: Passport) -> None:
-    """Write `passport.json` into an adapter folder that has its weights already."""
-    passport = replace(passport, adapter_sha256=sha256_of(folder / WEIGHTS))
-    text = json.dumps(asdict(passport), indent=2, ensure_ascii=False)
-    (folder / PASSPORT).write_text(text + "\n", encoding="utf-8")
-
-
-def read_passport(folder: Path) -> Passport | None:
-    """The passport of an adapter folder; None for an adapter made by another tool.
-
-    Raises:
-        AdapterError: no adapter there, or a passport that cannot be read.
-    """
-    check_folder(folder)
-    path = folder / PASSPORT
-    return parse_passport(path) if path.is_file() else None
-
-
-def parse_passport(path: Path) -> Passport:
-    """Read one `passport.json`, every field of its type. Raises `AdapterError`."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(Passport).validate_python(read_json(path, MAX_PASSPORT), strict=False)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{plain('.'.join(map(str, first['loc'])))}: {plain(first['msg'])}"
-        raise AdapterError(f"{path} cannot be read ({reason}). Take the adapter from its source again.") from error
-
-
-def check_folder(folder: Path) -> None:
-    """Raise `AdapterError` unless `folder` holds a finished adapter in safetensors."""
-    if not os.path.isdir(folder):  # unlike Path.is_dir without an error for a name that is too long
-        raise AdapterError(f"There is no adapter folder at {folder}.{_known_adapters()}")
-    if folder.name.startswith(".") and folder.name.strip("."):
-        raise AdapterError(f"{folder} is what a cut-off write left behind, not an adapter. Remove it.")
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is no adapter: there is no adapter_config.json in it.")
-    if not (folder / WEIGHTS).is_file():
-        hint = " (only a pickle file, which is never loaded)" if (folder / "adapter_model.bin").exists() else ""
-        raise AdapterError(f"{folder} has no adapter_model.safetensors{hint}. Take the adapter from its source again.")
 
 
 def base_name(folder: Path) -> tuple[str, str | None]:
@@ -381,50 +265,3 @@ def strictness(strict: bool) -> Iterator[None]:
         if strict:
             warnings.simplefilter("error", BaseDiffers)
         yield
-
-
-def is_public_name(name: str) -> bool:
-    """True for a hub id or a packaged model: names that mean the same model everywhere, unlike a folder."""
-    return name in PACKAGED_MODELS or is_hub_id(name)
-
-
-def licence_of(name: str, revision: str | None = None) -> str | None:
-    """The licence that a model states: in its model card, else the first lines of its LICENSE."""
-    if (card := _model_file(name, "README.md", revision)) is not None:
-        found = re.search(r"\A---\n.*?^license:\s*(\S+)", card.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL)
-        if found:
-            return found[1]
-    if (licence := _model_file(name, "LICENSE", revision)) is not None:
-        lines = [line.strip() for line in licence.read_text("utf-8", "replace").splitlines() if line.strip()]
-        return " ".join(lines[:2]) if lines else None
-    return None
-
-
-def _model_file(name: str, file: str, revision: str | None) -> Path | None:
-    """A small file of a model: in its folder, in the hub's cache, or on the hub. None if it is in none of them."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    path = resolve_model(name)
-    if Path(path).is_dir():
-        return Path(path) / file if (Path(path) / file).is_file() else None
-    if not is_public_name(path):
-        return None
-    cached = try_to_load_from_cache(path, file, revision=revision)
-    if cached is not None:  # a path, or the mark of a file that is known not to be there
-        return Path(cached) if isinstance(cached, str) else None
-    try:
-        return Path(hf_hub_download(path, file, revision=revision))
-    except (OSError, ValueError):  # no such file, no network: a licence is worth no failed training
-        return None
-
-
-def _sha256_of_reference(reference: str) -> str | None:
-    weights = Path(reference.removeprefix("adapter:")) / WEIGHTS
-    return sha256_of(weights) if reference.startswith("adapter:") and weights.is_file() else None
-
-
-def _known_adapters() -> str:
-    folder = Path("adapters")
-    found = sorted(folder.glob("*/adapter_config.json")) if folder.is_dir() else []
-    names = [str(path.parent) for path in found if not path.parent.name.startswith(".")]
-    return f" There is {', '.join(names)}." if names else " Train one with: lora-dpo train configs/quickstart.yaml"

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_dpo.adapters.folder import base_name, is_public_name
+from lora_dpo.adapters.exchange import Installed, check_content, install
+from lora_dpo.adapters.folder import base_name
+from lora_dpo.adapters.lora_config import WEIGHTS
 from lora_dpo.adapters.package import KNOWN, check_size, refuse_pickle, require
-from lora_dpo.adapters.peft_files import WEIGHTS, plain
+from lora_dpo.adapters.passport import is_public_name
 from lora_dpo.adapters.run_folder import ADAPTERS_DIR
-from lora_dpo.adapters.store import Installed, check_content, install
 from lora_dpo.errors import AdapterError, LoraDPOError
 from lora_dpo.files import disk_errors
+from lora_dpo.text import plain
 
 
 def push(folder: Path, repo: str, *, private: bool = True, message: str | None = None) -> str:

@@ -8,17 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters.folder import (
-    attach_adapter,
-    base_name,
-    check_adapter,
-    check_folder,
-    put_beside,
-    read_passport,
-    warn_of,
-)
-from lora_dpo.adapters.peft_files import WEIGHTS
-from lora_dpo.config.recipe import Dtype, Quantize, read_recipe
+from lora_dpo.adapters.folder import attach_adapter, base_name, check_adapter, put_beside, warn_of
+from lora_dpo.adapters.lora_config import WEIGHTS
+from lora_dpo.adapters.passport import check_folder, read_passport
+from lora_dpo.config.reading import read_recipe
+from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.files import sha256_of
 from lora_dpo.model.base import Base, load_base
@@ -26,7 +20,7 @@ from lora_dpo.model.lora import POLICY, REFERENCE
 
 
 @dataclass
-class Policy:
+class LoadedModel:
     """A model that can answer, and what identifies it."""
 
     base: Base
@@ -54,7 +48,7 @@ def load_policy(
     adapter: Path | None = None,
     quantize: Quantize | None = None,
     dtype: Dtype = "auto",
-) -> Policy:
+) -> LoadedModel:
     """Load a base once and put an adapter on it, if there is one.
 
     Args:
@@ -69,12 +63,12 @@ def load_policy(
         if model is None:
             raise AdapterError("Name the model that answers, with --model or --adapter.")
         base = load_base(model, quantize=quantize or "nf4", dtype=dtype)
-        return Policy(base, base.model)
+        return LoadedModel(base, base.model)
     name, revision = base_name(adapter)
     passport = read_passport(adapter)
     trained_on: Quantize = "none" if passport is not None and passport.quantize == "none" else "nf4"
     base = load_base(model or name, revision=None if model else revision, quantize=quantize or trained_on, dtype=dtype)
-    return Policy(base, attach_adapter(base, adapter), adapter)
+    return LoadedModel(base, attach_adapter(base, adapter), adapter)
 
 
 def beta_of(adapter: Path | None) -> float:
@@ -88,7 +82,7 @@ def beta_of(adapter: Path | None) -> float:
     return 1.0 if recipe.method == "sft" else float(recipe.trainer.get("beta", 0.1))
 
 
-def attach_reference(policy: Policy) -> None:
+def attach_reference(policy: LoadedModel) -> None:
     """Put the frozen reference of the adapter's training beside it, if that was an adapter itself.
 
     Raises:

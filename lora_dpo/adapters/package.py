@@ -16,8 +16,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, plain, revealed
+from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
 from lora_dpo.errors import PackageError
+from lora_dpo.text import plain, revealed
 
 SUFFIX = ".lora.zip"
 KNOWN = {

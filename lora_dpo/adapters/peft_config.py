@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters.lora_config import CONFIG, AdapterConfig
 from lora_dpo.adapters.module_names import ByModule, in_use, is_name, matching
-from lora_dpo.adapters.peft_files import CONFIG, AdapterConfig, plain
 from lora_dpo.errors import AdapterError
-from lora_dpo.model.lora import bare
+from lora_dpo.model.lora import base_of
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def live_config(config: AdapterConfig, model: torch.nn.Module) -> LoraConfig:
     raw = config.raw
     if isinstance(config.targets, str) and raw.get("layers_to_transform") is not None:
         raise AdapterError(f"{CONFIG} has layers_to_transform beside a pattern, which PEFT does not take.")
-    modules = [name for name, _ in bare(model).named_modules() if name and not _PARTS_OF_ADAPTERS.search(name)]
+    modules = [name for name, _ in base_of(model).named_modules() if name and not _PARTS_OF_ADAPTERS.search(name)]
     fields: dict[str, Any] = {name: raw[name] for name in _AS_IT_IS if raw.get(name) is not None}
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if raw.get(name):

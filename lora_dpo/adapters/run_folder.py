@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.checkpoints import begin, checkpoints, newest_whole, read_state
 from lora_dpo.adapters.package import BASE
-from lora_dpo.config.recipe import Recipe, dump_recipe, read_recipe
+from lora_dpo.config.reading import dump_recipe, read_recipe
+from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.files import disk_errors, refuse_existing, replace_file, sync
 from lora_dpo.leftovers import discard, settle

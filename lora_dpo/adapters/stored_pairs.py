@@ -10,13 +10,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_dpo.adapters.peft_files import plain, read_json
+from lora_dpo.adapters.lora_config import read_json
 from lora_dpo.data import TokenPair
 from lora_dpo.data.pairs import Origin
 from lora_dpo.errors import AdapterError
+from lora_dpo.text import plain
 
-PROBE = "verify.json"
-MAX_PROBE = 4 << 20
+STORED_PAIRS = "verify.json"
+MAX_BYTES = 4 << 20
 MAX_PAIRS = 64
 
 Sides = tuple[list[float], list[float]]
@@ -24,7 +25,7 @@ Sides = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
-class Probe:
+class StoredPairs:
     """The stored pairs, with the log-probabilities that they had."""
 
     pairs: list[TokenPair]
@@ -32,7 +33,7 @@ class Probe:
     reference: Sides
 
 
-def save_probe(folder: Path, probe: Probe) -> None:
+def save_stored_pairs(folder: Path, probe: StoredPairs) -> None:
     """Write `verify.json`."""
     rows = [
         {
@@ -45,16 +46,16 @@ def save_probe(folder: Path, probe: Probe) -> None:
         for i, pair in enumerate(probe.pairs)
     ]
     lines = ",\n".join(json.dumps(row) for row in rows)
-    (folder / PROBE).write_text(f'{{"format": 1, "pairs": [\n{lines}\n]}}\n', encoding="utf-8")
+    (folder / STORED_PAIRS).write_text(f'{{"format": 1, "pairs": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
-def read_probe(folder: Path) -> Probe | None:
+def read_stored_pairs(folder: Path) -> StoredPairs | None:
     """The stored pairs of an adapter; None if it has none. Raises `AdapterError` if they cannot be read."""
-    path = folder / PROBE
-    return parse_probe(path) if path.is_file() else None
+    path = folder / STORED_PAIRS
+    return parse_stored_pairs(path) if path.is_file() else None
 
 
-def parse_probe(path: Path) -> Probe:
+def parse_stored_pairs(path: Path) -> StoredPairs:
     """Read one `verify.json`, every number checked. Raises `AdapterError`."""
     from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
@@ -70,13 +71,13 @@ def parse_probe(path: Path) -> Probe:
         pairs: list[Row] = Field(min_length=1, max_length=MAX_PAIRS)
 
     try:
-        rows = Rows.model_validate(read_json(path, MAX_PROBE)).pairs
+        rows = Rows.model_validate(read_json(path, MAX_BYTES)).pairs
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{plain('.'.join(map(str, first['loc'])))}: {plain(first['msg'])}"
         raise AdapterError(f"{path} cannot be read ({reason}). Take the adapter from its source again.") from error
     origin = Origin(str(path), 0)
-    return Probe(
+    return StoredPairs(
         [TokenPair(row.prompt, row.chosen, row.rejected, origin, False) for row in rows],
         ([row.policy[0] for row in rows], [row.policy[1] for row in rows]),
         ([row.reference[0] for row in rows], [row.reference[1] for row in rows]),

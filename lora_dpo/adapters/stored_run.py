@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lora_dpo.adapters.checkpoints import checkpoints
-from lora_dpo.adapters.folder import PASSPORT, Passport, parse_passport
+from lora_dpo.adapters.passport import PASSPORT, Passport, parse_passport
 from lora_dpo.adapters.run_folder import METRICS, resume_command, running
 from lora_dpo.adapters.stored_schema import (
     Evaluation,
@@ -25,7 +25,7 @@ from lora_dpo.adapters.stored_schema import (
     TrainerState,
     check,
 )
-from lora_dpo.config.recipe import read_settings
+from lora_dpo.config.reading import read_settings
 from lora_dpo.config.trl_dpo import DEFAULTS
 from lora_dpo.config.trl_sft_kto import METHODS
 from lora_dpo.errors import AdapterError

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from lora_dpo.adapters.peft_files import plain
 from lora_dpo.errors import AdapterError
+from lora_dpo.text import plain
 
 NAMES = {
     "accuracy": "reward accuracy",
@@ -57,7 +57,7 @@ class Alarm(BaseModel):
 
 
 class Row(BaseModel):
-    """A row of `metrics.jsonl`; other numbers of it are read by `stored.number`."""
+    """A row of `metrics.jsonl`; other numbers of it are read by `stored_run.number`."""
 
     step: Count
     answers: Annotated[list[str], Field(max_length=MOST)] | None = None

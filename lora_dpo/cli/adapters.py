@@ -55,7 +55,8 @@ def show(name: Name) -> None:
 
         lora-dpo adapters show quickstart
     """
-    from lora_dpo.adapters.store import describe, find_adapter
+    from lora_dpo.adapters.describe import describe
+    from lora_dpo.adapters.store import find_adapter
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
@@ -108,8 +109,8 @@ def pack(
 
         lora-dpo adapters pack quickstart
     """
+    from lora_dpo.adapters.exchange import pack as run_pack
     from lora_dpo.adapters.store import find_adapter
-    from lora_dpo.adapters.store import pack as run_pack
 
     file = run_pack(find_adapter(name), output)
     out.print(f"packed {escape(str(file))} ({file.stat().st_size / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
@@ -131,8 +132,8 @@ def install(
 
         lora-dpo adapters install ~/Downloads/some-peft-folder --name friendly
     """
+    from lora_dpo.adapters.exchange import install as run_install
     from lora_dpo.adapters.hub import download
-    from lora_dpo.adapters.store import install as run_install
 
     with err.status("checking"):
         done = run_install(source, name=name, fetch=download)
@@ -215,7 +216,7 @@ def diff(
 
         lora-dpo adapters diff quickstart quickstart-2
     """
-    from lora_dpo.adapters.store import diff as run_diff
+    from lora_dpo.adapters.describe import diff as run_diff
     from lora_dpo.adapters.store import find_adapter
 
     one, other = find_adapter(first), find_adapter(second)

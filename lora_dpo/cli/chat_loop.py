@@ -1,4 +1,4 @@
-"""The terminal chat: reads lines, prints pieces. What they mean is `chat.Chat`'s business."""
+"""The terminal chat: reads lines, prints pieces. What they mean is `serving.chat.Chat`'s business."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_dpo.adapters.checkpoints import checkpoints, torn
 from lora_dpo.adapters.run_folder import LOCK, discard_run, partial_of, running
 from lora_dpo.cli.crash import crash_reports
-from lora_dpo.config.recipe import read_recipe
+from lora_dpo.config.reading import read_recipe
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.leftovers import discard, is_held, left_in, scratch_folders, sweep_one
 

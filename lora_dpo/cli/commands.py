@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lora_dpo.cli import pairs as cli_pairs
+from lora_dpo.cli import pairs
 from lora_dpo.cli.adapters import app as adapters_app
 from lora_dpo.cli.clean import clean
 from lora_dpo.cli.crash import first_line, quiet_exit, write_crash
@@ -93,8 +93,8 @@ def train(
     from lora_dpo.adapters.run_folder import partial_of, resume_command
     from lora_dpo.cli.signals import stop_on_signals
     from lora_dpo.cli.views import RunView
-    from lora_dpo.config.recipe import read_recipe
-    from lora_dpo.training.prepare import Stopped, StopSignal
+    from lora_dpo.config.reading import read_recipe
+    from lora_dpo.events import Stopped, StopSignal
     from lora_dpo.training.run import train as run_training
 
     settings = read_recipe(recipe, overrides or ())
@@ -154,7 +154,7 @@ def chat(
     """
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.cli.chat_loop import compare_once, converse
-    from lora_dpo.config.recipe import one_of
+    from lora_dpo.config.reading import one_of
     from lora_dpo.model.decoding import Sampling
     from lora_dpo.serving.chat import open_chat
 
@@ -209,15 +209,15 @@ def merge(
         lora-dpo merge adapters/quickstart --output merged/compared --into both
     """
     from lora_dpo.adapters.folder import strictness
-    from lora_dpo.adapters.stored_pairs import read_probe
+    from lora_dpo.adapters.stored_pairs import read_stored_pairs
     from lora_dpo.cli.views import fidelity_table, stages
-    from lora_dpo.config.recipe import one_of
+    from lora_dpo.config.reading import one_of
     from lora_dpo.release.merge_fidelity import check_pairs, fidelity, recommend
     from lora_dpo.release.merged_folder import merge as run_merge
 
     one_of("--into", into, ("base16", "trained-base", "both"))
     one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
-    comparable = pairs is not None or read_probe(adapter) is not None
+    comparable = pairs is not None or read_stored_pairs(adapter) is not None
     if report and comparable:
         check_pairs(adapter, pairs, model=model)
     with strictness(strict), stages(err) as stage:
@@ -250,8 +250,8 @@ def merge(
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.command()(clean)
-app.command()(cli_pairs.pairs)
-app.command()(cli_pairs.improve)
+app.command()(pairs.pairs)
+app.command()(pairs.improve)
 
 
 @app.command("recipe")
@@ -259,7 +259,7 @@ def recipe_help() -> None:
     """Explain every setting that a recipe can hold."""
     from rich.markup import escape
 
-    from lora_dpo.config.recipe import describe_fields
+    from lora_dpo.config.reading import describe_fields
 
     table = Table(show_lines=False, box=None, padding=(0, 2, 0, 0))
     for column in ("setting", "default", "what it does"):

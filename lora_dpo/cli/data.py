@@ -26,7 +26,7 @@ err = Console(stderr=True)
 
 Source = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder of files, or a hub id.")]
 Sources = Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders of files, or hub ids.")]
-Format = Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)]
+FormatOption = Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)]
 MinGap = Annotated[
     float | None, typer.Option("--min-gap", min=0, help="Leave out pairs whose scores are closer than this.")
 ]
@@ -47,7 +47,7 @@ def check(
     ] = None,
     model: Model = None,
     max_length: MaxLength = 1024,
-    format: Format = None,
+    format: FormatOption = None,
     min_gap: MinGap = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON, all row numbers included.")
@@ -118,7 +118,7 @@ def show(
     number: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Row to show; default the first pair.")] = None,
     model: Model = None,
     max_length: MaxLength = 1024,
-    format: Format = None,
+    format: FormatOption = None,
 ) -> None:
     """Show one pair as the model will see it.
 
@@ -149,7 +149,7 @@ def show(
 def convert(
     file: Source,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .jsonl or .jsonl.gz. Must not exist.")],
-    format: Format = None,
+    format: FormatOption = None,
     min_gap: MinGap = None,
 ) -> None:
     """Write pairs of any form in the canonical one: TRL's conversational JSONL, with scores and origin.
@@ -180,7 +180,7 @@ def split(
     held_out: Annotated[Path, typer.Argument(metavar="EVAL", help="File to write held-out pairs to (.jsonl).")],
     share: Annotated[float, typer.Option("--share", min=0.0001, max=0.9999, help="Share of prompts held out.")] = 0.1,
     seed: Seed = 0,
-    format: Format = None,
+    format: FormatOption = None,
     min_gap: MinGap = None,
 ) -> None:
     """Divide pairs into training and held-out data, so that no prompt is in both.
@@ -210,7 +210,7 @@ def stats(
     files: Sources,
     model: Model = None,
     max_length: MaxLength = 1024,
-    format: Format = None,
+    format: FormatOption = None,
     min_gap: MinGap = None,
 ) -> None:
     """Describe preference data in numbers: rows, forms, lengths, languages, repeated prompts.
@@ -239,7 +239,7 @@ def mix_files(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.jsonl). Must not exist.")],
     size: Annotated[int | None, typer.Option("--size", min=1, help="Pairs in all; default as many as fit.")] = None,
     seed: Seed = 0,
-    format: Format = None,
+    format: FormatOption = None,
     min_gap: MinGap = None,
 ) -> None:
     """Mix sources in given shares, without repeating a pair, shuffled.

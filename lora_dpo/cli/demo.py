@@ -53,7 +53,7 @@ def demo(
 
         LORA_DPO_AUTH=me:secret lora-dpo demo --host 0.0.0.0
     """
-    from lora_dpo.config.recipe import one_of
+    from lora_dpo.config.reading import one_of
 
     one_of("--quantize", quantize, ("nf4", "none"))
     login = read_auth(auth)
@@ -67,20 +67,20 @@ def demo(
     # Before a model is loaded for nothing; and strict around the first look at the adapters, too.
     with listen(host, port) as listening, strictness(strict):
         from lora_dpo.demo import app
-        from lora_dpo.demo.session import Desk
+        from lora_dpo.demo.session import AppState
         from lora_dpo.serving.host import open_host
 
         port = listening.getsockname()[1]
         with err.status("loading the model"):
             opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
         with opened:
-            desk = Desk(opened, data_dir)
+            app_state = AppState(opened, data_dir)
             try:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
                 err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
-                app.launch(desk, host=host, listening=listening, auth=login, share=share)
+                app.launch(app_state, host=host, listening=listening, auth=login, share=share)
             finally:
-                app.close(desk)
+                app.close(app_state)
 
 
 def read_auth(text: str | None) -> tuple[str, str] | None:

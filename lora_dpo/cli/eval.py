@@ -81,7 +81,7 @@ def evaluate(
     from lora_dpo.adapters.loading import load_policy
     from lora_dpo.adapters.store import find_adapter
     from lora_dpo.cli.views import RunView
-    from lora_dpo.config.recipe import one_of
+    from lora_dpo.config.reading import one_of
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.evaluation.evaluate import AssessPlan, assess
     from lora_dpo.evaluation.requirements import parse_requirements

@@ -62,7 +62,7 @@ def export(
     """
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.cli.views import stages
-    from lora_dpo.config.recipe import one_of
+    from lora_dpo.config.reading import one_of
     from lora_dpo.release.exports.export_adapter import adapter_of
     from lora_dpo.release.exports.export_adapter import export as run_export
     from lora_dpo.release.merged_weights import trained_into

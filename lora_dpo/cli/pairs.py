@@ -210,7 +210,7 @@ def show_report(report: PairReport) -> None:
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise `ConfigError` for a value that an option does not know."""
-    from lora_dpo.config.recipe import nearest
+    from lora_dpo.config.reading import nearest
     from lora_dpo.errors import ConfigError
 
     if value not in allowed:
@@ -249,8 +249,8 @@ def improve(
     from lora_dpo.cli.signals import stop_on_signals
     from lora_dpo.cli.views import RunView
     from lora_dpo.config.improve_recipe import read_improve_recipe
+    from lora_dpo.events import Stopped, StopSignal
     from lora_dpo.training.improve_rounds import improve as run_rounds
-    from lora_dpo.training.prepare import Stopped, StopSignal
 
     settings = read_improve_recipe(recipe, overrides or ())
     view, stop = RunView(out), StopSignal()

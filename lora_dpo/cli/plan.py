@@ -11,12 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_dpo.text import json_text
-from lora_dpo.training.planning.lines import lines, size, trial_lines, verdict
 
 if TYPE_CHECKING:
     from lora_dpo.cli.views import RunView
     from lora_dpo.config.recipe import Recipe
-    from lora_dpo.training.planning.make_plan import Plan
+    from lora_dpo.training.planning.plan_values import Plan
 
 BAR = 10
 """Characters of the longest bar of a histogram."""
@@ -54,7 +53,7 @@ def plan(
         lora-dpo plan configs/8gb-3b.yaml --card 12GB trainer.max_length=2048
     """
     from lora_dpo.cli.views import RunView
-    from lora_dpo.config.recipe import read_recipe
+    from lora_dpo.config.reading import read_recipe
     from lora_dpo.training.planning.make_plan import plan as make_plan
 
     settings = read_recipe(recipe, overrides or ())
@@ -74,6 +73,7 @@ def plan(
 def _plan_answers(recipe: Recipe, view: RunView, out: Console, *, given: bool, as_json: bool) -> None:
     """Print what is known of a run by SFT or KTO."""
     from lora_dpo.errors import ConfigError
+    from lora_dpo.training.planning.lines import size
     from lora_dpo.training.planning.make_plan import plan_answers
 
     if given:
@@ -99,6 +99,8 @@ def _plan_answers(recipe: Recipe, view: RunView, out: Console, *, given: bool, a
 
 def draw(planned: Plan, out: Console) -> None:
     """Print a plan."""
+    from lora_dpo.training.planning.lines import lines, trial_lines, verdict
+
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")

@@ -58,7 +58,7 @@ def serve(
         curl http://127.0.0.1:8000/v1/models
     """
     from lora_dpo.adapters.folder import strictness
-    from lora_dpo.config.recipe import one_of
+    from lora_dpo.config.reading import one_of
     from lora_dpo.errors import ConfigError
     from lora_dpo.serving.address import is_loopback, listen
     from lora_dpo.serving.host import open_host

@@ -8,3 +8,11 @@ trl_dpo          that section for DPO, with nothing ignored in silence
 trl_sft_kto      the same for SFT and KTO
 improve_recipe   the recipe of `lora-dpo improve`: rounds, and where prompts come from
 """
+
+from __future__ import annotations
+
+from lora_dpo.config.improve_recipe import read_improve_recipe
+from lora_dpo.config.reading import read_recipe
+from lora_dpo.config.recipe import EngineSection, LoraSection, Recipe
+
+__all__ = ["EngineSection", "LoraSection", "Recipe", "read_improve_recipe", "read_recipe"]

@@ -8,15 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from lora_dpo.config.recipe import (
-    LoraSection,
-    ModelSection,
-    Recipe,
-    Section,
-    check_settings,
-    dump_settings,
-    read_settings,
-)
+from lora_dpo.config.reading import check_settings, dump_settings, read_settings
+from lora_dpo.config.recipe import LoraSection, ModelSection, Recipe, Section
 
 
 class ImproveSection(Section):

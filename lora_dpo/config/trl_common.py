@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from lora_dpo.config.recipe import nearest
+from lora_dpo.config.reading import nearest
 from lora_dpo.errors import ConfigError
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown

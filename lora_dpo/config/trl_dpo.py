@@ -1,6 +1,6 @@
 """The recipe's `trainer:` section as TRL's config object, with nothing ignored in silence.
 
-This file knows DPO; what other methods read is in `methods.py`.
+This file knows DPO; what other methods read is in `trl_sft_kto.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.config.recipe import EvaluationSection, Recipe, nearest
+from lora_dpo.config.reading import nearest
+from lora_dpo.config.recipe import EvaluationSection, Recipe
 from lora_dpo.config.trl_common import ELSEWHERE as COMMON_ELSEWHERE
 from lora_dpo.config.trl_common import NO_SECOND_MODEL, build_config, check_given, check_held_out, check_trackers
 from lora_dpo.config.trl_sft_kto import METHODS, answer_settings

@@ -1,4 +1,4 @@
-"""What a run can do beside DPO: SFT imitates good answers, KTO learns from single answers, good or bad.
+"""The recipe's `trainer:` section for SFT (imitates good answers) and KTO (learns from single answers, good or bad).
 
 Both train the same adapter on the same one base with TRL's own trainers; their fields of `trainer:` are those of
 TRL's `SFTConfig` and `KTOConfig`.
@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_dpo.config.recipe import EngineSection, Recipe, nearest
+from lora_dpo.config.reading import nearest
+from lora_dpo.config.recipe import EngineSection, Recipe
 from lora_dpo.config.trl_common import ELSEWHERE, NO_SECOND_MODEL, check_given, check_trackers
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import shown

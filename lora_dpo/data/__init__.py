@@ -1,9 +1,31 @@
-"""Preference data: files and hub data sets to pairs, and pairs to token ids."""
+"""Preference data: rows of files and hub data sets to pairs of messages, and these to token ids.
+
+unpacked         gzip and zip, unpacked within bounds
+row_reading      what every reader of rows shares
+json_rows        rows of JSON and JSONL files
+hub_rows         rows of data sets on the hub
+rows             the rows of any source; CSV and Parquet are read here
+messages         chat messages out of whatever a cell holds
+pairs            what a preference pair is, and how reading accounts for every row
+formats/         what a row means: one function a published format, and the table that chooses
+read             sources to pairs, with an account of every row
+answers          single answers, good or bad, for SFT and KTO
+prompts          prompts to sample answers to
+questions        questions with known answers
+write            pairs back into files: split, convert, mix
+template_trial   a chat template, run once in a process with limits
+chat_template    messages to token ids through it
+tokenize         pairs to token ids, truncated where they are too long
+template_notes   what a run says of its data and the template before it trains
+token_view       a pair as the model reads it, for looking at
+doctor/          what would spoil a run: findings with rows and examples
+"""
 
 from __future__ import annotations
 
 from lora_dpo.data.chat_template import Message
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport
+from lora_dpo.data.prompts import read_prompts
 from lora_dpo.data.read import read_pairs
 from lora_dpo.data.tokenize import TokenPair, tokenize_pairs
 
@@ -15,5 +37,6 @@ __all__ = [
     "ReadReport",
     "TokenPair",
     "read_pairs",
+    "read_prompts",
     "tokenize_pairs",
 ]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.formats.published import ANSWERS, prompt_and_answer
-from lora_dpo.data.formats.registry import Form, form_named, form_of
+from lora_dpo.data.formats.registry import Format, format_named, format_of
 from lora_dpo.data.formats.trl import check_answer, check_prompt
 from lora_dpo.data.messages import BadRow, tools_of
-from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
+from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, UnpairedAnswer
 from lora_dpo.data.read import Outcome, all_files, gather, left_out
-from lora_dpo.data.rows import Row, read_rows
+from lora_dpo.data.row_reading import Row
+from lora_dpo.data.rows import read_rows
 from lora_dpo.data.tokenize import TokenPair, tokenize_row
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def read_answers(
     good_only: bool,
     on_bad_row: str = "drop",
     form: str | None = None,
-) -> tuple[list[Vote], ReadReport]:
+) -> tuple[list[UnpairedAnswer], ReadReport]:
     """Read single answers from files, folders or hub data sets, in order.
 
     A preference pair is two answers, the chosen one up and the rejected one down.
@@ -67,13 +68,13 @@ def read_answers(
     )
 
 
-def _outcomes(sources: Sequence[str], *, good_only: bool, form: str | None) -> Iterator[Outcome[Vote]]:
+def _outcomes(sources: Sequence[str], *, good_only: bool, form: str | None) -> Iterator[Outcome[UnpairedAnswer]]:
     """What each row of the sources became: its answers, or a reason."""
-    forced = form_named(form) if form not in (None, DEMONSTRATIONS) else None
+    forced = format_named(form) if form not in (None, DEMONSTRATIONS) else None
     for file in all_files(sources):
         for number, row in read_rows(file):
             origin = Origin(file, number)
-            fits = forced or form_of(row)
+            fits = forced or format_of(row)
             shown = form == DEMONSTRATIONS or (form is None and not fits.name and _is_demonstration(row))
             title = DEMONSTRATIONS if shown else fits.title
             try:
@@ -84,31 +85,31 @@ def _outcomes(sources: Sequence[str], *, good_only: bool, form: str | None) -> I
                 yield Outcome(((origin, row),), tuple(answers), title=title)
 
 
-def _shown(row: Row, origin: Origin, good_only: bool) -> list[Vote]:
+def _shown(row: Row, origin: Origin, good_only: bool) -> list[UnpairedAnswer]:
     """The answer of a demonstration. Raises `BadRow`."""
     if not good_only:
         raise BadRow("an answer that nobody judged, and this method needs good and bad ones", "vote")
     return [_demonstration(row, origin)]
 
 
-def _judged(form: Form, row: Row, origin: Origin, good_only: bool) -> list[Vote]:
+def _judged(form: Format, row: Row, origin: Origin, good_only: bool) -> list[UnpairedAnswer]:
     """The answers of a pair or a vote. Raises `BadRow`."""
     made = form.read(row, origin)
-    read = [made] if isinstance(made, Vote) else list(_halves(made if isinstance(made, list) else [made]))
+    read = [made] if isinstance(made, UnpairedAnswer) else list(_halves(made if isinstance(made, list) else [made]))
     kept = [vote for vote in read if vote.up or not good_only]
     if not kept:
         raise BadRow("a thumb down, and this method learns from good answers alone", "vote")
     return kept
 
 
-def _halves(pairs: Sequence[PreferencePair]) -> Iterator[Vote]:
+def _halves(pairs: Sequence[PreferencePair]) -> Iterator[UnpairedAnswer]:
     """Both answers of each pair; several pairs of one row share answers, and each is one answer only."""
     seen: list[tuple[Any, bool]] = []
     for pair in pairs:
         for answer, up in ((pair.chosen, True), (pair.rejected, False)):
             if (answer, up) not in seen:
                 seen.append((answer, up))
-                yield Vote(pair.prompt, answer, up, pair.origin, pair.tools)
+                yield UnpairedAnswer(pair.prompt, answer, up, pair.origin, pair.tools)
 
 
 def _is_demonstration(row: Row) -> bool:
@@ -118,17 +119,17 @@ def _is_demonstration(row: Row) -> bool:
     return asked and any(row.get(name) is not None for name in ANSWERS)
 
 
-def _demonstration(row: Row, origin: Origin) -> Vote:
+def _demonstration(row: Row, origin: Origin) -> UnpairedAnswer:
     """`prompt` and `completion`; `instruction`, `input`, `output`; or a conversation, of which the last turn counts."""
     prompt, answer = prompt_and_answer(row)
     check_prompt(prompt)
     check_answer(answer, "shown")
-    return Vote(prompt, answer, True, origin, tools_of(row))
+    return UnpairedAnswer(prompt, answer, True, origin, tools_of(row))
 
 
 def tokenize_answers(
     tokenizer: PreTrainedTokenizerBase,
-    votes: Sequence[Vote],
+    votes: Sequence[UnpairedAnswer],
     *,
     max_length: int | None,
     on_answer: Callable[[int], None] | None = None,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lora_dpo.data.chat_template import Message
-from lora_dpo.data.rows import Row
+from lora_dpo.data.row_reading import Row
 from lora_dpo.quiet import never_warn
 from lora_dpo.text import shown
 
@@ -132,11 +132,11 @@ def without_call_ids(messages: Messages) -> Messages:
 def _without_call_ids(said: Message) -> Message:
     if "tool_calls" not in said and "tool_call_id" not in said:
         return said
-    bare = said.copy()
-    bare.pop("tool_call_id", None)
-    if "tool_calls" in bare:
-        bare["tool_calls"] = [{key: call[key] for key in call if key != "id"} for call in bare["tool_calls"]]
-    return bare
+    base_of = said.copy()
+    base_of.pop("tool_call_id", None)
+    if "tool_calls" in base_of:
+        base_of["tool_calls"] = [{key: call[key] for key in call if key != "id"} for call in base_of["tool_calls"]]
+    return base_of
 
 
 def listed(value: Any) -> list[Any] | None:

@@ -50,7 +50,7 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
-class Vote:
+class UnpairedAnswer:
     """One answer with a thumb up or down; two opposite votes after the same prompt make a pair."""
 
     prompt: tuple[Message, ...]
@@ -110,7 +110,7 @@ class ReadReport:
         return f"{read} read, {len(self.dropped):,} dropped" + (f" ({why})" if why else "")
 
 
-def evenly(total: int, count: int) -> list[int]:
+def evenly_spaced(total: int, count: int) -> list[int]:
     """`count` indices spread evenly over `range(total)`: a fair sample, not the best."""
     count = min(count, total)
     return [index * total // count for index in range(count)]

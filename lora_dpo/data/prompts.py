@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.data import Message, Origin
-from lora_dpo.data.formats.registry import Form, form_named, form_of
+from lora_dpo.data.formats.registry import Format, format_named, format_of
 from lora_dpo.data.formats.trl import check_prompt
 from lora_dpo.data.messages import BadRow, asked_in_transcript, is_transcript, prompt_of, tools_of, with_system
-from lora_dpo.data.pairs import evenly
-from lora_dpo.data.rows import Row, files_of, near_file, read_rows
+from lora_dpo.data.pairs import evenly_spaced
+from lora_dpo.data.row_reading import Row
+from lora_dpo.data.rows import files_of, near_file, read_rows
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.text import counted, reasons_text, shown
 
@@ -93,7 +94,7 @@ def prompts_with_report(
         found = _text_prompts(Path(source))
         report.rows = len(found)
     else:
-        found = _row_prompts(source, form_named(form) if form is not None else None, report)
+        found = _row_prompts(source, format_named(form) if form is not None else None, report)
     first: dict[str, Prompt] = {}
     for prompt in found:
         same = first.setdefault(json.dumps(prompt.messages), prompt)
@@ -104,7 +105,7 @@ def prompts_with_report(
     unique = list(first.values())
     if not unique:
         raise DataError(f"{source} holds no prompt. Write one prompt a line, or rows with 'prompt'.")
-    kept = [unique[index] for index in evenly(len(unique), limit)] if limit else unique
+    kept = [unique[index] for index in evenly_spaced(len(unique), limit)] if limit else unique
     if len(kept) < len(unique):
         report.left_out["beyond the limit"] = len(unique) - len(kept)
     return kept, report
@@ -136,14 +137,14 @@ def _text_prompts(path: Path) -> list[Prompt]:
     ]
 
 
-def _row_prompts(source: str, forced: Form | None, report: PromptReport) -> list[Prompt]:
+def _row_prompts(source: str, forced: Format | None, report: PromptReport) -> list[Prompt]:
     found: list[Prompt] = []
     problem = ""
     for file in files_of(source):
         for number, row in read_rows(file):
             report.rows += 1
             try:
-                messages = _prompt_of(row, Origin(file, number), forced or form_of(row))
+                messages = _prompt_of(row, Origin(file, number), forced or format_of(row))
             except BadRow as bad:
                 report.left_out[str(bad)] += 1
                 problem = problem or f"{file}, row {number}: {bad}"
@@ -162,7 +163,7 @@ ASKED_APART = ("alpaca", "argilla", "orca", "sharegpt")
 """The forms whose prompt does not depend on the answers."""
 
 
-def _prompt_of(row: Row, origin: Origin, form: Form) -> tuple[Message, ...]:
+def _prompt_of(row: Row, origin: Origin, form: Format) -> tuple[Message, ...]:
     """The prompt of a row, as the reader of its form makes it; else of its column `prompt` or `messages`.
 
     Raises:
@@ -188,7 +189,7 @@ def _prompt_of(row: Row, origin: Origin, form: Form) -> tuple[Message, ...]:
     return messages
 
 
-def _prompt_of_form(form: Form, row: Row, origin: Origin) -> tuple[Message, ...]:
+def _prompt_of_form(form: Format, row: Row, origin: Origin) -> tuple[Message, ...]:
     made = form.read(row, origin)
     return (made[0] if isinstance(made, list) else made).prompt  # several pairs of one row follow one prompt
 

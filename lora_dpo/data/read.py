@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from lora_dpo.data.formats.feedback import Ballot
-from lora_dpo.data.formats.registry import Form, form_named, form_of
+from lora_dpo.data.formats.registry import Format, format_named, format_of
 from lora_dpo.data.messages import BadRow, Messages
-from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, Vote
-from lora_dpo.data.rows import Row, files_of, read_rows
+from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, ReadReport, UnpairedAnswer
+from lora_dpo.data.row_reading import Row
+from lora_dpo.data.rows import files_of, read_rows
 from lora_dpo.errors import DataError
 from lora_dpo.text import counted
 
-Made = TypeVar("Made", PreferencePair, Vote)
+Made = TypeVar("Made", PreferencePair, UnpairedAnswer)
 """What rows become: pairs, or single answers."""
 
 
@@ -147,7 +148,7 @@ def outcomes(
         DataError: a file cannot be read.
         ConfigError: there is no form of that name.
     """
-    forced = form_named(form) if form is not None else None
+    forced = format_named(form) if form is not None else None
     ballot, vote_titles = Ballot(), dict[Origin, str]()
     for file in all_files(sources):
         broken: list[Outcome[PreferencePair]] = []
@@ -161,14 +162,14 @@ def outcomes(
         for number, row in read_rows(file, on_broken=on_broken if tolerant else None):
             yield from broken
             broken.clear()
-            fits = forced or form_of(row)
+            fits = forced or format_of(row)
             origin = Origin(file, number)
             try:
                 made = fits.read(row, origin)
             except BadRow as bad:
                 yield left_out(origin, bad, fits.title, row)
                 continue
-            if isinstance(made, Vote):
+            if isinstance(made, UnpairedAnswer):
                 ballot.add(made)
                 vote_titles[origin] = fits.title
             else:
@@ -190,13 +191,13 @@ def all_files(sources: str | Sequence[str]) -> Iterator[str]:
         yield from files_of(source)
 
 
-def vote_row(vote: Vote) -> Row:
+def vote_row(vote: UnpairedAnswer) -> Row:
     """A vote in TRL's form."""
     return {"prompt": list(vote.prompt), "completion": list(vote.answer), "label": vote.up}
 
 
 def _pairs(
-    made: list[PreferencePair], origin: Origin, form: Form, min_gap: float | None, row: Row
+    made: list[PreferencePair], origin: Origin, form: Format, min_gap: float | None, row: Row
 ) -> Outcome[PreferencePair]:
     problems = [_gap_problem(pair, min_gap) for pair in made]
     kept = tuple(pair for pair, problem in zip(made, problems, strict=True) if problem is None)

@@ -1,8 +1,7 @@
-"""Rows of local files and hub data sets, before anyone asks what they mean."""
+"""The rows of any source, before anyone asks what they mean: which reader it needs, and those of CSV and Parquet."""
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import gzip
@@ -15,42 +14,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from lora_dpo.data.hub_rows import is_hub_source, read_hub, without_padding
+from lora_dpo.data.json_rows import read_json, read_jsonl
+from lora_dpo.data.row_reading import NO_DATA, OnBroken, Row, as_text, first_bad_byte, open_unpacked, tell_broken
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.files import looks_local
 from lora_dpo.leftovers import settle
 from lora_dpo.text import shown
 
-Row = dict[str, Any]
-
-
-OnBroken = Callable[[int, str, str], None]
-"""Called with the row number, the reason and the row's text."""
-
-NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""What `datasets` writes beside the rows."""
-COLUMNS = frozenset(
-    (
-        "prompt",
-        "chosen",
-        "rejected",
-        "completion",
-        "messages",
-        "conversations",
-        "instruction",
-        "question",
-        "history",
-        "chosen_messages",
-        "chosen_response",
-        "generations",
-        "answers",
-        "response_j",
-        "human_ref_A",
-        "snapshot",
-    )
-)
-"""Columns by which one JSON object is known for a row: some form of `table.py` needs them."""
 _BESIDE = re.compile(r"\.jsonl(\.gz)?\.(dropped|samples|scores)\.jsonl(\.gz)?$", re.IGNORECASE)
 """What lora-dpo itself writes beside pairs: no pairs."""
 
@@ -99,8 +71,8 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
     path = Path(source)
     reader = _READERS.get(_kind(path))
     there = _looked_at(source, path.exists)
-    if not there and reader is None and _is_hub_id(source):
-        yield from _hub_rows(source)
+    if not there and reader is None and is_hub_source(source):
+        yield from read_hub(source)
         return
     if not there:
         settle(path.parent)  # it may be the second file of two that a killed command had not named yet
@@ -116,10 +88,10 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
     if path.stat().st_size == 0:
         raise DataError(f"{source} is empty. It should hold rows with prompt, chosen and rejected.")
     try:
-        with _open(path) as file:
+        with open_unpacked(path) as file:
             yield from reader(file, path, on_broken)
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8 text (byte {_first_bad_byte(path)}). Save it as UTF-8.") from error
+        raise DataError(f"{source} is not UTF-8 text (byte {first_bad_byte(path)}). Save it as UTF-8.") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{source}: broken gzip ({error}). Copy or download it again.") from error
     except OSError as error:
@@ -153,15 +125,6 @@ def _looked_at(source: str, question: Callable[[], bool]) -> bool:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
 
 
-_HUB_ID = re.compile(r"(?P<owner>\w[\w.-]*)/[\w.-]+(/[\w.-]+)?(:.+)?")
-
-
-def _is_hub_id(source: str) -> bool:
-    """True for `owner/name…` unless `owner` looks like a folder here: a local file's name is nobody else's matter."""
-    found = _HUB_ID.fullmatch(source)
-    return found is not None and not looks_local(f"{found['owner']}/name")
-
-
 def _kind(path: Path) -> str:
     """The suffix that says what is inside: `.jsonl` for `pairs.jsonl` and for `pairs.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
@@ -172,115 +135,10 @@ def _known() -> str:
     return f"{', '.join(sorted(_READERS))}, and gzip of each"
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _text(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
-
-
-def _tell(on_broken: OnBroken | None, error: DataError, path: Path, number: int, text: str) -> None:
-    """Tell of a broken row if somebody listens; else the error stands."""
-    if on_broken is None:
-        raise error
-    on_broken(number, str(error).removeprefix(f"{path}, ").partition(": ")[2].rstrip("."), text)
-
-
-def _jsonl_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
-    start = 0
-    for number, content in enumerate(file, start=1):  # bytes are split at line feeds alone
-        mark = len(codecs.BOM_UTF8) if number == 1 and content.startswith(codecs.BOM_UTF8) else 0
-        try:
-            line = _decoded(content[mark:], path, number, start + mark).rstrip("\r\n")
-            row = _as_row(_parse_json(line, path, number), path, number) if line.strip() else None
-        except DataError as error:
-            _tell(on_broken, error, path, number, content.decode("utf-8", "backslashreplace").rstrip("\r\n"))
-        else:
-            if row is not None:
-                yield number, row
-        start += len(content)
-
-
-def _decoded(content: bytes, path: Path, line: int, start: int) -> str:
-    """The text of a line that starts at byte `start` of the file."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 text (byte {start + error.start} of the file). Save it as UTF-8."
-        ) from error
-
-
-def _json_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
-    content = file.read()
-    if _is_json_lines(content):
-        yield from _jsonl_rows(io.BytesIO(content), path, on_broken)
-        return
-    parsed = _parse_json(content.decode("utf-8-sig"), path, None)
-    for number, item in enumerate(_listed(parsed, path), start=1):
-        try:
-            row = _as_row(item, path, number)
-        except DataError as error:
-            _tell(on_broken, error, path, number, json.dumps(item))
-        else:
-            yield number, row
-
-
-def _listed(parsed: Any, path: Path) -> list[Any]:
-    """The rows of a JSON file: a list of them, or one object that has a column of a row."""
-    if isinstance(parsed, list):
-        return parsed
-    if not isinstance(parsed, dict):
-        raise DataError(f"{path} holds one {type(parsed).__name__}, not a list of rows.")
-    if _is_a_table(parsed):
-        raise DataError(f"{path} {_TABLE}.")
-    if not COLUMNS.isdisjoint(parsed):
-        return [parsed]
-    lists = {key: len(value) for key, value in parsed.items() if isinstance(value, list) and value}
-    hint = "".join(f" Its {shown(key)} is a list of {length}: save that list alone." for key, length in lists.items())
-    raise DataError(f"{path} holds one object, not a list of rows.{hint}")
-
-
-_TABLE = "holds columns, not rows: with pandas write it by to_json(PATH, orient='records', lines=True)"
-_ONE_OF_EACH = ("prompt", "chosen", "rejected", "instruction", "question", "completion")
-"""Columns that never hold a list of texts in a row."""
-
-
-def _is_a_table(value: dict[str, Any]) -> bool:
-    """True for a whole table in one object, as pandas writes it but for `orient='records'`."""
-    if value.keys() in ({"columns", "index", "data"}, {"columns", "data"}, {"schema", "data"}):
-        return True
-    inside = list(value.values())
-    if inside and all(isinstance(column, dict) and column and all(map(str.isdigit, column)) for column in inside):
-        return True  # columns of numbered cells
-    if value and all(map(str.isdigit, value)) and all(isinstance(row, dict) for row in inside):
-        return True  # numbered rows
-    columns = [value[name] for name in _ONE_OF_EACH if name in value]
-    return bool(columns) and all(
-        isinstance(column, list) and column and not any(isinstance(cell, dict) for cell in column) for column in columns
-    )
-
-
-def _is_json_lines(content: bytes) -> bool:
-    """Many files that end in `.json` hold one object a line."""
-    start = content[: 1 << 20].removeprefix(codecs.BOM_UTF8)
-    lines = [line for line in start.split(b"\n", 3) if line.strip()][:2]
-    return len(lines) == 2 and all(line.lstrip().startswith(b"{") for line in lines) and any(map(_is_json, lines))
-
-
-def _is_json(content: bytes) -> bool:
-    try:
-        json.loads(content)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 def _csv_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(1 << 30)  # answers are longer than the 128 KiB that the module allows
     try:
-        text = _text(file, newline="")
+        text = as_text(file, newline="")
         head = _header(text)
         _refuse_other_separator(head, path)
         header = [name.strip().strip('"') for name in head]
@@ -291,7 +149,7 @@ def _csv_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) ->
         for number, row in enumerate(filter(None, cells), start=1):
             if any(cell.strip() for cell in row[len(header) :]):  # a comma at the line's end alone is nobody's cell
                 error = DataError(f"{path}, row {number}: more cells than columns: quote texts that hold commas.")
-                _tell(on_broken, error, path, number, json.dumps(row, ensure_ascii=False))
+                tell_broken(on_broken, error, path, number, json.dumps(row, ensure_ascii=False))
             else:
                 yield number, dict(itertools.zip_longest(header, row[: len(header)]))
     except csv.Error as error:
@@ -334,91 +192,15 @@ def _parquet_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None
         for batch in stored.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield number, _without_padding(row)
+                yield number, without_padding(row)
     except (pyarrow.ArrowException, OSError) as error:  # Arrow reports broken pages as OSError
         raise DataError(f"{path}: broken Parquet ({(str(error).splitlines() or ['no detail'])[0]}).") from error
 
 
-def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
-    """`owner/name`, with `/configuration` and `:split` where it is not the only one and not `train`."""
-    import datasets
-
-    path, _, split = source.partition(":")
-    owner_name, configuration = path.split("/")[:2], path.split("/")[2:]
-    try:
-        rows = datasets.load_dataset("/".join(owner_name), *configuration, split=split or "train")
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        hint = " Name one as owner/name/CONFIGURATION." if str(error).startswith("Config name is missing") else ""
-        raise DataError(
-            f"{source} is neither a file here nor a data set that could be loaded from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}).{hint}"
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        yield number, _without_padding(dict(row))
-
-
-def _without_padding(row: Row) -> Row:
-    """A row out of Arrow as it was put in: one column's structs all have the same keys, null where a row had none.
-
-    A null that the row had itself looks the same and goes, too. Those of columns stay: they are the table's own.
-    """
-    return {column: _unpadded(value) for column, value in row.items()}
-
-
-def _unpadded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _unpadded(item) for key, item in value.items() if item is not None}
-    return [_unpadded(item) for item in value] if isinstance(value, list) else value
-
-
-class _Twice(Exception):
-    """A key that stands twice in one object."""
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
-    return found
-
-
-def _parse_json(text: str, path: Path, line: int | None) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_each_once)
-    except _Twice as twice:
-        at = f"line {line}" if line is not None else "somewhere"
-        raise DataError(f"{path}, {at}: an object has the key {shown(str(twice))} twice. Remove one.") from None
-    except json.JSONDecodeError as error:
-        where = line if line is not None else error.lineno
-        raise DataError(f"{path}, line {where}: broken JSON ({error.msg}, column {error.colno}).") from None
-    except ValueError:  # more than 4,300 digits
-        raise DataError(f"{path}, line {line or 1}: broken JSON (a number is too long).") from None
-    except RecursionError:
-        raise DataError(f"{path}, line {line or 1}: JSON nested too deeply to be a preference row.") from None
-
-
-def _first_bad_byte(path: Path) -> int:
-    """Counted from the file's start; the reader's own error counts from the start of a block."""
-    try:
-        with _open(path) as file:
-            file.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start
-    return 0
-
-
-def _as_row(value: Any, path: Path, number: int) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{path}, row {number}: expected an object, found {type(value).__name__}.")
-    if _is_a_table(value):
-        raise DataError(f"{path}, row {number}: it {_TABLE}.")
-    return value
-
-
 _READERS: dict[str, Callable[[IO[bytes], Path, OnBroken | None], Iterator[tuple[int, Row]]]] = {
-    ".jsonl": _jsonl_rows,
-    ".ndjson": _jsonl_rows,
-    ".json": _json_rows,
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
 }

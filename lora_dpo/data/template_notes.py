@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_dpo.data.answers import TokenAnswer
 from lora_dpo.data.doctor.checks import templated
-from lora_dpo.data.pairs import PreferencePair, Vote
+from lora_dpo.data.pairs import PreferencePair, UnpairedAnswer
 from lora_dpo.data.tokenize import TokenPair, special_tokens
 from lora_dpo.text import shown
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def note_of_templates(
-    rows: Sequence[PreferencePair] | Sequence[Vote], what: str, tokenizer: PreTrainedTokenizerBase | None = None
+    rows: Sequence[PreferencePair] | Sequence[UnpairedAnswer],
+    what: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str | None:
     """How many rows have a chat template written in their text, as a sentence; None if there are none.
 
@@ -26,7 +28,7 @@ def note_of_templates(
     """
     special = None if tokenizer is None else special_tokens(tokenizer)
     bos = None if tokenizer is None else tokenizer.bos_token
-    pairs = (row.doubled() if isinstance(row, Vote) else row for row in rows)
+    pairs = (row.doubled() if isinstance(row, UnpairedAnswer) else row for row in rows)
     found = [text for text in (templated(pair, special, bos) for pair in pairs) if text is not None]
     if not found:
         return None

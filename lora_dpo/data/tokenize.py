@@ -112,8 +112,8 @@ def _is_cut(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, asked: str
     if _hold(texts, answers, [_shared(asked, text) for text in texts]):
         return False
     # The generation prompt may have begun the answer: <think> is its own, too.
-    bare = render(tokenizer, pair.prompt, tools=pair.tools)
-    return not _hold(texts, answers, [_shared(bare, text) for text in texts])
+    base_of = render(tokenizer, pair.prompt, tools=pair.tools)
+    return not _hold(texts, answers, [_shared(base_of, text) for text in texts])
 
 
 def _hold(texts: Sequence[str], answers: Sequence[Sequence[Message]], starts: Sequence[int]) -> bool:

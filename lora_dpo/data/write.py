@@ -18,7 +18,8 @@ from lora_dpo.data.doctor.checks import prompt_text
 from lora_dpo.data.doctor.examination import Diagnosis
 from lora_dpo.data.pairs import Origin, PreferencePair
 from lora_dpo.data.read import Outcome, outcomes
-from lora_dpo.data.rows import Row, refuse_twice
+from lora_dpo.data.row_reading import Row
+from lora_dpo.data.rows import refuse_twice
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import atomic_files
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_dpo.adapters.lora_config import WEIGHTS
 from lora_dpo.adapters.package import BASE
-from lora_dpo.adapters.peft_files import WEIGHTS
 from lora_dpo.data import Message
-from lora_dpo.demo.conversation import Said, write
-from lora_dpo.demo.votes import Candidate, VoteBook
+from lora_dpo.demo.conversation import StreamedAnswer, write
+from lora_dpo.demo.votes import ShownAnswer, VoteLog
 from lora_dpo.errors import ConfigError
 from lora_dpo.files import sha256_of
 from lora_dpo.model.decoding import Sampling
@@ -40,7 +40,7 @@ class Match:
     sampling: tuple[Sampling, Sampling]
     source: str | None = None
     """Where an imported prompt came from."""
-    answers: list[Said | None] = field(default_factory=lambda: [None, None])
+    answers: list[StreamedAnswer | None] = field(default_factory=lambda: [None, None])
     """Whole answers; None until they are written."""
     weights: list[str | None] = field(default_factory=lambda: [None, None])
     """SHA-256 of the adapters' weights when they began to answer: later there may be others under that name."""
@@ -55,7 +55,7 @@ class Match:
 class Arena:
     """Matches that are open, and the book that votes are written to."""
 
-    def __init__(self, host: Host, book: VoteBook, *, adapters_dir: Path, draws: random.Random | None = None) -> None:
+    def __init__(self, host: Host, book: VoteLog, *, adapters_dir: Path, draws: random.Random | None = None) -> None:
         self.host, self.book, self.adapters_dir = host, book, adapters_dir
         self.draws = draws or random.SystemRandom()
         self._open: OrderedDict[str, Match] = OrderedDict()
@@ -102,7 +102,7 @@ class Arena:
         texts = ["", ""]
         for side in (0, 1):
             player, sampling = match.players[side], match.sampling[side]
-            said = Said(player, "")
+            said = StreamedAnswer(player, "")
             match.weights[side] = self._weights_of(player)
             with closing(write(self.host, player, match.prompt, sampling, client=client, stop=stop)) as states:
                 for said in states:
@@ -165,7 +165,7 @@ class Arena:
         return {**facts, **({"prompt_source": match.source} if match.source else {})}
 
 
-def _candidate(said: Said, sampling: Sampling, weights: str | None) -> Candidate:
+def _candidate(said: StreamedAnswer, sampling: Sampling, weights: str | None) -> ShownAnswer:
     facts: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -173,4 +173,4 @@ def _candidate(said: Said, sampling: Sampling, weights: str | None) -> Candidate
         "max_new_tokens": sampling.max_new_tokens,
         "tokens": said.tokens,
     }
-    return Candidate(said.text, said.who, facts | ({"adapter_sha256": weights} if weights else {}))
+    return ShownAnswer(said.text, said.who, facts | ({"adapter_sha256": weights} if weights else {}))

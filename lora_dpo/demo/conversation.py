@@ -13,7 +13,7 @@ from lora_dpo.data import Message
 from lora_dpo.errors import ConfigError, LoraDPOError
 from lora_dpo.model.decoding import Sampling
 from lora_dpo.serving.host import Host
-from lora_dpo.serving.request import Outcome, Reply
+from lora_dpo.serving.request import Completion, StreamItem
 
 SHOW_EVERY = 0.05
 """Seconds between two states of an answer that is being written: faster than anyone reads."""
@@ -22,7 +22,7 @@ TELL_EVERY = 1.0
 
 
 @dataclass(frozen=True)
-class Said:
+class StreamedAnswer:
     """One answer, whole or so far."""
 
     who: str
@@ -41,18 +41,18 @@ class Said:
 
 
 @dataclass
-class Exchange:
+class Turn:
     """What the user said, and the answers: the left one, and the right one if there is one."""
 
     user: str
-    answers: list[Said | None] = field(default_factory=lambda: [None, None])
+    answers: list[StreamedAnswer | None] = field(default_factory=lambda: [None, None])
 
 
 @dataclass
-class Talk:
+class Conversation:
     """One person's conversation."""
 
-    exchanges: list[Exchange] = field(default_factory=list)
+    exchanges: list[Turn] = field(default_factory=list)
     retries: int = 0
     """Of the last exchange: each draws with another seed."""
     dropped: bool = False
@@ -79,7 +79,7 @@ class Talk:
                 turns.append(Message(role="assistant", content=said.text.strip()))
         return turns
 
-    def cut_from(self, index: int) -> list[Exchange]:
+    def cut_from(self, index: int) -> list[Turn]:
         """Take an exchange and all after it out; returns them. Raises `ConfigError` if there is none."""
         if not 0 <= index < len(self.exchanges):
             raise ConfigError(f"There is no exchange {index + 1} in this conversation: it has {len(self.exchanges)}.")
@@ -88,30 +88,30 @@ class Talk:
         return cut
 
 
-def talk_of(history: Sequence[Mapping[str, Any]]) -> Talk:
+def conversation_of(history: Sequence[Mapping[str, Any]]) -> Conversation:
     """A conversation that was had elsewhere: messages of user and assistant in turn, ending with the assistant.
 
     Raises:
         ConfigError: they are not that.
     """
-    talk = Talk()
+    conversation = Conversation()
     for said in history:
         role, content = (said.get(name) for name in ("role", "content")) if isinstance(said, Mapping) else (None, None)
-        answered = not talk.exchanges or talk.exchanges[-1].answers[0] is not None
+        answered = not conversation.exchanges or conversation.exchanges[-1].answers[0] is not None
         if not isinstance(content, str) or role != ("user" if answered else "assistant"):
             raise ConfigError("The history must be messages of role and content, user and assistant in turn.")
         if role == "user":
-            talk.exchanges.append(Exchange(content))
+            conversation.exchanges.append(Turn(content))
         else:
-            talk.exchanges[-1].answers = [Said("history", content)] * 2
-    if talk.exchanges and talk.exchanges[-1].answers[0] is None:
+            conversation.exchanges[-1].answers = [StreamedAnswer("history", content)] * 2
+    if conversation.exchanges and conversation.exchanges[-1].answers[0] is None:
         raise ConfigError("The history must end with the assistant: the new message follows it.")
-    return talk
+    return conversation
 
 
 def ask(
     host: Host,
-    talk: Talk,
+    conversation: Conversation,
     text: str,
     players: Sequence[str],
     sampling: Sampling,
@@ -119,12 +119,12 @@ def ask(
     system: str | None = None,
     client: str = "one",
     again: bool = False,
-) -> Iterator[Exchange]:
+) -> Iterator[Turn]:
     """Say something to one or two models and yield the exchange as its answers grow.
 
-    Both get the same words and the same seed. Ended by `Talk.stop`, what was said so far is kept; an exchange without
-    any answer is taken out of the talk again, so that it does not confuse the next one. An answer of this talk that is
-    still being written is ended.
+    Both get the same words and the same seed. Ended by `Conversation.stop`, what was said so far is kept; an exchange
+    without any answer is taken out of the conversation again, so that it does not confuse the next one. An answer of
+    this conversation that is still being written is ended.
 
     Args:
         players: who answers: one name, or two.
@@ -136,14 +136,14 @@ def ask(
     """
     if not text.strip():
         raise ConfigError("There is nothing to answer: write something first.")
-    talk.stop()
-    stop = talk.signal = threading.Event()
-    talk.retries = talk.retries + 1 if again else 0
-    sampling = replace(sampling, seed=sampling.seed + talk.retries)
-    exchange = Exchange(text.strip())
-    talk.exchanges.append(exchange)
+    conversation.stop()
+    stop = conversation.signal = threading.Event()
+    conversation.retries = conversation.retries + 1 if again else 0
+    sampling = replace(sampling, seed=sampling.seed + conversation.retries)
+    exchange = Turn(text.strip())
+    conversation.exchanges.append(exchange)
     # Before anything is answered: the left answer to these words is not for the right model to see.
-    conversations = [talk.conversation(side, system) for side in range(2)]
+    conversations = [conversation.conversation(side, system) for side in range(2)]
     try:
         for side, who in enumerate(players[:2]):
             if stop.is_set():
@@ -152,8 +152,11 @@ def ask(
                 exchange.answers[side] = said
                 yield exchange
     finally:
-        if not any(said is not None and said.text.strip() for said in exchange.answers) and exchange in talk.exchanges:
-            talk.exchanges.remove(exchange)
+        if (
+            not any(said is not None and said.text.strip() for said in exchange.answers)
+            and exchange in conversation.exchanges
+        ):
+            conversation.exchanges.remove(exchange)
 
 
 def write(
@@ -164,13 +167,13 @@ def write(
     *,
     client: str,
     stop: threading.Event | None = None,
-) -> Generator[Said, None, None]:
+) -> Generator[StreamedAnswer, None, None]:
     """Yield one answer as it grows, at most every `SHOW_EVERY` seconds, and at last the whole one with its counts.
 
     A `stop` is seen while it waits for its turn, too; leaving the iterator frees the turn.
     """
-    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    said = Said(who, "")
+    outcomes: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
+    said = StreamedAnswer(who, "")
     yield said
     ticket = host.submit(who, conversation, sampling, client=client, deliver=outcomes.put)
     said = replace(said, prompt_tokens=len(ticket.asked.prompt))
@@ -186,7 +189,7 @@ def write(
                 continue
             if isinstance(outcome, LoraDPOError):
                 raise outcome
-            if isinstance(outcome, Reply):
+            if isinstance(outcome, Completion):
                 yield replace(said, text=outcome.text, tokens=outcome.tokens)
                 return
             now = time.monotonic()

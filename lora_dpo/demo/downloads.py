@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lora_dpo.adapters.peft_files import plain
-from lora_dpo.adapters.store import pack
-from lora_dpo.demo.session import Desk
+from lora_dpo.adapters.exchange import pack
+from lora_dpo.demo.session import AppState
 from lora_dpo.errors import ConfigError
+from lora_dpo.text import plain
 
 FORMS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
 """Forms of an export, with the end of the name that is written: a merged model folder, files for llama.cpp, Ollama."""
@@ -26,17 +26,17 @@ OUT = "out-"
 Tick = Callable[[int, int], None]
 
 
-def packed(desk: Desk, name: str) -> Path:
-    """An adapter as one file, on its way to a browser. Raises as `library.pack`."""
-    return pack(desk.find(name), on_the_way(desk))
+def packed(app_state: AppState, name: str) -> Path:
+    """An adapter as one file, on its way to a browser. Raises as `exchange.pack`."""
+    return pack(app_state.find(name), on_the_way(app_state))
 
 
-def exported_pairs(desk: Desk, name: str) -> Path:
+def exported_pairs(app_state: AppState, name: str) -> Path:
     """A file of pairs in the canonical form, on its way to a browser. Raises `DataError`."""
-    return desk.pairs.export([name], on_the_way(desk) / f"{name}.jsonl")
+    return app_state.pairs.export([name], on_the_way(app_state) / f"{name}.jsonl")
 
 
-def exported(desk: Desk, name: str, form: str) -> Iterator[tuple[int, int, Path]]:
+def exported(app_state: AppState, name: str, form: str) -> Iterator[tuple[int, int, Path]]:
     """Write an adapter in a form of `FORMS`: yields how much is done, of how much, and the place; at last all of it.
 
     A file is on its way to a browser; a folder stays in `exports/` of the demo's folder. One is written at a time; it
@@ -48,34 +48,34 @@ def exported(desk: Desk, name: str, form: str) -> Iterator[tuple[int, int, Path]
     """
     if form not in FORMS:
         raise ConfigError(f"There is no form {plain(form)} to write an adapter in: there is {', '.join(FORMS)}.")
-    adapter = desk.find(name)
-    target = _free(desk, adapter.name, FORMS[form])
+    adapter = app_state.find(name)
+    target = _free(app_state, adapter.name, FORMS[form])
     total = 1
-    for done, total in _in_thread(_work(desk, adapter, target, form), desk.exporting):
+    for done, total in _in_thread(_work(app_state, adapter, target, form), app_state.exporting):
         yield done, total, target
     yield total, total, target
 
 
-def on_the_way(desk: Desk) -> Path:
+def on_the_way(app_state: AppState) -> Path:
     """A new empty folder for a file that a browser will fetch; older ones, of files long fetched, are removed."""
-    for folder in desk.outbox.glob(f"{OUT}*"):
+    for folder in app_state.outbox.glob(f"{OUT}*"):
         if time.time() - folder.stat().st_mtime > FETCHED:
             shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=OUT, dir=desk.outbox))
+    return Path(tempfile.mkdtemp(prefix=OUT, dir=app_state.outbox))
 
 
-def _free(desk: Desk, name: str, end: str) -> Path:
-    folder = on_the_way(desk) if end.endswith(".gguf") else desk.pairs.folder / "exports"
+def _free(app_state: AppState, name: str, end: str) -> Path:
+    folder = on_the_way(app_state) if end.endswith(".gguf") else app_state.pairs.folder / "exports"
     tries = (folder / f"{name}{'' if number == 1 else f'-{number}'}{end}" for number in range(1, 1000))
     return next(path for path in tries if not path.exists())
 
 
-def _work(desk: Desk, adapter: Path, target: Path, form: str) -> Callable[[Tick], object]:
+def _work(app_state: AppState, adapter: Path, target: Path, form: str) -> Callable[[Tick], object]:
     from lora_dpo.release.exports.export_adapter import export
     from lora_dpo.release.merged_folder import merge
     from lora_dpo.release.merged_weights import trained_into
 
-    model = desk.host.base.name  # the base is here: the passport may name another place
+    model = app_state.host.base.name  # the base is here: the passport may name another place
     if form == "merge":
         return lambda tick: merge(adapter, target, into=trained_into(adapter), model=model, on_tensor=tick)
     return lambda tick: export(adapter, target, to=form, model=model, on_tensor=tick)  # type: ignore[arg-type]

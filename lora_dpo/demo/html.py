@@ -9,9 +9,9 @@ from html import escape
 from lora_dpo.data.doctor.examination import Diagnosis
 from lora_dpo.data.pairs import ReadReport, rows_text
 from lora_dpo.demo.charts import line_chart
-from lora_dpo.demo.conversation import Said
-from lora_dpo.demo.run_state import Seen, logratios
-from lora_dpo.demo.votes import Record
+from lora_dpo.demo.conversation import StreamedAnswer
+from lora_dpo.demo.run_state import RunSnapshot, logratios
+from lora_dpo.demo.votes import HeadToHead
 
 
 def text_block(text: str, *, kind: str = "") -> str:
@@ -41,7 +41,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
     return '<dl class="facts">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows) + "</dl>"
 
 
-def said_line(said: Said | None, *, writing: bool = False) -> str:
+def said_line(said: StreamedAnswer | None, *, writing: bool = False) -> str:
     """Counts and speed of an answer."""
     if said is None:
         return note("")
@@ -65,7 +65,7 @@ def answer_card(letter: str, text: str, *, writing: bool = False, name: str | No
     )
 
 
-def win_table(records: Sequence[Record]) -> str:
+def win_table(records: Sequence[HeadToHead]) -> str:
     """Who won how often, with the interval drawn."""
     if not records:
         return note("No vote between two models yet. Vote on a few answers, and this says who wins.")
@@ -86,7 +86,7 @@ def win_table(records: Sequence[Record]) -> str:
     return f'<div class="scroll">{table_}</div>'
 
 
-def _record_cells(record: Record) -> str:
+def _record_cells(record: HeadToHead) -> str:
     low, high = record.interval
     rate = "–" if record.rate is None else f"{record.rate:.0%}"
     middle = "" if record.rate is None else f'<i style="left:{100 * record.rate:.1f}%"></i>'
@@ -122,7 +122,7 @@ def findings(diagnosis: Diagnosis | None, report: ReadReport | None = None) -> s
     return "".join(shown)
 
 
-def curves(seen: Seen, beta: float) -> str:
+def curves(seen: RunSnapshot, beta: float) -> str:
     """Loss, margin, reward accuracy and the two log-ratios of a run, as it goes."""
     series = logratios(seen.steps, beta)
     steps = seen.all_steps
@@ -149,7 +149,7 @@ def progress_bar(done: int, total: int, label: str) -> str:
     )
 
 
-def samples_table(seen: Seen) -> str:
+def samples_table(seen: RunSnapshot) -> str:
     """Answers to the chosen prompts, before and as training goes on."""
     by_prompt: dict[str, list[tuple[int, str]]] = {}
     for sample in seen.samples:

@@ -19,20 +19,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from lora_dpo.adapters.peft_files import plain
 from lora_dpo.data import Message, PreferencePair, ReadReport, read_pairs
 from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.data.doctor.examination import Diagnosis, examine
 from lora_dpo.data.formats.trl import checked_pair
 from lora_dpo.data.messages import BadRow
 from lora_dpo.data.read import outcomes
-from lora_dpo.data.rows import Row
+from lora_dpo.data.row_reading import Row
 from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
-from lora_dpo.demo.votes import VoteBook
+from lora_dpo.demo.votes import VoteLog
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.journal import rewrite_durably
 from lora_dpo.model.tensor_file import State, state_of
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ PROMPT_KINDS = (*KINDS, ".txt")
 
 
 @dataclass(frozen=True)
-class TakenIn:
+class Import:
     """What became of an upload."""
 
     name: str
@@ -71,12 +71,12 @@ class Entry:
         return last[0][-1]["content"], last[1][-1]["content"], last[2][-1]["content"]
 
 
-class Collection:
+class PairStore:
     """The files of one folder. Names are `votes` and those of uploads; a path is never taken from outside."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.book = VoteBook(folder / f"{VOTES}.jsonl")
+        self.book = VoteLog(folder / f"{VOTES}.jsonl")
         self.uploads = folder / "uploads"
         self._doctor = threading.Lock()  # one examination at a time: each takes a processor for long, and the tokenizer
         self._diagnosed: dict[str, tuple[State, Diagnosis]] = {}
@@ -93,7 +93,7 @@ class Collection:
             raise DataError(f"There are no pairs called {plain(name)}. Vote, or upload some.")
         return self.book.path if name == VOTES else self.uploads / f"{name}.jsonl"
 
-    def take_in(self, path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> TakenIn:
+    def take_in(self, path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Import:
         """Read an uploaded file in any known form and keep its pairs in the canonical form.
 
         Args:
@@ -114,7 +114,7 @@ class Collection:
         with self.book.held():  # two uploads of one name must not take the same place
             kept = _free(clean_name(name), self.names())
             write_pairs(pairs, self.uploads / f"{kept}.jsonl")
-        return TakenIn(kept, diagnosis.report, diagnosis)
+        return Import(kept, diagnosis.report, diagnosis)
 
     def entries(self, name: str, search: str = "") -> list[Entry]:
         """The pairs of a file that hold all words of `search`, in order."""

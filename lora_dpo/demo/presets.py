@@ -10,7 +10,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.config.recipe import ModelSection, Recipe, check_recipe, dump_settings, nearest, parse_settings
+from lora_dpo.config.reading import check_recipe, dump_settings, nearest, parse_settings
+from lora_dpo.config.recipe import ModelSection, Recipe
 from lora_dpo.data import PreferencePair, read_pairs
 from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.data.write import split_by_prompt, write_pairs

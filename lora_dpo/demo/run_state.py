@@ -20,7 +20,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunSnapshot:
     """The state of a run at one moment."""
 
     name: str
@@ -50,18 +50,18 @@ class Seen:
 
 
 @dataclass
-class Watch:
+class RunState:
     """Collects the events of one run; safe to read from other threads."""
 
     name: str
-    _seen: Seen = field(init=False)
+    _seen: RunSnapshot = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._seen = Seen(self.name)
+        self._seen = RunSnapshot(self.name)
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> RunSnapshot:
         """The state now; it never changes under the reader's feet."""
         return self._seen
 
@@ -85,7 +85,7 @@ class Watch:
             case Saved(folder):
                 self._set(saved=str(folder))
 
-    def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
+    def restore(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Take in what a run had logged before it was interrupted; each row has its `step`."""
         self._set(steps=tuple((int(row["step"]), dict(row)) for row in rows if "loss" in row))
 

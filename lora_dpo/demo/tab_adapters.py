@@ -1,4 +1,7 @@
-"""The Adapters tab: what there is, what it was made from, and the ways in and out."""
+"""The Adapters tab: what there is, what it was made from, and the ways in and out.
+
+`build` is longer than 60 lines: it lays the tab out from top to bottom and connects it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from typing import Any
 
 import gradio as gr
 
+from lora_dpo.adapters.describe import describe
+from lora_dpo.adapters.exchange import install
 from lora_dpo.adapters.package import SUFFIX
-from lora_dpo.adapters.store import describe, install, list_adapters
-from lora_dpo.demo import downloads as outgoing
+from lora_dpo.adapters.store import list_adapters
+from lora_dpo.demo import downloads
 from lora_dpo.demo.handlers import markdown, told
 from lora_dpo.demo.html import curves, facts, note, progress_bar, table, without_pictures
-from lora_dpo.demo.run_state import Seen
-from lora_dpo.demo.session import Desk
+from lora_dpo.demo.run_state import RunSnapshot
+from lora_dpo.demo.session import AppState
 from lora_dpo.errors import AdapterError
 
 FORMS = {
@@ -30,10 +35,10 @@ MAX_CARD = 100_000
 State = tuple[Any, ...]
 
 
-def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
+def build(app_state: AppState, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     """Lay the tab out; returns the picker and the table, to be refreshed when an adapter is new."""
-    listed = gr.HTML(adapters_table(desk), elem_id="adapters-table")
-    names = desk.adapters()
+    listed = gr.HTML(adapters_table(app_state), elem_id="adapters-table")
+    names = app_state.adapters()
     first = names[0] if names else None
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown(names, value=first, label="Adapter", elem_id="adapters-name", scale=3, filterable=False)
@@ -59,26 +64,31 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     def show(which: str | None) -> State:
         if not which:
             return note("There is no adapter yet. Train one, or install a package."), "", ""
-        folder = desk.find(which)
-        doubt = note(desk.host.doubt(which) or "", kind="bad")
-        return doubt + facts(describe(folder)), _curves_of(folder), _card_of(folder)
+        folder = app_state.find(which)
+        incompatibility = note(app_state.host.incompatibility(which) or "", kind="bad")
+        return incompatibility + facts(describe(folder)), _curves_of(folder), _card_of(folder)
 
     @told
     def packed(which: str | None) -> Any:
-        return gr.update(value=str(outgoing.packed(desk, which or "")), visible=True)
+        return gr.update(value=str(downloads.packed(app_state, which or "")), visible=True)
 
     @told
     def bring(path: str | None) -> State:
         if path is None:
             raise AdapterError("No file came. Choose one.")
-        done = install(path, root=desk.adapters_dir)
-        names = desk.adapters()
+        done = install(path, root=app_state.adapters_dir)
+        names = app_state.adapters()
         said = note(f"Installed {done.folder.name}. {' '.join(done.notes)}", kind="good")
-        return adapters_table(desk), gr.update(choices=names, value=done.folder.name), said, *show(done.folder.name)
+        return (
+            adapters_table(app_state),
+            gr.update(choices=names, value=done.folder.name),
+            said,
+            *show(done.folder.name),
+        )
 
     @told
     def export_it(which: str | None, kind: str) -> Iterator[State]:
-        for done, total, target in outgoing.exported(desk, which or "", FORMS.get(kind, kind)):
+        for done, total, target in downloads.exported(app_state, which or "", FORMS.get(kind, kind)):
             yield progress_bar(done, total, f"writing {target.name}: {done} of {total}"), gr.update(visible=False)
         if target.is_file():
             yield note(""), gr.update(value=str(target), visible=True)
@@ -95,11 +105,11 @@ def build(desk: Desk, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     return name, listed
 
 
-def adapters_table(desk: Desk) -> str:
+def adapters_table(app_state: AppState) -> str:
     """The table of `lora-dpo adapters list`."""
-    rows = list_adapters(desk.adapters_dir)
+    rows = list_adapters(app_state.adapters_dir)
     if not rows:
-        return note(f"There is no adapter in {desk.adapters_dir} yet.")
+        return note(f"There is no adapter in {app_state.adapters_dir} yet.")
     cells = [
         (
             row.name,
@@ -128,7 +138,7 @@ def _curves_of(folder: Path) -> str:
         return note("It brings no curves of its training.")
     if not rows or not beta > 0:
         return note("It brings no curves of its training.")
-    return curves(Seen(folder.name, steps=tuple(rows), all_steps=rows[-1][0]), beta)
+    return curves(RunSnapshot(folder.name, steps=tuple(rows), all_steps=rows[-1][0]), beta)
 
 
 def _card_of(folder: Path) -> str:

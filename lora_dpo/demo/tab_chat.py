@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from lora_dpo.demo.conversation import Exchange, Said, Talk, ask
+from lora_dpo.demo.conversation import Conversation, StreamedAnswer, Turn, ask
 from lora_dpo.demo.handlers import client_of, markdown, plain_text, refusal, sampling_of, told
 from lora_dpo.demo.html import said_line
-from lora_dpo.demo.session import Desk
+from lora_dpo.demo.session import AppState
 from lora_dpo.errors import LoraDPOError
 
 NOBODY = "(nobody)"
@@ -38,30 +38,30 @@ class Parts:
     new: gr.Button
 
 
-def build(desk: Desk) -> list[tuple[gr.Dropdown, bool]]:
+def build(app_state: AppState) -> list[tuple[gr.Dropdown, bool]]:
     """Lay the tab out and connect it; returns its pickers, and for each whether "nobody" can be picked."""
-    parts = _layout(desk)
-    tab = Tab(desk)
-    talk = gr.State(Talk())
-    settings = [talk, parts.left, parts.right, *parts.settings]
-    outputs = [parts.box, *parts.chats, *parts.lines, talk]
+    parts = _layout(app_state)
+    tab = Tab(app_state)
+    conversation = gr.State(Conversation())
+    settings = [conversation, parts.left, parts.right, *parts.settings]
+    outputs = [parts.box, *parts.chats, *parts.lines, conversation]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
     parts.box.submit(tab.send, [parts.box, *settings], outputs, **quiet)
-    parts.box.stop(Talk.stop, talk, None, **at_once)
+    parts.box.stop(Conversation.stop, conversation, None, **at_once)
     for chat in parts.chats:
         chat.retry(tab.retry, settings, outputs, **quiet)
         chat.edit(tab.edit, settings, outputs, **quiet)
-        chat.clear(tab.new, talk, outputs, **at_once)
-    parts.new.click(tab.new, talk, outputs, **at_once)
+        chat.clear(tab.new, conversation, outputs, **at_once)
+    parts.new.click(tab.new, conversation, outputs, **at_once)
     for picker in (parts.left, parts.right):
         picker.input(tab.tell_doubt, picker, None, **at_once)
     parts.right.change(lambda beside: gr.update(visible=beside != NOBODY), parts.right, parts.right_column, **at_once)
     return [(parts.left, False), (parts.right, True)]
 
 
-def _layout(desk: Desk) -> Parts:
-    names = desk.names()
+def _layout(app_state: AppState) -> Parts:
+    names = app_state.names()
     first = names[1] if len(names) > 1 else names[0]
     with gr.Row():
         left = gr.Dropdown(names, value=first, label="Model", elem_id="chat-left", filterable=len(names) > 8)
@@ -114,13 +114,13 @@ def _chatbot(side: int) -> gr.Chatbot:
 class Tab:
     """The tab's handlers. Gradio fills in events and requests by annotations, so settings are named one by one."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, app_state: AppState) -> None:
+        self.app_state = app_state
 
     def send(
         self,
         text: str,
-        talk: Talk,
+        conversation: Conversation,
         left: str,
         right: str,
         system: str,
@@ -131,14 +131,14 @@ class Tab:
         request: gr.Request,
     ) -> Iterator[State]:
         """Answer what was written."""
-        chosen = (talk, left, right, system, temperature, top_p, longest, seed)
+        chosen = (conversation, left, right, system, temperature, top_p, longest, seed)
         yield from self._answer(text, False, chosen, request)
 
     @told
     def retry(
         self,
         data: gr.RetryData,
-        talk: Talk,
+        conversation: Conversation,
         left: str,
         right: str,
         system: str,
@@ -149,15 +149,15 @@ class Tab:
         request: gr.Request,
     ) -> Iterator[State]:
         """Answer the same words with another seed."""
-        chosen = (talk, left, right, system, temperature, top_p, longest, seed)
-        cut = talk.cut_from(_exchange(data.index))
+        chosen = (conversation, left, right, system, temperature, top_p, longest, seed)
+        cut = conversation.cut_from(_exchange(data.index))
         yield from self._answer(cut[0].user, True, chosen, request, cut)
 
     @told
     def edit(
         self,
         data: gr.EditData,
-        talk: Talk,
+        conversation: Conversation,
         left: str,
         right: str,
         system: str,
@@ -168,23 +168,23 @@ class Tab:
         request: gr.Request,
     ) -> Iterator[State]:
         """Answer other words in their place."""
-        cut = talk.cut_from(_exchange(data.index))
-        chosen = (talk, left, right, system, temperature, top_p, longest, seed)
+        cut = conversation.cut_from(_exchange(data.index))
+        chosen = (conversation, left, right, system, temperature, top_p, longest, seed)
         yield from self._answer(plain_text(str(data.value)), False, chosen, request, cut)
 
     def tell_doubt(self, who: str) -> None:
         """Say what of the chosen adapter's base differs from this one."""
-        if doubt := self.desk.host.doubt(who):
-            gr.Warning(escape(doubt), duration=15)  # HTML there, and it may quote a name from outside
+        if incompatibility := self.app_state.host.incompatibility(who):
+            gr.Warning(escape(incompatibility), duration=15)  # HTML there, and it may quote a name from outside
 
-    def new(self, talk: Talk) -> State:
+    def new(self, conversation: Conversation) -> State:
         """Forget the conversation, also while an answer is being written."""
-        talk.dropped = True
-        talk.stop()
-        return (gr.skip(), *_EMPTY, Talk())
+        conversation.dropped = True
+        conversation.stop()
+        return (gr.skip(), *_EMPTY, Conversation())
 
     def _answer(
-        self, text: str, again: bool, chosen: tuple[Any, ...], request: gr.Request, cut: Sequence[Exchange] = ()
+        self, text: str, again: bool, chosen: tuple[Any, ...], request: gr.Request, cut: Sequence[Turn] = ()
     ) -> Iterator[State]:
         """Answer; `cut` is what the answer takes the place of, and comes back if the host refuses."""
         said, who, beside, system, *numbers = chosen
@@ -193,7 +193,7 @@ class Tab:
         sampling = sampling_of(*numbers)
         busy = gr.update(value="", submit_btn=False, stop_btn="Stop")
         idle = gr.update(submit_btn="Send", stop_btn=False)
-        host, before = self.desk.host, len(said.exchanges)
+        host, before = self.app_state.host, len(said.exchanges)
         try:
             for exchange in ask(host, said, text, players, sampling, system=system, client=client, again=again):
                 if said.dropped:
@@ -204,13 +204,13 @@ class Tab:
             if len(said.exchanges) == before:  # nothing has come in its place
                 said.exchanges.extend(cut)
             if said.dropped:
-                yield (idle, *_EMPTY, Talk())
+                yield (idle, *_EMPTY, Conversation())
                 return
             box = gr.update(value="" if again else text, submit_btn="Send", stop_btn=False)
             yield (box, *_views(said), "", "", said)
             raise refusal(error) from None
         if said.dropped:  # what was shown last may have reached the page after `new` had emptied it
-            yield (idle, *_EMPTY, Talk())
+            yield (idle, *_EMPTY, Conversation())
             return
         last = said.exchanges[-1].answers if said.exchanges else [None, None]
         yield (idle, *_views(said), *map(said_line, last), said)
@@ -221,16 +221,16 @@ def _exchange(index: Any) -> int:
     return int(index[0] if isinstance(index, list | tuple) else index) // 2
 
 
-def _views(talk: Talk) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def _views(conversation: Conversation) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
-    for exchange in talk.exchanges:
+    for exchange in conversation.exchanges:
         for side, said in zip(sides, exchange.answers, strict=True):
             side.append({"role": "user", "content": markdown(exchange.user)})
             side.append({"role": "assistant", "content": markdown(said.text) if said and said.text else "…"})
     return sides
 
 
-def _lines(answers: list[Said | None], players: list[str]) -> tuple[str, str]:
+def _lines(answers: list[StreamedAnswer | None], players: list[str]) -> tuple[str, str]:
     last = max((side for side, said in enumerate(answers) if said is not None), default=-1)
     shown = [said_line(said, writing=side == last) for side, said in enumerate(answers)]
     return shown[0], shown[1] if len(players) > 1 else ""

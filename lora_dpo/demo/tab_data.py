@@ -12,7 +12,7 @@ from lora_dpo.demo.downloads import exported_pairs
 from lora_dpo.demo.handlers import told
 from lora_dpo.demo.html import findings, note, text_block
 from lora_dpo.demo.pair_store import KINDS, Entry
-from lora_dpo.demo.session import Desk
+from lora_dpo.demo.session import AppState
 from lora_dpo.errors import DataError
 
 SHOWN = 200
@@ -43,9 +43,9 @@ class Parts:
     """Save, delete, close."""
 
 
-def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
+def build(app_state: AppState, item: gr.Tab) -> gr.Dropdown:
     """Lay the tab out and connect it; returns the picker of files."""
-    parts, tab = _layout(desk), Tab(desk)
+    parts, tab = _layout(app_state), Tab(app_state)
     picked = gr.State(None)
     private: dict[str, Any] = {"api_visibility": "private"}
     at = [parts.name, parts.search]
@@ -66,8 +66,8 @@ def build(desk: Desk, item: gr.Tab) -> gr.Dropdown:
     return parts.name
 
 
-def _layout(desk: Desk) -> Parts:
-    names = desk.pairs.names()
+def _layout(app_state: AppState) -> Parts:
+    names = app_state.pairs.names()
     first = names[0] if names else None
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown(names, value=first, label="Pairs", elem_id="data-name", scale=3, filterable=False)
@@ -118,16 +118,16 @@ def _editor() -> Editor:
 class Tab:
     """The tab's handlers."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, app_state: AppState) -> None:
+        self.app_state = app_state
         self.first_look: dict[str, tuple[int, str]] = {}
         """What the doctor said of an upload as it came, rows that are no pairs included, until the file is changed."""
 
     def rows(self, which: str | None, words: str) -> State:
         """The list and the line under it."""
-        if not which or which not in self.desk.pairs.names():
+        if not which or which not in self.app_state.pairs.names():
             return [], note(NONE_YET)
-        entries = self.desk.pairs.entries(which, words or "")
+        entries = self.app_state.pairs.entries(which, words or "")
         shown = [[entry.line, *map(_short, entry.texts)] for entry in entries[:SHOWN]]
         more = f"; the first {SHOWN} are shown, search to see others" if len(entries) > SHOWN else ""
         return shown, note(f"{len(entries)} pairs{more}. Click on one to mend or remove it.")
@@ -135,11 +135,11 @@ class Tab:
     @told
     def show(self, which: str | None, words: str) -> State:
         """A file: findings and list."""
-        if not which or which not in self.desk.pairs.names():
+        if not which or which not in self.app_state.pairs.names():
             return note(NONE_YET), *self.rows(None, ""), *_closed()
         changed, said = self.first_look.get(which, (0, ""))
-        if changed != self.desk.pairs.path_of(which).stat().st_mtime_ns:
-            said = findings(self.desk.pairs.diagnose(which, self.desk.tokenizer))
+        if changed != self.app_state.pairs.path_of(which).stat().st_mtime_ns:
+            said = findings(self.app_state.pairs.diagnose(which, self.app_state.tokenizer))
         return said, *self.rows(which, words), *_closed()
 
     @told
@@ -152,10 +152,10 @@ class Tab:
         """Take an upload in."""
         if path is None:
             raise DataError("No file came. Choose one.")
-        taken = self.desk.pairs.take_in(Path(path), Path(path).name, self.desk.tokenizer)
+        taken = self.app_state.pairs.take_in(Path(path), Path(path).name, self.app_state.tokenizer)
         said = findings(taken.diagnosis, taken.report)
-        self.first_look[taken.name] = (self.desk.pairs.path_of(taken.name).stat().st_mtime_ns, said)
-        choices = gr.update(choices=self.desk.pairs.names(), value=taken.name)
+        self.first_look[taken.name] = (self.app_state.pairs.path_of(taken.name).stat().st_mtime_ns, said)
+        choices = gr.update(choices=self.app_state.pairs.names(), value=taken.name)
         return choices, said, *self.rows(taken.name, ""), *_closed()
 
     @told
@@ -163,13 +163,13 @@ class Tab:
         """A file in the canonical form, to download."""
         if not which:
             raise DataError(NONE_YET)
-        return gr.update(value=str(exported_pairs(self.desk, which)), visible=True)
+        return gr.update(value=str(exported_pairs(self.app_state, which)), visible=True)
 
     @told
     def pick(self, data: gr.SelectData, which: str) -> State:
         """Open a pair of the list."""
         line, *shown = data.row_value  # whatever is searched for, and however the list is sorted
-        entry = next((one for one in self.desk.pairs.entries(which, "") if one.line == int(line)), None)
+        entry = next((one for one in self.app_state.pairs.entries(which, "") if one.line == int(line)), None)
         if entry is None or [_short(text) for text in entry.texts] != shown:
             raise DataError("The list has changed meanwhile. Choose the pair again.")
         before = [f"{said['role']}: {said['content']}" for said in entry.pair.prompt[:-1]]
@@ -181,7 +181,7 @@ class Tab:
         """Write the words of the pair that is open."""
         if entry is None:
             raise DataError("No pair is chosen. Click on one in the list.")
-        self.desk.pairs.change(which, entry, prompt=texts[0], chosen=texts[1], rejected=texts[2])
+        self.app_state.pairs.change(which, entry, prompt=texts[0], chosen=texts[1], rejected=texts[2])
         return self.show(which, words)
 
     @told
@@ -189,7 +189,7 @@ class Tab:
         """Take the pair out that is open."""
         if entry is None:
             raise DataError("No pair is chosen. Click on one in the list.")
-        self.desk.pairs.delete(which, [entry])
+        self.app_state.pairs.delete(which, [entry])
         return self.show(which, words)
 
 

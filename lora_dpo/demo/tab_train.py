@@ -13,7 +13,7 @@ from lora_dpo.demo.handlers import told
 from lora_dpo.demo.html import curves, facts, note, progress_bar, samples_table, table
 from lora_dpo.demo.pair_store import VOTES
 from lora_dpo.demo.presets import PRESETS, draft, settings_text, with_settings
-from lora_dpo.demo.session import WATCHED, Desk, Training
+from lora_dpo.demo.session import WATCHED, AppState, Training
 from lora_dpo.training.planning.lines import duration, lines, verdict
 from lora_dpo.training.planning.make_plan import plan
 
@@ -47,9 +47,9 @@ class Parts:
     """The row of interrupted runs: which, go on, discard."""
 
 
-def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox, gr.Row, gr.Dropdown]:
+def build(app_state: AppState) -> tuple[gr.CheckboxGroup, gr.Textbox, gr.Row, gr.Dropdown]:
     """Lay the tab out and connect it; returns what is to be refreshed: pairs, name, and the interrupted runs."""
-    parts, tab = _layout(desk), Tab(desk)
+    parts, tab = _layout(app_state), Tab(app_state)
     seen, filled = gr.State(None), gr.State("")
     private: dict[str, Any] = {"api_visibility": "private"}
     at_once: dict[str, Any] = {"queue": False, **private}
@@ -64,19 +64,19 @@ def build(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Textbox, gr.Row, gr.Dropdown
     parts.choices[2].change(_unplanned, None, parts.start, show_progress="hidden", **at_once)
     parts.recipe.input(_unplanned, None, parts.start, show_progress="hidden", **at_once)
     gr.Timer(LOOK_EVERY).tick(tab.follow, seen, shown, show_progress="hidden", **at_once)
-    parts.shown[4].click(lambda: toggle(desk), None, None, **at_once)
-    parts.keep.click(lambda: end(desk, keep=True), None, None, **at_once)
-    parts.discard.click(lambda: end(desk, keep=False), None, None, **at_once)
+    parts.shown[4].click(lambda: toggle(app_state), None, None, **at_once)
+    parts.keep.click(lambda: end(app_state, keep=True), None, None, **at_once)
+    parts.discard.click(lambda: end(app_state, keep=False), None, None, **at_once)
     row, which, go_on, drop = parts.left
     go_on.click(tab.go_on, [which, parts.prompts], [row, parts.planned, *shown], **private)
     drop.click(tab.drop, which, [row, which], **private)
     return parts.choices[0], parts.choices[2], row, which
 
 
-def _layout(desk: Desk) -> Parts:
+def _layout(app_state: AppState) -> Parts:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            choices = _choices(desk)
+            choices = _choices(app_state)
             prompts = gr.Textbox(
                 label=f"Prompts to watch, one a line (at most {WATCHED})",
                 placeholder="Answered before, during and after the run",
@@ -99,7 +99,7 @@ def _layout(desk: Desk) -> Parts:
                 start = gr.Button("Start", variant="primary", interactive=False, elem_id="train-start", min_width=130)
         with gr.Column(scale=3, min_width=300):
             first = note("Choose pairs and see the plan: steps, minutes and memory. Then start.")
-            left = _interrupted(desk)
+            left = _interrupted(app_state)
             planned = gr.HTML(first, elem_id="train-planned")
             state = gr.HTML("", elem_id="train-state")
             with gr.Row(visible=False) as controls:
@@ -112,8 +112,8 @@ def _layout(desk: Desk) -> Parts:
     return Parts(choices, prompts, recipe, look, start, planned, shown, keep, discard, left)
 
 
-def _interrupted(desk: Desk) -> tuple[gr.Row, gr.Dropdown, gr.Button, gr.Button]:
-    names = desk.interrupted()
+def _interrupted(app_state: AppState) -> tuple[gr.Row, gr.Dropdown, gr.Button, gr.Button]:
+    names = app_state.interrupted()
     with gr.Row(visible=bool(names), elem_classes="bar") as row:
         which = gr.Dropdown(
             names,
@@ -128,8 +128,8 @@ def _interrupted(desk: Desk) -> tuple[gr.Row, gr.Dropdown, gr.Button, gr.Button]
     return row, which, go_on, drop
 
 
-def _choices(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]:
-    names = desk.pairs.names()
+def _choices(app_state: AppState) -> tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]:
+    names = app_state.pairs.names()
     sources = gr.CheckboxGroup(
         names,
         value=[VOTES] if VOTES in names else names[:1],
@@ -139,47 +139,47 @@ def _choices(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]:
     )
     presets = [(chosen.label, key) for key, chosen in PRESETS.items()]
     preset = gr.Radio(presets, value="balanced", label="How long", elem_id="train-preset")
-    name = gr.Textbox(desk.free_name(), label="Name of the new adapter", max_length=100, elem_id="train-name")
+    name = gr.Textbox(app_state.free_name(), label="Name of the new adapter", max_length=100, elem_id="train-name")
     return sources, preset, name
 
 
 class Tab:
     """The tab's handlers."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, app_state: AppState) -> None:
+        self.app_state = app_state
 
     @told
     def show_plan(self, chosen: list[str], kind: str, called: str, text: str, was: str) -> State:
         """What a run would do; then it may be started."""
         # Settings that were changed by hand are planned as they are; others follow the preset.
         changed = bool(text.strip()) and text.strip() != was.strip()
-        made = drafted(self.desk, chosen, kind, called, text if changed else "")
+        made = drafted(self.app_state, chosen, kind, called, text if changed else "")
         text = settings_text(made)
         return text, text, facts(plan_lines(made)), gr.update(interactive=True)
 
     @told
     def begin(self, chosen: list[str], kind: str, called: str, text: str, asked: str) -> State:
         """Start the run."""
-        made = drafted(self.desk, chosen, kind, called, text)
-        self.desk.start_training(made, called.strip(), asked.splitlines())
+        made = drafted(self.app_state, chosen, kind, called, text)
+        self.app_state.start_training(made, called.strip(), asked.splitlines())
         return gr.update(interactive=False), "", *self.follow(None)
 
     @told
     def go_on(self, which: str | None, asked: str) -> State:
         """Continue an interrupted run, with the settings it began with."""
-        self.desk.continue_training(which or "", asked.splitlines())
+        self.app_state.continue_training(which or "", asked.splitlines())
         return gr.update(visible=False), "", *self.follow(None)
 
     @told
     def drop(self, which: str | None) -> State:
         """Remove what an interrupted run left."""
-        self.desk.discard_training(which or "")
-        return interrupted_update(self.desk.interrupted())
+        self.app_state.discard_training(which or "")
+        return interrupted_update(self.app_state.interrupted())
 
     def follow(self, version: Any) -> State:
         """What changed since `version`, for a page that looks again and again."""
-        now = self.desk.training
+        now = self.app_state.training
         if now is None:
             return (*[gr.skip()] * 5, version)
         # Before what is shown is made: a run that ends meanwhile has another version, and is shown at the next look.
@@ -212,14 +212,14 @@ def _stale() -> State:
     return gr.update(interactive=False), "", ""
 
 
-def drafted(desk: Desk, chosen: list[str], preset: str, called: str, text: str = "") -> Recipe:
+def drafted(app_state: AppState, chosen: list[str], preset: str, called: str, text: str = "") -> Recipe:
     """The recipe of a preset for the chosen pairs, its settings changed as `text` says."""
     made = draft(
-        desk.host.model_section(),
-        [desk.pairs.path_of(name) for name in chosen],
+        app_state.host.model_section(),
+        [app_state.pairs.path_of(name) for name in chosen],
         preset,
-        output=desk.output_of(called.strip()),
-        folder=desk.pairs.runs,
+        output=app_state.output_of(called.strip()),
+        folder=app_state.pairs.runs,
     ).recipe
     return with_settings(made, text) if text.strip() else made
 
@@ -231,21 +231,21 @@ def plan_lines(recipe: Recipe) -> list[tuple[str, str]]:
     return [*lines(planned), *notes, ("", verdict(planned))]
 
 
-def toggle(desk: Desk) -> None:
+def toggle(app_state: AppState) -> None:
     """Pause the run that goes on, or let the paused one go on."""
-    pause(desk, paused=desk.training is not None and desk.training.job.state != "paused")
+    pause(app_state, paused=app_state.training is not None and app_state.training.job.state != "paused")
 
 
-def pause(desk: Desk, *, paused: bool) -> None:
+def pause(app_state: AppState, *, paused: bool) -> None:
     """Pause the run, or let it go on."""
-    if desk.training is not None and desk.training.job.running:
-        (desk.training.job.pause if paused else desk.training.job.resume)()
+    if app_state.training is not None and app_state.training.job.running:
+        (app_state.training.job.pause if paused else app_state.training.job.resume)()
 
 
-def end(desk: Desk, *, keep: bool) -> None:
+def end(app_state: AppState, *, keep: bool) -> None:
     """Stop the run, with or without its adapter."""
-    if desk.training is not None and desk.training.job.running:
-        desk.training.job.stop(keep=keep)
+    if app_state.training is not None and app_state.training.job.running:
+        app_state.training.job.stop(keep=keep)
 
 
 def version_of(training: Training) -> tuple[float, int, str]:

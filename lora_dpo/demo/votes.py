@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args
 from lora_dpo.data import Message, Origin
 from lora_dpo.data.formats.trl import checked_pair
 from lora_dpo.data.messages import BadRow
-from lora_dpo.data.rows import Row, read_rows
+from lora_dpo.data.row_reading import Row
+from lora_dpo.data.rows import read_rows
 from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.evaluation import intervals
@@ -32,7 +33,7 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ShownAnswer:
     """One of the two answers that are voted on."""
 
     text: str
@@ -43,7 +44,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Record:
+class HeadToHead:
     """How one model did against another, by the votes."""
 
     first: str
@@ -73,21 +74,21 @@ class Record:
         return found.low, found.high
 
 
-class VoteBook:
+class VoteLog:
     """The file of votes. Several threads and processes may write to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.other = path.with_name(f"{path.stem}.other{path.suffix}")
         self._lock = threading.RLock()
-        self._known: tuple[Any, list[Record]] | None = None
+        self._known: tuple[Any, list[HeadToHead]] | None = None
         """The state of the files, and what was read from them then."""
 
     def add(
         self,
         prompt: Sequence[Message],
-        a: Candidate,
-        b: Candidate,
+        a: ShownAnswer,
+        b: ShownAnswer,
         verdict: str,
         *,
         vote_id: str,
@@ -141,14 +142,14 @@ class VoteBook:
             if path.is_file() and path.stat().st_size:
                 yield from (row for _, row in read_rows(str(path), on_broken=lambda *broken: None))
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[HeadToHead]:
         """How each model did against each other one; two samples of one model say nothing here."""
         state, known = self.state(), self._known
         if known is None or known[0] != state:  # every page shows them after every vote
             known = self._known = (state, self._read_records())
         return list(known[1])
 
-    def _read_records(self) -> list[Record]:
+    def _read_records(self) -> list[HeadToHead]:
         counts: dict[tuple[str, str], dict[str, int]] = {}
         for row in self.rows():
             found = _outcome(row)
@@ -160,7 +161,7 @@ class VoteBook:
                 what = "lost"
             tally = counts.setdefault(pair, dict.fromkeys(("won", "lost", "both good", "both bad", "skip"), 0))
             tally[what] += 1
-        return [Record(*pair, *tally.values()) for pair, tally in sorted(counts.items())]
+        return [HeadToHead(*pair, *tally.values()) for pair, tally in sorted(counts.items())]
 
     def state(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The same as long as no vote is added, changed or removed."""
@@ -179,7 +180,7 @@ def _changed(path: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
-def _pair_row(prompt: Sequence[Message], chosen: Candidate, rejected: Candidate, origin: Row) -> Row:
+def _pair_row(prompt: Sequence[Message], chosen: ShownAnswer, rejected: ShownAnswer, origin: Row) -> Row:
     sides = [(Message(role="assistant", content=side.text),) for side in (chosen, rejected)]
     origin = {**origin, "chosen": _facts(chosen), "rejected": _facts(rejected)}
     try:
@@ -189,7 +190,7 @@ def _pair_row(prompt: Sequence[Message], chosen: Candidate, rejected: Candidate,
     return canonical_row(pair)
 
 
-def _facts(side: Candidate) -> Row:
+def _facts(side: ShownAnswer) -> Row:
     return {"who": side.who, **side.facts}
 
 

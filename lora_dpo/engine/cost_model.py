@@ -3,7 +3,7 @@
 Shape suffixes in the formulas: S stream tokens of a pair, L its labelled tokens, E hidden width, I width of the
 MLP, V vocabulary, r rank, w bytes of a number in the compute dtype; query width H·D, key width K·D.
 
-A layer keeps for its backward pass, per token (`shared_prefix`, with its rematerialised norms and MLPs):
+A layer keeps for its backward pass, per token (`pair_forward`, with its rematerialised norms and MLPs):
 
     each norm        its input: E·w, once more in float32 where w < 4, and 1/rms: 4
     attention        query H·D·w, key and value 2·K·D·w, output H·D·w twice, log-sum-exp 4·H
@@ -46,7 +46,7 @@ class PairShape:
 
     @property
     def spans(self) -> tuple[int, int, int]:
-        """Stream tokens of prefix, chosen branch and rejected branch (`shared_prefix.layout`)."""
+        """Stream tokens of prefix, chosen branch and rejected branch (`layout`)."""
         prefix = max(0, self.shared - 1)
         return prefix, self.first - 1 - prefix, self.second - 1 - prefix
 
@@ -87,7 +87,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class CostModel:
     """Everything of a base model with an adapter that its costs depend on."""
 
     layers: tuple[LayerShape, ...]
@@ -187,7 +187,7 @@ def pair_shape(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[
     return PairShape(len(prompt), len(prompt) + len(chosen), len(prompt) + len(rejected), common)
 
 
-def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> Footprint:
+def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> CostModel:
     """Read the costs off a model's structure; its tensors may be on the meta device.
 
     Args:
@@ -196,9 +196,9 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> Footprint:
         packed: whether linear layers are held in 4 bits, else in the compute dtype.
     """
     from lora_dpo.engine.trunk_cache import decoder_layers, lowest_adapted_layer
-    from lora_dpo.model.lora import bare
+    from lora_dpo.model.lora import base_of
 
-    base: Any = bare(model)
+    base: Any = base_of(model)
     config = base.config
     layers = decoder_layers(base)
     width = _head_width(config)
@@ -209,7 +209,7 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> Footprint:
     # Under autocast peft casts what an unpacked layer's adapter reads to float32 and back: a copy for each adapter.
     copies = itemsize < 4 and not packed
     tables = 2 if len({kind for kind in kinds if kind}) > 1 and hasattr(config, "rope_local_base_freq") else 1
-    return Footprint(
+    return CostModel(
         layers=tuple(
             LayerShape(
                 token_bytes=_layer_token_bytes(layer, config, itemsize, copies=copies),

@@ -15,17 +15,17 @@ import torch
 
 from lora_dpo.config.recipe import EngineSection
 from lora_dpo.engine import PairForward
-from lora_dpo.engine.first_sight import FirstSight
+from lora_dpo.engine.first_sight import PrequentialCount
 from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_forward import largest_difference, rows_of
 from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
-from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, Budget
+from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, TokenBudget
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, lowest_adapted_layer
 from lora_dpo.engine.whole_step import Inputs, WholeStep, assemble, merge_batches, model_inputs, pair_lengths, select
 from lora_dpo.model.base import steady
 from lora_dpo.model.device import free_bytes, give_back_memory, out_of_memory
-from lora_dpo.model.lora import bare, is_reference, reference
+from lora_dpo.model.lora import base_of, is_reference, reference
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Engine:
     """Bound to the trainer's model until `close`.
 
     Args:
-        objective: the trainer, whose model is a LoRA PeftModel on an architecture that `shared_prefix` can run.
+        objective: the trainer, whose model is a LoRA PeftModel on an architecture that `pair_forward` can run.
     """
 
     def __init__(self, objective: Objective, settings: EngineSection) -> None:
@@ -42,7 +42,7 @@ class Engine:
         self.device: torch.device = objective.args.device
         self.gathered: list[Inputs] = []
         """Batches of the optimiser step that is being gathered."""
-        base = bare(objective.model)
+        base = base_of(objective.model)
         compute = _compute_dtype(objective)
         self.usual_tokens = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
         weighting = ("log_sum_sq_probs",) if objective.use_weighting else ()
@@ -51,7 +51,7 @@ class Engine:
         self.scoring_tokens = self.usual_tokens if settings.tokens == "auto" else settings.tokens
         """Most stream tokens of the reference at once; halved when memory runs out."""
         layers = decoder_layers(base)[lowest_adapted_layer(base) :]  # those below run without gradients
-        budget = Budget(
+        budget = TokenBudget(
             layers=len(layers),
             may_checkpoint=objective.args.gradient_checkpointing,
             checkpoint_bytes=base.config.hidden_size * compute.itemsize,
@@ -59,8 +59,10 @@ class Engine:
             free=lambda: free_bytes(self.device),
             set_checkpointing=lambda count: _checkpoint_lowest(layers, count),
         )
-        self.whole_step = WholeStep(objective, self, budget, split_pairs=settings.split_pairs)
-        self.first_sight = FirstSight()
+        self.whole_step = WholeStep(
+            objective, self.forward, budget, lambda batch: self.kept_bytes(batch), split_pairs=settings.split_pairs
+        )
+        self.first_sight = PrequentialCount()
         self.last: Inputs
         """The last step's batch, with its references."""
         self._moved = False
@@ -112,7 +114,7 @@ class Engine:
 
         Both run without autocast and dropout, so that only the function is compared.
         """
-        base, lengths = bare(self.objective.model), pair_lengths(inputs)
+        base, lengths = base_of(self.objective.model), pair_lengths(inputs)
         part = select(inputs, sorted(sorted(range(len(lengths)), key=lambda index: lengths[index])[:2])).inputs
         call = model_inputs(part)
         longest = max(2, int(part["attention_mask"].sum(dim=1).max()))
@@ -148,7 +150,7 @@ class Engine:
             self.objective.accelerator.autocast(),  # the bare model has none of its own
             self.forward.log(False),
         ):
-            output = bare(self.objective.model)(**model_inputs(part.inputs))
+            output = base_of(self.objective.model)(**model_inputs(part.inputs))
         del output
         return sum(kept.values()) / shortest
 
@@ -250,7 +252,7 @@ def _compute_dtype(objective: Objective) -> torch.dtype:
     """What the matrix products of a trainer's passes run in."""
     if objective.args.bf16 or objective.args.fp16:
         return torch.bfloat16 if objective.args.bf16 else torch.float16
-    dtype: torch.dtype = bare(objective.model).dtype
+    dtype: torch.dtype = base_of(objective.model).dtype
     return dtype
 
 

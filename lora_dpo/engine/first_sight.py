@@ -13,7 +13,7 @@ RIGHT, PROMPTS = "first_sight/right", "first_sight/prompts"
 STATE = "first-sight.json"
 
 
-class FirstSight:
+class PrequentialCount:
     """Counts, in a run, the prompts seen for the first time and those of them that were predicted right."""
 
     def __init__(self) -> None:

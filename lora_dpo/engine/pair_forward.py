@@ -7,18 +7,17 @@ import dataclasses
 import logging
 import types
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from lora_dpo.engine.attention import NAME, PLAN, StreamPlan
 from lora_dpo.engine.layout import Layout, lay_out
 from lora_dpo.engine.logprobs import HeadValues, head_values, to_rows
 from lora_dpo.engine.rematerialise import Rematerialiser
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, from_trunk, lowest_adapted_layer, trunk_hidden
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +128,23 @@ def _given(kwargs: dict[str, Any]) -> set[str]:
     return {name for name, value in kwargs.items() if value is not None}  # peft fills in None for the rest
 
 
+@dataclass
+class TokenTables(ModelOutput):  # type: ignore[misc]
+    """What TRL reads of a pass (its `FusedCausalLMOutput`, field by field): tables `[R, T-1]`, None if not asked for.
+
+    Zero where the label is -100, which `label_mask` tells.
+    """
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
 class PairForward:
     """Gives one model instance TRL's `forward(..., labels, fused_lm_head=True)` over a shared-prefix stream.
 
@@ -137,7 +153,7 @@ class PairForward:
     Args:
         outputs: fields of TRL's output beside `log_probs` that are always computed.
         rematerialise: make cheap intermediate results again in the backward pass (`rematerialise.py`).
-        trunk: keeps the outputs of the layers below the lowest adapted one (`trunk.py`); None computes them anew.
+        trunk: keeps the outputs of the layers below the lowest adapted one (`trunk_cache.py`); None computes them anew.
     """
 
     def __init__(
@@ -273,8 +289,6 @@ class PairForward:
         return stream_hidden(self.model, layout)
 
     def _outputs(self, hidden_SE: torch.Tensor, layout: Layout) -> Any:
-        from trl.trainer.utils import FusedCausalLMOutput
-
         device = self.model.get_output_embeddings().weight.device  # with a model over several devices, another one
         layout = to_device(layout, device)
         extras = (*self.outputs, *(LOGGED if self.logged else ()))
@@ -286,9 +300,7 @@ class PairForward:
         for name in LOGGED:  # what is not logged now is not computed: TRL reads the fields all the same
             tables.setdefault(name, zero_RT.bool() if name == "is_top1" else zero_RT)
         labelled = layout.source_RT < len(layout.label_L)
-        return FusedCausalLMOutput(
-            loss=-tables["log_probs"].sum() / labelled.sum().clamp(min=1), label_mask=labelled, **tables
-        )
+        return TokenTables(loss=-tables["log_probs"].sum() / labelled.sum().clamp(min=1), label_mask=labelled, **tables)
 
 
 def rows_of(ids_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import TokenPair
-from lora_dpo.model.lora import bare
+from lora_dpo.model.lora import base_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def score_pairs(
     """
     from lora_dpo.engine.pair_forward import unsupported_reason
 
-    streams = unsupported_reason(bare(model)) is None
+    streams = unsupported_reason(base_of(model)) is None
     chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
     finished = 0
     for batch in _batches(pairs):
@@ -65,7 +65,7 @@ def _stream_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[
     from lora_dpo.engine.logprobs import to_rows
     from lora_dpo.engine.pair_forward import label_values, stream_attention, stream_hidden, to_device
 
-    base = bare(model)
+    base = base_of(model)
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     prompts = [pair.prompt for pair in pairs] * 2
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]

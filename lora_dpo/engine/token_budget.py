@@ -61,7 +61,7 @@ def fit(
 
 
 @dataclass
-class Budget:
+class TokenBudget:
     """The stream tokens of a part and the number of checkpointed layers: measured once, lowered when memory runs out,
     and raised again step by step to what was measured: what took the memory, such as an answer beside the training,
     may have ended. Each time that memory runs out it waits twice as long before it tries."""

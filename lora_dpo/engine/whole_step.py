@@ -16,19 +16,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from lora_dpo.engine.layout import pack, stream_length
 from lora_dpo.engine.objective import Objective
-from lora_dpo.engine.pair_forward import rows_of
-from lora_dpo.engine.token_budget import Budget
+from lora_dpo.engine.pair_forward import PairForward, rows_of
+from lora_dpo.engine.token_budget import TokenBudget
 from lora_dpo.model.device import give_back_memory, out_of_memory
-
-if TYPE_CHECKING:
-    from lora_dpo.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +47,22 @@ class WholeStep:
     """Runs optimiser steps for an objective.
 
     Args:
+        forward: the model's passes over streams of pairs.
+        kept_bytes: measures, on a batch, what a stream token keeps for the backward pass.
         split_pairs: run the two branches of a pair one after the other: least memory, one more forward pass.
     """
 
-    def __init__(self, objective: Objective, engine: Engine, budget: Budget, *, split_pairs: bool) -> None:
-        self.objective, self.engine, self.budget, self.split_pairs = objective, engine, budget, split_pairs
+    def __init__(
+        self,
+        objective: Objective,
+        forward: PairForward,
+        budget: TokenBudget,
+        kept_bytes: Callable[[Inputs], float],
+        *,
+        split_pairs: bool,
+    ) -> None:
+        self.objective, self.forward, self.budget = objective, forward, budget
+        self.kept_bytes, self.split_pairs = kept_bytes, split_pairs
         self.parts = 0
         """Parts that the last step ran in."""
         self.log_probs: torch.Tensor
@@ -69,7 +77,7 @@ class WholeStep:
         objective = self.objective
         longest = max(map(len, _rows(inputs))) - 1 if self.split_pairs else max(pair_lengths(inputs))
         if longest:  # rows of one token predict nothing
-            self.budget.measure(lambda: self.engine.kept_bytes(inputs), longest)
+            self.budget.measure(lambda: self.kept_bytes(inputs), longest)
         random = _random_state()
         undo = objective.snapshot()
         while True:
@@ -142,7 +150,7 @@ class WholeStep:
         whole.log_probs.requires_grad_()
         with objective.unlogged():
             (slope_RT,) = torch.autograd.grad(objective.loss_of(whole, inputs), whole.log_probs)
-        with self.engine.forward.log(False):
+        with self.forward.log(False):
             for number, part in enumerate(parts):
                 _set_random_state(states[number])
                 with _synced(model, number == len(parts) - 1), objective.compute_loss_context_manager():

@@ -12,3 +12,11 @@ saved            where evaluations are kept
 verify_adapter   does an adapter still compute what its maker measured?
 report/          pages about runs and evaluations
 """
+
+from __future__ import annotations
+
+from lora_dpo.evaluation.evaluate import AssessPlan, assess
+from lora_dpo.evaluation.report import write_report
+from lora_dpo.evaluation.verify_adapter import verify
+
+__all__ = ["AssessPlan", "assess", "verify", "write_report"]

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from lora_dpo.adapters.folder import check_adapter, check_folder, put_beside, read_passport, warn_of
-from lora_dpo.adapters.loading import Policy, attach_reference, beta_of
-from lora_dpo.adapters.peft_files import WEIGHTS
+from lora_dpo.adapters.folder import check_adapter, put_beside, warn_of
+from lora_dpo.adapters.loading import LoadedModel, attach_reference, beta_of
+from lora_dpo.adapters.lora_config import WEIGHTS
+from lora_dpo.adapters.passport import check_folder, read_passport
 from lora_dpo.data import PreferencePair, TokenPair, read_pairs, tokenize_pairs
-from lora_dpo.data.pairs import evenly
+from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, DataError
@@ -23,14 +24,14 @@ from lora_dpo.evaluation.kl import draw, kl_to_reference, text_losses, windows
 from lora_dpo.evaluation.prequential import at_first_sight
 from lora_dpo.evaluation.result import AnswerPart, Assessment, PairPart, TextPart
 from lora_dpo.evaluation.verify_adapter import pad_of
-from lora_dpo.evaluation.win_rate import Contest, judged, voted
+from lora_dpo.evaluation.win_rate import WinRate, judged, voted
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import sha256_of
 from lora_dpo.judging import Judge
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import POLICY, REFERENCE, reference
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.text_measures import refuses, repetition
+from lora_dpo.text import refuses, repetition
 
 AGAINST = "against"
 """Name on the model of the adapter that is compared with."""
@@ -58,7 +59,7 @@ class AssessPlan:
 
 
 def assess(
-    policy: Policy,
+    policy: LoadedModel,
     data: Sequence[str],
     *,
     plan: AssessPlan | None = None,
@@ -89,7 +90,7 @@ def assess(
         run.load_other()
         scored = run.score(tokens)
         asked = list(prompts) if prompts is not None else _prompts_of(pairs)
-        asked = [asked[index] for index in evenly(len(asked), plan.answers)]
+        asked = [asked[index] for index in evenly_spaced(len(asked), plan.answers)]
         ours = run.answer(asked, "answers of the adapter")
         with run.other():
             theirs = run.answer(asked, f"answers of {run.against}")
@@ -131,7 +132,7 @@ def trained_on(adapter: Path, data: Sequence[str]) -> tuple[str, ...]:
 class _Work:
     """The steps of one assessment."""
 
-    policy: Policy
+    policy: LoadedModel
     plan: AssessPlan
     emit: OnEvent
 
@@ -202,14 +203,14 @@ class _Work:
 
     def contest(
         self, asked: Sequence[Prompt], ours: Sequence[Answer], theirs: Sequence[Answer], judge: Judge | None
-    ) -> Contest | None:
+    ) -> WinRate | None:
         if judge is None or not asked:
             return None
         on_prompt = self.tick("judging", len(asked))
         return judged(asked, ours, theirs, judge, against=self.against, on_prompt=on_prompt)
 
     def kl(self, asked: Sequence[Prompt]) -> Interval | None:
-        chosen = [asked[index].messages for index in evenly(len(asked), self.plan.kl_answers)]
+        chosen = [asked[index].messages for index in evenly_spaced(len(asked), self.plan.kl_answers)]
         if not chosen:
             return None
         sampling = Sampling(
@@ -219,7 +220,7 @@ class _Work:
         drawn = draw(model, tokenizer, chosen, sampling, on_done=self.tick("answers to measure KL on", len(chosen)))
         return ratio_interval(kl_to_reference(model, drawn, on_done=self.tick("KL", len(chosen)))).within(0.0, math.inf)
 
-    def votes(self) -> Contest | None:
+    def votes(self) -> WinRate | None:
         if self.plan.votes is None:
             return None
         assert self.policy.adapter is not None  # noqa: S101 - checked by `assess`

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_dpo.config.recipe import nearest
+from lora_dpo.config.reading import nearest
 from lora_dpo.errors import ConfigError
 from lora_dpo.evaluation.intervals import Interval
 from lora_dpo.text import shown

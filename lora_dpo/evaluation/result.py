@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_dpo.evaluation.intervals import Interval, call
-from lora_dpo.evaluation.win_rate import Contest
+from lora_dpo.evaluation.win_rate import WinRate
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Assessment:
     theirs: AnswerPart | None
     length_change: Interval | None
     """Mean tokens of the adapter's answer less the other's, prompt by prompt."""
-    contest: Contest | None
+    contest: WinRate | None
     learned: Interval | None
-    """Reward accuracy on training prompts at first sight (`lora_dpo.evaluation.prequential`); None where no log says it."""
+    """Reward accuracy on training prompts at first sight (`prequential.py`); None where no log says it."""
     kl: Interval | None
     """Nats a token."""
     text: TextPart | None
@@ -113,7 +113,7 @@ class Assessment:
 
         By the win rate where there is one, else by the reward accuracy. Better must be learnt, too: if the run could
         not predict the labels of pairs that it saw for the first time, it only drifted, and another seed would have
-        drifted elsewhere (`lora_dpo.evaluation.prequential`). Where that is not known, an accuracy must hold with length taken out.
+        drifted elsewhere (`prequential.py`). Where that is not known, an accuracy must hold with length taken out.
         """
         first = call(self.contest.win_rate if self.contest else self.pairs.accuracy)
         if first != "better":

@@ -1,4 +1,6 @@
-"""Rescore the pairs that an adapter carries (`probe.py`): does it still compute what its maker measured?"""
+"""Rescore the pairs that an adapter carries (`adapters/stored_pairs.py`): does it still compute what its maker
+measured?
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters.folder import attach_adapter, base_name, read_passport
-from lora_dpo.adapters.stored_pairs import PROBE, Probe, Sides, read_probe, save_probe
+from lora_dpo.adapters.folder import attach_adapter, base_name
+from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.stored_pairs import STORED_PAIRS, Sides, StoredPairs, read_stored_pairs, save_stored_pairs
 from lora_dpo.data import TokenPair
-from lora_dpo.data.pairs import evenly
+from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError
 from lora_dpo.model.base import Base, load_base
@@ -56,16 +59,16 @@ class Verification:
         return "The base scores as it did, the adapter does not: its weights are not the ones that were measured."
 
 
-def write_probe(
+def write_stored_pairs(
     folder: Path, model: PeftModel, pairs: Sequence[TokenPair], *, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Score a few of `pairs`, evenly spaced, with the adapter on and off, and store them in the adapter folder."""
-    chosen = [pairs[index] for index in evenly(len(pairs), PAIRS)]
+    chosen = [pairs[index] for index in evenly_spaced(len(pairs), PAIRS)]
     pad = pad_of(tokenizer)
     policy = score_pairs(model, chosen, pad_id=pad)
     with model.disable_adapter():  # not a reference adapter: who gets the folder may not have that one
         base = score_pairs(model, chosen, pad_id=pad)
-    save_probe(folder, Probe(chosen, policy, base))
+    save_stored_pairs(folder, StoredPairs(chosen, policy, base))
 
 
 def verify(
@@ -85,9 +88,9 @@ def verify(
         AdapterError: no adapter there, no stored pairs, or made for another base.
     """
     folder = Path(adapter)
-    passport, probe = read_passport(folder), read_probe(folder)
+    passport, probe = read_passport(folder), read_stored_pairs(folder)
     if passport is None or probe is None:
-        missing = "passport.json" if passport is None else PROBE
+        missing = "passport.json" if passport is None else STORED_PAIRS
         raise AdapterError(f"{folder} has no {missing}, so there is nothing to compare with: it stays unverified.")
     if base is None:
         name, revision = base_name(folder)
@@ -103,17 +106,17 @@ def verify(
     return compare(probe, policy, ref)
 
 
-def check_ids(folder: Path, probe: Probe, base: Base) -> None:
+def check_ids(folder: Path, probe: StoredPairs, base: Base) -> None:
     """Raise `AdapterError` if a stored pair has tokens that the base does not know."""
     size = base.model.get_input_embeddings().weight.shape[0]
     highest = max(max(*pair.prompt, *pair.chosen, *pair.rejected) for pair in probe.pairs)
     if highest >= size:
         raise AdapterError(
-            f"{folder / PROBE} has the token {highest}; {base.name} knows {size}. Load it on its own base."
+            f"{folder / STORED_PAIRS} has the token {highest}; {base.name} knows {size}. Load it on its own base."
         )
 
 
-def compare(probe: Probe, policy: Sides, ref: Sides) -> Verification:
+def compare(probe: StoredPairs, policy: Sides, ref: Sides) -> Verification:
     """Scores then and now, as means a token."""
     return Verification(
         pairs=len(probe.pairs),

@@ -18,7 +18,7 @@ from lora_dpo.model.decoding import Answer
 
 
 @dataclass(frozen=True)
-class Contest:
+class WinRate:
     """Outcomes of one model against another, one a prompt: 1 a win, 0.5 a tie, 0 a loss; the mean of several votes."""
 
     judge: str
@@ -80,7 +80,7 @@ def judged(
     *,
     against: str,
     on_prompt: Callable[[int], None] | None = None,
-) -> Contest:
+) -> WinRate:
     """Have a judge compare two models' answers, each two shown in both orders.
 
     A model as a judge tends to prefer a place (Zheng et al. 2023, arXiv 2306.05685, section 3.3): where the two orders
@@ -109,7 +109,7 @@ def judged(
         raise DataError(
             f"The judge {judge.spec} could score no prompt. Give prompts that it can judge, or another judge."
         )
-    return Contest(judge.spec, against, tuple(outcomes), tuple(longer_by), contradicted, unjudged, tuple(scores))
+    return WinRate(judge.spec, against, tuple(outcomes), tuple(longer_by), contradicted, unjudged, tuple(scores))
 
 
 def _verdict(ours: float | None, theirs: float | None) -> float:
@@ -131,7 +131,7 @@ def voted(
     against: str,
     weights: Mapping[str, str | None] | None = None,
     base: str | None = None,
-) -> Contest:
+) -> WinRate:
     """Count the demo's blind votes between two models; several votes on one prompt are averaged first.
 
     Args:
@@ -170,7 +170,7 @@ def voted(
     units = [tuple(fmean(column) for column in zip(*votes, strict=True)) for votes in by_prompt.values()]
     outcomes, longer_by = zip(*units, strict=True)
     count = sum(map(len, by_prompt.values()))
-    return Contest(f"votes in {path}", against, outcomes, longer_by, votes=count, foreign=foreign)
+    return WinRate(f"votes in {path}", against, outcomes, longer_by, votes=count, foreign=foreign)
 
 
 def _is_foreign(origin: Mapping[str, Any], weights: Mapping[str, str | None], base: str | None) -> bool:

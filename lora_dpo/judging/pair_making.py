@@ -27,7 +27,7 @@ from lora_dpo.judging.samples import Sample, SamplePlan, sample_answers
 from lora_dpo.model.decoding import Answer
 
 if TYPE_CHECKING:
-    from lora_dpo.adapters.loading import Policy
+    from lora_dpo.adapters.loading import LoadedModel
 
 Select = Literal["best-worst", "gaps"]
 
@@ -64,7 +64,7 @@ class PairReport:
 
 def make_pairs(
     prompts: Sequence[Prompt],
-    policy: Policy,
+    policy: LoadedModel,
     judge: Judge,
     output: Path,
     *,

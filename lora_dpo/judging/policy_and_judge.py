@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_dpo.adapters.loading import Policy, attach_reference, beta_of, load_policy
+from lora_dpo.adapters.loading import LoadedModel, attach_reference, beta_of, load_policy
 from lora_dpo.config.recipe import Quantize
 from lora_dpo.errors import ConfigError
 from lora_dpo.judging import Judge, Means, open_judge
@@ -21,7 +21,7 @@ def load_with_judge(
     model: str | None = None,
     adapter: Path | None = None,
     quantize: Quantize | None = None,
-) -> tuple[Policy, Judge]:
+) -> tuple[LoadedModel, Judge]:
     """The model that answers and the judge of its answers, both in memory.
 
     Args:

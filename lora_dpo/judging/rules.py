@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
-from lora_dpo.config.recipe import nearest
+from lora_dpo.config.reading import nearest
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.questions import is_correct
 from lora_dpo.errors import ConfigError

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.config.recipe import nearest
+from lora_dpo.config.reading import nearest
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judging.endpoint import API_KEY, EndpointSettings
 from lora_dpo.judging.judge import Judge, add_up

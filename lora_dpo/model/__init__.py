@@ -8,3 +8,25 @@ base          loading it, once, in 4 bits or as stored
 lora          adapters on it: policy with them on, reference with them off
 decoding      answers from it: one loop for chat, evaluation and sampling
 """
+
+from __future__ import annotations
+
+from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.decoding import Sampling, generate, stream
+from lora_dpo.model.lora import POLICY, REFERENCE, attach_lora, detach, reference, share_weights
+from lora_dpo.model.packaged import fetch_model
+
+__all__ = [
+    "POLICY",
+    "REFERENCE",
+    "Base",
+    "Sampling",
+    "attach_lora",
+    "detach",
+    "fetch_model",
+    "generate",
+    "load_base",
+    "reference",
+    "share_weights",
+    "stream",
+]

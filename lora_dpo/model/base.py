@@ -1,8 +1,4 @@
-"""The base model, loaded once, and the adapters on it. The only place that loads weights.
-
-π_ref = reference(model): the adapters off, or the frozen copy named "ref"
-π_θ   = the same model, the adapter named "default" on
-"""
+"""The base model, loaded once: in 4 bits or as stored, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -266,3 +262,12 @@ def _load_errors(name: str) -> Iterator[None]:
             f"The model {name} could not be loaded: {reason} "
             "Give a model folder, a hub id (with network), or a name of: lora-dpo models list"
         ) from error
+
+
+def nf4_value(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as 4-bit NF4 with double quantisation holds it: what a QLoRA run computes with."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    value: torch.Tensor = dequantize_4bit(codes, state).to(weight.dtype).reshape(weight.shape)
+    return value

@@ -1,4 +1,4 @@
-"""The device that computes, what it computes fast, and how much of its memory is free."""
+"""The device that computes, what it computes fast, how much of its memory is free, and when it ran out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""LoRA on the one base: adapters on it, on and off it, and the reference that it is when they are off."""
+"""LoRA on the one base: adapters on it, on and off it, and the reference that it is when they are off.
+
+π_ref = reference(model): the adapters off, or the frozen copy named "ref"
+π_θ   = the same model, the adapter named "default" on
+"""
 
 from __future__ import annotations
 
@@ -160,7 +164,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
     return base
 
 
-def bare(model: Any) -> PreTrainedModel:
+def base_of(model: Any) -> PreTrainedModel:
     """The transformers model inside a PeftModel (adapters stay in its layers), or the model itself."""
     from peft import PeftModel
 

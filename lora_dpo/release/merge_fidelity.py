@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters.folder import attach_adapter, base_name, read_passport
-from lora_dpo.adapters.stored_pairs import PROBE, Sides, read_probe
+from lora_dpo.adapters.folder import attach_adapter, base_name
+from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.stored_pairs import STORED_PAIRS, Sides, read_stored_pairs
 from lora_dpo.data import TokenPair, read_pairs, tokenize_pairs
-from lora_dpo.data.pairs import evenly
+from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.evaluation.verify_adapter import accuracy
 from lora_dpo.files import disk_errors, replace_file
@@ -140,7 +141,7 @@ def check_pairs(adapter: str | Path, pairs: str | Path | None = None, *, model: 
 def thinned(pairs: Sequence[TokenPair], vocabulary: int) -> list[TokenPair]:
     """Evenly spaced pairs whose distributions take about `MAX_STORED` bytes at most; all of them, if they fit."""
     size = sum(len(answer) for pair in pairs for answer in _sides(pair)) * vocabulary * 4
-    return [pairs[index] for index in evenly(len(pairs), max(1, int(len(pairs) * min(1.0, MAX_STORED / size))))]
+    return [pairs[index] for index in evenly_spaced(len(pairs), max(1, int(len(pairs) * min(1.0, MAX_STORED / size))))]
 
 
 def recommend(found: Sequence[Fidelity]) -> str:
@@ -176,10 +177,10 @@ def _pairs(adapter: Path, pairs: str | Path | None, tokenizer: Any) -> list[Toke
         if not found:
             raise DataError(f"{pairs} holds no pair that can be compared on: none is left at 1024 tokens.")
         return found
-    probe = read_probe(adapter)
+    probe = read_stored_pairs(adapter)
     if probe is None:
         raise AdapterError(
-            f"{adapter} carries no pairs ({PROBE}) to compare on: give some with --pairs, or --no-report."
+            f"{adapter} carries no pairs ({STORED_PAIRS}) to compare on: give some with --pairs, or --no-report."
         )
     return probe.pairs
 

@@ -5,7 +5,7 @@ Two bases can take the update, and the results differ:
     base16        the weights as stored; no 4-bit rounding, but not quite what the adapter was trained on
     trained-base  the NF4 values that the adapter was trained on; the live adapter's own function
 
-The folder is written shard by shard, each tensor computed when its turn comes (`merging.py`).
+The folder is written shard by shard, each tensor computed when its turn comes (`merged_weights.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.adapters.folder import warn_of
-from lora_dpo.adapters.peft_files import plain
 from lora_dpo.files import atomic_folder, refuse_existing
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.release.merged_weights import Merged, plan_merge
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     import torch

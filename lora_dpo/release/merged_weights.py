@@ -19,28 +19,22 @@ from lora_dpo.adapters.folder import (
     check_holding,
     check_weights_are_the_passports,
     check_weights_of_base,
-    read_passport,
     unverified,
 )
 from lora_dpo.adapters.hub import hub_errors
-from lora_dpo.adapters.peft_files import (
-    WEIGHTS,
-    AdapterConfig,
-    LoraModule,
-    check_finite,
-    check_fit,
-    plain,
-    read_adapter,
-)
+from lora_dpo.adapters.lora_config import WEIGHTS, AdapterConfig
+from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.peft_files import LoraModule, check_finite, check_fit, read_adapter
 from lora_dpo.errors import AdapterError, ModelError
-from lora_dpo.model.base import load_skeleton, resolve_model
+from lora_dpo.model.base import load_skeleton, nf4_value, resolve_model
 from lora_dpo.model.identity import chat_template_sha256, tokenizer_sha256, weight_files, weight_fingerprint
 from lora_dpo.model.tensor_file import open_tensors
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_dpo.adapters.folder import Passport
+    from lora_dpo.adapters.passport import Passport
 
 Into = Literal["base16", "trained-base"]
 
@@ -74,7 +68,7 @@ class Merged:
     untied: bool = False
     """The base has one matrix for embeddings and head, the result two."""
     differences: list[str] = field(default_factory=list)
-    """What is not quite as the passport has it, for `adapters.warn_of`: another revision, quantisation, tokenizer or
+    """What is not quite as the passport has it, for `folder.warn_of`: another revision, quantisation, tokenizer or
     chat template, or no passport."""
 
     def adapted(self, name: str) -> bool:
@@ -136,15 +130,6 @@ def merge_weight(
     if magnitude is not None:
         rows.mul_((magnitude.reshape(-1) / rows.norm(dim=1))[:, None])
     return weight
-
-
-def nf4_value(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as 4-bit NF4 with double quantisation holds it: what a QLoRA run computes with."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    codes, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
-    value: torch.Tensor = dequantize_4bit(codes, state).to(weight.dtype).reshape(weight.shape)
-    return value
 
 
 def trained_into(adapter: Path) -> Into:

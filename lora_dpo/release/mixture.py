@@ -16,37 +16,33 @@ import dataclasses
 import datetime
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters.folder import (
-    Passport,
-    base_name,
-    check_adapter,
-    make_passport,
-    put_adapter,
-    put_beside,
-    read_passport,
-    warn_of,
-    write_passport,
-)
-from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, LoraModule, plain, read_adapter, read_config
-from lora_dpo.adapters.store import check_content, named
-from lora_dpo.adapters.stored_pairs import MAX_PAIRS, Probe, Sides, read_probe, save_probe
-from lora_dpo.data import TokenPair
-from lora_dpo.data.pairs import evenly
-from lora_dpo.engine.scoring import score_pairs
+from lora_dpo.adapters.exchange import check_content, named
+from lora_dpo.adapters.folder import base_name, check_adapter, put_adapter, put_beside, warn_of
+from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_config
+from lora_dpo.adapters.passport import Passport, make_passport, read_passport, write_passport
+from lora_dpo.adapters.peft_files import LoraModule, read_adapter
+from lora_dpo.adapters.stored_pairs import save_stored_pairs
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.evaluation.report.model_card import front_matter
-from lora_dpo.evaluation.verify_adapter import accuracy, pad_of
 from lora_dpo.files import atomic_folder, refuse_existing, sha256_of
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.text import shown
+from lora_dpo.release.mixture_score import (
+    MIX,
+    OnStage,
+    Score,
+    combine,
+    mix_errors,
+    pairs_of_parents,
+    score_mixture,
+    sweep_weights,
+)
+from lora_dpo.text import plain, shown
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,18 +63,7 @@ METHODS = (
 ALONE = ("linear", "cat", "svd")
 """Methods that make sense of one adapter."""
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-MIX = "mix"
 SWEEP_PLOT = "sweep.png"
-
-OnStage = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Over one parent's stored pairs: reward accuracy, and the mean of h(chosen) - h(rejected) in nats."""
-
-    accuracy: float
-    margin: float
 
 
 @dataclass(frozen=True)
@@ -137,18 +122,18 @@ def mix(
         policy, names = _load(base, folders)
         weights = [weight for _, weight in parts]
         options: dict[str, Any] = {"method": method, "rank": rank, "density": density, "seed": seed}
-        with _mix_errors(method):
-            _combine(policy, names, weights, **options)
-        pairs = _pairs(folders)
-        scores, probe = _score(policy, base, pairs, names, folders, tick)
-        swept = _sweep(policy, base, pairs, names, sweep, tick, options) if sweep else {}
+        with mix_errors(method):
+            combine(policy, names, weights, **options)
+        pairs = pairs_of_parents(folders)
+        scores, probe = score_mixture(policy, base, pairs, names, folders, tick)
+        swept = sweep_weights(policy, base, pairs, names, sweep, tick, options) if sweep else {}
         made = _passport(base, parts, options, folders, scores)
         with atomic_folder(output) as folder:
             policy.set_adapter(MIX)
             _save(policy, folder)
             write_passport(folder, made)
             if probe:
-                save_probe(folder, probe)
+                save_stored_pairs(folder, probe)
             if swept:
                 plot_sweep(folder / SWEEP_PLOT, swept, method, folders[0].name)
             _write_card(folder / "README.md", output.name, made, parts, method, scores)
@@ -171,7 +156,7 @@ def parse_part(text: str) -> tuple[str, float]:
 def _check_options(
     parts: Sequence[tuple[str | Path, float]], *, method: str, rank: int | None, density: float | None, sweep: int
 ) -> None:
-    from lora_dpo.config.recipe import one_of
+    from lora_dpo.config.reading import one_of
 
     one_of("--method", method, METHODS)
     if odd := [weight for _, weight in parts if not math.isfinite(weight)]:
@@ -235,127 +220,6 @@ def _load(base: Base, folders: Sequence[Path]) -> tuple[PeftModel, list[str]]:
         # peft copies this flag to the result, whose scale is to be 1; the parents' scales are computed already
         policy.peft_config[name].use_rslora = False
     return policy.eval(), names
-
-
-def _combine(
-    policy: Any,
-    names: list[str],
-    weights: list[float],
-    *,
-    method: str,
-    rank: int | None,
-    density: float | None,
-    seed: int,
-) -> None:
-    import torch
-
-    if MIX in policy.peft_config:
-        policy.delete_adapter(MIX)
-    if len(names) == 1 and method == "svd":
-        # peft takes one adapter for linear, whatever the method: twice, with half the weight each, it is the same sum
-        names, weights = names * 2, [weights[0] / 2] * 2
-    torch.manual_seed(seed)
-    more = {"density": density} if density is not None else {}
-    policy.add_weighted_adapter(
-        names, weights, MIX, combination_type=method, svd_rank=rank, svd_full_matrices=False, **more
-    )
-    policy.set_adapter(MIX)
-
-
-@contextmanager
-def _mix_errors(method: str) -> Iterator[None]:
-    """What peft does not put together, such as targets by name and by pattern, as one `AdapterError`."""
-    try:
-        yield
-    except (ValueError, IndexError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise AdapterError(
-            f"These adapters cannot be mixed with --method {method}: {plain(reason, 300)} Merge one of them into the "
-            "base instead."
-        ) from error
-
-
-def _pairs(folders: Sequence[Path]) -> dict[str, list[TokenPair]]:
-    """Each parent's stored pairs by its name; parents of one name count up."""
-    found: dict[str, list[TokenPair]] = {}
-    for folder in folders:
-        probe = read_probe(folder)
-        if probe:
-            found[_free(folder.name, found)] = probe.pairs
-    return found
-
-
-def _free(name: str, taken: dict[str, Any]) -> str:
-    return name if name not in taken else f"{name} ({sum(key.startswith(name) for key in taken) + 1})"
-
-
-def _score(
-    policy: Any,
-    base: Base,
-    pairs: dict[str, list[TokenPair]],
-    names: list[str],
-    folders: Sequence[Path],
-    tick: OnStage,
-) -> tuple[dict[str, dict[str, Score]], Probe | None]:
-    """Every parent and the mix on every parent's pairs; the mix's scores become its own stored pairs."""
-    scores: dict[str, dict[str, Score]] = {}
-    labels: dict[str, Any] = {}
-    for name, folder in zip(names, folders, strict=True):
-        labels[_free(folder.name, labels)] = name
-    labels[MIX] = MIX
-    kept: list[tuple[TokenPair, list[float], list[float]]] = []
-    steps, done = len(pairs) * (len(labels) + 1), 0
-    for of, some in pairs.items():
-        with policy.disable_adapter():
-            ref = _sides(policy, base, some)
-        scores[of] = {}
-        for label, name in labels.items():
-            policy.set_adapter(name)
-            sides = _sides(policy, base, some)
-            scores[of][label] = _of(sides, ref)
-            done += 1
-            tick("scoring", done + len(scores), steps)
-        kept += [(p, [sides[0][i], sides[1][i]], [ref[0][i], ref[1][i]]) for i, p in enumerate(some)]
-    if not kept:
-        return scores, None
-    kept = [kept[index] for index in evenly(len(kept), MAX_PAIRS)]
-    policy_sides = [row[1] for row in kept], [row[2] for row in kept]
-    own, reference = (([row[0] for row in part], [row[1] for row in part]) for part in policy_sides)
-    return scores, Probe([row[0] for row in kept], own, reference)
-
-
-def _sweep(
-    policy: Any,
-    base: Base,
-    pairs: dict[str, list[TokenPair]],
-    names: list[str],
-    count: int,
-    tick: OnStage,
-    options: dict[str, Any],
-) -> dict[float, dict[str, Score]]:
-    found: dict[float, dict[str, Score]] = {}
-    refs = {}
-    with policy.disable_adapter():
-        refs = {of: _sides(policy, base, some) for of, some in pairs.items()}
-    final = {name: parameter.detach().clone() for name, parameter in policy.named_parameters() if f".{MIX}." in name}
-    for number in range(count):
-        weight = number / (count - 1)
-        _combine(policy, names, [weight, 1 - weight], **options)
-        found[weight] = {of: _of(_sides(policy, base, some), refs[of]) for of, some in pairs.items()}
-        tick("sweep", number + 1, count)
-    for name, parameter in policy.named_parameters():
-        if name in final:
-            parameter.data = final[name]
-    return found
-
-
-def _sides(policy: Any, base: Base, pairs: Sequence[TokenPair]) -> Sides:
-    return score_pairs(policy, pairs, pad_id=pad_of(base.tokenizer))
-
-
-def _of(policy: Sides, ref: Sides) -> Score:
-    margins = [pc - rc - (pr - rr) for pc, pr, rc, rr in zip(*policy, *ref, strict=True)]
-    return Score(accuracy(policy, ref), fmean(margins))
 
 
 def _save(policy: Any, folder: Path) -> None:

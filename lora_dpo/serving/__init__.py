@@ -11,3 +11,10 @@ address         where a server may listen
 connections     clients that open connections and send nothing
 http            `lora-dpo serve`
 """
+
+from __future__ import annotations
+
+from lora_dpo.serving.chat import Chat, open_chat
+from lora_dpo.serving.host import Host, open_host
+
+__all__ = ["Chat", "Host", "open_chat", "open_host"]

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters.folder import PASSPORT, check_adapter, put_adapter
+from lora_dpo.adapters.folder import check_adapter, put_adapter
+from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
 from lora_dpo.adapters.package import BASE
-from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, plain
-from lora_dpo.config.recipe import nearest
+from lora_dpo.adapters.passport import PASSPORT
+from lora_dpo.config.reading import nearest
 from lora_dpo.errors import AdapterError
 from lora_dpo.model.base import Base
 from lora_dpo.model.lora import share_weights
 from lora_dpo.model.tensor_file import State as FileState
 from lora_dpo.model.tensor_file import state_of
+from lora_dpo.text import plain
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class _Seen:
     """What is not quite the base that it was made on."""
 
 
-class Shelf:
+class AdapterPool:
     """The adapters of one folder, by their names, for one base.
 
     Args:
@@ -96,14 +98,14 @@ class Shelf:
         if reason := self._one(name).reason:
             raise AdapterError(reason)
 
-    def doubt(self, name: str) -> str | None:
+    def incompatibility(self, name: str) -> str | None:
         """Why an adapter is not among `names`, or what of its base differs from this one. From any thread."""
         if name not in self._folders():
             return None
         seen = self._one(name)
         return seen.reason or seen.differs
 
-    def tree(self, name: str) -> Any:
+    def resident(self, name: str) -> Any:
         """The modules that answer as `name`. From one thread alone. Raises `AdapterError`."""
         if name == BASE:
             return self.base.model
@@ -126,7 +128,7 @@ class Shelf:
         """Adapters in memory, the last used last. From any thread."""
         return list(self._trees)
 
-    def cold(self, *, wait: float = PATIENCE) -> list[str]:
+    def not_loaded(self, *, wait: float = PATIENCE) -> list[str]:
         """Adapters that fit and are not in memory, newest first, as long as all are few and small. From any thread.
 
         Args:
@@ -145,12 +147,12 @@ class Shelf:
                 found.append(name)
         return found
 
-    def warm_up(self, name: str) -> None:
-        """Put an adapter of `cold` into memory; whoever asks for one that cannot be is told why. From one thread
+    def preload(self, name: str) -> None:
+        """Put an adapter of `not_loaded` into memory; whoever asks for one that cannot be is told why. From one thread
         alone."""
         state = _state(self.folder / name)
         try:
-            self.tree(name)
+            self.resident(name)
         except AdapterError as error:  # it passed the checks, and still peft cannot take it
             if _state(self.folder / name) == state:  # not that it was replaced meanwhile
                 with self._lock:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dpo.adapters.folder import attach_adapter, base_name, read_passport
+from lora_dpo.adapters.folder import attach_adapter, base_name
+from lora_dpo.adapters.passport import read_passport
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.data import Message
 from lora_dpo.errors import OutputError

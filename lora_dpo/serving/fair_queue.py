@@ -9,8 +9,8 @@ from typing import Protocol
 
 from lora_dpo.errors import Busy
 
-OWN = ""
-"""The client name of the house's own work, such as training: it has its turns, but is not counted or refused."""
+INTERNAL = ""
+"""The client name of the host's own work, such as training: it has its turns, but is not counted or refused."""
 
 
 class Work(Protocol):
@@ -20,7 +20,7 @@ class Work(Protocol):
         """Do it; called by the one thread that computes."""
 
 
-class Chore:
+class Task:
     """A function as a piece of work."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -39,7 +39,7 @@ class Chore:
         self.done.wait()
 
 
-class Turns:
+class FairQueue:
     """The queue between the threads that ask and the one thread that computes.
 
     A client is `PLACE` or `PLACE/NAME`, such as an address and whom it speaks for. Places take turns, and so do the
@@ -67,7 +67,7 @@ class Turns:
             if self._closed:
                 raise Busy("The model is being shut down.")
             gone = None
-            if client != OWN and self._count() >= self.max_waiting:
+            if client != INTERNAL and self._count() >= self.max_waiting:
                 gone = self._make_room(place, name)
                 if gone is None:
                     raise Busy(f"{self.max_waiting} requests are waiting already. Try again in a moment.")
@@ -119,7 +119,7 @@ class Turns:
 
     def _make_room(self, place: str, name: str) -> Work | None:
         """Take the newest out of the line of whoever has most; None if nobody has two more than the one that comes."""
-        most = max((one for one in self._places if one != OWN), key=self._of)
+        most = max((one for one in self._places if one != INTERNAL), key=self._of)
         if self._of(most) < self._of(place) + 2:
             most = place  # its own names share what it has
         names = self._places.get(most, {})
@@ -140,10 +140,10 @@ class Turns:
         return sum(map(len, self._places.get(place, {}).values()))
 
     def _count(self) -> int:
-        return sum(self._of(place) for place in self._places if place != OWN)
+        return sum(self._of(place) for place in self._places if place != INTERNAL)
 
 
 def _parts(client: str) -> tuple[str, str]:
-    """Place and name; a place without a name of its own is not the house."""
+    """Place and name; a place without a name of its own is not the host itself."""
     place, _, name = client.partition("/")
-    return (place or (OWN if client == OWN else "?")), name
+    return (place or (INTERNAL if client == INTERNAL else "?")), name

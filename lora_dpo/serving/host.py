@@ -1,10 +1,10 @@
 """One base in memory with any number of adapters on it, for many who ask at once.
 
-    threads that ask ──► Turns, a fair queue ──► one thread that computes ──► each one's own pieces of text
+    threads that ask ──► FairQueue ──► one thread that computes ──► each one's own pieces of text
     a training, in slices ──┘
 
-The weights are loaded once. What answers and what trains are trees of modules of their own over them (`shelf.py`,
-`job.py`), so neither can disturb the other.
+The weights are loaded once. What answers and what trains are trees of modules of their own over them
+(`adapter_pool.py`, `training_job.py`), so neither can disturb the other.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lora_dpo.files import refuse_existing
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Sampling, stream_from
 from lora_dpo.model.device import out_of_memory
-from lora_dpo.serving.adapter_pool import Shelf
-from lora_dpo.serving.fair_queue import OWN, Chore, Turns
-from lora_dpo.serving.request import Asked, Outcome, Reply, Stream, Ticket
-from lora_dpo.serving.training_job import Job
+from lora_dpo.serving.adapter_pool import AdapterPool
+from lora_dpo.serving.fair_queue import INTERNAL, FairQueue, Task
+from lora_dpo.serving.request import Completion, GenerationRequest, PendingRequest, Stream, StreamItem
+from lora_dpo.serving.training_job import TrainingJob
 from lora_dpo.training.run import Look
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class Host:
 
     Args:
         base: without an adapter on it; it stays so.
-        adapters_dir: adapters are the folders in it, by their names. Within `adapters.strictness(True)`, those that
-            are not quite as their passports say are left out.
+        adapters_dir: adapters are the folders in it, by their names. Within `adapters.folder.strictness(True)`, those
+            that are not quite as their passports say are left out.
         max_waiting: requests that may wait; one more is refused, or takes the place of one of whoever has most.
         max_prompt_tokens: longest prompt; by default three quarters of the model's context, at most 4,096.
     """
@@ -77,10 +77,10 @@ class Host:
         self.context = int(base.model.config.get_text_config().max_position_embeddings)
         """Tokens that prompt and answer may have together."""
         self.max_prompt_tokens = max_prompt_tokens or min(MAX_PROMPT, self.context * 3 // 4)
-        self.job: Job | None = None
+        self.job: TrainingJob | None = None
         """The training that goes on, or the last one."""
-        self._turns = Turns(max_waiting)
-        self._shelf = Shelf(base, adapters_dir, strict=is_strict())
+        self._fair_queue = FairQueue(max_waiting)
+        self._pool = AdapterPool(base, adapters_dir, strict=is_strict())
         self._lock = threading.Lock()
         self._closing = False
         self._warming = False
@@ -88,28 +88,28 @@ class Host:
         self._thread.start()
         self._warm_up()
 
-    def doubt(self, name: str) -> str | None:
+    def incompatibility(self, name: str) -> str | None:
         """Why an adapter is not among `names`, or what of its base differs from this one; None if all is well."""
-        return self._shelf.doubt(name)
+        return self._pool.incompatibility(name)
 
     def names(self) -> list[str]:
         """`base`, then every adapter in the adapters' folder that fits it, as they are on the disk now."""
-        names = self._shelf.names()
-        if self._shelf.cold():
+        names = self._pool.names()
+        if self._pool.not_loaded():
             self._warm_up()
         return names
 
     def in_memory(self) -> list[str]:
         """Adapters that answer without being read first, the last used last."""
-        return self._shelf.held()
+        return self._pool.held()
 
     def is_warming(self) -> bool:
         """Whether adapters are being put into memory ahead, or are about to be."""
-        return self._warming or bool(self._shelf.cold())
+        return self._warming or bool(self._pool.not_loaded())
 
     def waiting(self) -> int:
         """Requests that wait for their turn."""
-        return self._turns.waiting()
+        return self._fair_queue.waiting()
 
     def model_section(self) -> ModelSection:
         """The `model:` of a recipe that trains on this base."""
@@ -133,7 +133,7 @@ class Host:
 
         Args:
             who: a name of `names`.
-            client: who asks, `PLACE` or `PLACE/NAME`; places take turns, and so do the names of one (`Turns`).
+            client: who asks, `PLACE` or `PLACE/NAME`; places take turns, and so do the names of one (`FairQueue`).
             stop: the answer ends before the first of these texts.
 
         Raises:
@@ -153,7 +153,7 @@ class Host:
         *,
         client: str,
         stop: Sequence[str] = (),
-    ) -> Reply:
+    ) -> Completion:
         """The whole answer, with counts and times; raises as `stream` does."""
         stream = self.stream(who, conversation, sampling, client=client, stop=stop)
         for _ in stream:
@@ -168,20 +168,20 @@ class Host:
         sampling: Sampling | None = None,
         *,
         client: str,
-        deliver: Callable[[Outcome], None],
+        deliver: Callable[[StreamItem], None],
         stop: Sequence[str] = (),
-    ) -> Ticket:
+    ) -> PendingRequest:
         """`stream` for a caller that must not wait; raises as it does.
 
         Args:
-            deliver: as of a `Ticket`: called for every piece, then once for the end; it must not block.
+            deliver: as of a `PendingRequest`: called for every piece, then once for the end; it must not block.
         """
         if len(conversation) > self.max_prompt_tokens // MESSAGE:
             raise PromptTooLong(
                 f"The prompt has {len(conversation):,} messages; at most {self.max_prompt_tokens // MESSAGE:,} are "
                 "taken. Leave out older turns."
             )
-        self._shelf.check(who)
+        self._pool.check(who)
         characters = sum(len(said["content"]) for said in conversation)
         if characters > CHARACTERS * self.max_prompt_tokens:  # before a tokenizer is kept busy with it
             raise PromptTooLong(
@@ -195,8 +195,10 @@ class Host:
                 f"The prompt has {len(prompt)} tokens; at most {self.max_prompt_tokens} are taken. Shorten it, or "
                 "leave out older turns."
             )
-        asked = Asked(who=who, prompt=prompt, sampling=sampling or Sampling(), stop=tuple(stop), client=client)
-        return Ticket(asked, self._turns, deliver=deliver, compute=self._answer)
+        asked = GenerationRequest(
+            who=who, prompt=prompt, sampling=sampling or Sampling(), stop=tuple(stop), client=client
+        )
+        return PendingRequest(asked, self._fair_queue, deliver=deliver, compute=self._answer)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -208,7 +210,7 @@ class Host:
         *,
         resume: bool = False,
         look: Look | None = None,
-    ) -> Job:
+    ) -> TrainingJob:
         """Train an adapter called `name` on this same base, while answers go on between its passes.
 
         Args:
@@ -231,7 +233,9 @@ class Host:
         with self._lock:
             if self.job is not None and self.job.running:
                 raise Busy(f"The training of {self.job.name} goes on. Wait for its end, or stop it first.")
-            self.job = Job(self.base, self._turns, recipe, name=name, on_event=on_event, resume=resume, look=look)
+            self.job = TrainingJob(
+                self.base, self._fair_queue, recipe, name=name, on_event=on_event, resume=resume, look=look
+            )
             return self.job
 
     # --- the end ----------------------------------------------------------------------------------
@@ -247,10 +251,10 @@ class Host:
     def stop_answering(self) -> None:
         """Take no more requests: those who wait are told, and an answer ends at its next token."""
         self._closing = True
-        for work in self._turns.close():
-            if isinstance(work, Ticket):
+        for work in self._fair_queue.close():
+            if isinstance(work, PendingRequest):
                 work.deliver(Busy("The model is being shut down."))
-            elif isinstance(work, Chore):
+            elif isinstance(work, Task):
                 work.done.set()
 
     def __enter__(self) -> Host:
@@ -264,7 +268,7 @@ class Host:
     # --- the thread that computes -----------------------------------------------------------------
 
     def _work(self) -> None:
-        while (work := self._turns.take()) is not None:
+        while (work := self._fair_queue.take()) is not None:
             try:
                 work.run()
             except Exception:  # the one thread that computes must go on for the others
@@ -281,16 +285,16 @@ class Host:
 
     def _read_ahead(self) -> None:
         try:
-            while not self._closing and (cold := self._shelf.cold(wait=math.inf)):
-                turn = Chore(functools.partial(self._shelf.warm_up, cold[0]))
+            while not self._closing and (waiting := self._pool.not_loaded(wait=math.inf)):
+                turn = Task(functools.partial(self._pool.preload, waiting[0]))
                 with suppress(Busy):  # it is closing
-                    self._turns.put(OWN, turn)
+                    self._fair_queue.put(INTERNAL, turn)
                     turn.wait()
         finally:
             self._warming = False
 
-    def _answer(self, ticket: Ticket) -> None:
-        outcome: Outcome
+    def _answer(self, ticket: PendingRequest) -> None:
+        outcome: StreamItem
         try:
             outcome = self._generate(ticket)
         except LoraDPOError as error:
@@ -301,14 +305,14 @@ class Host:
         ticket.deliver(outcome)
 
     def stream_from(self, *asked: Any, **settings: Any) -> Any:
-        """The pieces of one answer, as `generate.stream_from`; tests put something in its place."""
+        """The pieces of one answer, as `decoding.stream_from`; tests put something in its place."""
         return stream_from(*asked, **settings)
 
-    def _generate(self, ticket: Ticket) -> Reply:
+    def _generate(self, ticket: PendingRequest) -> Completion:
         began, asked = time.monotonic(), ticket.asked
         room = min(asked.sampling.max_new_tokens, self.context - len(asked.prompt))
         pieces = self.stream_from(
-            self._shelf.tree(asked.who),
+            self._pool.resident(asked.who),
             self.base.tokenizer,
             asked.prompt,
             sampling=replace(asked.sampling, max_new_tokens=room),
@@ -327,7 +331,7 @@ class Host:
                 ticket.deliver(piece)
         ticket.tokens = answer.tokens
         seconds, waited = time.monotonic() - began, began - ticket.since
-        return Reply(answer.text, answer.tokens, len(asked.prompt), answer.finished, seconds, waited)
+        return Completion(answer.text, answer.tokens, len(asked.prompt), answer.finished, seconds, waited)
 
 
 def open_host(

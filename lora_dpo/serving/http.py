@@ -38,10 +38,10 @@ from lora_dpo.serving.openai_schema import (
     model_entry,
     read_request,
 )
-from lora_dpo.serving.request import Outcome, Reply, Ticket
+from lora_dpo.serving.request import Completion, PendingRequest, StreamItem
 from lora_dpo.text import shown
 
-Said = TypeVar("Said", bound=Outcome)
+Awaited = TypeVar("Awaited", bound=StreamItem)
 
 MAX_BODY = 4 << 20
 """Bytes of a request. A prompt of 4,096 tokens has some ten thousand."""
@@ -156,8 +156,8 @@ class _Outbox:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[Outcome] = asyncio.Queue()
-        self._ticket: Ticket | None = None
+        self._pieces: asyncio.Queue[StreamItem] = asyncio.Queue()
+        self._ticket: PendingRequest | None = None
 
     async def ask(self, host: Host, asked: ChatRequest, *, client: str) -> None:
         """Join the host's queue. In a thread: a long prompt takes a while to read."""
@@ -174,32 +174,34 @@ class _Outbox:
         if self._ticket is not None:
             self._ticket.cancel()
 
-    async def next(self) -> Outcome:
+    async def next(self) -> StreamItem:
         """The next piece, or the end."""
         return await self._pieces.get()
 
-    async def first(self) -> Outcome:
+    async def first(self) -> StreamItem:
         """The first piece; an empty one if it takes long: then the stream begins, and says that it is alive."""
         try:
             return await asyncio.wait_for(self.next(), HEARTBEAT)
         except TimeoutError:
             return ""
 
-    async def reply(self) -> Reply:
+    async def reply(self) -> Completion:
         """The end. Raises what ended it instead."""
         while True:
             outcome = await self.next()
-            if isinstance(outcome, Reply):
+            if isinstance(outcome, Completion):
                 return outcome
             if isinstance(outcome, LoraDPOError):
                 raise _late(outcome)
 
-    def _deliver(self, outcome: Outcome) -> None:
+    def _deliver(self, outcome: StreamItem) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, outcome)
 
 
-async def _events(outbox: _Outbox, first: Outcome | None, asked: ChatRequest, envelope: Envelope) -> AsyncIterator[str]:
+async def _events(
+    outbox: _Outbox, first: StreamItem | None, asked: ChatRequest, envelope: Envelope
+) -> AsyncIterator[str]:
     yield event(envelope.chunk({"role": "assistant", "content": ""}))
     outcome = first
     while True:
@@ -214,7 +216,7 @@ async def _events(outbox: _Outbox, first: Outcome | None, asked: ChatRequest, en
                 yield event(envelope.chunk({"content": outcome}))
             outcome = None
             continue
-        if isinstance(outcome, Reply):
+        if isinstance(outcome, Completion):
             yield event(envelope.chunk({}, finish_reason(outcome)))
             if asked.include_usage:
                 yield event(envelope.usage_chunk(outcome))
@@ -238,7 +240,7 @@ class _EventStream(StreamingResponse):
             self._outbox.close()
 
 
-async def _unless_gone(request: Request, reply: Coroutine[Any, Any, Said]) -> Said | None:
+async def _unless_gone(request: Request, reply: Coroutine[Any, Any, Awaited]) -> Awaited | None:
     """Wait for the answer; None if the client has left before it came."""
     coming, leaving = asyncio.ensure_future(reply), asyncio.ensure_future(_gone(request))
     try:

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
-from lora_dpo.config.recipe import nearest
+from lora_dpo.config.reading import nearest
 from lora_dpo.data import Message
 from lora_dpo.errors import RequestRefused
 from lora_dpo.model.decoding import Sampling
-from lora_dpo.serving.request import Reply
+from lora_dpo.serving.request import Completion
 from lora_dpo.text import shown
 
 NEUTRAL: Mapping[str, Sequence[Any]] = {
@@ -251,7 +251,7 @@ class Envelope:
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def completion(self, reply: Reply) -> dict[str, Any]:
+    def completion(self, reply: Completion) -> dict[str, Any]:
         """A whole answer."""
         message = {"role": "assistant", "content": reply.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}
@@ -262,7 +262,7 @@ class Envelope:
         choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def usage_chunk(self, reply: Reply) -> dict[str, Any]:
+    def usage_chunk(self, reply: Completion) -> dict[str, Any]:
         """The last piece, for those who asked for the counts."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(reply)}
 
@@ -276,12 +276,12 @@ class Envelope:
         }
 
 
-def finish_reason(reply: Reply) -> str:
+def finish_reason(reply: Completion) -> str:
     """`stop` where the model ended its turn, or came to a stop text; `length` where it was cut."""
     return "stop" if reply.finished else "length"
 
 
-def usage(reply: Reply) -> dict[str, int]:
+def usage(reply: Completion) -> dict[str, int]:
     """Token counts."""
     return {
         "prompt_tokens": reply.prompt_tokens,

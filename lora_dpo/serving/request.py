@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from lora_dpo.errors import Busy, LoraDPOError
 from lora_dpo.model.decoding import Sampling
-from lora_dpo.serving.fair_queue import Turns
+from lora_dpo.serving.fair_queue import FairQueue
 
 
 @dataclass(frozen=True)
-class Reply:
+class Completion:
     """A whole answer, and what it took."""
 
     text: str
@@ -28,12 +28,12 @@ class Reply:
     """Seconds in the queue before that."""
 
 
-Outcome = str | Reply | LoraDPOError
+StreamItem = str | Completion | LoraDPOError
 """What is delivered: pieces of text, and at the end the reply or an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class GenerationRequest:
     """What is wanted, of whom, for whom."""
 
     who: str
@@ -43,7 +43,7 @@ class Asked:
     client: str
 
 
-class Ticket:
+class PendingRequest:
     """A request in the queue.
 
     Args:
@@ -53,28 +53,33 @@ class Ticket:
     """
 
     def __init__(
-        self, asked: Asked, turns: Turns, *, deliver: Callable[[Outcome], None], compute: Callable[[Ticket], None]
+        self,
+        asked: GenerationRequest,
+        fair_queue: FairQueue,
+        *,
+        deliver: Callable[[StreamItem], None],
+        compute: Callable[[PendingRequest], None],
     ) -> None:
         self.asked = asked
         self.since = time.monotonic()
         self.cancelled = False
         self.tokens = 0
         """Tokens of the answer so far."""
-        self._turns, self._deliver, self._compute = turns, deliver, compute
-        gone = turns.put(asked.client, self)
-        if isinstance(gone, Ticket):
+        self._fair_queue, self._deliver, self._compute = fair_queue, deliver, compute
+        gone = fair_queue.put(asked.client, self)
+        if isinstance(gone, PendingRequest):
             gone.deliver(Busy("Others wait who have fewer requests here: this one gave way. Try again in a moment."))
 
     def cancel(self) -> None:
         """Want nothing more, from any thread: the request leaves the queue, or its answer ends at its next token."""
         self.cancelled = True
-        self._turns.withdraw(self.asked.client, self)
+        self._fair_queue.withdraw(self.asked.client, self)
 
     def run(self) -> None:
         """Compute the answer; called by the thread that computes."""
         self._compute(self)
 
-    def deliver(self, outcome: Outcome) -> None:
+    def deliver(self, outcome: StreamItem) -> None:
         """Hand over a piece or the end, unless nobody wants it any more."""
         if not self.cancelled:
             self._deliver(outcome)
@@ -86,10 +91,10 @@ class Stream(Iterator[str]):
     A stream that is closed, or that nobody holds any more, frees its turn.
     """
 
-    def __init__(self, submit: Callable[[Callable[[Outcome], None]], Ticket]) -> None:
-        self.reply: Reply | None = None
+    def __init__(self, submit: Callable[[Callable[[StreamItem], None]], PendingRequest]) -> None:
+        self.reply: Completion | None = None
         self._ended = True
-        self._pieces: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
         self.ticket = submit(self._pieces.put)  # not the stream itself: the queue must not keep it alive
         self._ended = False
 

@@ -19,11 +19,10 @@ from typing import Literal
 from lora_dpo.adapters.run_folder import discard_run
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import LoraDPOError
-from lora_dpo.events import Event, OnEvent, Progress, Saved
+from lora_dpo.events import Event, OnEvent, Progress, Saved, Stopped, StopSignal
 from lora_dpo.model.base import Base
 from lora_dpo.model.lora import share_weights
-from lora_dpo.serving.fair_queue import OWN, Turns
-from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.serving.fair_queue import INTERNAL, FairQueue
 from lora_dpo.training.run import Look, train
 
 logger = logging.getLogger(__name__)
@@ -34,12 +33,12 @@ SLICE = 2.0
 State = Literal["running", "paused", "stopping", "done", "stopped", "failed"]
 
 
-class Job:
+class TrainingJob:
     """One training. Its thread begins at once.
 
     Args:
         base: without an adapter on it; it stays so.
-        turns: where the job waits for its slices of the one computer.
+        fair_queue: where the job waits for its slices of the one computer.
         recipe: with the `output` that it is to write.
         look: as in `train`.
     """
@@ -47,7 +46,7 @@ class Job:
     def __init__(
         self,
         base: Base,
-        turns: Turns,
+        fair_queue: FairQueue,
         recipe: Recipe,
         *,
         name: str,
@@ -65,7 +64,7 @@ class Job:
         """The finished adapter."""
         self._on_event, self._look, self._resumed = on_event, look, resume
         self._stop = StopSignal()
-        self._slices = _Slices(turns)
+        self._slices = _Slices(fair_queue)
         self._steering = threading.Lock()
         self._discard = False
         self._end: State | None = None
@@ -146,7 +145,7 @@ class Job:
     def _train(self, base: Base) -> State:
         # A tokenizer is not made for two threads at once, and the host's reads prompts meanwhile.
         view = replace(share_weights(base), tokenizer=copy.deepcopy(base.tokenizer))
-        view.model.register_forward_pre_hook(lambda module, args: self._slices.breathe())
+        view.model.register_forward_pre_hook(lambda module, args: self._slices.yield_if_due())
         try:
             train(
                 self.recipe,
@@ -169,7 +168,7 @@ class Job:
             self.folder = event.folder
         if self._on_event:
             self._on_event(event)
-        self._slices.breathe()
+        self._slices.yield_if_due()
 
 
 class _Slice:
@@ -186,17 +185,17 @@ class _Slice:
 class _Slices:
     """The training thread's side of the queue."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, fair_queue: FairQueue) -> None:
         self.go = threading.Event()
         self.go.set()
-        self._turns = turns
+        self._fair_queue = fair_queue
         self._slice: _Slice | None = None
         self._since = 0.0
 
     def enter(self) -> None:
         """Wait for a slice."""
         mine = _Slice()
-        self._turns.put(OWN, mine)
+        self._fair_queue.put(INTERNAL, mine)
         mine.begun.wait()
         self._slice, self._since = mine, time.monotonic()
 
@@ -206,9 +205,9 @@ class _Slices:
             self._slice.over.set()
             self._slice = None
 
-    def breathe(self) -> None:
+    def yield_if_due(self) -> None:
         """Let others go first if some wait and the slice is over; wait here while paused."""
-        others = time.monotonic() - self._since >= SLICE and self._turns.waiting() > 0
+        others = time.monotonic() - self._since >= SLICE and self._fair_queue.waiting() > 0
         if others or not self.go.is_set():
             self.leave()
             self.go.wait()

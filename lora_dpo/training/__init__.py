@@ -14,5 +14,30 @@ before_after        what is measured before and after
 run_summary         what a run leaves for its report
 run                 a recipe becomes a run
 planning/           what a run will need and take, before it
+round_scores        what rounds are measured by, and their table
 improve_rounds      rounds of sample, judge, train
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_dpo.events import Stopped, StopSignal
+from lora_dpo.training.improve_rounds import improve
+from lora_dpo.training.planning.make_plan import plan
+from lora_dpo.training.planning.plan_values import Plan
+from lora_dpo.training.run import TrainResult, train
+
+if TYPE_CHECKING:
+    from lora_dpo.training.dpo_trainer import DPOTrainer
+
+__all__ = ["DPOTrainer", "Plan", "StopSignal", "Stopped", "TrainResult", "improve", "plan", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """`DPOTrainer` is a class on top of TRL's: TRL is imported when it is first looked up."""
+    if name == "DPOTrainer":
+        from lora_dpo.training.dpo_trainer import DPOTrainer
+
+        return DPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.data import Message
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.evaluation.metrics import AnswerMetrics, PairMetrics, answer_metrics, pair_metrics
+from lora_dpo.events import Stopped
 from lora_dpo.files import write_json
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import reference
-from lora_dpo.training.prepare import Run, Stopped
+from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,6 +1,7 @@
 """`DPOTrainer`: TRL's, with fp32 adapter masters, precision that fits the hardware, a reference guard.
 
-The constructor is TRL's, so a TRL script changes one import.
+The constructor is TRL's, so a TRL script changes one import. Longer than 400 lines: one class, and each of its methods
+is where TRL does something else.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from lora_dpo.engine.engine import Engine
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import keep_packed_weights_differentiable
 from lora_dpo.model.device import give_back_memory, pick_device, pick_dtype
-from lora_dpo.model.lora import POLICY, REFERENCE, bare, to_fp32_masters
+from lora_dpo.model.lora import POLICY, REFERENCE, base_of, to_fp32_masters
 from lora_dpo.training.pair_weights import ScaledGradient, WithWeights
 from lora_dpo.training.reference_guard import compare
 from lora_dpo.training.score_ahead import progress_bar, scored_references
-from lora_dpo.training.step_aside import no_engine_because, odd_batch
+from lora_dpo.training.step_aside import no_engine_because, unsupported_batch
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class DPOTrainer(trl.DPOTrainer):
         """
         if self.engine is None:
             return False
-        reason = odd_batch(inputs, weighted=self.pair_weights)
+        reason = unsupported_batch(inputs, weighted=self.pair_weights)
         if self.args.world_size > 1:
             if self._compared and reason:  # one process cannot step aside alone
                 raise ConfigError(f"The engine cannot run a later batch, because {reason}. Use another data collator.")
@@ -416,7 +417,7 @@ def _name_experts(model: Any) -> None:
 
     TRL 1.16 asks for `num_experts` and fails where the config has another word: Granite's mixtures, Llama 4, GLM.
     """
-    config = bare(model).config.get_text_config()
+    config = base_of(model).config.get_text_config()
     for name in ("num_local_experts", "n_routed_experts"):
         if not hasattr(config, "num_experts") and hasattr(config, name):
             config.num_experts = getattr(config, name)

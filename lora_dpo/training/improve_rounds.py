@@ -13,24 +13,24 @@ OUTPUT.improve/rounds.json                the table
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from lora_dpo.adapters.checkpoints import checkpoints
-from lora_dpo.adapters.folder import attach_adapter, read_passport
-from lora_dpo.adapters.loading import Policy
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.loading import LoadedModel
+from lora_dpo.adapters.passport import read_passport
 from lora_dpo.adapters.run_folder import ADAPTERS_DIR, partial_of
 from lora_dpo.config.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.config.trl_dpo import trainer_settings
-from lora_dpo.data.pairs import evenly
+from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.data.prompts import Prompt, accepted_hash, prompts_hash, prompts_with_report
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
-from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured
+from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured, Stopped, StopSignal
 from lora_dpo.files import disk_errors, refuse_existing, replace_file
 from lora_dpo.journal import alone, write_new
 from lora_dpo.judging import Judge, Means, open_judge
@@ -43,35 +43,10 @@ from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import detach
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.training.prepare import Stopped, StopSignal
+from lora_dpo.training.round_scores import Measurement, score_table
 from lora_dpo.training.run import train
 
 FEWEST_HELD_OUT = 8
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Greedy answers of one round to the held-out prompts, and their scores."""
-
-    round: int
-    answers: tuple[Answer, ...]
-    scores: tuple[float | None, ...]
-    pairs: int = 0
-    """Training pairs of the round; 0 for the start."""
-
-    @property
-    def score(self) -> float:
-        """Mean over the held-out prompts that were scored."""
-        known = [score for score in self.scores if score is not None]
-        return fmean(known) if known else float("nan")
-
-    def gain_over(self, other: Measurement) -> tuple[float, float]:
-        """Mean difference of the scores, prompt by prompt, and its standard error."""
-        both = zip(self.scores, other.scores, strict=True)
-        gains = [new - old for new, old in both if new is not None and old is not None]
-        if len(gains) < 2:
-            return 0.0, 0.0
-        return fmean(gains), stdev(gains) / sqrt(len(gains))
 
 
 @dataclass
@@ -295,7 +270,7 @@ def _measured(run: _Rounds, number: int) -> Measurement:
         found = _measure(run, number)
         text = {**asked, "answers": [asdict(a) for a in found.answers], "scores": found.scores, "pairs": found.pairs}
         write_new(path, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
-    run.tell(RoundsMeasured(tuple(_table([*run.measured, found]))))
+    run.tell(RoundsMeasured(tuple(score_table([*run.measured, found]))))
     return found
 
 
@@ -342,15 +317,15 @@ def _base(run: _Rounds) -> Base:
 
 
 @contextmanager
-def _policy(run: _Rounds, number: int) -> Iterator[Policy]:
+def _policy(run: _Rounds, number: int) -> Iterator[LoadedModel]:
     """Round `number`'s model, on the one base; its adapter is taken off again at the end."""
     base, adapter = _base(run), run.adapter(number)
     if adapter is None:
-        yield Policy(base, base.model)
+        yield LoadedModel(base, base.model)
         return
     model: Any = attach_adapter(base, adapter)
     try:
-        yield Policy(base, model, adapter)
+        yield LoadedModel(base, model, adapter)
     finally:
         base.model = detach(model)
 
@@ -365,23 +340,6 @@ def _judge(run: _Rounds) -> Judge:
         )
         run.judge = open_judge(section.judges, Means(endpoint=endpoint, cache=run.folder / "judge.sqlite"))
     return run.judge
-
-
-# --- what is shown --------------------------------------------------------------------------------
-
-
-def _table(measured: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
-    yield "round", "mean score", "gain over the start", "answer tokens", "end by themselves", "pairs"
-    for found in measured:
-        gain, error = found.gain_over(measured[0])
-        yield (
-            str(found.round) if found.round else "start",
-            f"{found.score:.3f}",
-            f"{gain:+.3f} ± {error:.3f}" if found.round else "",
-            f"{fmean(answer.tokens for answer in found.answers):.1f}",
-            f"{fmean(answer.finished for answer in found.answers):.0%}",
-            str(found.pairs) if found.round else "",
-        )
 
 
 def _write_table(run: _Rounds) -> None:
@@ -404,6 +362,6 @@ def _write_table(run: _Rounds) -> None:
 
 def _side_by_side(run: _Rounds, best: int) -> Iterator[tuple[str, str, str]]:
     """Held-out answers of the start and of the best round, spread over the file: a fair sample."""
-    for index in evenly(len(run.held_out), run.recipe.improve.show) if best else ():
+    for index in evenly_spaced(len(run.held_out), run.recipe.improve.show) if best else ():
         texts = [run.measured[number].answers[index].text for number in (0, best)]
         yield run.held_out[index].text, texts[0], texts[1]

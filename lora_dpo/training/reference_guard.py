@@ -14,24 +14,25 @@ import torch
 from peft import LoraConfig
 
 from lora_dpo.engine.pair_forward import DIFFERENCE, largest_difference
+from lora_dpo.engine.preference_loss import preference_loss
 from lora_dpo.errors import ReferenceMismatch
 from lora_dpo.model.base import steady
-from lora_dpo.model.lora import REFERENCE, bare
+from lora_dpo.model.lora import REFERENCE, base_of
 from lora_dpo.training.step_aside import TOLERANCE
 
 if TYPE_CHECKING:
-    from lora_dpo.training.dpo_trainer import DPOTrainer
+    import trl
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "eva")
 """How the values of `init_lora_weights` begin that put a part of the base, or of the data, into a fresh adapter."""
 
 
-def half_precision(trainer: DPOTrainer) -> bool:
+def half_precision(trainer: trl.DPOTrainer) -> bool:
     """Whether a trainer's products are rounded to 16 bits, so that another packing gives other digits."""
-    return bool(trainer.args.bf16 or trainer.args.fp16 or largest_difference(bare(trainer.model)) > DIFFERENCE)
+    return bool(trainer.args.bf16 or trainer.args.fp16 or largest_difference(base_of(trainer.model)) > DIFFERENCE)
 
 
-def compare(trainer: DPOTrainer, batch: dict[str, Any]) -> float:
+def compare(trainer: trl.DPOTrainer, batch: dict[str, Any]) -> float:
     """Score a batch with policy and reference, and judge the difference (`judge`)."""
     with steady(trainer.model) if trainer.engine is not None else _evaluating(trainer.model):
         ref_model, trainer.ref_model = trainer.ref_model, trainer.model
@@ -51,7 +52,7 @@ def compare(trainer: DPOTrainer, batch: dict[str, Any]) -> float:
     return judge(trainer, policy_B - reference_B.to(policy_B), batch["completion_mask"])
 
 
-def judge(trainer: DPOTrainer, logratio_B: torch.Tensor, mask_BT: torch.Tensor) -> float:
+def judge(trainer: trl.DPOTrainer, logratio_B: torch.Tensor, mask_BT: torch.Tensor) -> float:
     """The largest mean |log-ratio| per answer token, in nats.
 
     Args:
@@ -66,8 +67,7 @@ def judge(trainer: DPOTrainer, logratio_B: torch.Tensor, mask_BT: torch.Tensor) 
     compute = torch.bfloat16 if half_precision(trainer) else trainer.model.dtype
     if difference <= TOLERANCE.get(compute, max(TOLERANCE.values())):  # weights in 8 bits compute in 16
         return difference
-    chosen, rejected = logratio_B.chunk(2)
-    loss = float(-torch.nn.functional.logsigmoid(trainer.beta * (chosen - rejected)).mean())
+    loss = float(preference_loss(*logratio_B.chunk(2), beta=trainer.beta)[0].mean())
     raise ReferenceMismatch(
         f"At step 0 the policy is not the reference: their log-probabilities differ by {difference:.3g} a token "
         f"(sigmoid loss {loss:.4f}, it must be ln 2 = {math.log(2):.4f}). {_cause(trainer)} "
@@ -75,7 +75,7 @@ def judge(trainer: DPOTrainer, logratio_B: torch.Tensor, mask_BT: torch.Tensor) 
     )
 
 
-def _cause(trainer: DPOTrainer) -> str:
+def _cause(trainer: trl.DPOTrainer) -> str:
     if trainer.ref_model is not None:
         return (
             "The ref_model is another model than the one being trained: leave it out, so that the starting "

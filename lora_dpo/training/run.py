@@ -14,22 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters.checkpoints import checkpoints, clear_torn, make_keeper, read_state, tokens_seen
-from lora_dpo.adapters.folder import attach_adapter, make_passport, restore_adapter, write_passport
+from lora_dpo.adapters.checkpoints import checkpoint_callback, checkpoints, clear_torn, read_state, tokens_seen
+from lora_dpo.adapters.folder import attach_adapter, restore_adapter
+from lora_dpo.adapters.passport import make_passport, write_passport
 from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, open_run, release, resume_command
-from lora_dpo.config.recipe import Recipe, dump_recipe
+from lora_dpo.config.reading import dump_recipe
+from lora_dpo.config.recipe import Recipe
 from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import crossed
-from lora_dpo.data.pairs import evenly
+from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.engine.token_budget import memory_advice
 from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.evaluation.metrics import to_json
 from lora_dpo.evaluation.report.model_card import write_card, write_curves
 from lora_dpo.evaluation.report.write import PAGE, report_of
-from lora_dpo.evaluation.verify_adapter import write_probe
-from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged
+from lora_dpo.evaluation.verify_adapter import write_stored_pairs
+from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged, Stopped, StopSignal
 from lora_dpo.files import atomic_folder, disk_errors, sha256_of
 from lora_dpo.leftovers import discard
 from lora_dpo.model.base import Base, load_base, resolve_model
@@ -40,7 +42,8 @@ from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.before_after import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.training.guard.callback import add_guard
 from lora_dpo.training.guard.training_guard import Guard, Outcome, check_health, was_stopped
-from lora_dpo.training.prepare import Run, Stopped, StopSignal, prepare
+from lora_dpo.training.prepare import prepare
+from lora_dpo.training.prepared import Run
 from lora_dpo.training.run_summary import Stopwatch, findings, record, write_record
 
 if TYPE_CHECKING:
@@ -169,7 +172,7 @@ def _optimise(
     if look is not None:
         trainer.add_callback(_make_look(look))
     add_guard(trainer, guard, checkpoint)
-    trainer.add_callback(make_keeper(trainer, log))  # the last one: the others put files into a checkpoint
+    trainer.add_callback(checkpoint_callback(trainer, log.sync))  # the last one: the others put files into a checkpoint
     if checkpoint:
         trainer._total_train_tokens = tokens_seen(checkpoint)
     try:
@@ -326,7 +329,7 @@ def _memory_errors(method: str) -> Iterator[None]:
 
 def _report(run: Run, before: Measured, after: Measured, compared: Rows) -> None:
     run.emit(Compared(tuple(compared)))
-    shown = evenly(len(run.prompts), run.recipe.evaluation.show)
+    shown = evenly_spaced(len(run.prompts), run.recipe.evaluation.show)
     rows = [(run.prompts[i][-1]["content"], before.texts[i].text, after.texts[i].text) for i in shown]
     if rows:
         run.emit(Answered(tuple(rows)))
@@ -357,12 +360,12 @@ def _save(
     passport = make_passport(
         base, reference=run.recipe.reference, data=data, metrics=metrics, created=created, recipe=settings
     )
-    shown = evenly(len(run.prompts), max(run.recipe.evaluation.show, 8))
+    shown = evenly_spaced(len(run.prompts), max(run.recipe.evaluation.show, 8))
     samples = [(run.prompts[i][-1]["content"], before.texts[i].text, after.texts[i].text) for i in shown]
     with atomic_folder(run.output) as folder:
         model.save_pretrained(str(folder), selected_adapters=[POLICY])
         write_passport(folder, passport)
-        write_probe(folder, model, run.held_out or run.train or crossed(run.answers), tokenizer=run.tokenizer)
+        write_stored_pairs(folder, model, run.held_out or run.train or crossed(run.answers), tokenizer=run.tokenizer)
         (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
         shutil.copyfile(log.path, folder / METRICS)
         write_curves(folder / "curves.png", log.rows, beta=run.beta, method=run.recipe.method)

@@ -20,7 +20,7 @@ from lora_dpo.model.device import peak_of_process
 if TYPE_CHECKING:
     from lora_dpo.training.before_after import Measured
     from lora_dpo.training.guard.training_guard import Outcome
-    from lora_dpo.training.prepare import Run
+    from lora_dpo.training.prepared import Run
 
 MOST_ROWS = 5_000
 """Larger data is not looked at again for the report: the doctor's pass over it would take too long."""

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import trl
+
     from lora_dpo.engine.engine import Engine
-    from lora_dpo.training.dpo_trainer import DPOTrainer
 
 
 def scored_references(
-    trainer: DPOTrainer, engine: Engine, dataset: Any, on_pair: Callable[[int], None] | None
+    trainer: trl.DPOTrainer, engine: Engine, dataset: Any, on_pair: Callable[[int], None] | None
 ) -> list[tuple[float, float]]:
     """See `DPOTrainer.score_references`."""
     if not len(dataset):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_dpo.data.answers import TokenAnswer
-    from lora_dpo.training.prepare import Run
+    from lora_dpo.training.prepared import Run
 
 
 class _OnOneBase:

@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_dpo.engine import unsupported_reason
-from lora_dpo.model.lora import bare
+from lora_dpo.model.lora import base_of
 
 if TYPE_CHECKING:
-    from lora_dpo.training.dpo_trainer import DPOTrainer
+    import trl
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest mean |log-ratio| per answer token at step 0 that still counts as equal, by compute dtype."""
@@ -29,7 +29,7 @@ STEPS = ("compute_loss", "_compute_loss", "compute_ref_log_probs")
 """TRL's methods in whose place the engine works: a subclass that has its own wants it called."""
 
 
-def no_engine_because(trainer: DPOTrainer, own: type) -> str | None:
+def no_engine_because(trainer: trl.DPOTrainer, own: type) -> str | None:
     """Why a trainer's set-up needs TRL's own passes, or None.
 
     Args:
@@ -56,7 +56,7 @@ def no_engine_because(trainer: DPOTrainer, own: type) -> str | None:
     own_steps += [name for name in STEPS if name in vars(trainer)]
     if own_steps:
         return f"{type(trainer).__name__} has its own {own_steps[0]}"
-    return _adapter_reason(trainer.model) or _base_reason(trainer) or unsupported_reason(bare(trainer.model))
+    return _adapter_reason(trainer.model) or _base_reason(trainer) or unsupported_reason(base_of(trainer.model))
 
 
 def _adapter_reason(model: Any) -> str | None:
@@ -72,13 +72,13 @@ def _adapter_reason(model: Any) -> str | None:
     return None
 
 
-def _base_reason(trainer: DPOTrainer) -> str | None:
+def _base_reason(trainer: trl.DPOTrainer) -> str | None:
     for parameter in trainer.model.parameters():
         if type(parameter).__name__ == "Int8Params":
             return "8-bit layers of bitsandbytes compute a row by what is beside it, and otherwise in evaluation"
         if is_traceable_wrapper_subclass(parameter.data):
             return f"its weights are of the type {type(parameter.data).__name__}"
-    return _rope_reason(bare(trainer.model).config, trainer.args.max_length)
+    return _rope_reason(base_of(trainer.model).config, trainer.args.max_length)
 
 
 def _rope_reason(config: Any, max_length: int | None) -> str | None:
@@ -98,7 +98,7 @@ def _rope_reason(config: Any, max_length: int | None) -> str | None:
     return None
 
 
-def odd_batch(inputs: dict[str, Any], *, weighted: bool) -> str | None:
+def unsupported_batch(inputs: dict[str, Any], *, weighted: bool) -> str | None:
     """Why a batch cannot be laid out as a stream of pairs, or None.
 
     Args:

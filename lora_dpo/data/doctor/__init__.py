@@ -7,3 +7,9 @@ near_duplicates   pairs with almost the same words, in one pass
 statistics        lengths, length bias, label noise
 examination       one pass over the data that puts all of it together
 """
+
+from __future__ import annotations
+
+from lora_dpo.data.doctor.examination import Diagnosis, Finding, examine
+
+__all__ = ["Diagnosis", "Finding", "examine"]

@@ -14,15 +14,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.chat_template import Message, prompt_ids
-from lora_dpo.data.doctor.checks import (
-    CHECKS,
-    Check,
-    Texts,
-    ends_with_marker,
-    prompt_text,
-    special_findings,
-    text_findings,
-)
+from lora_dpo.data.doctor.catalogue import CHECKS, Check
+from lora_dpo.data.doctor.checks import Texts, ends_with_marker, prompt_text, special_findings, text_findings
 from lora_dpo.data.doctor.language import language_of
 from lora_dpo.data.doctor.near_duplicates import NearDuplicates
 from lora_dpo.data.doctor.statistics import LengthBias, Noise, length_bias, percentiles

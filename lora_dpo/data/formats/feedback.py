@@ -12,20 +12,20 @@ from typing import Any
 from lora_dpo.data.formats.published import prompt_and_answer
 from lora_dpo.data.formats.trl import check_answer, check_prompt, checked_pair
 from lora_dpo.data.messages import BadRow, Messages, conversation, message, number, tools_of, without_call_ids
-from lora_dpo.data.pairs import Origin, PreferencePair, Vote
-from lora_dpo.data.rows import Row
+from lora_dpo.data.pairs import Origin, PreferencePair, UnpairedAnswer
+from lora_dpo.data.row_reading import Row
 
 LABELS = ("label", "kto_tag")
 
 
-def kto(row: Row, origin: Origin) -> Vote:
+def kto(row: Row, origin: Origin) -> UnpairedAnswer:
     """TRL's and LLaMA-Factory's unpaired form: `prompt` and `completion`, or one conversation, and a yes or no."""
     label = next((row[name] for name in LABELS if row.get(name) is not None), None)
     prompt, answer = prompt_and_answer(row)
     return _checked_vote(prompt, answer, _is_up(label), origin, row)
 
 
-def open_webui(row: Row, origin: Origin) -> list[PreferencePair] | Vote:
+def open_webui(row: Row, origin: Origin) -> list[PreferencePair] | UnpairedAnswer:
     """Open WebUI's exported feedback: a rating of one message, and a snapshot of the chat it stands in.
 
     Rated among siblings (regenerated, or side by side) it is a comparison with each that has no rating of its own;
@@ -65,14 +65,14 @@ def open_webui(row: Row, origin: Origin) -> list[PreferencePair] | Vote:
 class Ballot:
     """Votes by prompt and tools, each used once: an up with the first down that is left on another answer."""
 
-    votes: dict[str, tuple[list[Vote], list[Vote]]] = field(default_factory=dict)
+    votes: dict[str, tuple[list[UnpairedAnswer], list[UnpairedAnswer]]] = field(default_factory=dict)
 
-    def add(self, vote: Vote) -> None:
+    def add(self, vote: UnpairedAnswer) -> None:
         """Keep a vote until all are in."""
         key = json.dumps([without_call_ids(vote.prompt), vote.tools], sort_keys=True)
         self.votes.setdefault(key, ([], []))[0 if vote.up else 1].append(vote)
 
-    def count(self) -> Iterator[tuple[tuple[Vote, ...], PreferencePair | BadRow]]:
+    def count(self) -> Iterator[tuple[tuple[UnpairedAnswer, ...], PreferencePair | BadRow]]:
         """Yield the votes that were used and what they became: a pair, or a reason why not."""
         for ups, downs in self.votes.values():
             pairs, unused_ups, unused_downs = matched(ups, downs)
@@ -95,8 +95,8 @@ class Ballot:
 
 
 def matched(
-    ups: Sequence[Vote], downs: Sequence[Vote]
-) -> tuple[list[tuple[Vote, Vote]], Sequence[Vote], Sequence[Vote]]:
+    ups: Sequence[UnpairedAnswer], downs: Sequence[UnpairedAnswer]
+) -> tuple[list[tuple[UnpairedAnswer, UnpairedAnswer]], Sequence[UnpairedAnswer], Sequence[UnpairedAnswer]]:
     """As many pairs of opposite votes on different answers as there are, in order, and the votes that are left.
 
     Each up gets the first down that is left on another answer. If only downs on its own answer are left, it trades
@@ -106,7 +106,7 @@ def matched(
     for place, down in enumerate(downs):
         answers.setdefault(_words(down), deque()).append(place)
     heads = [(places[0], answer) for answer, places in answers.items()]  # by place: a heap
-    pairs: list[tuple[Vote, Vote]] = []
+    pairs: list[tuple[UnpairedAnswer, UnpairedAnswer]] = []
     unused, traded = [], 0
     for up in ups:
         own = _words(up)
@@ -135,11 +135,11 @@ def matched(
     return pairs, unused, [downs[place] for place in left]
 
 
-def _words(vote: Vote) -> str:
+def _words(vote: UnpairedAnswer) -> str:
     return json.dumps(without_call_ids(vote.answer), sort_keys=True)
 
 
-def _made_of(up: Vote, down: Vote) -> dict[str, Any]:
+def _made_of(up: UnpairedAnswer, down: UnpairedAnswer) -> dict[str, Any]:
     """Where both votes are: `rejected_file` only if the second is in another file."""
     made: dict[str, Any] = {"file": up.origin.source, "row": up.origin.row}
     if down.origin.source != up.origin.source:
@@ -147,10 +147,10 @@ def _made_of(up: Vote, down: Vote) -> dict[str, Any]:
     return {**made, "rejected_row": down.origin.row}
 
 
-def _checked_vote(prompt: Messages, answer: Messages, up: bool, origin: Origin, row: Row) -> Vote:
+def _checked_vote(prompt: Messages, answer: Messages, up: bool, origin: Origin, row: Row) -> UnpairedAnswer:
     check_prompt(prompt)
     check_answer(answer, "voted")
-    return Vote(prompt, answer, up, origin, tools_of(row))
+    return UnpairedAnswer(prompt, answer, up, origin, tools_of(row))
 
 
 def _is_up(value: Any) -> bool:

@@ -27,7 +27,7 @@ from lora_dpo.data.messages import (
     with_system,
 )
 from lora_dpo.data.pairs import Origin, PreferencePair
-from lora_dpo.data.rows import Row
+from lora_dpo.data.row_reading import Row
 
 
 def alpaca(row: Row, origin: Origin) -> PreferencePair:

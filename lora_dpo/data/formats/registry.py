@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_dpo.config.recipe import nearest
-from lora_dpo.data.formats import feedback as votes
-from lora_dpo.data.formats import published as shapes
+from lora_dpo.config.reading import nearest
+from lora_dpo.data.formats import feedback, published
 from lora_dpo.data.formats.trl import pair_from_row
 from lora_dpo.data.messages import is_transcript
-from lora_dpo.data.pairs import Origin, PreferencePair, Vote
-from lora_dpo.data.rows import Row
+from lora_dpo.data.pairs import Origin, PreferencePair, UnpairedAnswer
+from lora_dpo.data.row_reading import Row
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import shown
 
-Reading = PreferencePair | list[PreferencePair] | Vote
+Reading = PreferencePair | list[PreferencePair] | UnpairedAnswer
 
 
 @dataclass(frozen=True)
-class Form:
+class Format:
     """One way in which people write preferences."""
 
     name: str
@@ -44,7 +43,7 @@ def _answers(row: Row) -> bool:
 
 def _is_vote(row: Row) -> bool:
     answered = any(name in row for name in ("completion", "messages", "conversations", "output", "response"))
-    return answered and not _answers(row) and any(name in row for name in votes.LABELS)
+    return answered and not _answers(row) and any(name in row for name in feedback.LABELS)
 
 
 def _is_hh(row: Row) -> bool:
@@ -56,91 +55,91 @@ def _is_hh(row: Row) -> bool:
 
 
 FORMS = (
-    Form(
+    Format(
         "openwebui",
         "Open WebUI feedback",
         "`data.rating`, `meta.message_id`, `snapshot.chat`",
         lambda row: isinstance(row.get("snapshot"), dict) and isinstance(row.get("data"), dict),
-        votes.open_webui,
+        feedback.open_webui,
     ),
-    Form(
+    Format(
         "shp",
         "SHP",
         "`history`, `human_ref_A`, `human_ref_B`, `labels`, `score_A`, `score_B`",
         lambda row: "human_ref_A" in row and "human_ref_B" in row,
-        shapes.shp,
+        published.shp,
     ),
-    Form(
+    Format(
         "nectar",
         "Nectar ranked answers",
         "`prompt`, `answers` of `{answer, rank}`",
         lambda row: "answers" in row and not _answers(row),
-        shapes.nectar,
+        published.nectar,
     ),
-    Form(
+    Format(
         "stackexchange",
         "StackExchange paired",
         "`question`, `response_j`, `response_k`",
         lambda row: "response_j" in row and "response_k" in row,
-        shapes.stackexchange,
+        published.stackexchange,
     ),
-    Form(
+    Format(
         "ratings",
         "distilabel rated generations",
         "`instruction` or `input`, `system`, `generations`, `ratings`",
         lambda row: "generations" in row and not _answers(row),
-        shapes.ratings,
+        published.ratings,
     ),
-    Form(
+    Format(
         "sharegpt",
         "LLaMA-Factory ShareGPT ranking",
         "`conversations`, `chosen` and `rejected` of `{from, value}`, `system`, `tools`",
         lambda row: "conversations" in row and _answers(row) and not _has(row, "prompt"),
-        shapes.sharegpt,
+        published.sharegpt,
     ),
-    Form(
+    Format(
         "llamafactory-v1",
         "LLaMA-Factory v1 messages",
         "`chosen_messages`, `rejected_messages` with typed content",
         lambda row: "chosen_messages" in row and "rejected_messages" in row,
-        shapes.llamafactory_v1,
+        published.llamafactory_v1,
     ),
-    Form(
+    Format(
         "alpaca",
         "Alpaca ranking",
         "`instruction`, `input`, `chosen`, `rejected`, `system`, `history`",
         lambda row: _has(row, "instruction") and _answers(row) and not _has(row, "prompt"),
-        shapes.alpaca,
+        published.alpaca,
     ),
-    Form(
+    Format(
         "orca",
         "Intel Orca pairs",
         "`system`, `question`, `chosen`, `rejected`",
         lambda row: _has(row, "question") and _answers(row) and not _has(row, "prompt"),
-        shapes.orca,
+        published.orca,
     ),
-    Form(
+    Format(
         "argilla",
         "Argilla and distilabel pairs",
         "`system`, `input` or `instruction`, `chosen`/`rejected` or `chosen_response`/`rejected_response`",
         lambda row: (_has(row, "input") and _answers(row) and not _has(row, "prompt")) or "chosen_response" in row,
-        shapes.argilla,
+        published.argilla,
     ),
-    Form(
+    Format(
         "kto",
         "unpaired votes",
         "`prompt` and `completion`, or `messages`, or `instruction` and `output`; `label` or `kto_tag`",
         _is_vote,
-        votes.kto,
+        feedback.kto,
     ),
-    Form(
+    Format(
         "hh-rlhf",
         "HH-RLHF transcripts",
         "`chosen` and `rejected` as `Human:` … `Assistant:` …",
         _is_hh,
-        shapes.hh_rlhf,
+        published.hh_rlhf,
     ),
-    Form(
+    Format(
         "trl",
         "TRL preference pairs",
         "`prompt`, `chosen`, `rejected`: text or messages; scores, `tools`, `origin`",
@@ -149,11 +148,11 @@ FORMS = (
     ),
 )
 
-_UNKNOWN = Form("", "no known form", "", lambda row: True, pair_from_row)
+_UNKNOWN = Format("", "no known form", "", lambda row: True, pair_from_row)
 """Reads as TRL's form does, to say what is missing."""
 
 
-def form_named(name: str) -> Form:
+def format_named(name: str) -> Format:
     """The form of that name. Raises `ConfigError` for another one."""
     for form in FORMS:
         if form.name == name:
@@ -164,6 +163,6 @@ def form_named(name: str) -> Form:
     )
 
 
-def form_of(row: Row) -> Form:
+def format_of(row: Row) -> Format:
     """The first form that fits the row."""
     return next((form for form in FORMS if form.fits(row)), _UNKNOWN)

@@ -1,6 +1,6 @@
-"""The form of TRL, which is ours too, and what every form must hold up to become a pair.
+"""TRL's format, which is ours too, and what every format must hold up to become a pair.
 
-Forms of other projects are in `shapes.py`; which one a row has is decided in `table.py`.
+Formats of other projects are in `published.py` and `feedback.py`; which one a row has is decided in `registry.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lora_dpo.data.messages import (
     without_call_ids,
 )
 from lora_dpo.data.pairs import Origin, PreferencePair
-from lora_dpo.data.rows import Row
+from lora_dpo.data.row_reading import Row
 
 SCORES = (
     ("chosen_score", "rejected_score"),

@@ -8,3 +8,10 @@ several           the page of several of either
 write             the right page for a folder, into a file
 model_card        the adapter's README and its curves
 """
+
+from __future__ import annotations
+
+from lora_dpo.evaluation.report.one_evaluation import evaluation_page, number_rows
+from lora_dpo.evaluation.report.write import PAGE, report_of, write_report
+
+__all__ = ["PAGE", "evaluation_page", "number_rows", "report_of", "write_report"]

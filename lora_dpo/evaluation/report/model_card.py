@@ -15,7 +15,7 @@ from lora_dpo.config.trl_sft_kto import TITLES
 from lora_dpo.model.packaged import is_hub_id
 
 if TYPE_CHECKING:
-    from lora_dpo.adapters.folder import Passport
+    from lora_dpo.adapters.passport import Passport
 
 
 def write_card(

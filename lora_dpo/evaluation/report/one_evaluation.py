@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from lora_dpo.adapters.stored_schema import NAMES
-from lora_dpo.evaluation.report import parts as page
-from lora_dpo.evaluation.report import svg
+from lora_dpo.evaluation.report import parts, svg
 
 Stored = Mapping[str, Any]
 
@@ -42,25 +41,25 @@ def number_rows(stored: Stored) -> list[tuple[str, str, str, str]]:
 def evaluation_page(stored: Stored) -> str:
     """The whole page."""
     kind = {"better": "good", "worse": "bad"}.get(stored["called"], "warn")
-    return page.page(
+    return parts.page(
         f"Evaluation of {stored['adapter']}",
         [
-            page.heading(f"Evaluation of {stored['adapter']}", _under(stored)),
-            page.box(stored["verdict"], kind),
-            *(page.box(text, "warn") for text in stored.get("warnings", ())),
-            *(page.paragraph(text) for text in remarks(stored)),
-            page.section(
-                "Numbers", page.table(("", "value", "95% interval", "from"), number_rows(stored)), _explained(stored)
+            parts.heading(f"Evaluation of {stored['adapter']}", _under(stored)),
+            parts.box(stored["verdict"], kind),
+            *(parts.box(text, "warn") for text in stored.get("warnings", ())),
+            *(parts.paragraph(text) for text in remarks(stored)),
+            parts.section(
+                "Numbers", parts.table(("", "value", "95% interval", "from"), number_rows(stored)), _explained(stored)
             ),
-            page.section("At a glance", page.plots(*_shares(stored), log_ratios(stored["pairs"]["log_ratios"]))),
-            page.section(
+            parts.section("At a glance", parts.plots(*_shares(stored), log_ratios(stored["pairs"]["log_ratios"]))),
+            parts.section(
                 "The same prompts, answered by both",
-                page.answers(
+                parts.answers(
                     ("prompt", stored["against"], "adapter"),
                     [(row["prompt"], row["against"], row["adapter"]) for row in stored["rows"]],
                 ),
             ),
-            page.section("How it was measured", page.keys(_how(stored))),
+            parts.section("How it was measured", parts.keys(_how(stored))),
         ],
     )
 
@@ -119,7 +118,7 @@ def _under(stored: Stored) -> str:
 
 
 def _explained(stored: Stored) -> str:
-    return page.paragraph(
+    return parts.paragraph(
         "Shares have Wilson intervals, means Student's t, both over prompts. Length is taken out by a logistic "
         "regression on the difference of lengths, read where it is 0 (after AlpacaEval 2). An accuracy or a "
         "win rate whose interval holds 0.5 is no better than chance."

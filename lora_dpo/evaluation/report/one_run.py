@@ -7,8 +7,7 @@ from typing import Any
 
 from lora_dpo.adapters.stored_run import StoredRun
 from lora_dpo.adapters.stored_run import number as number_of
-from lora_dpo.evaluation.report import parts as page
-from lora_dpo.evaluation.report import svg
+from lora_dpo.evaluation.report import parts, svg
 
 CURVES = (
     ("loss", "loss", 1.0, None),
@@ -30,24 +29,26 @@ ANSWERS = (
 
 def run_page(run: StoredRun) -> str:
     """The whole page."""
-    return page.page(
+    return parts.page(
         f"Run {run.name}",
         [
-            page.heading(f"Run {run.name}", _under(run)),
+            parts.heading(f"Run {run.name}", _under(run)),
             *_summary(run),
-            page.section("Held-out data, before and after", page.table(("", "before", "after"), before_and_after(run))),
-            page.section("Health", *_health(run)),
-            page.section("Training", page.plots(*curves(run))),
-            page.section("Held-out log-ratios", page.plots(_histogram(run))),
-            page.section(
-                "The same prompts, before and after",
-                page.answers(("prompt", "before", "after"), answer_rows(run)),
+            parts.section(
+                "Held-out data, before and after", parts.table(("", "before", "after"), before_and_after(run))
             ),
-            page.section("Answers on the way", *_samples(run)),
-            page.section("Data", *_data(run)),
-            page.section("Time and memory", page.keys(list(_cost(run)))),
-            page.section("Passport", page.keys(list(_passport(run)))),
-            page.section("Settings", page.keys(list(flat(run.recipe)))),
+            parts.section("Health", *_health(run)),
+            parts.section("Training", parts.plots(*curves(run))),
+            parts.section("Held-out log-ratios", parts.plots(_histogram(run))),
+            parts.section(
+                "The same prompts, before and after",
+                parts.answers(("prompt", "before", "after"), answer_rows(run)),
+            ),
+            parts.section("Answers on the way", *_samples(run)),
+            parts.section("Data", *_data(run)),
+            parts.section("Time and memory", parts.keys(list(_cost(run)))),
+            parts.section("Passport", parts.keys(list(_passport(run)))),
+            parts.section("Settings", parts.keys(list(flat(run.recipe)))),
         ],
     )
 
@@ -120,7 +121,7 @@ def _summary(run: StoredRun) -> Iterator[str]:
     health = run.measured.get("health") or {}
     for sentence in (run.unfinished, health.get("sentence")):
         if sentence:
-            yield page.box(sentence, "warn")
+            yield parts.box(sentence, "warn")
     if run.unfinished or health.get("kept") == 0:
         return  # nothing was measured yet, or nothing has changed
     pairs, answers, before = (
@@ -129,19 +130,19 @@ def _summary(run: StoredRun) -> Iterator[str]:
         run.metrics("before", "answers"),
     )
     if {"pairs", "accuracy", "margin", "chosen_logratio"} <= pairs.keys():
-        yield page.paragraph(
+        yield parts.paragraph(
             f"Of {pairs['pairs']} held-out pairs it tells {pairs['accuracy']:.0%} apart as the data does (margin "
             f"{pairs['margin']:.2f}{' nats' if run.method == 'sft' else ''}); the chosen answers "
             f"{_likelier(pairs['chosen_logratio'])}."
         )
     if answers.get("answers") and {"mean_tokens", "finished"} <= before.keys() & answers.keys():
-        yield page.paragraph(
+        yield parts.paragraph(
             f"Its answers have {answers['mean_tokens']:.0f} tokens, before they had {before['mean_tokens']:.0f} (the "
             f"chosen ones {answers.get('chosen_mean_tokens', 0):.0f}), and {answers['finished']:.0%} end by themselves "
             f"({before['finished']:.0%} before)."
         )
     if not pairs and not answers:
-        yield page.paragraph("Nothing was measured on held-out data: set data.eval in the recipe.")
+        yield parts.paragraph("Nothing was measured on held-out data: set data.eval in the recipe.")
 
 
 def _likelier(nats: float) -> str:
@@ -158,10 +159,10 @@ def _health(run: StoredRun) -> Iterator[str]:
     if health is None:
         return
     if not health["alarms"]:
-        yield page.box(f"No alarm in {health.get('steps', 0)} steps.", "good")
+        yield parts.box(f"No alarm in {health.get('steps', 0)} steps.", "good")
     for alarm in health["alarms"]:
         text = f"step {alarm['step']}, {alarm['name']}: {alarm['seen']}. {alarm['cause']}. {alarm['advice']}."
-        yield page.box(text, "bad" if alarm["severe"] else "warn")
+        yield parts.box(text, "bad" if alarm["severe"] else "warn")
 
 
 def _histogram(run: StoredRun) -> str:
@@ -173,10 +174,10 @@ def _histogram(run: StoredRun) -> str:
 def _samples(run: StoredRun) -> Iterator[str]:
     looked = [row for row in run.rows if row.get("answers")]
     if looked or run.first_look:
-        yield page.paragraph("What the guard's few prompts were answered at each look, greedily and cut short.")
+        yield parts.paragraph("What the guard's few prompts were answered at each look, greedily and cut short.")
         first = [["before", *run.first_look[:3]]] if run.first_look else []
         rows = first + [[f"step {row['step']}", *map(str, row["answers"][:3])] for row in looked]
-        yield page.answers(["", *(f"prompt {index + 1}" for index in range(max(map(len, rows)) - 1))], _even(rows))
+        yield parts.answers(["", *(f"prompt {index + 1}" for index in range(max(map(len, rows)) - 1))], _even(rows))
 
 
 def _even(rows: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -197,18 +198,18 @@ def _data(run: StoredRun) -> Iterator[str]:
                 + (f"; dropped {dropped}" if dropped else ""),
             )
         )
-    yield page.keys(rows)
+    yield parts.keys(rows)
     found = run.measured.get("findings")
     if found is None and run.measured:
-        yield page.paragraph("The data is too large to look at again here; lora-dpo data check does.")
+        yield parts.paragraph("The data is too large to look at again here; lora-dpo data check does.")
     for one in found or ():
         kind = "bad" if one["severity"] == "error" else "warn"
         many = f" ({one['count']} rows)" if one["count"] else ""
-        yield page.box(f"{one['title']}{many}: {one['meaning']} {one['advice']}", kind)
+        yield parts.box(f"{one['title']}{many}: {one['meaning']} {one['advice']}", kind)
     if found == [] and run.method == "dpo":
-        yield page.paragraph("lora-dpo data check finds nothing in the training data.")
+        yield parts.paragraph("lora-dpo data check finds nothing in the training data.")
     elif found == []:
-        yield page.paragraph(
+        yield parts.paragraph(
             "Nothing is odd about the answers of the training pairs. Rows without a pair are not looked at."
         )
 

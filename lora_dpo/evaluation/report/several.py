@@ -8,8 +8,7 @@ from typing import Any
 
 from lora_dpo.adapters.stored_run import StoredRun, number
 from lora_dpo.adapters.stored_schema import NAMES
-from lora_dpo.evaluation.report import parts as page
-from lora_dpo.evaluation.report import svg
+from lora_dpo.evaluation.report import parts, svg
 from lora_dpo.evaluation.report.one_evaluation import is_known
 from lora_dpo.evaluation.report.one_run import ANSWERS, PAIRS, flat
 
@@ -21,16 +20,16 @@ def comparison_page(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, 
     """The whole page; either list may be empty."""
     runs, evaluations = _named_apart(runs, evaluations)
     names = [run.name for run in runs] + [name for name, _ in evaluations]
-    return page.page(
+    return parts.page(
         "Comparison",
         [
-            page.heading(f"{len(names)} side by side", ", ".join(names)),
-            page.section("What differs", page.table(("setting", *(run.name for run in runs)), differences(runs))),
-            page.section("Results on held-out data", page.table(("run", *_columns()), _results(runs))),
-            page.section("Health", *_health(runs)),
-            page.section("Training", page.plots(*_curves(runs))),
-            page.section("Evaluations", *_evaluations(evaluations)),
-            page.section("The same prompts", *_answers(runs, evaluations)),
+            parts.heading(f"{len(names)} side by side", ", ".join(names)),
+            parts.section("What differs", parts.table(("setting", *(run.name for run in runs)), differences(runs))),
+            parts.section("Results on held-out data", parts.table(("run", *_columns()), _results(runs))),
+            parts.section("Health", *_health(runs)),
+            parts.section("Training", parts.plots(*_curves(runs))),
+            parts.section("Evaluations", *_evaluations(evaluations)),
+            parts.section("The same prompts", *_answers(runs, evaluations)),
         ],
     )
 
@@ -87,7 +86,7 @@ def _at(beta: float) -> str:
 
 def _health(runs: Sequence[StoredRun]) -> list[str]:
     found = [(run.name, run.unfinished or (run.measured.get("health") or {}).get("sentence")) for run in runs]
-    return [page.box(f"{name}: {sentence}", "warn") for name, sentence in found if sentence]
+    return [parts.box(f"{name}: {sentence}", "warn") for name, sentence in found if sentence]
 
 
 def _curves(runs: Sequence[StoredRun]) -> list[str]:
@@ -135,9 +134,9 @@ def _evaluations(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> list[s
             if key in one["numbers"] and is_known(one["numbers"][key])
         ]
         figures.append(svg.intervals(points, title=NAMES[key], level=None if key == "kl" else 0.5))
-    verdicts = [page.paragraph(f"{name}: {one['verdict']}") for name, one in evaluations]
-    warnings = [page.box(f"{name}: {text}", "warn") for name, one in evaluations for text in one.get("warnings", ())]
-    return [*verdicts, *warnings, page.table(head, rows), page.plots(*figures)]
+    verdicts = [parts.paragraph(f"{name}: {one['verdict']}") for name, one in evaluations]
+    warnings = [parts.box(f"{name}: {text}", "warn") for name, one in evaluations for text in one.get("warnings", ())]
+    return [*verdicts, *warnings, parts.table(head, rows), parts.plots(*figures)]
 
 
 def _interval(found: Mapping[str, Any] | None) -> str:
@@ -170,7 +169,7 @@ def _answers(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping
     apart = [_side_by_side(columns) for columns in (of_runs, of_evaluations)]
     yield from apart
     if sum(bool(answers) for _, answers in (*of_runs, *of_evaluations)) > 1:
-        yield page.paragraph("No prompt was answered by all of them.")
+        yield parts.paragraph("No prompt was answered by all of them.")
 
 
 def _side_by_side(columns: Sequence[Column]) -> str:
@@ -180,4 +179,4 @@ def _side_by_side(columns: Sequence[Column]) -> str:
         return ""
     shared = [prompt for prompt in columns[0][1] if all(prompt in answers for _, answers in columns)]
     rows = [[prompt, *(answers[prompt] for _, answers in columns)] for prompt in shared]
-    return page.answers(["prompt", *(name for name, _ in columns)], rows)
+    return parts.answers(["prompt", *(name for name, _ in columns)], rows)

@@ -1,4 +1,4 @@
-"""Self-contained pages about runs and evaluations: one HTML file each, no script, nothing loaded from elsewhere."""
+"""The right page for a folder (a run, an evaluation, or several of either), written to a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_dpo.adapters.folder import check_folder
+from lora_dpo.adapters.passport import check_folder
 from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.adapters.stored_run import is_evaluation, is_unfinished, read_evaluation, read_run
 from lora_dpo.errors import AdapterError

@@ -6,3 +6,9 @@ gguf_write       GGUF files of adapters and of merged models
 ollama           a Modelfile with the chat template in Go's language
 export_adapter   the choice between them
 """
+
+from __future__ import annotations
+
+from lora_dpo.release.exports.export_adapter import export
+
+__all__ = ["export"]

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_dpo.adapters.folder import base_name, check_weights_are_the_passports, read_passport, warn_of
+from lora_dpo.adapters.folder import base_name, check_weights_are_the_passports, warn_of
+from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_json
 from lora_dpo.adapters.package import CARD, without_picture
-from lora_dpo.adapters.peft_files import CONFIG, WEIGHTS, plain, read_json
+from lora_dpo.adapters.passport import read_passport
 from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.adapters.store import adapter_names, find_adapter
 from lora_dpo.errors import AdapterError, ConfigError
@@ -19,6 +20,7 @@ from lora_dpo.files import atomic_file, atomic_folder
 from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.release.merged_weights import Into, Merged, plan_base, plan_merge, trained_into
+from lora_dpo.text import plain
 
 __all__ = ["adapter_of", "export"]
 
@@ -100,13 +102,13 @@ def adapter_of(source: str | Path) -> Path | None:
 
 
 def _near(name: str, names: list[str]) -> bool:
-    from lora_dpo.config.recipe import nearest
+    from lora_dpo.config.reading import nearest
 
     return bool(nearest(name, names))
 
 
 def _kind(kind: str | None, default: str) -> str:
-    from lora_dpo.config.recipe import nearest
+    from lora_dpo.config.reading import nearest
     from lora_dpo.release.exports.gguf_write import KINDS
 
     kind = kind or default

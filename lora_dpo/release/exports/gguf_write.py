@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters.peft_files import plain, read_adapter, weights
+from lora_dpo.adapters.peft_files import read_adapter, weights
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.release.exports.gguf_arch import Arch, add_numbers, arch_of, extra_tensors, head_count, lay_out, permute
 from lora_dpo.release.exports.gguf_vocab import add_vocabulary
 from lora_dpo.release.merged_weights import Merged
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     import numpy as np

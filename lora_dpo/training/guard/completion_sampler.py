@@ -10,32 +10,32 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lora_dpo.data.chat_template import prompt_ids
-from lora_dpo.data.pairs import evenly
+from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.evaluation.kl import as_answer, kl_to_reference
 from lora_dpo.judging import Judge
 from lora_dpo.model.decoding import Answer, Sampling, decode, stop_token_ids
 from lora_dpo.model.lora import reference
-from lora_dpo.training.guard.monitor import Checkup
+from lora_dpo.training.guard.monitor import HealthSample
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_dpo.data import TokenPair
     from lora_dpo.data.answers import TokenAnswer
-    from lora_dpo.training.prepare import Run
+    from lora_dpo.training.prepared import Run
 
 
 @dataclass(frozen=True)
-class Probe:
+class HealthPrompt:
     """A prompt to answer, and how long a good answer to it is; both in tokens."""
 
     prompt: list[int]
     good: int
 
 
-class Looker:
+class CompletionSampler:
     """Looks at one run's model. Nothing of it is random, and the model is left as it was."""
 
     def __init__(self, run: Run, model: PeftModel) -> None:
@@ -50,7 +50,7 @@ class Looker:
         self.seconds = 0.0
         """Spent so far."""
 
-    def first(self, known: Sequence[Answer] = ()) -> Checkup | None:
+    def first(self, known: Sequence[Answer] = ()) -> HealthSample | None:
         """The look before the first step, when the policy is the reference; None without prompts.
 
         Args:
@@ -68,7 +68,7 @@ class Looker:
                     return self._checkup(0, answers, None)
             return self._answers(0)
 
-    def look(self, step: int) -> Checkup:
+    def look(self, step: int) -> HealthSample:
         """Answer the prompts with the model as it is now."""
         with self._at_rest():
             checkup = self._answers(step)
@@ -85,7 +85,7 @@ class Looker:
         """Length of each prompt's good answer, cut as the answers are."""
         return tuple(min(probe.good, self.limit) for probe in self.probes)
 
-    def _answers(self, step: int) -> Checkup:
+    def _answers(self, step: int) -> HealthSample:
         tokenizer, prompts = self.run.tokenizer, [probe.prompt for probe in self.probes]
         stops = stop_token_ids(self.model, tokenizer)
         written: list[list[int]] = [[] for _ in prompts]
@@ -107,8 +107,8 @@ class Looker:
         ids = self.run.tokenizer.encode(answer.text, add_special_tokens=False)[: self.limit]
         return Answer(str(self.run.tokenizer.decode(ids)).strip(), self.limit, False)
 
-    def _checkup(self, step: int, answers: Sequence[Answer], kl: float | None) -> Checkup:
-        return Checkup(
+    def _checkup(self, step: int, answers: Sequence[Answer], kl: float | None) -> HealthSample:
+        return HealthSample(
             step=step,
             tokens=tuple(answer.tokens for answer in answers),
             finished=tuple(answer.finished for answer in answers),
@@ -155,19 +155,19 @@ class Looker:
             self.seconds += time.perf_counter() - began
 
 
-def probes(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[Probe]:
+def probes(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[HealthPrompt]:
     """`health.prompts` prompts, spread over the held-out data if there is any, each prompt once.
 
     Args:
         answered: prompts that are answered before training anyway: if there are any of them, no others are taken.
     """
     good = _good_answers(run.held_out, run.held_out_answers) or _good_answers(run.train, run.answers)
-    unique: dict[tuple[int, ...], Probe] = {}
+    unique: dict[tuple[int, ...], HealthPrompt] = {}
     for prompt, answer in good:
         # less one: the end of turn, which answers are counted without
-        unique.setdefault(tuple(prompt), Probe(prompt, len(answer) - 1))
+        unique.setdefault(tuple(prompt), HealthPrompt(prompt, len(answer) - 1))
     found = [probe for prompt, probe in unique.items() if prompt in answered] or list(unique.values())
-    return [found[index] for index in evenly(len(found), run.recipe.health.prompts)]
+    return [found[index] for index in evenly_spaced(len(found), run.recipe.health.prompts)]
 
 
 def _good_answers(pairs: Sequence[TokenPair], answers: Sequence[TokenAnswer]) -> list[tuple[list[int], list[int]]]:

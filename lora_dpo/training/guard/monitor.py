@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_dpo.config.recipe import HealthSection
-from lora_dpo.text_measures import repetition
+from lora_dpo.text import repetition
 from lora_dpo.training.guard import advice
 
 WINDOW = 4
@@ -70,7 +70,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Checkup:
+class HealthSample:
     """Answers to the monitor's few prompts at one step, and what was measured beside them."""
 
     step: int
@@ -85,7 +85,7 @@ class Checkup:
     """Mean score of the recipe's judge."""
 
     @classmethod
-    def restored(cls, stored: Mapping[str, Any]) -> Checkup:
+    def restored(cls, stored: Mapping[str, Any]) -> HealthSample:
         """From JSON, which knows no tuples."""
         known: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
@@ -106,12 +106,12 @@ class Checkup:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class Baseline:
     """What answers to the monitor's prompts are held against, cut at as many tokens as they are."""
 
     limit: int
     """Most tokens of an answer."""
-    before: Checkup
+    before: HealthSample
     """The same prompts, answered before the first step."""
     chosen: tuple[int, ...] = ()
     """Tokens of the prompts' chosen answers, where they are known."""
@@ -216,20 +216,20 @@ def of_accuracies(train: Sequence[Reading], held_out: float, step: int) -> Itera
 
 
 def of_answers(
-    checkup: Checkup, yardstick: Yardstick, limits: HealthSection, *, method: str = "dpo"
+    checkup: HealthSample, baseline: Baseline, limits: HealthSection, *, method: str = "dpo"
 ) -> Iterator[Alarm]:
     """Alarms of sampled answers and of what was measured beside them."""
-    tell, before = _teller(checkup.step, method), yardstick.before
+    tell, before = _teller(checkup.step, method), baseline.before
     written, wrote = sum(checkup.tokens), sum(before.tokens)
     # A run may teach to be short as the chosen answers are, or not touch the length at all: neither is drift.
-    wanted = sum(min(b, c) for b, c in zip(before.tokens, yardstick.chosen or before.tokens, strict=True))
+    wanted = sum(min(b, c) for b, c in zip(before.tokens, baseline.chosen or before.tokens, strict=True))
     if written < limits.shortest * wanted:
         yield tell(
             "length collapse",
             f"answers have {written / len(checkup.tokens):.0f} tokens, {wanted / len(checkup.tokens):.0f} were to be "
             f"expected (limit {limits.shortest:g} of that)",
         )
-    allowed = max(wrote, sum(yardstick.chosen))
+    allowed = max(wrote, sum(baseline.chosen))
     if written > LONGEST * allowed:
         yield tell(
             "length growth",
@@ -242,7 +242,7 @@ def of_answers(
             "repetition",
             f"{repeated:.0%} of three-word sequences repeat themselves, before it were {repeated_before:.0%}",
         )
-    yield from _of_endings(checkup, yardstick, tell)
+    yield from _of_endings(checkup, baseline, tell)
     if checkup.kl is not None and checkup.kl > limits.kl:
         yield tell(
             "KL budget",
@@ -255,20 +255,20 @@ def of_answers(
         )
 
 
-def _of_endings(checkup: Checkup, yardstick: Yardstick, tell: Callable[..., Alarm]) -> Iterator[Alarm]:
+def _of_endings(checkup: HealthSample, baseline: Baseline, tell: Callable[..., Alarm]) -> Iterator[Alarm]:
     """An alarm if answers stopped ending, of the prompts whose good answer ends within the limit.
 
     A run that teaches longer answers than a look writes is expected to be cut there.
     """
-    short = [place for place, tokens in enumerate(yardstick.chosen) if tokens < yardstick.limit]
-    places = short if yardstick.chosen else range(len(checkup.finished))
+    short = [place for place, tokens in enumerate(baseline.chosen) if tokens < baseline.limit]
+    places = short if baseline.chosen else range(len(checkup.finished))
     if not places:
         return
-    ended, ended_before = (fmean(each.finished[place] for place in places) for each in (checkup, yardstick.before))
+    ended, ended_before = (fmean(each.finished[place] for place in places) for each in (checkup, baseline.before))
     if ended < UNFINISHED * ended_before and ended_before >= 0.5:
         yield tell(
             "lost end of turn",
-            f"{ended:.0%} of the answers end by themselves within {yardstick.limit} tokens, before it were "
+            f"{ended:.0%} of the answers end by themselves within {baseline.limit} tokens, before it were "
             f"{ended_before:.0%}",
         )
 
@@ -286,7 +286,7 @@ class Monitor:
     total: int
     beta: float
     lengths: Lengths
-    yardstick: Yardstick | None = None
+    baseline: Baseline | None = None
     method: str = "dpo"
     readings: list[Reading] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
@@ -300,11 +300,11 @@ class Monitor:
         self.readings = [*self.readings, found][-WINDOW:]
         return self._new(of_numbers(self.readings, total=self.total, limits=self.limits, method=self.method))
 
-    def answers(self, checkup: Checkup) -> list[Alarm]:
+    def answers(self, checkup: HealthSample) -> list[Alarm]:
         """New alarms of one checkup."""
-        if self.yardstick is None:
+        if self.baseline is None:
             return []
-        return self._new(of_answers(checkup, self.yardstick, self.limits, method=self.method))
+        return self._new(of_answers(checkup, self.baseline, self.limits, method=self.method))
 
     def forget(self) -> None:
         """Begin anew, after the recipe's action changed what follows."""

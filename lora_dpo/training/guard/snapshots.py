@@ -24,7 +24,7 @@ class Kept:
 
 
 @dataclass
-class Slots:
+class Snapshots:
     """The few states that are kept."""
 
     recent: Kept | None = None
@@ -52,7 +52,7 @@ class Slots:
         return {name: {"step": state.step, "score": state.score} for name, state in kept.items()}
 
     @classmethod
-    def load(cls, folder: Path, stored: Mapping[str, Any]) -> Slots:
+    def load(cls, folder: Path, stored: Mapping[str, Any]) -> Snapshots:
         """Read back what `save` wrote and returned."""
         from safetensors.torch import load_file
 
@@ -63,12 +63,12 @@ class Slots:
         return cls(**{name: Kept(one["step"], by_step[one["step"]], one["score"]) for name, one in stored.items()})
 
 
-def keep(model: PeftModel, step: int, score: float | None = None) -> Kept:
+def take_snapshot(model: PeftModel, step: int, score: float | None = None) -> Kept:
     """Copy the adapter's trainable tensors."""
     return Kept(step, {name: value.detach().to("cpu", copy=True) for name, value in _trainable(model).items()}, score)
 
 
-def put(model: PeftModel, state: Kept) -> None:
+def restore_snapshot(model: PeftModel, state: Kept) -> None:
     """Give the adapter that state again."""
     import torch
 

@@ -16,15 +16,15 @@ from lora_dpo.files import replace_file
 from lora_dpo.judging import open_judge
 from lora_dpo.judging.specs import check_specs, is_implicit
 from lora_dpo.model.decoding import Answer
-from lora_dpo.training.guard.completion_sampler import Looker
-from lora_dpo.training.guard.monitor import Alarm, Checkup, Lengths, Monitor, Yardstick
-from lora_dpo.training.guard.snapshots import Kept, Slots, keep, put
+from lora_dpo.training.guard.completion_sampler import CompletionSampler
+from lora_dpo.training.guard.monitor import Alarm, Baseline, HealthSample, Lengths, Monitor
+from lora_dpo.training.guard.snapshots import Kept, Snapshots, restore_snapshot, take_snapshot
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_dpo.adapters.run_folder import RunLog
-    from lora_dpo.training.prepare import Run
+    from lora_dpo.training.prepared import Run
 
 STRIDE = 4
 """Steps between two kept states: an alarm of the numbers goes back 4 to 8 steps."""
@@ -81,8 +81,8 @@ class Guard:
             self.section = self.section.model_copy(update={"action": "warn"})
         self.on = self.section.action != "none"
         self.monitor = Monitor(self.section, run.steps, run.beta, _lengths(run), method=run.recipe.method)
-        self.looker = Looker(run, model)
-        self.slots = Slots()
+        self.sampler = CompletionSampler(run, model)
+        self.snapshots = Snapshots()
         self.alarms: list[Alarm] = []
         self.step = 0
         self.stopped: Alarm | None = None
@@ -93,47 +93,47 @@ class Guard:
     # --- what the trainer tells ---------------------------------------------------------------------
 
     def begin(self, checkpoint: Path | None, step: int) -> None:
-        """Before the first step: the yardstick is made; a resumed run, at `step`, reads it and its state back."""
+        """Before the first step: the baseline is made; a resumed run, at `step`, reads it and its state back."""
         self.step = step
         if not self.on:
             return
-        if self.section.judge is not None and self.looker.probes:
-            self.looker.judge = open_judge(self.section.judges)
+        if self.section.judge is not None and self.sampler.probes:
+            self.sampler.judge = open_judge(self.section.judges)
         before = self._before(resumed=checkpoint is not None)
         if before is not None:
-            self.monitor.yardstick = Yardstick(self.looker.limit, before, self.looker.chosen_tokens())
-        self.slots.checked = self.slots.recent = keep(self.model, step)
+            self.monitor.baseline = Baseline(self.sampler.limit, before, self.sampler.chosen_tokens())
+        self.snapshots.checked = self.snapshots.recent = take_snapshot(self.model, step)
         state = read_state(checkpoint) if checkpoint else None
         if checkpoint and state:
-            self.slots = Slots.load(checkpoint, state["slots"])
+            self.snapshots = Snapshots.load(checkpoint, state["slots"])
             self.monitor.restore(state["monitor"])
             self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
             self.stopped = Alarm(**state["stopped"]) if state["stopped"] else None
             self.halved, self.step = state["halved"], state["step"]
 
-    def _before(self, *, resumed: bool) -> Checkup | None:
+    def _before(self, *, resumed: bool) -> HealthSample | None:
         path = self.run.partial / BEFORE
         if resumed and path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            self.looker.reference_before = stored["reference"]
-            return Checkup.restored(stored["checkup"]) if stored["checkup"] else None
-        before = self.looker.first(self.known)
-        stored = {"checkup": asdict(before) if before else None, "reference": self.looker.reference_before}
+            self.sampler.reference_before = stored["reference"]
+            return HealthSample.restored(stored["checkup"]) if stored["checkup"] else None
+        before = self.sampler.first(self.known)
+        stored = {"checkup": asdict(before) if before else None, "reference": self.sampler.reference_before}
         replace_file(path, json.dumps(stored, ensure_ascii=False))
         return before
 
     def after_step(self, step: int, total: int) -> bool:
         """After an optimiser step: look at answers where it is time. True if the run is to end here."""
         self.step = step
-        if not (self.on and self.looker.probes) or (step % every(self.section, total) and step != total):
+        if not (self.on and self.sampler.probes) or (step % every(self.section, total) and step != total):
             return False
-        checkup = self.looker.look(step)
+        checkup = self.sampler.look(step)
         self._tell(checkup)
         self._hear(self.monitor.answers(checkup))
         if self._known_healthy:
-            self.slots.checked = keep(self.model, step, checkup.score)
+            self.snapshots.checked = take_snapshot(self.model, step, checkup.score)
             if checkup.score is not None:
-                self.slots.compare(self.slots.checked)
+                self.snapshots.compare(self.snapshots.checked)
         return self.stopped is not None
 
     def logged(self, step: int, logs: dict[str, Any], *, texts: bool) -> bool:
@@ -147,11 +147,11 @@ class Guard:
         if not self._known_healthy:
             return self.stopped is not None
         held_out = logs.get("eval_rewards/accuracies")
-        if held_out is not None and self.looker.judge is None:
-            self.slots.compare(keep(self.model, step, float(held_out)))
-        recent = self.slots.recent
+        if held_out is not None and self.sampler.judge is None:
+            self.snapshots.compare(take_snapshot(self.model, step, float(held_out)))
+        recent = self.snapshots.recent
         if "loss" in logs and (recent is None or step - recent.step >= STRIDE):
-            self.slots.previous, self.slots.recent = recent, keep(self.model, step)
+            self.snapshots.previous, self.snapshots.recent = recent, take_snapshot(self.model, step)
         return False
 
     @property
@@ -179,7 +179,7 @@ class Guard:
         if not self.on:
             return
         state = {
-            "slots": self.slots.save(folder),
+            "slots": self.snapshots.save(folder),
             "monitor": self.monitor.state(),
             "alarms": [asdict(alarm) for alarm in self.alarms],
             "stopped": asdict(self.stopped) if self.stopped else None,
@@ -192,48 +192,50 @@ class Guard:
 
     def finish(self) -> Outcome:
         """Decide which step's adapter is the result, and put it on the model."""
-        kept, sentence, best = self.step, None, self.slots.best
+        kept, sentence, best = self.step, None, self.snapshots.best
         goes_back = self.section.action in ("keep-best", "lower-lr")
         if self.stopped is not None:
             kept = self._go_back() if goes_back else self.step
             sentence = _sentence(self.stopped, self.step, self.run.steps, kept)
         elif goes_back and best is not None and best.step != self.step:
-            put(self.model, best)
+            restore_snapshot(self.model, best)
             kept = best.step
             sentence = (
                 f"Kept the adapter of step {kept} of {self.step}: it had the best held-out score, {best.score:.3f}."
             )
         if sentence:
             self.run.emit(Note(sentence, warning=self.stopped is not None))
-        return Outcome(self.step, kept, sentence, tuple(self.alarms), round(self.looker.seconds, 2))
+        return Outcome(self.step, kept, sentence, tuple(self.alarms), round(self.sampler.seconds, 2))
 
     def _go_back(self) -> int:
         """Put the best state that was healthy on the model; returns its step."""
-        slots = self.slots
-        checked = slots.checked
+        snapshots = self.snapshots
+        checked = snapshots.checked
         from_answers = self.stopped is not None and self.stopped.name in OF_ANSWERS
-        chosen = (None if from_answers else slots.previous) or checked
+        chosen = (None if from_answers else snapshots.previous) or checked
         if chosen is None or checked is None:
             return self.step
-        if slots.best is not None and slots.best.step <= chosen.step:  # a later one may score well and be ruined
-            chosen = slots.best
-        put(self.model, chosen)
-        if chosen.step > checked.step and self.looker.probes and not self._answers_well(chosen):
+        if (
+            snapshots.best is not None and snapshots.best.step <= chosen.step
+        ):  # a later one may score well and be ruined
+            chosen = snapshots.best
+        restore_snapshot(self.model, chosen)
+        if chosen.step > checked.step and self.sampler.probes and not self._answers_well(chosen):
             chosen = checked
-            put(self.model, chosen)
+            restore_snapshot(self.model, chosen)
         return chosen.step
 
     def _answers_well(self, state: Kept) -> bool:
         """Whether a state that only the numbers called healthy answers as it should; it is on the model."""
-        judge = Monitor(self.section, self.run.steps, self.run.beta, Lengths(), self.monitor.yardstick)
-        judge.answers(self.looker.look(state.step))
+        judge = Monitor(self.section, self.run.steps, self.run.beta, Lengths(), self.monitor.baseline)
+        judge.answers(self.sampler.look(state.step))
         return judge.healthy
 
     # --- telling ------------------------------------------------------------------------------------
 
-    def _tell(self, checkup: Checkup) -> None:
-        before = self.monitor.yardstick.before if self.monitor.yardstick else checkup
-        rows = tuple(zip(self.looker.asked(), before.texts, checkup.texts, strict=True))
+    def _tell(self, checkup: HealthSample) -> None:
+        before = self.monitor.baseline.before if self.monitor.baseline else checkup
+        rows = tuple(zip(self.sampler.asked(), before.texts, checkup.texts, strict=True))
         numbers = checkup.numbers()
         self.run.emit(Sampled(checkup.step, numbers, rows))
         self.log.append({"step": checkup.step, **numbers, "answers": list(checkup.texts)})

@@ -19,7 +19,7 @@ from lora_dpo.leftovers import scratch
 from lora_dpo.model.base import load_base
 from lora_dpo.model.device import out_of_memory, peak_of_process
 from lora_dpo.model.lora import attach_lora
-from lora_dpo.training.prepare import Run
+from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_dpo.text import counted, reasons_text
 
 if TYPE_CHECKING:
-    from lora_dpo.training.planning.make_plan import Plan
+    from lora_dpo.training.planning.plan_values import Plan
 
 
 def lines(planned: Plan) -> Iterator[tuple[str, str]]:

@@ -1,25 +1,24 @@
 """Before any training: what a recipe will read, compute, need and take. No weights are loaded, nothing is written.
 
-Bytes and FLOPs are computed from the architecture (`footprint.py`), tokens from the tokenised pairs. How much runs
-at once is decided as training decides it (`memory.fit`), with the predicted bytes in place of measured ones.
+Bytes and FLOPs are computed from the architecture (`engine/cost_model.py`), tokens from the tokenised pairs. How much
+runs at once is decided as training decides it (`token_budget.fit`), with the predicted bytes in place of measured ones.
 """
 
 from __future__ import annotations
 
 import random
 import re
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters.peft_files import read_config
+from lora_dpo.adapters.lora_config import read_config
 from lora_dpo.config.recipe import Recipe
-from lora_dpo.engine.cost_model import Footprint, PairShape, pair_shape
+from lora_dpo.engine.cost_model import PairShape, pair_shape
 from lora_dpo.errors import ConfigError
-from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped
+from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
 from lora_dpo.model.base import decide_packed, load_skeleton
 from lora_dpo.model.device import free_bytes, pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
@@ -30,7 +29,6 @@ from lora_dpo.training.planning.memory_plan import (
     GB,
     Choice,
     Costs,
-    Fix,
     Machine,
     Memory,
     bytes_per_trainable,
@@ -39,113 +37,13 @@ from lora_dpo.training.planning.memory_plan import (
     parts_of,
     run_apart,
 )
-from lora_dpo.training.prepare import Run, StopSignal, prepare, read_run
+from lora_dpo.training.planning.plan_values import AnswersPlan, Plan, Rows, Steps, Tokens
+from lora_dpo.training.planning.step_time import step_flops, time_of
+from lora_dpo.training.prepare import prepare, read_run
+from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
-
-    from lora_dpo.training.planning.dry_run import Trial
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The account of a file: rows read, pairs kept, and rows dropped by reason."""
-
-    rows: int
-    pairs: int
-    dropped: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Token counts of the training pairs, and of the whole run in a seeded random order.
-
-    `padded` is what TRL computes (batches of the recipe's size, each padded to its longest row), `unpadded` the same
-    rows without padding, `stream` what is computed here: a pair's common prefix once, nothing padded.
-    """
-
-    medians: dict[str, float]
-    longest: dict[str, int]
-    cut: int
-    """Pairs whose answers `max_length` cuts."""
-    edges: tuple[int, ...]
-    histogram: dict[str, tuple[int, ...]]
-    """Counts of pairs with `edges[i] <= tokens < edges[i + 1]`, for prompt, chosen, rejected and pair (stream)."""
-    padded: int
-    unpadded: int
-    stream: int
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Optimiser steps, and how they are run."""
-
-    steps: int
-    pairs: int
-    """Pairs of a step."""
-    passes: float
-    """Passes over the training pairs."""
-    tokens: float
-    """Mean stream tokens of a step."""
-    parts: float
-    """Mean number of parts that a step is run in."""
-    most_parts: int
-
-
-@dataclass(frozen=True)
-class Time:
-    """FLOPs of the training steps, and how long they take; evaluation before and after comes on top."""
-
-    flops: float
-    flops_per_step: float
-    flops_per_second: float | None
-    """Of a matrix product of the model's size, measured here; None for another machine."""
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `lora-dpo plan` knows."""
-
-    model: str
-    machine: Machine
-    data: dict[str, Rows]
-    tokens: Tokens
-    steps: Steps
-    memory: Memory
-    time: Time
-    fix: Fix | None = None
-    """Set where the recipe does not fit; None there means that nothing was found."""
-    trial: Trial | None = None
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values under the names of the fields; bytes, seconds, FLOPs and tokens."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class AnswersPlan:
-    """What `lora-dpo plan` knows of a run on single answers, by SFT or KTO: time and memory of a step are not."""
-
-    method: str
-    data: dict[str, Rows]
-    """`pairs` are answers here."""
-    steps: int
-    cut: int
-    """Answers that `max_length` cuts."""
-    weights: int
-    """Bytes of the base."""
-    adapter: int
-    """Bytes of the adapter, its gradient, and the optimiser's state."""
-    lines: tuple[tuple[str, str], ...]
-    """Rows `(label, value)` of data, tokens, steps, and bytes."""
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values under the names of the fields."""
-        return asdict(self)
 
 
 def plan_answers(recipe: Recipe, *, on_event: OnEvent | None = None) -> AnswersPlan:
@@ -246,13 +144,13 @@ def _bytes(option: str, text: str) -> int:
 
 def _costs(run: Run, sizes: dict[str, int]) -> Costs:
     from lora_dpo.engine import unsupported_reason
-    from lora_dpo.model.lora import bare
+    from lora_dpo.model.lora import base_of
 
     section = run.recipe.model
     skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     model = _with_adapter(run.recipe, skeleton)
     shapes = [pair_shape(pair.prompt, pair.chosen, pair.rejected) for pair in run.train]
-    return Costs(model, _machine(run.recipe, sizes), shapes, run, unsupported_reason(bare(model)))
+    return Costs(model, _machine(run.recipe, sizes), shapes, run, unsupported_reason(base_of(model)))
 
 
 def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:
@@ -260,7 +158,8 @@ def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:
         return attach_lora(skeleton, recipe.lora, seed=0)
     from peft import get_peft_model
 
-    from lora_dpo.adapters.folder import check_folder, peft_errors
+    from lora_dpo.adapters.folder import peft_errors
+    from lora_dpo.adapters.passport import check_folder
     from lora_dpo.adapters.peft_config import live_config
 
     folder = recipe.reference_adapter
@@ -323,7 +222,7 @@ def _plan(costs: Costs, choice: Choice, notes: list[str]) -> Plan:
         tokens=tokens,
         steps=_steps(costs, batches, memory, choice),
         memory=memory,
-        time=_time(costs, cost, choice, batches, memory, tokens),
+        time=time_of(costs, cost, choice, batches, memory, tokens),
         fix=find_fix(costs, choice) if memory.fits is False else None,
         notes=tuple(notes),
     )
@@ -352,7 +251,7 @@ def _notes(costs: Costs) -> Iterator[str]:
         yield "DoRA keeps more for its backward pass than is predicted here. Use --measure."
 
 
-# --- tokens ---------------------------------------------------------------------------------------
+# --- tokens and steps ------------------------------------------------------------------------------
 
 
 def _batches(shapes: Sequence[PairShape], batch: int, steps: int, *, seed: int) -> Iterator[list[PairShape]]:
@@ -423,68 +322,3 @@ def _steps(costs: Costs, batches: Sequence[Sequence[PairShape]], memory: Memory,
         parts=fmean(parts),
         most_parts=max(parts),
     )
-
-
-# --- time -----------------------------------------------------------------------------------------
-
-
-def _time(
-    costs: Costs,
-    cost: Footprint,
-    choice: Choice,
-    batches: Sequence[Sequence[PairShape]],
-    memory: Memory,
-    tokens: Tokens,
-) -> Time:
-    seen = [shape for pairs in batches for shape in pairs]
-    known: dict[PairShape, float] = {}
-    first = min(len(seen), len(costs.shapes))
-    if costs.unsupported:  # whole rows, padded, and the reference in every step
-        seen_apart = [branch for shape in seen for branch in shape.branches()]
-        once = sum(cost.policy_flops(row) + cost.forward_flops(row) for row in seen_apart)
-        flops = once * tokens.padded / tokens.unpadded
-    else:
-        flops = 0.0
-        for number, shape in enumerate(seen):
-            if shape not in known:
-                known[shape] = step_flops(cost, shape, choice, checkpointed=memory.checkpointed)
-            flops += known[shape]
-            if number < first:  # the reference, once a pair
-                flops += cost.forward_flops(shape, below=cost.depth == 0)
-    rate = matmul_flops(costs.machine, cost) if costs.machine.here else None
-    return Time(flops, flops / len(batches), rate, flops / rate if rate else None)
-
-
-def step_flops(cost: Footprint, shape: PairShape, choice: Choice, *, checkpointed: int = 0) -> float:
-    """FLOPs of the policy's passes over one pair in one optimiser step, without the reference's."""
-    flops = 0.0
-    for part in shape.branches() if choice.split_pairs else (shape,):
-        flops += cost.policy_flops(part, checkpointed=checkpointed)
-        if choice.split_pairs:  # the table of log-probabilities first, without gradients
-            flops += cost.forward_flops(part)
-    return flops
-
-
-def matmul_flops(machine: Machine, cost: Footprint, *, seconds: float = 0.5) -> float:
-    """FLOP/s of the model's widest product, `[256, E] · [E, I]`, in the compute dtype: the best of half a second."""
-    import torch
-
-    device = torch.device(machine.kind)
-    dtype = getattr(torch, machine.dtype)
-    rows = 4096 if machine.kind == "cuda" else 256
-    left = torch.randn(rows, cost.hidden, device=device, dtype=dtype)
-    right = torch.randn(cost.hidden, cost.widest, device=device, dtype=dtype)
-    best, until = 0.0, time.perf_counter() + seconds
-    while best == 0.0 or time.perf_counter() < until:
-        start = _now(device)
-        torch.mm(left, right)
-        best = max(best, 2.0 * rows * cost.hidden * cost.widest / (_now(device) - start))
-    return best
-
-
-def _now(device: torch.device) -> float:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

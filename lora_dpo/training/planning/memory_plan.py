@@ -1,6 +1,7 @@
 """Does a run fit into memory, and if not, which settings make it fit. All of it from the architecture and lengths.
 
-How much runs at once is decided as training decides it (`memory.fit`), with predicted bytes in place of measured ones.
+How much runs at once is decided as training decides it (`token_budget.fit`), with predicted bytes in place of measured
+ones.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from lora_dpo.engine.cost_model import Footprint, PairShape, footprint
+from lora_dpo.engine.cost_model import CostModel, PairShape, footprint
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
-from lora_dpo.training.prepare import Run
+from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,7 +62,7 @@ class Costs:
     run: Run
     unsupported: str | None
 
-    def footprint(self, choice: Choice) -> Footprint:
+    def footprint(self, choice: Choice) -> CostModel:
         """The model's costs as `choice` holds it."""
         import torch
 
@@ -130,7 +131,7 @@ def parts_of(pairs: Sequence[PairShape], tokens: int, choice: Choice) -> list[li
 
 def memory_of(
     costs: Costs,
-    cost: Footprint,
+    cost: CostModel,
     choice: Choice,
     shapes: Sequence[PairShape],
     batches: Sequence[Sequence[PairShape]] = (),
@@ -190,7 +191,7 @@ def memory_of(
     )
 
 
-def _part_bytes(cost: Footprint, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
+def _part_bytes(cost: CostModel, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
     """What a part keeps for its backward pass, and the space that it works in at the peak."""
     kept = sum(cost.kept_bytes(pair, checkpointed=checkpointed) for pair in part)
     labels = sum(pair.labels for pair in part)
@@ -199,8 +200,8 @@ def _part_bytes(cost: Footprint, part: Sequence[PairShape], checkpointed: int) -
     return kept + labels * cost.hidden * 4, max(_head_bytes(cost, labels), temporaries)
 
 
-def _head_bytes(cost: Footprint, labels: int) -> int:
-    """A tile of logits as `shared_prefix.logprobs` works on it, on a step that is logged."""
+def _head_bytes(cost: CostModel, labels: int) -> int:
+    """A tile of logits as `engine.logprobs` works on it, on a step that is logged."""
     from lora_dpo.engine.logprobs import TILE
 
     tile = min(TILE, labels * cost.vocabulary)

@@ -1,0 +1,121 @@
+"""What was resolved before a run, line by line, as it is said before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from lora_dpo.config.recipe import Recipe
+from lora_dpo.data import TokenPair
+from lora_dpo.data.answers import TokenAnswer
+from lora_dpo.model.base import decide_packed
+from lora_dpo.model.device import pick_device, pick_dtype
+from lora_dpo.training.prepared import Run
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def model_lines(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """What is loaded, on what, in which precision, and what stands for the reference."""
+    import torch
+
+    device = pick_device()
+    dtype = pick_dtype(recipe.model.dtype, device)
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    yield "model", f"{recipe.model.name}, {total / 1e6:,.0f} M parameters"
+    yield "device", torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    yield "weights", _weights_line(recipe, skeleton, device, dtype)
+    yield _reference_line(recipe)
+
+
+def _reference_line(recipe: Recipe) -> tuple[str, str]:
+    if recipe.method == "sft":
+        start = "the base" if recipe.reference == "base" else recipe.reference
+        return "start", f"{start}; nothing is held to it, log-ratios are told against it"
+    return (
+        "reference",
+        "the base, adapter off" if recipe.reference == "base" else f"a frozen copy of {recipe.reference}",
+    )
+
+
+def run_lines(run: Run) -> Iterator[tuple[str, str]]:
+    """The data, the steps and the loss of a run."""
+    settings = run.settings
+    for which, report in run.reports.items():
+        yield f"{which} data", f"{report.summary(run.unit)}, read as {report.read_as}"
+    if run.train:
+        yield "tokens", _token_line(run.train)
+        lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in run.train]
+    else:
+        yield "tokens", _answers_line(run.answers)
+        lengths = [len(one.prompt) + len(one.answer) for one in run.answers]
+    batch, steps = run.batch, run.steps
+    yield (
+        "steps",
+        f"{steps} of {batch} {run.unit} ({steps * batch / run.examples:.2f} passes over the data), "
+        f"about {fmean(lengths) * batch:,.0f} tokens a step",
+    )
+    yield "objective", f"{_objective(run)}, learning rate {settings['learning_rate']:g}"
+    yield "output", str(run.output)
+
+
+def _objective(run: Run) -> str:
+    settings = run.settings
+    if run.recipe.method == "sft":
+        return f"{settings.get('loss_type', 'nll')} of good answers"
+    if run.recipe.method == "kto":
+        good = sum(one.up for one in run.answers)
+        weights = [settings.get(f"{kind}_weight", 1.0) for kind in ("desirable", "undesirable")]
+        counts = f"{good} good at weight {weights[0]:g}, {len(run.answers) - good} bad at {weights[1]:g}"
+        return f"{settings.get('loss_type', 'kto')}, β {run.beta:g}, {counts}"
+    weights = settings.get("loss_weights") or [1.0] * len(settings["loss_type"])
+    loss = " + ".join(f"{weight:g}·{name}" for name, weight in zip(settings["loss_type"], weights, strict=False))
+    return f"{loss}, β {run.beta:g}"
+
+
+def _weights_line(recipe: Recipe, skeleton: PreTrainedModel, device: torch.device, dtype: str) -> str:
+    import torch
+
+    if recipe.model.quantize == "none":
+        return f"as stored, computed in {dtype}"
+    packed = recipe.model.packed
+    if packed == "auto":
+        packed = decide_packed(skeleton, device, getattr(torch, dtype))
+    held = "packed in 4 bits" if packed else "held dequantised"
+    return f"NF4 with double quantisation, {held}, computed in {dtype}"
+
+
+def lora_line(recipe: Recipe) -> str:
+    """What the adapter is put on, or that it is continued."""
+    if recipe.reference != "base":
+        return ", continued"
+    lora = recipe.lora
+    extras = [name for name, on in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if on]
+    layers = "" if lora.layers == "all" else f", layers {lora.layers}"
+    return f", rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}{layers}{', '.join(['', *extras])}"
+
+
+def _token_line(pairs: Sequence[TokenPair]) -> str:
+    return _lengths_line(
+        ("prompt", [len(pair.prompt) for pair in pairs]),
+        ("chosen", [len(pair.chosen) for pair in pairs]),
+        ("rejected", [len(pair.rejected) for pair in pairs]),
+        cut=f"{sum(pair.truncated for pair in pairs)} pairs",
+    )
+
+
+def _answers_line(answers: Sequence[TokenAnswer]) -> str:
+    return _lengths_line(
+        ("prompt", [len(one.prompt) for one in answers]),
+        ("good answer", [len(one.answer) for one in answers if one.up]),
+        ("bad answer", [len(one.answer) for one in answers if not one.up]),
+        cut=f"{sum(one.truncated for one in answers)} answers",
+    )
+
+
+def _lengths_line(*named: tuple[str, list[int]], cut: str) -> str:
+    parts = [f"{name} {median(lengths):.0f} (longest {max(lengths)})" for name, lengths in named if lengths]
+    return "median " + ", ".join(parts) + ("" if cut.startswith("0 ") else f"; {cut} cut at max_length")
