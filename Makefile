@@ -22,17 +22,18 @@ train: $(BIN)/lora-dpo $(MODEL)/config.json
 demo: $(BIN)/.demo $(MODEL)/config.json
 	$(BIN)/lora-dpo demo
 
-# Two processes of one thread each: most tests are many small steps, which more threads do not speed up.
+# Two processes of one thread each: most tests are many small steps, which more threads do not speed up. Files in
+# alphabetical order, since the longest few, which xdist would take last, would keep one process waiting.
 test: $(BIN)/.dev $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(BIN)/.dev $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 # The second with two threads in one process: two such processes on two cores take five times as long.
 test-rounding: $(BIN)/.dev $(MODEL)/config.json
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \
-		$(BIN)/pytest -n 2 --dist loadfile -m outcome
+		$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m outcome
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 \
 		$(BIN)/pytest -m outcome
 

@@ -172,11 +172,11 @@ def make_adapter(tiny_model_folder: Path) -> Callable[..., Path]:
     """
     import torch
 
-    from lora_dpo.adapters.folder import make_passport, write_passport
+    from lora_dpo.adapters.passport import make_passport, write_passport
     from lora_dpo.config.recipe import LoraSection
     from lora_dpo.data import TokenPair
     from lora_dpo.data.pairs import Origin
-    from lora_dpo.evaluation.verify_adapter import write_probe
+    from lora_dpo.evaluation.verify_adapter import write_stored_pairs
     from lora_dpo.model.base import load_base
     from lora_dpo.model.lora import attach_lora
 
@@ -197,7 +197,7 @@ def make_adapter(tiny_model_folder: Path) -> Callable[..., Path]:
         write_passport(folder, passport)
         asked, better, worse = list(b"Say it."), [*b"Yes.", 257], [*b"Well, maybe.", 257]
         pairs = [TokenPair([256, *asked, i], better, [*worse[:i], 257], Origin("t", i), False) for i in range(2, 10)]
-        write_probe(folder, policy.eval(), pairs, tokenizer=base.tokenizer)
+        write_stored_pairs(folder, policy.eval(), pairs, tokenizer=base.tokenizer)
         return folder
 
     return make

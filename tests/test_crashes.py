@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parent / "helpers"
 JUDGE = "def longest(prompt, answers):\n    return [float(len(set(answer.text))) for answer in answers]\n"
 
 
@@ -25,7 +25,7 @@ def library(tmp_path_factory):
     if compiler is None or sys.platform != "linux":
         pytest.skip("crashes are made by a preloaded C library: there is no C compiler, or this is not Linux")
     built = tmp_path_factory.mktemp("crash") / "crash.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(built), str(HERE / "crash.c"), "-ldl"]
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(built), str(HELPERS / "crash.c"), "-ldl"]
     subprocess.run(command, check=True, capture_output=True)
     return built
 
@@ -67,7 +67,7 @@ def start(tmp_path, tiny_model_folder, tiny_adapter, write_pairs):
 def crashes(library, start, wanted, *, seed):
     place = start.parent / "place"
     place.mkdir()
-    command = [sys.executable, str(HERE / "crashing.py"), str(start), str(place), json.dumps(wanted), str(seed)]
+    command = [sys.executable, str(HELPERS / "crashing.py"), str(start), str(place), json.dumps(wanted), str(seed)]
     env = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]

@@ -13,7 +13,7 @@ import typer
 
 import lora_dpo
 from lora_dpo.cli.commands import app
-from lora_dpo.config.recipe import read_recipe
+from lora_dpo.config.reading import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -94,10 +94,14 @@ def test_every_page_is_in_the_index():
     assert [page.name for page in PAGES if page.name != "README.md" and f"({page.name}" not in index] == []
 
 
-def test_every_module_is_in_the_reading_order():
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    modules = [path.name for path in (ROOT / "lora_dpo").rglob("*.py") if not path.name.startswith("__")]
-    assert [name for name in modules if f"`{name}`" not in index] == []
+def test_the_page_on_the_architecture_names_what_there_is():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "lora_dpo"
+    rooms = [path.parent.name for path in package.glob("*/__init__.py")]
+    assert [room for room in rooms if f"| `{room}/` |" not in page] == []
+    files = re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", page)
+    assert len(files) > 40
+    assert [name for name in files if not (package / name).is_file() and not (ROOT / name).is_file()] == []
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -19,11 +19,13 @@ from bounded import EXAMPLES, ends_well
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from lora_dpo.adapters.describe import describe, diff
+from lora_dpo.adapters.exchange import install
 from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.peft_files import read_adapter
-from lora_dpo.adapters.store import describe, diff, install, list_adapters
+from lora_dpo.adapters.store import list_adapters
 from lora_dpo.config.improve_recipe import read_improve_recipe
-from lora_dpo.config.recipe import check_recipe, parse_settings, read_recipe, read_settings
+from lora_dpo.config.reading import check_recipe, parse_settings, read_recipe, read_settings
 from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.data.chat_template import render
 from lora_dpo.demo.presets import with_settings

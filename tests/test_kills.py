@@ -15,9 +15,10 @@ import pytest
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_dpo.adapters.folder import check_folder
+from lora_dpo.adapters.exchange import check_content, install, pack
 from lora_dpo.adapters.package import unpack
-from lora_dpo.adapters.store import check_content, install, list_adapters, pack
+from lora_dpo.adapters.passport import check_folder
+from lora_dpo.adapters.store import list_adapters
 from lora_dpo.errors import AdapterError
 from lora_dpo.release.exports.export_adapter import export
 from lora_dpo.release.merged_folder import merge

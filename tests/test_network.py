@@ -9,7 +9,7 @@ import pytest
 
 from lora_dpo import telemetry
 
-SESSION = Path(__file__).with_name("watched_session.py")
+SESSION = Path(__file__).parent / "helpers" / "watched_session.py"
 
 
 def python(code, **environment):

@@ -12,7 +12,8 @@ import torch
 from llama_cpp import llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_dpo.adapters.store import describe, list_adapters
+from lora_dpo.adapters.describe import describe
+from lora_dpo.adapters.store import list_adapters
 from lora_dpo.cli.commands import main
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.evaluation.verify_adapter import verify

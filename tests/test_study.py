@@ -413,7 +413,7 @@ def test_the_whole_study_in_pieces(tiny_model_folder, toy_reward, tmp_path, monk
     assert not study.run(made, said.append)  # the first time it is out of time once
     assert "the same command goes on" in said[-1]
     assert study.run(made, said.append)
-    results = json.loads(report.write_results(tmp_path / "smoke").read_text())
+    results = json.loads(study.write_results(tmp_path / "smoke").read_text())
     assert set(results["pieces"]) == {piece.name for piece in study.pieces(PRESETS["smoke"])}
     found = report.Study(results)
     assert found.curve("DPO", np.arange(8))[0] == (0.0, pytest.approx(found.base.mean()))

@@ -1,0 +1,564 @@
+"""The demo in a real headless Chromium: the whole loop, and scripts that must never run.
+
+Needs the system's `chromium` (Debian: `apt-get install chromium`) and the Python package playwright; no browser is
+downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio", reason="the demo's tests need Gradio: pip install 'lora-dpo[demo]'")
+pytest.importorskip("playwright", reason="the browser tests need the package playwright")
+from browsing import CHROMIUM, TABS, Visitor, chromium, playwright_timeout
+
+from lora_dpo.model.decoding import Sampling
+
+if CHROMIUM is None:
+    pytest.skip("the browser tests need chromium: apt-get install chromium", allow_module_level=True)
+
+UPLOAD_PROMPTS = "[data-testid='Import prompts-upload-button']"
+UPLOAD_PAIRS = "[data-testid='Upload pairs-upload-button']"
+PROMPTS = [f"Say {number} words." for number in range(1, 11)]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+def serve(model, place, quantize="none"):
+    """A demo in this process: its desk and its address."""
+    from lora_dpo.demo import app
+    from lora_dpo.demo.session import AppState
+    from lora_dpo.serving.host import open_host
+
+    host = open_host(str(model), place / "adapters", quantize=quantize)
+    app_state = AppState(host, place / "collected", scratch=place / "scratch")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return app_state, app.launch(app_state, host="127.0.0.1", port=port, auth=None, block=False)
+
+
+@pytest.fixture
+def roomy(tiny_model_folder, tmp_path):
+    """The tiny model with a context in which talks of bytes have room."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "roomy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    return folder
+
+
+@pytest.fixture
+def served(roomy, tiny_adapter, tmp_path, loads):
+    import gradio
+
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/first")
+    app_state, address = serve(roomy, tmp_path)
+    yield app_state, address
+    gradio.close_all()
+    app_state.host.close()
+
+
+def test_the_whole_loop(browser, served, loads, tmp_path):
+    app_state, address = served
+    me = Visitor(browser, address)
+    page = me.page
+
+    # chat, with one and side by side
+    me.choose("chat-left", "base")
+    me.say("Say it.")
+    assert "tokens" in me.text("chat-line-0")
+    me.choose("chat-right", "first")
+    me.say("And more.")
+    assert len(me.answers(0)) == len(me.answers(1)) == 2
+    assert me.answers(0)[1] != me.answers(1)[1]
+    assert "tokens" in me.text("chat-line-1")
+
+    # ten votes, by key, on imported prompts
+    me.tab("Vote")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
+    for number in range(1, 11):
+        page.wait_for_selector("#vote-a:not([disabled])")
+        assert PROMPTS[number - 1] in me.text("vote-asked")
+        page.keyboard.press("1" if number % 2 else "ArrowRight")
+        me.wait_for("vote-status", f"Saved: {number} pair")
+    assert app_state.pairs.book.count() == (10, 0)
+    assert "first against base" in me.text("vote-wins")
+
+    # the pairs, one of them mended
+    me.tab("Data")
+    me.wait_for("data-doctor", "10 pairs read")
+    page.locator("#data-table [role=gridcell]", has_text=PROMPTS[2]).first.click()
+    page.wait_for_selector("#data-editor:visible")
+    page.fill("#data-chosen textarea", "Three words here.")
+    page.click("#data-save")
+    page.wait_for_selector("#data-editor", state="hidden")
+    assert app_state.pairs.entries("votes", "Three words here")[0].texts[0] == PROMPTS[2]
+
+    # train on them, with a learning rate that even a tiny model notices
+    me.tab("Train")
+    page.fill("#train-prompts textarea", "Say it.")
+    me.open("Settings")
+    page.click("#train-plan")
+    page.wait_for_selector("#train-start:not([disabled])")
+    assert "It fits" in me.text("train-planned")
+    settings = page.input_value("#train-recipe textarea")
+    changed = settings.replace("max_steps: 10", "max_steps: 4").replace("learning_rate: 0.0001", "learning_rate: 0.02")
+    assert changed.count("max_steps: 4") == changed.count("learning_rate: 0.02") == 1
+    page.fill("#train-recipe textarea", changed)
+    page.click("#train-plan")
+    me.wait_for("train-planned", "4 of 4 pairs")
+    page.click("#train-start")
+    me.wait_for("train-state", "Done: mine", 300)
+    assert page.locator("#train-curves svg").count() == 4
+    assert "after 4 steps" in me.text("train-samples")
+
+    # swap to it and see another answer to the same words
+    me.tab("Chat")
+    page.click("#chat-new")
+    page.wait_for_function("() => !document.querySelector('#chat-0 .bot')")
+    page.wait_for_timeout(2500)  # the pickers look every two seconds
+    me.choose("chat-left", "mine")
+    me.choose("chat-right", "base")
+    me.say("Say it.")
+    assert me.answers(0)[0] != me.answers(1)[0]
+
+    # pack and download it
+    me.tab("Adapters")
+    me.choose("adapters-name", "mine")
+    me.wait_for("adapters-passport", "rank 4")
+    page.click("#adapters-pack")
+    page.wait_for_selector("#adapters-file a[download], #adapters-file a")
+    with page.expect_download() as coming:
+        page.locator("#adapters-file a").first.click()
+    coming.value.save_as(tmp_path / "mine.lora.zip")
+    assert "mine/adapter_model.safetensors" in zipfile.ZipFile(tmp_path / "mine.lora.zip").namelist()
+
+    assert me.errors == []
+    assert me.elsewhere == []
+    assert len(loads) == 1
+
+
+def test_stop_retry_edit_and_a_second_visitor(browser, served):
+    app_state, address = served
+    me, other = Visitor(browser, address), Visitor(browser, address)
+    me.say("Say it.")
+    before = me.answers(0)[0]
+    me.page.locator("#chat-0").hover()
+    me.page.locator("#chat-0 button[aria-label*=etry], #chat-0 button[title*=etry]").first.click()
+    me.page.wait_for_timeout(300)
+    me.page.get_by_role("button", name="Send", exact=True).wait_for()
+    me.page.wait_for_timeout(200)
+    assert len(me.answers(0)) == 1
+    assert me.answers(0)[0] != before
+    assert other.answers(0) == []  # conversations are each one's own
+    other.say("Hello.")
+    assert len(me.answers(0)) == 1
+    me.tab("Vote")
+    me.page.keyboard.press("1")  # nothing to vote on: nothing happens
+    me.page.wait_for_timeout(300)
+    assert app_state.pairs.book.count() == (0, 0)
+    assert me.errors == other.errors == []
+
+
+def slowly(*args, **kwargs):
+    """An answer that takes a minute."""
+    from lora_dpo.model.decoding import Answer
+
+    for _ in range(1200):
+        time.sleep(0.05)
+        yield "word "
+    return Answer("word " * 1200, 1200, True)
+
+
+def test_a_new_chat_stays_new_while_an_answer_is_being_written(browser, served, monkeypatch):
+    from lora_dpo.serving import host
+
+    _, address = served
+    real = host.stream_from
+    me = Visitor(browser, address)
+    monkeypatch.setattr(host, "stream_from", slowly)
+    me.page.fill("#chat-box textarea", "Say it.")
+    me.page.press("#chat-box textarea", "Enter")
+    me.wait_for("chat-0", "word")
+    me.page.click("#chat-new")
+    me.page.get_by_role("button", name="Send", exact=True).wait_for()
+    me.page.wait_for_timeout(1000)
+    assert me.answers(0) == []
+    monkeypatch.setattr(host, "stream_from", real)
+    me.say("Hello.")
+    assert len(me.answers(0)) == 1
+    assert me.errors == []
+
+
+def test_the_stop_button_keeps_what_was_said_so_far(browser, served, monkeypatch):
+    from lora_dpo.serving import host
+
+    _, address = served
+    me = Visitor(browser, address)
+    monkeypatch.setattr(host, "stream_from", slowly)
+    me.page.fill("#chat-box textarea", "Say it.")
+    me.page.press("#chat-box textarea", "Enter")
+    me.wait_for("chat-0", "word")
+    me.page.get_by_role("button", name="Stop", exact=True).click()
+    me.page.get_by_role("button", name="Send", exact=True).wait_for(timeout=20_000)  # it would go on for a minute
+    assert me.answers(0)[0].startswith("word")
+    assert me.errors == []
+
+
+def test_a_refused_retry_keeps_the_talk(browser, served, monkeypatch):
+    from lora_dpo.errors import Busy
+
+    app_state, address = served
+    me = Visitor(browser, address)
+    me.say("Say it.")
+    before = me.answers(0)
+
+    def busy(*args, **kwargs):
+        raise Busy("32 requests are waiting already.")
+
+    monkeypatch.setattr(app_state.host, "submit", busy)
+    me.page.locator("#chat-0").hover()
+    me.page.locator("#chat-0 button[aria-label*=etry], #chat-0 button[title*=etry]").first.click()
+    me.page.get_by_text("32 requests are waiting already").wait_for()
+    me.page.wait_for_timeout(300)
+    assert me.answers(0) == before
+
+
+def test_a_prompt_that_is_refused_does_not_block_voting(browser, served, tmp_path):
+    app_state, address = served
+    me, other = Visitor(browser, address), Visitor(browser, address)
+    other.tab("Vote")
+    me.tab("Vote")
+    (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], "x" * 9000, PROMPTS[1]]))
+    me.page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
+    me.page.wait_for_selector("#vote-a:not([disabled])")
+    me.page.keyboard.press("1")
+    me.wait_for("vote-status", "is left out: The prompt has")
+    me.page.wait_for_selector("#vote-a:not([disabled])")
+    assert PROMPTS[1] in me.text("vote-asked")
+    me.page.keyboard.press("1")
+    me.wait_for("vote-status", "Saved: 2 pairs")
+    assert app_state.pairs.book.count() == (2, 0)
+    other.wait_for("vote-wins", "first against base")  # who only looks on sees the table move, too
+
+
+def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
+    from lora_dpo.serving import host
+
+    app_state, address = served
+    real = host.stream_from
+    me = Visitor(browser, address)
+    monkeypatch.setattr(host, "stream_from", slowly)
+    me.page.fill("#chat-box textarea", "Say it.")
+    me.page.keyboard.press("Enter")
+    me.wait_for("chat-0", "word")
+    monkeypatch.setattr(host, "stream_from", real)
+    me.context.close()
+    began = time.monotonic()
+    app_state.host.answer("base", [{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=4), client="next")
+    assert time.monotonic() - began < 20  # the abandoned answer would go on for a minute
+
+
+@pytest.mark.slow
+def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
+    app_state, address = served
+    me = Visitor(browser, address)
+    page = me.page
+    me.tab("Data")
+    pairs = [{"prompt": prompt, "chosen": "One word.", "rejected": "Many more words."} for prompt in PROMPTS]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    page.set_input_files(UPLOAD_PAIRS, tmp_path / "few.jsonl")
+    me.wait_for("data-doctor", "10 pairs read")
+    me.tab("Train")
+    me.open("Settings")
+    page.locator("#train-pairs input").first.check()
+
+    def start(name):
+        page.fill("#train-name textarea, #train-name input", name)
+        page.click("#train-plan")
+        page.wait_for_selector("#train-start:not([disabled])")
+        text = page.input_value("#train-recipe textarea")
+        # Long enough to be paused, and too gentle for the guard to end it first.
+        for was, now in (("max_steps: 10", "max_steps: 6000"), ("learning_rate: 0.0001", "learning_rate: 1.0e-08")):
+            assert text.count(f"{was}\n") == 1
+            text = text.replace(f"{was}\n", f"{now}\n")
+        page.fill("#train-recipe textarea", text)
+        page.click("#train-plan")
+        me.wait_for("train-planned", "6000")
+        page.click("#train-start")
+        me.wait_for("train-state", "step ")
+
+    def press(button, *then):
+        """Click until the page shows one of these words: on a busy machine a click can come while it is redrawn."""
+        for _ in range(6):
+            if page.locator(button).is_visible():
+                page.click(button)
+            with contextlib.suppress(playwright_timeout()):
+                page.wait_for_function(
+                    "then => then.some(part => document.getElementById('train-state').innerText.includes(part))",
+                    arg=list(then),
+                    timeout=30_000,
+                )
+                return
+
+    start("kept")
+    press("#train-pause", "paused at")
+    page.wait_for_timeout(2000)  # the page looks every second and a half
+    step = re.compile(r"paused at step \d+")
+    paused = step.search(me.text("train-state"))[0]
+    assert page.inner_text("#train-pause") == "Continue"
+    page.wait_for_timeout(3000)
+    assert step.search(me.text("train-state"))[0] == paused
+    press("#train-pause", "left", "stopping")
+    press("#train-keep", "stopping", "held-out", "answers", "Done: kept")
+    me.wait_for("train-state", "Done: kept")
+    assert "kept" in app_state.names()
+
+    start("gone")
+    press("#train-discard", "stopping", "Nothing was kept")
+    me.wait_for("train-state", "Nothing was kept")
+    assert "gone" not in app_state.names()
+    assert not [path.name for path in (tmp_path / "adapters").iterdir() if "gone" in path.name]
+
+    # a run that was cut off, as the end of the demo does, goes on from its last checkpoint
+    assert not page.locator("#train-go-on").is_visible()
+    start("cut")
+    app_state.training.job.interrupt()
+    page.wait_for_selector("#train-go-on:visible")
+    page.click("#train-go-on")
+    me.wait_for("train-state", "step ")
+    page.wait_for_selector("#train-go-on", state="hidden")
+    press("#train-keep", "stopping", "held-out", "answers", "Done: cut")
+    me.wait_for("train-state", "Done: cut")
+    assert "cut" in app_state.names()
+    assert me.errors == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_nothing_is_cut_off(browser, served, width, dark):
+    _, address = served
+    me = Visitor(browser, address, width=width, dark=dark)
+    me.say("Say it.")
+    for name in TABS:
+        me.tab(name)
+        assert me.too_wide() == [], name
+    assert "first" in me.text("adapters-table")
+    hidden = "at => at.parentElement.scrollWidth - at.parentElement.clientWidth"
+    assert me.page.locator("#adapters-table table").evaluate(hidden) <= 1  # else it scrolls
+    assert me.errors == []
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = os.environ.get("LORA_DPO_PICTURES")
+"""A folder: the pictures of the docs are made there, with a longer run. Otherwise they are looked at and let go."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "models/smollm2-135m/config.json").is_file(), reason="the real model is not here")
+def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatch, loads):
+    """Everything fits at 1280x800 and on a phone, light and dark; the pictures of docs/demo.md are made by this."""
+    import gradio
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    shutil.copytree(ROOT / "adapters/quickstart", "adapters/quickstart")
+    app_state, address = serve("smollm2-135m", Path(), "nf4")
+    out = ROOT / PICTURES if PICTURES else tmp_path / "pictures"
+    out.mkdir(parents=True, exist_ok=True)
+    me = Visitor(browser, address)
+    page = me.page
+    try:
+        use_it(me, tmp_path, *((6, 3, 267) if PICTURES else (2, 1, 24)))
+        for name in TABS:
+            me.tab(name)
+            page.wait_for_timeout(700)
+            assert me.too_wide() == [], name
+            me.picture(out / f"demo-{name.lower()}.png")
+        page.emulate_media(color_scheme="dark")
+        for name in TABS:
+            me.tab(name)
+            page.wait_for_timeout(300)
+            me.picture(out / f"dark-{name.lower()}.png")
+        page.set_viewport_size({"width": 390, "height": 844})
+        for scheme in ("dark", "light"):
+            page.emulate_media(color_scheme=scheme)
+            for name in TABS:
+                me.tab(name)
+                page.wait_for_timeout(500)
+                assert me.too_wide() == [], f"{name} on a phone"
+                me.picture(out / f"phone-{scheme}-{name.lower()}.png")
+        assert me.errors == []
+        assert len(loads) == 1
+    finally:
+        gradio.close_all()
+        app_state.host.close()
+
+
+def use_it(me, tmp_path, steps, votes, pairs):
+    """A chat side by side, some votes, an upload, a short run: so that every tab shows something."""
+    page = me.page
+    me.open("Settings")
+    page.locator("#chat-longest input[type=number]").fill("64")
+    page.locator("#chat-temperature input[type=number]").fill("0")
+    me.open("Settings")
+    me.choose("chat-left", "quickstart")
+    me.choose("chat-right", "base")
+    me.say("Why is the sky blue?", seconds=90)
+    me.tab("Vote")
+    asked = ["What is the capital of Portugal?", "Why should I wear a seat belt?", "What is a mortgage?"]
+    asked += ["Can I freeze milk?", "What is the opposite of wet?"]
+    (tmp_path / "prompts.txt").write_text("\n".join(asked[: votes + 1]))
+    me.open("Settings")
+    page.locator("#vote-longest input[type=number]").fill("48")
+    me.open("Settings")
+    page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
+    for number in range(votes):
+        page.wait_for_selector("#vote-a:not([disabled])", timeout=90_000)
+        # Whoever votes here prefers the shorter answer.
+        a, b = (len(me.text(f"answer-{side}")) for side in "ab")
+        page.keyboard.press("1" if a < b else "2")
+        me.wait_for("vote-status", f"Saved: {number + 1} pair")
+    page.wait_for_selector("#vote-a:not([disabled])", timeout=90_000)
+    me.tab("Data")
+    lines = (ROOT / "data/quickstart.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "quickstart.jsonl").write_text("".join(lines[:pairs]), "utf-8")
+    page.set_input_files(UPLOAD_PAIRS, tmp_path / "quickstart.jsonl")
+    me.wait_for("data-doctor", f"{pairs} pairs read")
+    page.wait_for_timeout(2500)
+    me.tab("Train")
+    for box, on in (("votes", False), ("quickstart", True)):
+        page.locator("#train-pairs label", has_text=box).locator("input").set_checked(on)
+    page.fill("#train-prompts textarea", "Why is the sky blue?")
+    page.click("#train-plan")
+    page.wait_for_selector("#train-start:not([disabled])", timeout=90_000)
+    me.open("Settings")
+    small = "trainer:\n  max_steps: %d\n  per_device_train_batch_size: 2\nevaluation:\n  answers: 2\n  show: 2\n"
+    page.fill("#train-recipe textarea", small % steps + "  max_new_tokens: 32\n")
+    page.click("#train-plan")
+    me.wait_for("train-planned", f"{steps} of 2 pairs", 90)
+    me.open("Settings")
+    page.click("#train-start")
+    me.wait_for("train-state", "Done: mine", 240)
+
+
+# --- scripts --------------------------------------------------------------------------------------
+
+PWN = "window.pwned=(window.pwned||0)+1"
+EVIL = (
+    f"<script>{PWN}</script><img src=x onerror='{PWN}'><svg onload='{PWN}'></svg>"
+    f'[link](javascript:{PWN}) <a href="javascript:{PWN}">a</a> '
+    f'<iframe srcdoc="<script>parent.{PWN}</script>"></iframe>'
+    "${" + PWN + "} {{" + PWN + "}} <details open ontoggle='" + PWN + "'>d</details> <math><mtext></form><form>"
+    f"<mglyph><style></math><img src onerror='{PWN}'>"
+)
+EVIL_NAME = f"<img src=x onerror='{PWN}'>"
+
+
+@pytest.fixture
+def hostile(roomy, tiny_adapter, tmp_path, monkeypatch):
+    """A demo where every text that can come from outside holds scripts, the model's answers among them."""
+    import gradio
+
+    from lora_dpo.model.decoding import Answer
+    from lora_dpo.serving import host
+
+    def answers(*args, **kwargs):
+        yield EVIL
+        return Answer(EVIL, 5, True)
+
+    monkeypatch.setattr(host, "stream_from", answers)
+    folder = tmp_path / "adapters" / EVIL_NAME
+    shutil.copytree(tiny_adapter, folder)
+    (folder / "README.md").write_text(f"# {EVIL}\n\n{EVIL}\n\n![p](http://192.0.2.1/p.png)\n")
+    passport = json.loads((folder / "passport.json").read_text())
+    passport |= {"reference": EVIL, "created": EVIL, "versions": {"lora-dpo": EVIL}}
+    passport["metrics"] = {"after": {"pairs": {EVIL: EVIL}}}
+    (folder / "passport.json").write_text(json.dumps(passport))
+    app_state, address = serve(roomy, tmp_path)
+    yield app_state, address
+    gradio.close_all()
+    app_state.host.close()
+
+
+@pytest.mark.slow
+def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
+    app_state, address = hostile
+    me = Visitor(browser, address)
+    page = me.page
+    assert EVIL_NAME in app_state.names()
+
+    me.open("Settings")
+    page.fill("#chat-system textarea", EVIL)
+    me.choose("chat-left", EVIL_NAME)
+    me.choose("chat-right", "base")
+    me.say(EVIL)
+    assert "<script>" in me.answers(0)[0]  # it is shown, as text
+
+    me.tab("Vote")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": EVIL}) + "\n" + json.dumps({"prompt": "x"}) + "\n")
+    page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.jsonl")
+    page.wait_for_selector("#vote-a:not([disabled])")
+    page.keyboard.press("3")  # both answers are the same: no pair
+    me.wait_for("vote-status", "Saved")
+
+    me.tab("Data")
+    named = tmp_path / f"{EVIL_NAME.replace('/', '')}.jsonl"
+    rows = [
+        {"prompt": EVIL, "chosen": EVIL, "rejected": "no", "origin": {EVIL: EVIL}},
+        {"prompt": EVIL, "chosen": EVIL, "rejected": EVIL},
+        {"prompt": EVIL, "chosen": "yes <|im_end|>" + EVIL, "rejected": "no"},
+    ]
+    # one that is short enough to train on
+    rows.append({"prompt": EVIL_NAME, "chosen": f"yes {EVIL_NAME}", "rejected": "no"})
+    named.write_text("".join(json.dumps(row) + "\n" for row in rows) + EVIL)
+    page.set_input_files(UPLOAD_PAIRS, named)
+    me.wait_for("data-doctor", "chosen equals rejected")
+    for summary in page.locator("#data-doctor summary").all():
+        summary.click()
+    page.locator("#data-table [role=gridcell]", has_text="<script>").first.click()
+    page.wait_for_selector("#data-editor:visible")
+    page.fill("#data-search textarea, #data-search input", EVIL)
+    page.keyboard.press("Enter")
+
+    me.tab("Train")
+    page.fill("#train-name textarea, #train-name input", EVIL)
+    page.click("#train-plan")
+    page.wait_for_timeout(1500)  # the refusal, which quotes the name
+    page.fill("#train-name textarea, #train-name input", "fine")
+    page.fill("#train-prompts textarea", EVIL)
+    page.locator("#train-pairs input").first.check()
+    page.click("#train-plan")
+    page.wait_for_selector("#train-start:not([disabled])")
+    page.click("#train-start")
+    me.wait_for("train-state", "Done", 120)
+
+    me.tab("Adapters")
+    me.choose("adapters-name", EVIL_NAME)
+    me.wait_for("adapters-passport", "reference")
+    me.open("Model card")
+    me.open("Curves")
+    page.click("#adapters-pack")  # refused: that is no name for a package
+    for name in TABS:
+        me.tab(name)
+        page.wait_for_timeout(400)
+    assert page.evaluate("window.pwned") is None
+    assert [error for error in me.errors if "dialog" in error] == []
+    assert me.elsewhere == []
+    assert page.locator("iframe").count() == 0

@@ -1,0 +1,229 @@
+"""What a run tells, kept for whoever looks; what the page draws; prompts that are answered while it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from lora_dpo.config.reading import check_recipe
+from lora_dpo.demo.run_state import RunState, Sample, logratios
+from lora_dpo.demo.session import AppState, looks_of
+from lora_dpo.errors import ConfigError
+from lora_dpo.events import Answered, Compared, Note, Progress, Resolved, Saved, StepLogged
+from lora_dpo.model.base import load_base
+from lora_dpo.serving.host import Host
+from lora_dpo.training.run import train
+
+
+def step(number, **metrics):
+    return StepLogged(number, 10, {"loss": 0.5, **metrics})
+
+
+def test_a_watch_keeps_what_was_told_and_counts_versions():
+    watch = RunState("mine")
+    before = watch.seen
+    for event in (
+        Resolved((("model", "tiny"),)), Progress("tokenising", 1, 4), step(1), Note("odd", warning=True),
+        StepLogged(1, 10, {"eval_loss": 1.0}), Compared((("accuracy", "0.5", "1.0"),)), Answered((("p", "a", "b"),)),
+        Saved(Path("adapters/mine")),
+    ):  # fmt: skip
+        watch(event)
+    watch.sampled(Sample(0, "p", "text"))
+    seen = watch.seen
+    assert before.version == 0
+    assert before.steps == ()
+    assert seen.version == 8  # an evaluation on the way is no training step
+    assert (seen.stage, seen.done, seen.total, seen.step, seen.all_steps) == ("tokenising", 1, 4, 1, 10)
+    assert seen.steps == ((1, {"loss": 0.5}),)
+    assert (seen.resolved, seen.notes[0].text, seen.saved) == ((("model", "tiny"),), "odd", "adapters/mine")
+    assert (seen.compared[0][2], seen.answered[0][2], seen.samples[0].text) == ("1.0", "b", "text")
+
+
+def test_time_left_is_at_the_pace_so_far(monkeypatch):
+    watch = RunState("mine")
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    watch(step(1))
+    assert watch.seen.seconds_left(105.0) is None
+    watch(step(2))
+    watch(step(3))
+    assert watch.seen.seconds_left(110.0) == pytest.approx(10 / 2 * 7)
+
+
+def test_a_run_that_goes_on_has_its_past_and_its_own_pace(monkeypatch):
+    watch = RunState("mine")
+    watch.restore([{"step": 1, "loss": 0.7}, {"step": 2, "eval_loss": 1.0}, {"step": 2, "loss": 0.6}])
+    assert [number for number, _ in watch.seen.steps] == [1, 2]
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    watch(step(3))
+    assert watch.seen.seconds_left(150.0) is None
+    watch(step(4))
+    assert watch.seen.seconds_left(110.0) == pytest.approx(10 / 1 * 6)
+
+
+def test_rewards_become_log_ratios():
+    steps = ((1, {"loss": 0.7, "rewards/chosen": 0.2, "rewards/rejected": -0.3}), (2, {"loss": 0.6}))
+    series = logratios(steps, beta=0.1)
+    assert series["loss"] == [(1, 0.7), (2, 0.6)]
+    assert series["chosen"] == [(1, pytest.approx(2.0))]
+    assert series["rejected"] == [(1, pytest.approx(-3.0))]
+    assert series["margin"] == []
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def test_a_chart_is_well_formed_and_its_points_lie_where_they_should():
+    from lora_dpo.demo.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_chart
+
+    drawn = line_chart("a & b", {"one": [(0, 0.0), (10, 1.0)], "two": []}, steps=10, low=0, high=1)
+    root = ElementTree.fromstring(drawn)
+    assert "a & b" in "".join(root.itertext())
+    line = root.find(".//polyline").get("points").split()
+    assert line == [f"{LEFT:.1f},{HEIGHT - BOTTOM:.1f}", f"{WIDTH - RIGHT:.1f},{TOP:.1f}"]
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [1e-7, 2e-7], [-1e6, 1e6], [float("-3.2"), 0.1, 8.0]])
+def test_any_values_give_a_chart_with_ticks_inside(values):
+    from lora_dpo.demo.charts import BOTTOM, HEIGHT, TOP, line_chart
+
+    root = ElementTree.fromstring(line_chart("x", {"x": list(enumerate(values))}, steps=3, zero=True))
+    heights = [float(point.split(",")[1]) for point in root.find(".//polyline").get("points").split()]
+    grid = [float(line.get("y1")) for line in root.findall(".//line")]
+    assert all(TOP - 0.1 <= height <= HEIGHT - BOTTOM + 0.1 for height in (*heights, *grid))
+    assert 2 <= len(root.findall(".//line[@class='grid']")) <= 7
+
+
+class Tags(HTMLParser):
+    """The tags and attributes that a browser would see."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes = set(), []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += [name for name, _ in attributes]
+
+
+def test_no_text_from_outside_becomes_a_tag():
+    from lora_dpo.data.doctor.catalogue import CHECKS
+    from lora_dpo.data.doctor.examination import Diagnosis, Finding
+    from lora_dpo.data.pairs import Origin
+    from lora_dpo.demo import html
+    from lora_dpo.demo.run_state import RunSnapshot
+    from lora_dpo.demo.votes import HeadToHead
+
+    evil = "<img src=x onerror=alert(1)>\"'</div><script>"
+    diagnosis = Diagnosis(findings={"equal": Finding(CHECKS["equal"], [Origin(evil, 1)], [(Origin(evil, 1), evil)])})
+    diagnosis.report.forms[evil] = 1
+    drawn = [
+        html.text_block(evil), html.note(evil), html.table((evil,), ((evil,),)), html.facts(((evil, evil),)),
+        html.answer_card("A", evil, name=evil), html.win_table([HeadToHead(evil, evil, 1, 0, 0, 0, 0)]),
+        html.findings(diagnosis), html.progress_bar(1, 2, evil),
+        html.samples_table(RunSnapshot("x", samples=(Sample(0, evil, evil),))),
+        html.line_chart(evil, {evil: [(0, 1)]}, steps=1),
+    ]  # fmt: skip
+    for fragment in drawn:
+        assert "onerror" in fragment  # the text is there
+        seen = Tags()
+        seen.feed(fragment)
+        seen.close()
+        assert not seen.tags & {"img", "script"}, fragment
+        assert not [name for name in seen.attributes if name.startswith("on")], fragment
+        assert fragment.count("</div>") == fragment.count("<div")
+
+
+def test_markdown_keeps_code_and_loses_tags_and_pictures():
+    pytest.importorskip("gradio")
+    from lora_dpo.demo.handlers import markdown, plain_text
+
+    assert markdown("**b** <b>x</b>") == "**b** &lt;b>x&lt;/b>"
+    assert markdown("`<b>` and\n```html\n<b>\n```\n<i>") == "`<b>` and\n```html\n<b>\n```\n&lt;i>"
+    assert markdown("is a < b & c > d?") == "is a < b & c > d?"  # as it is: the page copies and edits what it is given
+    for text in ("a &lt; b <b>", "AT&T &amp; <!-- x", "`&lt;` ![x](y) &amp;lt;"):
+        assert plain_text(markdown(text)) == text
+    assert markdown("![x](http://there/p.png)") == "!\\[x](http://there/p.png)"
+    assert markdown("```\n<script>") == "```\n<script>"  # still being written
+
+
+# --- a run that is watched ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def host(tiny_model_folder, tmp_path):
+    with Host(load_base(str(tiny_model_folder), quantize="none", dtype="float32"), tmp_path / "adapters") as host:
+        yield host
+
+
+@pytest.fixture
+def recipe(recipe_dict):
+    return check_recipe(recipe_dict(trainer={"max_steps": 4, "gradient_checkpointing": True}))
+
+
+def weights(folder):
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_watched_prompts_are_answered_before_during_and_after_and_change_nothing(host, recipe, tmp_path):
+    app_state = AppState(host, tmp_path / "collected", scratch=tmp_path / "scratch")
+    training = app_state.start_training(recipe, "mine", ["Say it.", " ", "Why?"])
+    assert training.job.wait(120)
+    assert training.job.error is None
+    seen = training.watch.seen
+    assert [(sample.step, sample.prompt) for sample in seen.samples] == [
+        (number, prompt) for number in (0, 1, 3, 4) for prompt in ("Say it.", "Why?")
+    ]
+    texts = {sample.step: sample.text for sample in seen.samples if sample.prompt == "Say it."}
+    answers = {
+        who: host.answer(who, [{"role": "user", "content": "Say it."}], client="x").text.strip() for who in host.names()
+    }
+    most = recipe.evaluation.max_new_tokens
+    assert answers["base"].startswith(texts[0][:most])
+    assert answers["mine"].startswith(texts[4][: most - 1])
+    assert texts[0] != texts[4]
+    # The same run without anyone looking makes the same adapter, to the bit.
+    alone = train(recipe.model_copy(update={"output": str(tmp_path / "alone")}))
+    assert weights(host.adapters_dir / "mine") == weights(alone.folder)
+
+
+def test_a_look_sees_the_model_in_eval_mode_and_leaves_each_part_as_it_was():
+    from types import SimpleNamespace
+
+    import torch
+
+    from lora_dpo.training.run import _make_look
+
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5)).train()
+    model[1].eval()
+    seen = []
+    look = _make_look(
+        lambda step, total, shown: seen.append((step, total, [part.training for part in shown.modules()]))
+    )
+    state = SimpleNamespace(global_step=2, max_steps=5)
+    look.on_step_end(None, state, None, model=model)
+    assert seen == [(2, 5, [False, False, False])]
+    assert [part.training for part in model.modules()] == [True, True, False]
+
+
+def test_looks_are_spread_over_the_run():
+    assert looks_of(36) == {0, 12, 24, 36}
+    assert looks_of(1) == {0, 1}
+
+
+def test_too_many_prompts_are_refused_before_anything_starts(host, recipe, tmp_path):
+    app_state = AppState(host, tmp_path / "collected", scratch=tmp_path / "scratch")
+    with pytest.raises(ConfigError, match="4 prompts are to be watched; at most 3"):
+        app_state.start_training(recipe, "mine", list("abcd"))
+    assert host.job is None
+
+
+def test_the_next_free_name(host, tmp_path):
+    app_state = AppState(host, tmp_path / "collected", scratch=tmp_path / "scratch")
+    assert app_state.free_name() == "mine"
+    (host.adapters_dir / "mine.partial").mkdir(parents=True)
+    assert app_state.free_name() == "mine-2"

@@ -1,0 +1,273 @@
+"""The whole path on a tiny model: recipe to adapter folder, interrupted and resumed, loaded elsewhere."""
+
+import json
+
+import pytest
+import torch
+from conftest import COMMIT, OLD_COMMIT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import lora_dpo
+from lora_dpo.adapters.passport import read_passport
+from lora_dpo.config.reading import check_recipe
+from lora_dpo.data import Origin, TokenPair
+from lora_dpo.engine.scoring import score_pairs
+from lora_dpo.errors import AdapterError, ConfigError, OutputError
+from lora_dpo.events import Compared, Note, Progress, Resolved, Saved, StepLogged, Stopped, StopSignal
+from lora_dpo.model.base import load_base
+from lora_dpo.serving.chat import open_chat
+from lora_dpo.training.run import train
+
+
+@pytest.fixture
+def recipe(recipe_dict, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def make(**changes):
+        settings = recipe_dict()
+        for dotted, value in changes.items():
+            part = settings
+            *parents, last = dotted.split("__")
+            for parent in parents:
+                part = part.setdefault(parent, {})
+            part[last] = value
+        return check_recipe(settings)
+
+    return make
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_a_run_leaves_a_whole_adapter_folder_and_nothing_else(recipe, tmp_path):
+    events = []
+    result = train(recipe(trainer__max_steps=2), name="tiny", on_event=events.append)
+    assert result.folder.name == "tiny"
+    assert sorted(path.name for path in result.folder.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "curves.png", "measured.json", "metrics.jsonl",
+        "passport.json", "recipe.yaml", "report.html", "verify.json",
+    ]  # fmt: skip
+    assert sorted(path.name for path in result.folder.parent.iterdir()) == ["tiny"]
+    assert (result.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    kinds = [type(event) for event in events]
+    assert kinds.index(Resolved) < next(
+        i for i, e in enumerate(events) if isinstance(e, Progress) and "loading" in e.stage
+    )
+    assert {Compared, Saved, StepLogged} <= set(kinds)
+    assert set(losses(result.folder)) == {1, 2}
+
+
+def test_second_run_takes_the_next_free_name_and_a_given_output_is_never_overwritten(recipe):
+    first, second = (train(recipe(trainer__max_steps=1), name="tiny").folder for _ in range(2))
+    assert (first.name, second.name) == ("tiny", "tiny-2")
+    with pytest.raises(OutputError, match="already exists"):
+        train(recipe(output=str(first)))
+
+
+def test_the_saved_recipe_runs_again_to_the_same_losses(recipe):
+    from lora_dpo.config.reading import read_recipe
+
+    first = train(recipe(trainer__max_steps=2), name="tiny").folder
+    again = train(read_recipe(first / "recipe.yaml", ["output=adapters/again"])).folder
+    assert losses(again) == losses(first)
+
+
+def test_resumed_losses_equal_uninterrupted_ones(recipe):
+    whole = train(recipe(trainer__max_steps=6), name="whole")
+    stop = StopSignal()
+
+    def stop_after_three(event):
+        if isinstance(event, Progress) and event.stage == "training" and event.done == 3:
+            stop.requested = True
+
+    with pytest.raises(Stopped) as stopped:
+        train(recipe(trainer__max_steps=6), name="cut", on_event=stop_after_three, stop=stop)
+    assert stopped.value.resumable
+    assert not stopped.value.output.exists()
+    resumed = train(recipe(trainer__max_steps=6), name="cut", resume=True)
+    assert losses(resumed.folder) == pytest.approx(losses(whole.folder), rel=1e-6)
+    assert list(losses(resumed.folder)) == [1, 2, 3, 4, 5, 6]
+    for name, value in whole.model.state_dict().items():
+        assert torch.allclose(resumed.model.state_dict()[name], value, atol=1e-7), name
+    assert resumed.after.pairs == whole.after.pairs
+    assert not resumed.folder.with_name("cut.partial").exists()
+
+
+def test_stopped_before_the_first_step_leaves_nothing(recipe, tmp_path):
+    stop = StopSignal()
+
+    def stop_early(event):
+        if isinstance(event, Progress) and "before training" in event.stage:
+            stop.requested = True
+
+    with pytest.raises(Stopped) as stopped:
+        train(recipe(), name="tiny", on_event=stop_early, stop=stop)
+    assert not stopped.value.resumable
+    assert list((tmp_path / "adapters").iterdir()) == []
+
+
+def test_stopped_during_the_last_evaluation_resumes_without_training_again(recipe):
+    stop = StopSignal()
+
+    def stop_late(event):
+        if isinstance(event, Progress) and "after training" in event.stage:
+            stop.requested = True
+
+    with pytest.raises(Stopped) as stopped:
+        train(recipe(trainer__max_steps=2), name="tiny", on_event=stop_late, stop=stop)
+    assert stopped.value.resumable
+    steps = []
+    train(
+        recipe(trainer__max_steps=2),
+        name="tiny",
+        resume=True,
+        on_event=lambda e: steps.append(e) if isinstance(e, StepLogged) else None,
+    )
+    assert not any("loss" in event.metrics for event in steps)
+
+
+def test_resuming_with_other_settings_is_refused(recipe):
+    stop = StopSignal()
+
+    def stop_at_once(event):
+        if isinstance(event, Progress) and event.stage == "training":
+            stop.requested = True
+
+    with pytest.raises(Stopped):
+        train(recipe(trainer__max_steps=4), name="tiny", on_event=stop_at_once, stop=stop)
+    with pytest.raises(ConfigError, match="beta"):
+        train(recipe(trainer__max_steps=4, trainer__beta=0.7), name="tiny", resume=True)
+
+
+def test_a_crash_in_training_leaves_no_adapter(recipe, monkeypatch, tmp_path):
+    from lora_dpo.training.dpo_trainer import DPOTrainer
+
+    def crash(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DPOTrainer, "training_step", crash)
+    with pytest.raises(OutputError, match="No space left"):
+        train(recipe(), name="tiny")
+    assert list((tmp_path / "adapters").iterdir()) == []
+
+
+def test_the_base_is_loaded_once_across_train_evaluate_and_chat(recipe, monkeypatch):
+    loads = []
+    original = PreTrainedModel.from_pretrained.__func__
+
+    def counted(cls, *args, **kwargs):  # every way to load weights ends here
+        loads.append(args[0])
+        return original(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
+    result = train(recipe(), name="tiny")
+    chat = lora_dpo.Chat(result.base, result.model)
+    "".join(chat.say("hello"))
+    chat.use_adapter = False
+    "".join(chat.say("hello"))
+    score_pairs(result.model, [TokenPair([257, 5], [6, 258], [7, 258], Origin("t", 1), False)], pad_id=258)
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_plain_peft_loads_the_adapter_with_the_same_scores(recipe, quantize, tiny_model_folder):
+    result = train(recipe(model__quantize=quantize), name="tiny")
+    ids = torch.tensor([[257, 5, 6, 7, 8]])
+    base = lora_dpo.load_base(str(tiny_model_folder), quantize=quantize)
+    plain = PeftModel.from_pretrained(base.model, str(result.folder))
+    with torch.no_grad():
+        assert torch.allclose(plain(input_ids=ids).logits, result.model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_passport_says_what_the_adapter_was_made_from(recipe, tiny_model_folder):
+    folder = train(recipe(), name="tiny").folder
+    passport = read_passport(folder)
+    assert passport.base == str(tiny_model_folder)
+    assert passport.base_fingerprint
+    assert passport.reference == "base"
+    assert passport.data["train"]["pairs"] > 0
+    assert set(passport.metrics) == {"before", "after"}
+    assert passport.versions["trl"]
+
+
+def test_an_adapter_for_another_base_is_refused_with_both_names(recipe, tiny_model_folder, tmp_path):
+    folder = train(recipe(), name="tiny").folder
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="was made for") as error:
+        open_chat(folder, model=str(tmp_path / "other"))
+    assert "other" in str(error.value)
+    assert str(tiny_model_folder) in str(error.value)
+
+
+def test_continuing_from_an_adapter_starts_at_ln_2_and_differs_from_it_after(recipe):
+    first = train(recipe(trainer__learning_rate=1e-2), name="first").folder
+    settings = dict(trainer__loss_type="sigmoid", trainer__learning_rate=1e-2)
+    second = train(recipe(reference=f"adapter:{first}", **settings), name="second")
+    assert losses(second.folder)[1] == pytest.approx(0.6931472, abs=1e-5)
+    assert second.before.pairs.accuracy == 0.5
+    assert not (second.folder / "ref").exists()
+    barely = train(reference_recipe := recipe(reference=f"adapter:{first}", trainer__learning_rate=1e-9), name="barely")
+    assert abs(barely.after.pairs.chosen_logratio) < 1e-3  # measured against the frozen copy, not the base
+    assert reference_recipe.reference_adapter == first
+    third = train(recipe(reference=f"adapter:{first}", **settings), name="third")
+    assert losses(third.folder) == losses(second.folder)
+
+
+def test_continuing_run_resumes_with_the_same_losses(recipe):
+    first = train(recipe(trainer__learning_rate=1e-2), name="first").folder
+    settings = dict(reference=f"adapter:{first}", trainer__max_steps=4, trainer__learning_rate=1e-2)
+    whole = train(recipe(**settings), name="whole").folder
+    stop = StopSignal()
+
+    def stop_at_two(event):
+        if isinstance(event, Progress) and event.stage == "training" and event.done == 2:
+            stop.requested = True
+
+    with pytest.raises(Stopped):
+        train(recipe(**settings), name="cut", on_event=stop_at_two, stop=stop)
+    resumed = train(recipe(**settings), name="cut", resume=True).folder
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_lora_settings_beside_a_reference_adapter_are_refused(recipe):
+    first = train(recipe(), name="first").folder
+    with pytest.raises(ConfigError, match="rank"):
+        train(recipe(reference=f"adapter:{first}", lora__rank=2), name="second")
+
+
+def test_leaked_prompts_are_said(recipe, recipe_dict):
+    file = recipe_dict()["data"]["train"]
+    notes = []
+    train(recipe(data__eval=file), name="tiny", on_event=lambda e: notes.append(e) if isinstance(e, Note) else None)
+    assert any("also trained on" in note.text and note.warning for note in notes)
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_hub_base_that_is_handed_in_fits_the_recipe_and_its_commit_is_in_the_passport(hub_model, revision, recipe):
+    settings = recipe(model__name=hub_model, model__quantize="none", model__revision=revision)
+    result = train(settings, base=load_base(hub_model, revision=revision, quantize="none"))
+    assert read_passport(result.folder).base_revision == COMMIT
+
+
+def test_a_hub_base_of_another_commit_than_the_recipe_s_is_refused(hub_model, recipe):
+    base = load_base(hub_model, quantize="none")
+    with pytest.raises(ConfigError, match=f"revision {COMMIT}; the recipe says none, {OLD_COMMIT}"):
+        train(recipe(model__name=hub_model, model__quantize="none", model__revision="old"), base=base)
+
+
+@pytest.mark.parametrize(("size", "gathered", "drop"), [(5, 1, False), (5, 1, True), (2, 3, False), (5, 2, True)])
+def test_the_steps_that_a_run_announces_are_those_that_it_takes(size, gathered, drop, recipe):
+    events = []
+    settings = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": size}
+    settings |= {"dataloader_drop_last": drop, "gradient_accumulation_steps": gathered}
+    train(recipe(trainer=settings, health={"action": "none"}), on_event=events.append)
+    said = dict(next(event for event in events if isinstance(event, Resolved)).lines)["steps"]
+    last = max(event.step for event in events if isinstance(event, StepLogged))
+    assert said.startswith(f"{last} of ")
