@@ -21,7 +21,7 @@ from shapes import Row, total
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_dpo.engine.whole_step import pair_lengths
+from lora_dpo.engine.pair_batch import PairBatch
 
 GB = 1e9
 
@@ -138,7 +138,7 @@ def count(variant: Variant, unchecked: Any, *, quick: bool = False) -> None:
         if not quick:
             variant.kept = fmean(kept_bytes(unchecked, unknown(step)) for step in steps)
         return
-    variant.tokens = sum(sum(pair_lengths(variant.trainer.data_collator(batch))) for batch in variant.batches)
+    variant.tokens = sum(sum(PairBatch.of(variant.trainer.data_collator(batch)).lengths) for batch in variant.batches)
     if quick:
         run(dataclasses.replace(variant, batches=variant.batches[:1]))
         return

@@ -42,6 +42,7 @@ HEAVY = {"accelerate", "bitsandbytes", "datasets", "gradio", "peft", "torch", "t
 EAGER = {
     *("engine.attention", "engine.engine", "engine.layout", "engine.logprobs", "engine.objective"),
     *(
+        "engine.pair_batch",
         "engine.pair_forward",
         "engine.preference_loss",
         "engine.rematerialise",

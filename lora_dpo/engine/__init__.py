@@ -5,6 +5,7 @@ attention         attention over that stream, without a mask over the whole of i
 logprobs          hidden states of the stream to per-token log-probabilities
 rematerialise     cheap results are made again in the backward pass
 trunk_cache       layers below the lowest adapted one run once for policy and reference
+pair_batch        a step's pairs: TRL's padded batch, and its rows without the padding
 pair_forward      a transformers model on a stream of pairs, and when that cannot be done
 scoring           log-probabilities of both answers of each pair, outside training
 objective         what the engine asks of who trains with it

@@ -18,11 +18,12 @@ from lora_dpo.engine import PairForward
 from lora_dpo.engine.first_sight import PrequentialCount
 from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
-from lora_dpo.engine.pair_forward import largest_difference, rows_of
-from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
+from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs
+from lora_dpo.engine.pair_forward import largest_difference
+from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, reference_name
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, TokenBudget
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, lowest_adapted_layer
-from lora_dpo.engine.whole_step import Inputs, WholeStep, assemble, merge_batches, model_inputs, pair_lengths, select
+from lora_dpo.engine.whole_step import WholeStep
 from lora_dpo.model.base import steady
 from lora_dpo.model.device import free_bytes, give_back_memory, out_of_memory
 from lora_dpo.model.lora import base_of, is_reference, reference
@@ -86,7 +87,7 @@ class Engine:
         Args:
             logged: whether TRL's logged values (entropy, mean logits, token accuracy) are computed.
         """
-        batch = self.with_reference(merge_batches(self.gathered, self.objective.pad_id))
+        batch = self._known(PairBatch.of(merge_batches(self.gathered, self.objective.pad_id)))
         self.gathered.clear()
         self.forward.logged = logged
         try:
@@ -94,18 +95,19 @@ class Engine:
         finally:
             self.forward.logged = True
             self.forward.rest()
-        self.last = batch
+        self.last = batch.inputs
         self._note_first_sight(batch)
         return loss
 
-    def _note_first_sight(self, inputs: Inputs) -> None:
+    def _note_first_sight(self, batch: PairBatch) -> None:
         """Count the step's prompts that no process has had before."""
         gather, ld_alpha = self.objective.accelerator.gather, self.objective.ld_alpha
+        inputs = batch.inputs
         policy = answer_sums(self.whole_step.log_probs, inputs["completion_mask"])
         policy_B2 = torch.tensor([logps.sums(ld_alpha) for logps in policy], dtype=torch.float64)
         ref_B2 = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1).cpu()
         margin_B = (policy_B2 - ref_B2) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-        prompt_B = torch.tensor(_prompt_numbers(inputs), device=self.device)
+        prompt_B = torch.tensor(batch.prompts, device=self.device)
         margins = gather(margin_B.float().to(self.device)).tolist()
         self.first_sight.note(gather(prompt_B).tolist(), margins, moved=self.moved)
 
@@ -114,8 +116,8 @@ class Engine:
 
         Both run without autocast and dropout, so that only the function is compared.
         """
-        base, lengths = base_of(self.objective.model), pair_lengths(inputs)
-        part = select(inputs, sorted(sorted(range(len(lengths)), key=lambda index: lengths[index])[:2])).inputs
+        base, batch = base_of(self.objective.model), PairBatch.of(inputs)
+        part = batch.select(sorted(sorted(range(len(batch)), key=batch.lengths.__getitem__)[:2])).inputs
         call = model_inputs(part)
         longest = max(2, int(part["attention_mask"].sum(dim=1).max()))
         call.update({name: call[name][:, :longest] for name in ("input_ids", "attention_mask", "labels")})
@@ -135,20 +137,24 @@ class Engine:
         """TRL's output for a whole batch as the policy now is, all of its fields, without gradients or dropout."""
         objective = self.objective
         with torch.no_grad(), steady(objective.model), objective.accelerator.autocast(), self.forward.log(True):
-            parts = [select(inputs, pairs) for pairs in pack(pair_lengths(inputs), self.scoring_tokens)]
-            return assemble([objective.model(**model_inputs(part.inputs)) for part in parts], parts)
+            batch, outputs = PairBatch.of(inputs), []
+            parts = [batch.select(pairs) for pairs in pack(batch.lengths, self.scoring_tokens)]
+            for part in parts:
+                with self.forward.on(part):
+                    outputs.append(objective.model(**model_inputs(part.inputs)))
+            return assemble(outputs, parts)
 
-    def kept_bytes(self, inputs: Inputs) -> float:
+    def kept_bytes(self, batch: PairBatch) -> float:
         """Bytes that a stream token keeps for the backward pass, measured on the shortest pair of a batch."""
-        lengths = pair_lengths(inputs)
-        shortest = min(filter(None, lengths))
-        part = select(inputs, [lengths.index(shortest)])
+        shortest = min(filter(None, batch.lengths))
+        part = batch.select([batch.lengths.index(shortest)])
         # A resumed run measures again: what dropout draws for it must not shift what the steps draw.
         with (
             torch.random.fork_rng(),
             self.forward.count_kept() as kept,
             self.objective.accelerator.autocast(),  # the bare model has none of its own
             self.forward.log(False),
+            self.forward.on(part),
         ):
             output = base_of(self.objective.model)(**model_inputs(part.inputs))
         del output
@@ -161,34 +167,40 @@ class Engine:
         """
         if self.objective.precompute_ref_logps and "ref_chosen_logps" in inputs:
             return inputs
-        keys = _pair_keys(inputs)
-        known = self.references.get(keys)
-        missing = [index for index, key in enumerate(keys) if key not in known]
-        if missing:
-            fresh = {keys[index]: logps for index, logps in self._score(inputs, missing).items()}
-            self.references.put(fresh)
-            known = {**known, **fresh}
-        return self._joined(inputs, [known[key] for key in keys])
+        return self._known(PairBatch.of(inputs)).inputs
 
     def with_fresh_reference(self, inputs: Inputs) -> Inputs:
         """The same, scored now whatever is known: in 16 bits another packing of the pairs gives other digits."""
-        scored = self._score(inputs, list(range(len(inputs["input_ids"]) // 2)))
-        return self._joined(inputs, [scored[index] for index in range(len(scored))])
+        batch = PairBatch.of(inputs)
+        scored = self._score(batch, list(range(len(batch))))
+        return self._joined(batch, [scored[index] for index in range(len(scored))]).inputs
 
-    def _joined(self, inputs: Inputs, logps: list[PairLogps]) -> Inputs:
+    def _known(self, batch: PairBatch) -> PairBatch:
+        """`with_reference`, of a batch whose rows are found."""
+        if self.objective.precompute_ref_logps and "ref_chosen_logps" in batch.inputs:
+            return batch
+        known = self.references.get(batch.keys)
+        missing = [index for index, key in enumerate(batch.keys) if key not in known]
+        if missing:
+            fresh = {batch.keys[index]: logps for index, logps in self._score(batch, missing).items()}
+            self.references.put(fresh)
+            known = {**known, **fresh}
+        return self._joined(batch, [known[key] for key in batch.keys])
+
+    def _joined(self, batch: PairBatch, logps: list[PairLogps]) -> PairBatch:
         sums = torch.tensor([pair.sums(self.objective.ld_alpha) for pair in logps], dtype=torch.float64)
-        sums = sums.to(inputs["input_ids"].device, torch.float32)
-        return {**inputs, "ref_chosen_logps": sums[:, 0], "ref_rejected_logps": sums[:, 1]}
+        sums = sums.to(batch.inputs["input_ids"].device, torch.float32)
+        return batch.replaced(ref_chosen_logps=sums[:, 0], ref_rejected_logps=sums[:, 1])
 
-    def _score(self, inputs: Inputs, pairs: list[int]) -> dict[int, PairLogps]:
+    def _score(self, batch: PairBatch, pairs: list[int]) -> dict[int, PairLogps]:
         """The reference's log-probabilities of some pairs of a batch, by index."""
-        lengths = pair_lengths(inputs)
+        lengths = batch.lengths
         longest = max(lengths[index] for index in pairs)
         scored: dict[int, PairLogps] = {}
         while len(scored) < len(pairs):
             left = [index for index in pairs if index not in scored]
             try:
-                self._score_in_parts(inputs, left, [lengths[index] for index in left], scored)
+                self._score_in_parts(batch, left, scored)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not out_of_memory(error) or self.scoring_tokens <= longest:
                     raise
@@ -200,9 +212,7 @@ class Engine:
             give_back_memory()
         return scored
 
-    def _score_in_parts(
-        self, inputs: Inputs, pairs: list[int], lengths: list[int], scored: dict[int, PairLogps]
-    ) -> None:
+    def _score_in_parts(self, batch: PairBatch, pairs: list[int], scored: dict[int, PairLogps]) -> None:
         """Score some pairs of a batch, and note each part as it is done."""
         objective = self.objective
         model = objective.accelerator.unwrap_model(objective.model)
@@ -211,10 +221,12 @@ class Engine:
         with contextlib.ExitStack() as stack:
             for each in (*exact, self.forward.log(False)):
                 stack.enter_context(each)
-            for part in pack(lengths, self.scoring_tokens):
-                chosen = [pairs[index] for index in part]
-                batch = select(inputs, chosen).inputs
-                sums = answer_sums(model(**model_inputs(batch)).log_probs, batch["completion_mask"])
+            for places in pack([batch.lengths[index] for index in pairs], self.scoring_tokens):
+                chosen = [pairs[place] for place in places]
+                part = batch.select(chosen)
+                with self.forward.on(part):
+                    log_probs_RT = model(**model_inputs(part.inputs)).log_probs
+                sums = answer_sums(log_probs_RT, part.inputs["completion_mask"])
                 scored.update(zip(chosen, sums, strict=True))
 
 
@@ -232,20 +244,6 @@ def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairL
     log_probs_RT = log_probs_RT.double() * mask_RT
     sums_R2 = torch.stack([(log_probs_RT * head_RT).sum(dim=1), (log_probs_RT * ~head_RT).sum(dim=1)], dim=1)
     return [PairLogps(*row) for row in torch.cat(sums_R2.chunk(2), dim=1).tolist()]
-
-
-def _pair_keys(inputs: Inputs) -> list[bytes]:
-    rows = rows_of(inputs["input_ids"], inputs["attention_mask"])
-    scored = rows_of(inputs["completion_mask"], inputs["attention_mask"])
-    half = len(rows) // 2
-    return [pair_key(rows[index::half], scored[index::half]) for index in range(half)]
-
-
-def _prompt_numbers(inputs: Inputs) -> list[int]:
-    """A number for each pair's prompt; Python's hash of integers is the same in every process."""
-    rows = rows_of(inputs["input_ids"], inputs["attention_mask"])
-    starts = inputs["completion_mask"].argmax(dim=1).tolist()
-    return [hash(tuple(rows[index][: starts[index]])) for index in range(len(rows) // 2)]
 
 
 def _compute_dtype(objective: Objective) -> torch.dtype:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from lora_dpo.engine.attention import NAME, PLAN, StreamPlan
 from lora_dpo.engine.layout import Layout, lay_out
 from lora_dpo.engine.logprobs import HeadValues, head_values, to_rows
+from lora_dpo.engine.pair_batch import Part, rows_of
 from lora_dpo.engine.rematerialise import Rematerialiser
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, from_trunk, lowest_adapted_layer, trunk_hidden
 
@@ -182,6 +183,8 @@ class PairForward:
         """Whether the next passes are all passed on (`passed_on`)."""
         self.told = False
         """Whether it was said that a training call could not run as a stream."""
+        self.part: Part | None = None
+        """The part of a batch that the next passes are of (`on`)."""
         self.rematerialiser = Rematerialiser(model) if rematerialise else None
         inner = self
 
@@ -209,11 +212,13 @@ class PairForward:
             self.rest()
             return self.before(*args, **kwargs)
         ids_RT, mask_RT, labels_RT = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
-        rows = rows_of(ids_RT, mask_RT)
+        part = self.part
+        rows = part.tokens if part is not None else rows_of(ids_RT, mask_RT)
         if max(map(len, rows)) < 2:  # no token predicts another: a stream of none
             self.rest()
             return self.before(**kwargs)
-        wanted = [(row[keep.bool()] != -100).tolist() for row, keep in zip(labels_RT, mask_RT, strict=True)]
+        scored = part.scored if part is not None else rows_of(labels_RT != -100, mask_RT)
+        wanted = [[bool(one) for one in row] for row in scored]
         layout = to_device(lay_out(rows, wanted, width=ids_RT.shape[1]), ids_RT.device)
         self.streams += 1
         self.tokens += len(layout.ids_S)
@@ -232,6 +237,15 @@ class PairForward:
             yield
         finally:
             self.logged = before
+
+    @contextlib.contextmanager
+    def on(self, part: Part) -> Iterator[None]:
+        """Inside the block passes are of this part: its rows are known, and not read back from the padded ones."""
+        self.part = part
+        try:
+            yield
+        finally:
+            self.part = None
 
     @contextlib.contextmanager
     def passed_on(self) -> Iterator[None]:
@@ -301,11 +315,6 @@ class PairForward:
             tables.setdefault(name, zero_RT.bool() if name == "is_top1" else zero_RT)
         labelled = layout.source_RT < len(layout.label_L)
         return TokenTables(loss=-tables["log_probs"].sum() / labelled.sum().clamp(min=1), label_mask=labelled, **tables)
-
-
-def rows_of(ids_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[list[int]]:
-    """Token ids of each row of a padded batch, without the padding."""
-    return [row[keep.bool()].tolist() for row, keep in zip(ids_RT, mask_RT, strict=True)]
 
 
 def _signature(forward: Any) -> Any:

@@ -14,16 +14,16 @@ has to fill in its rows of the table and to take its rows of ∂loss/∂table ba
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from lora_dpo.engine.layout import pack, stream_length
+from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
-from lora_dpo.engine.pair_forward import PairForward, rows_of
+from lora_dpo.engine.pair_batch import Inputs, PairBatch, Part, assemble, model_inputs, sft_shares
+from lora_dpo.engine.pair_forward import PairForward
 from lora_dpo.engine.token_budget import TokenBudget
 from lora_dpo.model.device import give_back_memory, out_of_memory
 
@@ -31,16 +31,6 @@ logger = logging.getLogger(__name__)
 
 SORTED = ("aot", "aot_unpaired")
 """Losses that sort the log-ratios of the whole batch."""
-
-Inputs = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of the batch that runs at once: the model's inputs, and which rows of the batch its rows are."""
-
-    inputs: Inputs
-    rows: torch.Tensor
 
 
 class WholeStep:
@@ -57,7 +47,7 @@ class WholeStep:
         objective: Objective,
         forward: PairForward,
         budget: TokenBudget,
-        kept_bytes: Callable[[Inputs], float],
+        kept_bytes: Callable[[PairBatch], float],
         *,
         split_pairs: bool,
     ) -> None:
@@ -68,21 +58,21 @@ class WholeStep:
         self.log_probs: torch.Tensor
         """The last step's per-token table `[R, T-1]`, as it was before the step."""
 
-    def run(self, model: Any, inputs: Inputs) -> torch.Tensor:
+    def run(self, model: Any, batch: PairBatch) -> torch.Tensor:
         """Forward and backward of a whole optimiser batch; the loss, detached.
 
         When memory runs out the gradients of the step are dropped, the budget is halved, and the step is redone
         with the same random numbers.
         """
         objective = self.objective
-        longest = max(map(len, _rows(inputs))) - 1 if self.split_pairs else max(pair_lengths(inputs))
+        longest = max(map(len, batch.tokens)) - 1 if self.split_pairs else max(batch.lengths)
         if longest:  # rows of one token predict nothing
-            self.budget.measure(lambda: self.kept_bytes(inputs), longest)
+            self.budget.measure(lambda: self.kept_bytes(batch), longest)
         random = _random_state()
         undo = objective.snapshot()
         while True:
             try:
-                return self._attempt(model, inputs)
+                return self._attempt(model, batch)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not out_of_memory(error) or objective.args.world_size > 1:
                     raise
@@ -96,42 +86,46 @@ class WholeStep:
             give_back_memory()
             _set_random_state(random)
 
-    def _attempt(self, model: Any, inputs: Inputs) -> torch.Tensor:
+    def _attempt(self, model: Any, batch: PairBatch) -> torch.Tensor:
         objective = self.objective
-        chosen = pack(pair_lengths(inputs), self.budget.tokens)
-        self.parts = len(inputs["input_ids"]) if self.split_pairs else len(chosen)
+        chosen = pack(batch.lengths, self.budget.tokens)
+        self.parts = len(batch.tokens) if self.split_pairs else len(chosen)
         if self.split_pairs:
-            return self._two_passes(model, inputs, [branch(inputs, row) for row in range(len(inputs["input_ids"]))])
-        parts = [select(inputs, pairs) for pairs in chosen]
+            return self._two_passes(model, batch, [batch.branch(row) for row in range(len(batch.tokens))])
         alone = objective.args.world_size == 1
-        if len(parts) == 1 and alone:
+        if len(chosen) == 1 and alone:
             with objective.compute_loss_context_manager():
-                output = model(**model_inputs(inputs))
-                loss = objective.loss_of(output, inputs)
+                output = self._pass(model, batch.whole())
+                loss = objective.loss_of(output, batch.inputs)
             self.log_probs = output.log_probs.detach()
             objective.accelerator.backward(loss)
             return loss.detach()
+        parts = [batch.select(pairs) for pairs in chosen]
         if couples_pairs(objective.loss_types) and len(parts) > 1:
-            return self._two_passes(model, inputs, parts)
-        return self._one_pass(model, inputs, parts)
+            return self._two_passes(model, batch, parts)
+        return self._one_pass(model, batch, parts)
 
-    def _one_pass(self, model: Any, inputs: Inputs, parts: Sequence[Part]) -> torch.Tensor:
+    def _pass(self, model: Any, part: Part) -> Any:
+        with self.forward.on(part):
+            return model(**model_inputs(part.inputs))
+
+    def _one_pass(self, model: Any, batch: PairBatch, parts: Sequence[Part]) -> torch.Tensor:
         """Each part's own loss, weighted: for losses that are means over pairs.
 
         The metrics come last: between processes their exchange must follow that of the gradients in each of them,
         however many parts it has.
         """
         objective, outputs = self.objective, []
-        shares = sft_shares(inputs, parts)
+        shares = sft_shares(batch, parts)
         for number, part in enumerate(parts):
-            share = len(part.rows) / len(inputs["input_ids"])
+            share = len(part.rows) / len(batch.tokens)
             with _synced(model, number == len(parts) - 1), objective.compute_loss_context_manager():
-                output = model(**model_inputs(part.inputs))
+                output = self._pass(model, part)
                 with objective.unlogged(sft_factor=shares[number] / share):
                     loss = objective.loss_of(output, part.inputs) * share
                 objective.accelerator.backward(loss)
             outputs.append(_detached(output))
-        return self._logged(assemble(outputs, parts), inputs)
+        return self._logged(assemble(outputs, parts), batch.inputs)
 
     def _logged(self, whole: Any, inputs: Inputs) -> torch.Tensor:
         """The loss of the whole table, with its metrics."""
@@ -139,105 +133,29 @@ class WholeStep:
         with torch.no_grad():
             return self.objective.loss_of(whole, inputs)
 
-    def _two_passes(self, model: Any, inputs: Inputs, parts: Sequence[Part]) -> torch.Tensor:
+    def _two_passes(self, model: Any, batch: PairBatch, parts: Sequence[Part]) -> torch.Tensor:
         """The whole table without gradients, the loss's gradient on it, then each part again with its rows of that."""
         objective, outputs, states = self.objective, [], []
         for part in parts:
             states.append(_random_state())
             with torch.no_grad(), objective.compute_loss_context_manager():
-                outputs.append(model(**model_inputs(part.inputs)))
+                outputs.append(self._pass(model, part))
         whole = assemble(outputs, parts)
         whole.log_probs.requires_grad_()
         with objective.unlogged():
-            (slope_RT,) = torch.autograd.grad(objective.loss_of(whole, inputs), whole.log_probs)
+            (slope_RT,) = torch.autograd.grad(objective.loss_of(whole, batch.inputs), whole.log_probs)
         with self.forward.log(False):
             for number, part in enumerate(parts):
                 _set_random_state(states[number])
                 with _synced(model, number == len(parts) - 1), objective.compute_loss_context_manager():
-                    log_probs = model(**model_inputs(part.inputs)).log_probs[: len(part.rows)]
+                    log_probs = self._pass(model, part).log_probs[: len(part.rows)]
                     objective.accelerator.backward((log_probs * slope_RT[part.rows]).sum())
-        return self._logged(whole, inputs)
+        return self._logged(whole, batch.inputs)
 
 
 def couples_pairs(loss_types: Sequence[str]) -> bool:
     """Whether a pair's gradient depends on the other pairs' values: then the parts cannot be taken one by one."""
     return bool(set(loss_types) & set(SORTED))
-
-
-def pair_lengths(inputs: Inputs) -> list[int]:
-    """Stream tokens of each pair of a padded batch."""
-    rows = _rows(inputs)
-    half = len(rows) // 2
-    return [stream_length(rows[index], rows[half + index]) for index in range(half)]
-
-
-def _rows(inputs: Inputs) -> list[list[int]]:
-    return rows_of(inputs["input_ids"], inputs["attention_mask"])
-
-
-def model_inputs(inputs: Inputs) -> Inputs:
-    """The keywords of TRL's call of the model."""
-    ids_RT = inputs["input_ids"]
-    labels_RT = ids_RT.masked_fill(inputs["completion_mask"] == 0, -100)
-    return dict(
-        input_ids=ids_RT, attention_mask=inputs["attention_mask"], labels=labels_RT, use_cache=False, fused_lm_head=True
-    )
-
-
-def merge_batches(batches: Sequence[Inputs], pad_id: int) -> Inputs:
-    """Padded batches, each chosen rows first, to one such batch."""
-    if len(batches) == 1:
-        return batches[0]
-    width = max(batch["input_ids"].shape[1] for batch in batches)
-    merged: Inputs = {}
-    for name in batches[0]:
-        values = [batch[name] for batch in batches]
-        if values[0].dim() == 1:  # reference values, one a pair
-            merged[name] = torch.cat(values)
-            continue
-        fill = pad_id if name == "input_ids" else 0
-        wide = [torch.nn.functional.pad(value, (0, width - value.shape[1]), value=fill) for value in values]
-        sides = zip(*(value.chunk(2) for value in wide), strict=True)
-        merged[name] = torch.cat([torch.cat(side) for side in sides])
-    return merged
-
-
-def select(inputs: Inputs, pairs: Sequence[int]) -> Part:
-    """The rows of some pairs, at the batch's own width."""
-    half = len(inputs["input_ids"]) // 2
-    index = torch.tensor(pairs, device=inputs["input_ids"].device)
-    rows = torch.cat([index, index + half])
-    part = {name: value[rows] if len(value) == 2 * half else value[index] for name, value in inputs.items()}
-    return Part(part, rows)
-
-
-def branch(inputs: Inputs, row: int) -> Part:
-    """One sequence on its own: beside it stands a sequence of one token, which adds nothing to the stream."""
-    rows = torch.tensor([row, row], device=inputs["input_ids"].device)
-    part = {name: inputs[name][rows].clone() for name in ("input_ids", "attention_mask", "completion_mask")}
-    part["attention_mask"][1, 1:] = 0
-    part["completion_mask"][1] = 0
-    return Part(part, rows[:1])
-
-
-def sft_shares(inputs: Inputs, parts: Sequence[Part]) -> list[float]:
-    """Each part's share of the batch's chosen tokens: what its mean over them weighs in the mean over all."""
-    tokens_R = inputs["completion_mask"][:, 1:].sum(dim=1)
-    half = len(tokens_R) // 2
-    total = max(1.0, float(tokens_R[:half].sum()))
-    return [float(tokens_R[part.rows[part.rows < half]].sum()) / total for part in parts]
-
-
-def assemble(outputs: Sequence[Any], parts: Sequence[Part]) -> Any:
-    """The parts' per-token tables as the table of the whole batch, without gradients."""
-    order = torch.cat([part.rows for part in parts]).argsort()
-    fields = {}
-    for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
-        tables = [getattr(output, name) for output in outputs]
-        if tables[0] is not None:
-            rows = [table[: len(part.rows)] for table, part in zip(tables, parts, strict=True)]
-            fields[name] = torch.cat(rows).detach()[order]
-    return type(outputs[0])(**fields)
 
 
 def _detached(output: Any) -> Any:

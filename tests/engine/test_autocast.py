@@ -7,7 +7,7 @@ import torch
 from tiny import PAIRS, build, columns, gradients_of, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
-from lora_dpo.engine.whole_step import model_inputs, select
+from lora_dpo.engine.pair_batch import PairBatch, model_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +52,9 @@ def test_the_reference_is_scored_in_the_precision_that_names_it(tiny_model_folde
 def test_memory_is_measured_as_training_keeps_it(tiny_model_folder, tmp_path):
     trainer = fresh(tiny_model_folder, tmp_path)
     batch = trainer.data_collator(columns(PAIRS))
-    measured = trainer.engine.kept_bytes(batch)
+    measured = trainer.engine.kept_bytes(PairBatch.of(batch))
     trainer.accelerator.prepare_model(trainer.model)  # as `train` does: autocast is put around its forward
-    shortest = select(batch, [3]).inputs  # 4 + 6 - 2 tokens, of which 2 stand once
+    shortest = PairBatch.of(batch).select([3]).inputs  # 4 + 6 - 2 tokens, of which 2 stand once
     with trainer.engine.forward.count_kept() as kept, trainer.engine.forward.log(False):
         trainer.model(**model_inputs(shortest))
     assert measured == pytest.approx(sum(kept.values()) / 6, rel=1e-6)

@@ -18,6 +18,7 @@ from lora_dpo import DPOTrainer, EngineSection
 from lora_dpo.config.trl_dpo import LOSSES
 from lora_dpo.engine import lay_out
 from lora_dpo.engine.layout import pack, stream_length
+from lora_dpo.engine.pair_batch import PairBatch
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.engine.token_budget import TokenBudget, fit
 from lora_dpo.engine.whole_step import couples_pairs
@@ -79,7 +80,7 @@ def test_measuring_the_memory_draws_no_random_numbers(tiny_model_folder, tmp_pat
     trainer.compute_loss(trainer.model, batch)
     assert not torch.equal(torch.get_rng_state(), before)  # a pass does draw
     before = torch.get_rng_state()
-    assert trainer.engine.kept_bytes(batch) > 0
+    assert trainer.engine.kept_bytes(PairBatch.of(batch)) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -398,10 +399,10 @@ def test_checkpointed_layers_change_memory_not_gradients(tiny_model_folder, tmp_
     trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, gradient_checkpointing=True)
     trainer.model.gradient_checkpointing_enable()
     trainer.engine.whole_step.budget._checkpoint(0)
-    before = trainer.engine.kept_bytes(trainer.data_collator(columns(PAIRS)))
+    before = trainer.engine.kept_bytes(PairBatch.of(trainer.data_collator(columns(PAIRS))))
     trainer.engine.whole_step.budget.tokens = 100  # decided already
     trainer.engine.whole_step.budget._checkpoint(1)
-    after = trainer.engine.kept_bytes(trainer.data_collator(columns(PAIRS)))
+    after = trainer.engine.kept_bytes(PairBatch.of(trainer.data_collator(columns(PAIRS))))
     assert after < 0.7 * before
     assert_close(step(trainer)[0], plain[0])
 
