@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def test_the_app_runs_as_a_script_as_a_space_and_under_gradios_reload(command, t
         "LORA_DPO_DATA": str(tmp_path / "collected"), "GRADIO_SERVER_PORT": str(port), "SPACE_HOST": "me-demo.hf.space",
     }  # fmt: skip
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        # a session of its own: `gradio` starts the app as another process, which would outlive it
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             until = time.monotonic() + 120
             while got(port, "localhost")[0] != 200:
@@ -116,5 +118,5 @@ def test_the_app_runs_as_a_script_as_a_space_and_under_gradios_reload(command, t
             assert re.findall(r'"label":"(Train|Vote)"', text) == ["Vote"]
             assert got(port, "elsewhere.example")[0] == 403
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
