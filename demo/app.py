@@ -30,4 +30,6 @@ if gr.NO_RELOAD:  # the base stays in memory while `gradio demo/app.py` draws th
 demo = queued(state, public=PUBLIC)
 
 if __name__ == "__main__":
-    demo.launch(**launch_options(names=[SPACE] if SPACE else []))
+    # All five tabs are for this machine alone, whatever GRADIO_SERVER_NAME says: others need `lora-dpo demo --auth`.
+    server = {} if PUBLIC else {"server_name": "127.0.0.1"}
+    demo.launch(**launch_options(names=[SPACE] if SPACE else []), **server)

@@ -120,3 +120,21 @@ def test_the_app_runs_as_a_script_as_a_space_and_under_gradios_reload(command, t
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
+
+
+@pytest.mark.slow
+def test_all_tabs_are_for_this_machine_alone_whatever_the_environment_says(tiny_model_folder, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("SPACE_HOST", "LORA_DPO_PUBLIC")}
+    environment |= {
+        "LORA_DPO_MODEL": str(tiny_model_folder), "LORA_DPO_ADAPTERS": str(tmp_path / "adapters"),
+        "LORA_DPO_DATA": str(tmp_path / "collected"), "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": "0",
+    }  # fmt: skip
+    # what `launch` is given, without a server: a page that others could reach would be one call away
+    script = "import gradio, runpy; gradio.Blocks.launch = lambda page, **given: print(given.get('server_name'));"
+    script += "runpy.run_path('demo/app.py', run_name='__main__')"
+    for public, wanted in (("0", "127.0.0.1"), ("1", "None")):
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env={**environment, "LORA_DPO_PUBLIC": public},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.split()[-1] == wanted
