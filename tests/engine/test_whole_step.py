@@ -278,6 +278,18 @@ def test_when_memory_runs_out_the_step_is_redone_exactly(options, in_backward, t
     assert len(caplog.records) == 1
 
 
+def test_a_step_that_is_done_again_is_logged_once(tiny_model_folder, tmp_path):
+    clean, limited = (build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path) for _ in range(2))
+    out_of_memory_above(limited, 13, in_backward=True)  # the loss is known by then, and its metrics are noted
+    for trainer in (clean, limited):
+        step(trainer)
+    assert limited.engine.whole_step.parts > 1
+    assert limited._total_train_tokens == clean._total_train_tokens > 0
+    counts = [{name: len(values) for name, values in each._metrics["train"].items()} for each in (clean, limited)]
+    assert counts[0] == counts[1]
+    assert set(counts[1].values()) == {1}
+
+
 def test_when_memory_runs_out_for_the_reference_it_is_scored_in_smaller_parts(tiny_model_folder, tmp_path, caplog):
     clean, short = (build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path,
                           engine=EngineSection(reference_cache="off")) for _ in range(2))  # fmt: skip
