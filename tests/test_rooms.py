@@ -46,6 +46,7 @@ EAGER = {
         "engine.pair_forward",
         "engine.preference_loss",
         "engine.rematerialise",
+        "engine.step_record",
         "engine.trunk_cache",
         "engine.whole_step",
     ),

@@ -13,6 +13,7 @@ preference_loss   DPO's own loss, to read and for the check at step 0; what trai
 reference_cache   the reference's log-probabilities on disk
 token_budget      how much of a step fits into memory at once
 first_sight       pairs counted when they are scored before they are learnt from
+step_record       a step as it was run: its pairs, and the policy's log-probabilities of them
 whole_step        one optimiser step over its whole batch
 engine            all of it, bound to one trainer
 cost_model        bytes and FLOPs of a step, from the architecture alone

@@ -21,6 +21,7 @@ from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs
 from lora_dpo.engine.pair_forward import largest_difference
 from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, reference_name
+from lora_dpo.engine.step_record import StepRecord, answer_sums
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, TokenBudget
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, lowest_adapted_layer
 from lora_dpo.engine.whole_step import WholeStep
@@ -64,8 +65,8 @@ class Engine:
             objective, self.forward, budget, lambda batch: self.kept_bytes(batch), split_pairs=settings.split_pairs
         )
         self.first_sight = PrequentialCount()
-        self.last: Inputs
-        """The last step's batch, with its references."""
+        self.last: StepRecord
+        """The last step."""
         self._moved = False
 
     @property
@@ -91,23 +92,18 @@ class Engine:
         self.gathered.clear()
         self.forward.logged = logged
         try:
-            loss = self.whole_step.run(model, batch)
+            self.last = self.whole_step.run(model, batch)
         finally:
             self.forward.logged = True
             self.forward.rest()
-        self.last = batch.inputs
-        self._note_first_sight(batch)
-        return loss
+        self._note_first_sight(self.last)
+        return self.last.loss
 
-    def _note_first_sight(self, batch: PairBatch) -> None:
+    def _note_first_sight(self, step: StepRecord) -> None:
         """Count the step's prompts that no process has had before."""
-        gather, ld_alpha = self.objective.accelerator.gather, self.objective.ld_alpha
-        inputs = batch.inputs
-        policy = answer_sums(self.whole_step.log_probs, inputs["completion_mask"])
-        policy_B2 = torch.tensor([logps.sums(ld_alpha) for logps in policy], dtype=torch.float64)
-        ref_B2 = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1).cpu()
-        margin_B = (policy_B2 - ref_B2) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-        prompt_B = torch.tensor(batch.prompts, device=self.device)
+        gather = self.objective.accelerator.gather
+        margin_B = step.log_ratios(self.objective.ld_alpha) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+        prompt_B = torch.tensor(step.batch.prompts, device=self.device)
         margins = gather(margin_B.float().to(self.device)).tolist()
         self.first_sight.note(gather(prompt_B).tolist(), margins, moved=self.moved)
 
@@ -133,11 +129,11 @@ class Engine:
             return None
         return f"on the first batch the engine's log-probabilities differ from TRL's by {found:.3g} nats a token"
 
-    def tables(self, inputs: Inputs) -> Any:
+    def tables(self, batch: PairBatch) -> Any:
         """TRL's output for a whole batch as the policy now is, all of its fields, without gradients or dropout."""
         objective = self.objective
         with torch.no_grad(), steady(objective.model), objective.accelerator.autocast(), self.forward.log(True):
-            batch, outputs = PairBatch.of(inputs), []
+            outputs = []
             parts = [batch.select(pairs) for pairs in pack(batch.lengths, self.scoring_tokens)]
             for part in parts:
                 with self.forward.on(part):
@@ -228,22 +224,6 @@ class Engine:
                     log_probs_RT = model(**model_inputs(part.inputs)).log_probs
                 sums = answer_sums(log_probs_RT, part.inputs["completion_mask"])
                 scored.update(zip(chosen, sums, strict=True))
-
-
-def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairLogps]:
-    """Each pair's log-probabilities over the tokens that both answers have, and over the longer one's rest.
-
-    Args:
-        log_probs_RT: `[R, T-1]` per-token values.
-        mask_RT: `[R, T]`, 1 on answer tokens.
-    """
-    mask_RT = mask_RT[:, 1:]
-    place_RT = mask_RT.cumsum(dim=1)
-    shorter_B = torch.minimum(*mask_RT.sum(dim=1).chunk(2))
-    head_RT = place_RT <= torch.cat([shorter_B, shorter_B])[:, None]
-    log_probs_RT = log_probs_RT.double() * mask_RT
-    sums_R2 = torch.stack([(log_probs_RT * head_RT).sum(dim=1), (log_probs_RT * ~head_RT).sum(dim=1)], dim=1)
-    return [PairLogps(*row) for row in torch.cat(sums_R2.chunk(2), dim=1).tolist()]
 
 
 def _compute_dtype(objective: Objective) -> torch.dtype:

@@ -22,8 +22,9 @@ import torch
 
 from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
-from lora_dpo.engine.pair_batch import Inputs, PairBatch, Part, assemble, model_inputs, sft_shares
+from lora_dpo.engine.pair_batch import PairBatch, Part, assemble, model_inputs, sft_shares
 from lora_dpo.engine.pair_forward import PairForward
+from lora_dpo.engine.step_record import StepRecord
 from lora_dpo.engine.token_budget import TokenBudget
 from lora_dpo.model.device import give_back_memory, out_of_memory
 
@@ -53,13 +54,9 @@ class WholeStep:
     ) -> None:
         self.objective, self.forward, self.budget = objective, forward, budget
         self.kept_bytes, self.split_pairs = kept_bytes, split_pairs
-        self.parts = 0
-        """Parts that the last step ran in."""
-        self.log_probs: torch.Tensor
-        """The last step's per-token table `[R, T-1]`, as it was before the step."""
 
-    def run(self, model: Any, batch: PairBatch) -> torch.Tensor:
-        """Forward and backward of a whole optimiser batch; the loss, detached.
+    def run(self, model: Any, batch: PairBatch) -> StepRecord:
+        """Forward and backward of a whole optimiser batch.
 
         When memory runs out the gradients of the step are dropped, the budget is halved, and the step is redone
         with the same random numbers.
@@ -86,10 +83,9 @@ class WholeStep:
             give_back_memory()
             _set_random_state(random)
 
-    def _attempt(self, model: Any, batch: PairBatch) -> torch.Tensor:
+    def _attempt(self, model: Any, batch: PairBatch) -> StepRecord:
         objective = self.objective
         chosen = pack(batch.lengths, self.budget.tokens)
-        self.parts = len(batch.tokens) if self.split_pairs else len(chosen)
         if self.split_pairs:
             return self._two_passes(model, batch, [batch.branch(row) for row in range(len(batch.tokens))])
         alone = objective.args.world_size == 1
@@ -97,9 +93,8 @@ class WholeStep:
             with objective.compute_loss_context_manager():
                 output = self._pass(model, batch.whole())
                 loss = objective.loss_of(output, batch.inputs)
-            self.log_probs = output.log_probs.detach()
             objective.accelerator.backward(loss)
-            return loss.detach()
+            return StepRecord(loss.detach(), batch, output.log_probs.detach(), parts=1)
         parts = [batch.select(pairs) for pairs in chosen]
         if couples_pairs(objective.loss_types) and len(parts) > 1:
             return self._two_passes(model, batch, parts)
@@ -109,7 +104,7 @@ class WholeStep:
         with self.forward.on(part):
             return model(**model_inputs(part.inputs))
 
-    def _one_pass(self, model: Any, batch: PairBatch, parts: Sequence[Part]) -> torch.Tensor:
+    def _one_pass(self, model: Any, batch: PairBatch, parts: Sequence[Part]) -> StepRecord:
         """Each part's own loss, weighted: for losses that are means over pairs.
 
         The metrics come last: between processes their exchange must follow that of the gradients in each of them,
@@ -125,15 +120,15 @@ class WholeStep:
                     loss = objective.loss_of(output, part.inputs) * share
                 objective.accelerator.backward(loss)
             outputs.append(_detached(output))
-        return self._logged(assemble(outputs, parts), batch.inputs)
+        return self._logged(assemble(outputs, parts), batch, len(parts))
 
-    def _logged(self, whole: Any, inputs: Inputs) -> torch.Tensor:
-        """The loss of the whole table, with its metrics."""
-        self.log_probs = whole.log_probs.detach()
+    def _logged(self, whole: Any, batch: PairBatch, parts: int) -> StepRecord:
+        """The step of a whole table: its loss, with the metrics."""
         with torch.no_grad():
-            return self.objective.loss_of(whole, inputs)
+            loss = self.objective.loss_of(whole, batch.inputs)
+        return StepRecord(loss, batch, whole.log_probs.detach(), parts)
 
-    def _two_passes(self, model: Any, batch: PairBatch, parts: Sequence[Part]) -> torch.Tensor:
+    def _two_passes(self, model: Any, batch: PairBatch, parts: Sequence[Part]) -> StepRecord:
         """The whole table without gradients, the loss's gradient on it, then each part again with its rows of that."""
         objective, outputs, states = self.objective, [], []
         for part in parts:
@@ -150,7 +145,7 @@ class WholeStep:
                 with _synced(model, number == len(parts) - 1), objective.compute_loss_context_manager():
                     log_probs = self._pass(model, part).log_probs[: len(part.rows)]
                     objective.accelerator.backward((log_probs * slope_RT[part.rows]).sum())
-        return self._logged(whole, batch.inputs)
+        return self._logged(whole, batch, len(parts))
 
 
 def couples_pairs(loss_types: Sequence[str]) -> bool:

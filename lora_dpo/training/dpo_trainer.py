@@ -348,8 +348,9 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _fill_in_logged(self, engine: Engine) -> None:
         """For a row that nobody announced (a callback's, the last one): what is logged, of the last step's batch."""
+        batch = engine.last.batch
         with self._metrics_apart() as metrics, torch.no_grad():
-            self.loss_of(engine.tables(engine.last), engine.last)
+            self.loss_of(engine.tables(batch), batch.inputs)
         self._metrics["train"].update({name: metrics["train"][name] for name in LOGGED})
 
     @contextlib.contextmanager

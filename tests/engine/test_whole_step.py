@@ -65,8 +65,8 @@ def name_of(options):
 def test_any_split_has_the_gradient_the_loss_and_the_metrics_of_the_whole(options, split, tiny_model_folder, tmp_path):
     whole = engine_step(tiny_model_folder, tmp_path, **options)
     parts = engine_step(tiny_model_folder, tmp_path, **split, **options)
-    assert whole[3].engine.whole_step.parts == 1
-    assert parts[3].engine.whole_step.parts == {1: 3, 20: 2}.get(split.get("tokens"), 8)
+    assert whole[3].engine.last.parts == 1
+    assert parts[3].engine.last.parts == {1: 3, 20: 2}.get(split.get("tokens"), 8)
     assert parts[1] == pytest.approx(whole[1], rel=2e-6)
     assert parts[2] == pytest.approx(whole[2], rel=2e-5, abs=1e-6)
     assert_close(parts[0], whole[0])
@@ -283,7 +283,7 @@ def test_a_step_that_is_done_again_is_logged_once(tiny_model_folder, tmp_path):
     out_of_memory_above(limited, 13, in_backward=True)  # the loss is known by then, and its metrics are noted
     for trainer in (clean, limited):
         step(trainer)
-    assert limited.engine.whole_step.parts > 1
+    assert limited.engine.last.parts > 1
     assert limited._total_train_tokens == clean._total_train_tokens > 0
     counts = [{name: len(values) for name, values in each._metrics["train"].items()} for each in (clean, limited)]
     assert counts[0] == counts[1]
@@ -480,7 +480,7 @@ for _ in range(2):  # twice: nothing is left over from the first step
     model.zero_grad()
     trainer.training_step(model, trainer.data_collator(columns(mine)))
     with open(out + f"/rank{{rank}}", "a") as file:
-        print(trainer.engine.whole_step.parts, trainer._metrics["train"]["rewards/margins"][0], file=file)
+        print(trainer.engine.last.parts, trainer._metrics["train"]["rewards/margins"][0], file=file)
 if rank == 0:
     torch.save(gradients_of(trainer), out + "/gradients.pt")
 """
