@@ -6,22 +6,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters.lora_config import WEIGHTS, read_config
-from lora_dpo.adapters.passport import Passport, check_folder, read_passport
-from lora_dpo.adapters.peft_files import read_adapter
+from lora_dpo.adapters.adapter import open_adapter
+from lora_dpo.adapters.lora_config import WEIGHTS
+from lora_dpo.adapters.passport import Passport
 from lora_dpo.text import plain
 
 
 def describe(folder: Path) -> list[tuple[str, str]]:
     """Rows `(field, value)` for `lora-dpo adapters show`."""
-    check_folder(folder)
-    config, tensors = read_adapter(folder)
-    passport = read_passport(folder)
+    adapter = open_adapter(folder)
+    config, tensors, passport = adapter.config, adapter.tensors, adapter.passport
     kind = "DoRA" if config.dora else "rsLoRA" if config.rslora else "LoRA"
     targets = config.targets if isinstance(config.targets, str) else ", ".join(sorted(map(str, config.targets or [])))
     rows = [
         ("folder", str(folder)),
-        ("base", passport.base if passport else config.base or "not named"),
+        ("base", adapter.base[0] or "not named"),
         ("kind", f"{kind}, rank {config.rank}, alpha {config.alpha:g}, {len(tensors.lora)} layers"),
         ("targets", targets),
         ("size", f"{folder_size(folder) / 1e6:.1f} MB, weights as {', '.join(_dtypes(folder))}"),
@@ -74,7 +73,8 @@ def _data_line(data: Mapping[str, Any]) -> str:
 
 def _flat(folder: Path) -> dict[str, str]:
     """Settings and metrics of an adapter by dotted names, as text."""
-    config, passport = read_config(folder), read_passport(folder)
+    adapter = open_adapter(folder)
+    config, passport = adapter.config, adapter.passport
     if passport is None:
         return {f"config.{key}": plain(value) for key, value in sorted(config.raw.items())}
     flat = {"base": passport.base, "quantize": passport.quantize, "dtype": passport.dtype}

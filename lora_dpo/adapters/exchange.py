@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_dpo.adapters.folder import check_weights_are_the_passports
-from lora_dpo.adapters.lora_config import CONFIG, read_config
+from lora_dpo.adapters.adapter import Adapter, open_adapter
+from lora_dpo.adapters.lora_config import CONFIG
 from lora_dpo.adapters.package import (
     CARD,
     KNOWN,
@@ -22,11 +22,11 @@ from lora_dpo.adapters.package import (
     unpack,
     without_picture,
 )
-from lora_dpo.adapters.passport import PASSPORT, Passport, check_folder, is_public_name, parse_passport
-from lora_dpo.adapters.peft_files import check_finite, read_adapter
+from lora_dpo.adapters.passport import PASSPORT, Passport, check_folder, is_public_name
+from lora_dpo.adapters.peft_files import check_finite
 from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.adapters.store import check_here
-from lora_dpo.adapters.stored_pairs import STORED_PAIRS, parse_stored_pairs
+from lora_dpo.adapters.stored_pairs import read_stored_pairs
 from lora_dpo.errors import AdapterError, OutputError, PackageError
 from lora_dpo.files import atomic_file, atomic_folder, disk_errors, refuse_existing
 from lora_dpo.leftovers import scratch
@@ -97,8 +97,7 @@ def install(
         else:
             raise AdapterError(f"There is no {plain(source)}: give a {SUFFIX} file, a folder or a hub id (owner/name).")
         with named(staged, path):
-            check_content(staged)
-            notes += check_here(staged)
+            notes += check_here(check_content(staged))
         if (card := staged / CARD).is_file():
             card.write_bytes(without_picture(card.read_bytes()))
         with atomic_folder(target) as folder:
@@ -108,23 +107,21 @@ def install(
     return Installed(target, tuple(notes))
 
 
-def check_content(folder: Path) -> None:
-    """Everything that can be checked without the base: config, header, shapes, values, passport, stored pairs.
+def check_content(folder: Path) -> Adapter:
+    """Everything that can be checked without the base: config, header, passport, values, stored pairs.
 
     Raises:
         AdapterError: the first thing that is wrong, by name.
     """
-    read_adapter(folder)
+    adapter = open_adapter(folder)
     check_finite(folder)
-    if (folder / PASSPORT).is_file():
-        passport = parse_passport(folder / PASSPORT)
-        _check_printable(folder / PASSPORT, "base", passport.base)
-        _check_metrics(folder / PASSPORT, passport)
-        check_weights_are_the_passports(passport, folder)
-    if base := read_config(folder).base:
-        _check_printable(folder / CONFIG, "base_model_name_or_path", base)
-    if (folder / STORED_PAIRS).is_file():
-        parse_stored_pairs(folder / STORED_PAIRS)
+    if adapter.passport:
+        _check_printable(folder / PASSPORT, "base", adapter.passport.base)
+        _check_metrics(folder / PASSPORT, adapter.passport)
+    if adapter.config.base:
+        _check_printable(folder / CONFIG, "base_model_name_or_path", adapter.config.base)
+    read_stored_pairs(folder)
+    return adapter
 
 
 def _target(root: Path, name: str) -> Path:

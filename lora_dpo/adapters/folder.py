@@ -13,39 +13,26 @@ README.md        the model card
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_dpo.adapters.adapter import check_fit, open_adapter
 from lora_dpo.adapters.lora_config import WEIGHTS, read_config
-from lora_dpo.adapters.passport import PASSPORT, Passport, is_public_name, read_passport
+from lora_dpo.adapters.passport import Passport, is_public_name
 from lora_dpo.adapters.peft_config import live_config
-from lora_dpo.adapters.peft_files import check_finite, check_fit, read_adapter, weights
+from lora_dpo.adapters.peft_files import check_finite, weights
 from lora_dpo.errors import AdapterError, BaseDiffers
-from lora_dpo.files import sha256_of
 from lora_dpo.model.base import Base
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.lora import POLICY
-from lora_dpo.model.tensor_file import State, state_of
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-def base_name(folder: Path) -> tuple[str, str | None]:
-    """Name and revision of the base that an adapter was made for, by its passport or PEFT config."""
-    passport = read_passport(folder)
-    if passport:
-        return passport.base, passport.base_revision
-    config = read_config(folder)
-    if not config.base:
-        raise AdapterError(f"{folder} does not say what base it was made for. Name it with --model.")
-    return config.base, config.revision
 
 
 def attach_adapter(base: Base, folder: str | Path, *, trainable: bool = False, name: str = POLICY) -> PeftModel:
@@ -135,13 +122,11 @@ def check_adapter(base: Base, folder: Path) -> list[str]:
     Raises:
         AdapterError: the folder is no adapter, or the adapter was made for another base.
     """
-    passport = read_passport(folder)
-    config, tensors = read_adapter(folder)
-    check_weights_are_the_passports(passport, folder)
-    differs = check_base(passport, base, folder) if passport is not None else []
-    check_fit(folder, config, tensors, base.model, base.name)
+    adapter = open_adapter(folder)
+    differs = check_base(adapter.passport, base, folder) if adapter.passport is not None else []
+    check_fit(adapter, base.model, base.name)
     check_finite(folder)
-    return differs if passport is not None else [unverified(folder, base.name, quantize=base.quantize)]
+    return differs if adapter.passport is not None else [unverified(folder, base.name, quantize=base.quantize)]
 
 
 def read_adapter_names(folder: Path) -> list[str]:
@@ -156,29 +141,6 @@ def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, dict(weights(checkpoint)), adapter_name=POLICY)
-
-
-def weights_sha256(folder: Path) -> str:
-    """Hex SHA-256 of an adapter's weights, read again only where they changed. Raises `AdapterError`."""
-    path = (folder / WEIGHTS).absolute()
-    try:
-        return _sha256(path, state_of(path))
-    except OSError as error:  # removed or closed to us since it was looked at
-        raise AdapterError(f"{folder / WEIGHTS} cannot be read ({plain(error)}).") from error
-
-
-@functools.lru_cache(maxsize=1024)
-def _sha256(path: Path, state: State) -> str:
-    return sha256_of(path)
-
-
-def check_weights_are_the_passports(passport: Passport | None, folder: Path) -> None:
-    """Raise `AdapterError` if the weights were exchanged after the passport was written."""
-    if passport and passport.adapter_sha256 and passport.adapter_sha256 != weights_sha256(folder):
-        raise AdapterError(
-            f"The weights in {folder} are not those of its passport (another SHA-256). Take the adapter from its "
-            f"source again, or remove {PASSPORT} to use it unverified."
-        )
 
 
 def check_base(passport: Passport, base: Base, folder: Path) -> list[str]:

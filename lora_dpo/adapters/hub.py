@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_dpo.adapters.adapter import open_adapter
 from lora_dpo.adapters.exchange import Installed, check_content, install
-from lora_dpo.adapters.folder import base_name
 from lora_dpo.adapters.lora_config import WEIGHTS
 from lora_dpo.adapters.package import KNOWN, check_size, refuse_pickle, require
 from lora_dpo.adapters.passport import is_public_name
@@ -46,7 +46,7 @@ def push(folder: Path, repo: str, *, private: bool = True, message: str | None =
 
 def paths_told(folder: Path) -> list[str]:
     """The files of an adapter folder that name a place on this machine: its base's, or one of your home folder."""
-    base, _ = base_name(folder)
+    base, _ = open_adapter(folder).named_base
     home = os.path.expanduser("~")  # itself, for a user without a home folder
     places = [*([] if home == "~" else [home]), *([] if is_public_name(base) else [base])]
     texts = [name for name in KNOWN if name != WEIGHTS and (folder / name).is_file()]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.adapters.folder import attach_adapter, base_name, check_adapter, put_beside, warn_of
+from lora_dpo.adapters.adapter import open_adapter
+from lora_dpo.adapters.folder import attach_adapter, check_adapter, put_beside, warn_of
 from lora_dpo.adapters.lora_config import WEIGHTS
 from lora_dpo.adapters.passport import check_folder, read_passport
 from lora_dpo.config.reading import read_recipe
@@ -64,11 +65,26 @@ def load_policy(
             raise AdapterError("Name the model that answers, with --model or --adapter.")
         base = load_base(model, quantize=quantize or "nf4", dtype=dtype)
         return LoadedModel(base, base.model)
-    name, revision = base_name(adapter)
-    passport = read_passport(adapter)
-    trained_on: Quantize = "none" if passport is not None and passport.quantize == "none" else "nf4"
-    base = load_base(model or name, revision=None if model else revision, quantize=quantize or trained_on, dtype=dtype)
+    base = load_base_of(adapter, model=model, quantize=quantize, dtype=dtype)
     return LoadedModel(base, attach_adapter(base, adapter), adapter)
+
+
+def load_base_of(
+    folder: str | Path, *, model: str | None = None, quantize: Quantize | None = None, dtype: Dtype = "auto"
+) -> Base:
+    """Load the base that an adapter was made for, held as in its training.
+
+    Args:
+        model: another place of the same base; it has revisions of its own.
+        quantize: by default as the adapter was trained.
+
+    Raises:
+        AdapterError: the folder is no adapter, or does not say what it was made for.
+        ModelError: the base cannot be loaded.
+    """
+    adapter = open_adapter(folder)
+    name, revision = (model, None) if model else adapter.named_base
+    return load_base(name, revision=revision, quantize=quantize or adapter.quantize, dtype=dtype)
 
 
 def beta_of(adapter: Path | None) -> float:

@@ -1,4 +1,4 @@
-"""An adapter's weights, read by their header, sorted and checked: ranks, dtypes, finite values, and the fit to a base.
+"""An adapter's weights, read by their header, sorted and checked: ranks, dtypes, finite values.
 
     adapter_model.safetensors   base_model.model.MODULE.lora_A.weight and its like
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_dpo.adapters.lora_config import PREFIX, WEIGHTS, AdapterConfig, file_errors, read_config
 from lora_dpo.adapters.module_names import MAX_NAME
@@ -118,48 +118,6 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, AdapterTensors]:
     return config, sort_tensors(path, read_header(path), config)
 
 
-def check_fit(folder: Path, config: AdapterConfig, tensors: AdapterTensors, model: torch.nn.Module, base: str) -> None:
-    """Check names and shapes against a base model (or its skeleton). Raises `AdapterError` naming the tensor."""
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    misfit = f"The adapter {folder} does not fit {base}:"
-    for name, lora in tensors.lora.items():
-        if name not in modules:
-            raise AdapterError(f"{misfit} there is no {plain(name)} in it.")
-        shape = _weight_shape(modules[name])
-        if shape is None:
-            raise AdapterError(f"{misfit} {plain(name)} is a {type(modules[name]).__name__}, not a linear layer.")
-        out, into = shape
-        a, b = (lora.a.shape[1], lora.b.shape[0])
-        wanted = (out, into) if lora.embedding else (into, out)
-        if (a, b) != wanted or (lora.magnitude and lora.magnitude.shape[0] not in (out, into)):
-            raise AdapterError(
-                f"{misfit} size mismatch in {plain(name)}, {a} to {b} here, {wanted[0]} to {wanted[1]} there."
-            )
-    _refuse_added_tokens(misfit, tensors, modules)
-    for name, stored in tensors.copies.items():
-        shape = _weight_shape(modules.get(name.removesuffix(".weight")))
-        if shape != stored.shape:
-            there = list(shape) if shape else "nothing"
-            raise AdapterError(f"{misfit} the copy of {plain(name)} is {list(stored.shape)} here and {there} there.")
-    for name, stored in tensors.saved.items():
-        if name not in parameters or tuple(parameters[name].shape) != stored.shape:
-            there = list(parameters[name].shape) if name in parameters else "nothing"
-            raise AdapterError(f"{misfit} {plain(name)} is {list(stored.shape)} here and {there} there.")
-
-
-def _refuse_added_tokens(misfit: str, tensors: AdapterTensors, modules: Mapping[str, torch.nn.Module]) -> None:
-    """Raise `AdapterError` for embeddings, or a head, with more rows than the base's: those of tokens that are new."""
-    for name, stored in (*tensors.saved.items(), *tensors.copies.items()):
-        shape = _weight_shape(modules.get(name.removesuffix(".weight")))
-        if shape and len(stored.shape) == 2 and stored.shape[0] > shape[0] and stored.shape[1] == shape[1]:
-            raise AdapterError(
-                f"{misfit} {plain(name)} has {stored.shape[0] - shape[0]} rows more than there ({shape[0]}), such as "
-                "those of tokens that were added, which is not supported. Use it with plain peft on a base that was "
-                "resized so."
-            )
-
-
 def check_finite(folder: Path) -> None:
     """Read every weight once. Raises `AdapterError` naming a tensor with NaN or infinite values."""
     import torch
@@ -213,18 +171,6 @@ def _lora_module(path: Path, module: str, part: dict[str, Stored], dora: bool, w
     if (magnitude is not None) != dora:
         raise AdapterError(f"{path}: {plain(module)} and the config disagree on DoRA (use_dora: {dora}).")
     return LoraModule(a, b, magnitude, embedding)
-
-
-def _weight_shape(module: torch.nn.Module | None) -> tuple[int, int] | None:
-    """`(out, in)` of a linear layer or `(rows, width)` of an embedding, also where 4-bit weights are packed."""
-    layer: Any = getattr(module, "base_layer", module)  # an adapter is on it already
-    if hasattr(layer, "out_features"):
-        return layer.out_features, layer.in_features
-    if hasattr(layer, "num_embeddings"):
-        return layer.num_embeddings, layer.embedding_dim
-    if type(layer).__name__ == "Conv1D":  # GPT-2's layout, [in, out]
-        return layer.weight.shape[1], layer.weight.shape[0]
-    return None
 
 
 def _check_tensor_names(path: Path, names: list[str]) -> None:

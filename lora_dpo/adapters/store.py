@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_dpo.adapters.adapter import Adapter, check_fit, open_adapter, weights_sha256
 from lora_dpo.adapters.describe import folder_size, metrics_after
-from lora_dpo.adapters.folder import check_weights_are_the_passports, check_weights_of_base, weights_sha256
-from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_config
+from lora_dpo.adapters.folder import check_weights_of_base
+from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
 from lora_dpo.adapters.package import (
     BASE,
 )
-from lora_dpo.adapters.passport import PASSPORT, check_folder, is_public_name, parse_passport, read_passport
-from lora_dpo.adapters.peft_files import check_fit, read_adapter
+from lora_dpo.adapters.passport import check_folder, is_public_name
 from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.config.reading import nearest
 from lora_dpo.errors import AdapterError, ModelError
@@ -104,15 +104,12 @@ def remove(name: str, root: Path = ADAPTERS_DIR) -> Path:
     return folder
 
 
-def check_here(folder: Path) -> list[str]:
+def check_here(adapter: Adapter) -> list[str]:
     """Hold an adapter against its base, if that is on this machine; returns notes on what could not be checked."""
-    passport = parse_passport(folder / PASSPORT) if (folder / PASSPORT).is_file() else None
-    config, tensors = read_adapter(folder)
-    name = passport.base if passport else config.base
+    passport, (name, revision) = adapter.passport, adapter.base
     notes = [] if passport else ["no passport: unverified"]
     if name is None:
         return [*notes, "it does not name its base: give --model when you use it"]
-    revision = passport.base_revision if passport else config.revision
     try:
         path = local_model(name, revision)
         files = weight_files(path)
@@ -124,8 +121,8 @@ def check_here(folder: Path) -> list[str]:
         return [*notes, f"its base {plain(name)} is not here: whether it fits is checked when you load it"]
     if passport:
         fingerprint = weight_fingerprint(path)
-        notes += check_weights_of_base(passport, folder, name=name, revision=revision, fingerprint=fingerprint)
-    check_fit(folder, config, tensors, load_skeleton(path), name)
+        notes += check_weights_of_base(passport, adapter.folder, name=name, revision=revision, fingerprint=fingerprint)
+    check_fit(adapter, load_skeleton(path), name)
     return notes
 
 
@@ -155,21 +152,20 @@ def record_verified(folder: Path, root: Path = ADAPTERS_DIR) -> None:
 
 def _listed(folder: Path, record: Mapping[str, Any]) -> Listed:
     try:
-        config, passport = read_config(folder), read_passport(folder)
-        check_weights_are_the_passports(passport, folder)
+        adapter = open_adapter(folder)
     except AdapterError as error:
         return Listed(folder.name, "", 0, folder_size(folder), "", None, f"broken: {plain(error, 200)}")
-    entry = record.get(folder.name)
+    passport, entry = adapter.passport, record.get(folder.name)
     state = "not yet verified" if passport else "unverified"
     if folder.name == BASE:
         state = "not served: that is the name of the model without an adapter. Rename the folder"
     elif passport and isinstance(entry, dict) and entry.get("sha256") == weights_sha256(folder):
         state = f"verified {plain(str(entry.get('when'))[:10])}"
-    base = plain(passport.base if passport else config.base or "?")
+    base = plain(adapter.base[0] or "?")
     accuracy = metrics_after(passport).get("pairs", {}).get("accuracy") if passport else None
     accuracy = float(accuracy) if isinstance(accuracy, int | float) and 0 <= accuracy <= 1 else None
     created = plain(passport.created[:10]) if passport else ""
-    return Listed(folder.name, base, config.rank, folder_size(folder), created, accuracy, state)
+    return Listed(folder.name, base, adapter.config.rank, folder_size(folder), created, accuracy, state)
 
 
 def _read_record(root: Path) -> dict[str, Any]:

@@ -33,17 +33,17 @@ class StoredPairs:
     reference: Sides
 
 
-def save_stored_pairs(folder: Path, probe: StoredPairs) -> None:
+def save_stored_pairs(folder: Path, stored: StoredPairs) -> None:
     """Write `verify.json`."""
     rows = [
         {
             "prompt": pair.prompt,
             "chosen": pair.chosen,
             "rejected": pair.rejected,
-            "policy": [probe.policy[0][i], probe.policy[1][i]],
-            "reference": [probe.reference[0][i], probe.reference[1][i]],
+            "policy": [stored.policy[0][i], stored.policy[1][i]],
+            "reference": [stored.reference[0][i], stored.reference[1][i]],
         }
-        for i, pair in enumerate(probe.pairs)
+        for i, pair in enumerate(stored.pairs)
     ]
     lines = ",\n".join(json.dumps(row) for row in rows)
     (folder / STORED_PAIRS).write_text(f'{{"format": 1, "pairs": [\n{lines}\n]}}\n', encoding="utf-8")

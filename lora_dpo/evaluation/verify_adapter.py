@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_dpo.adapters.folder import attach_adapter, base_name
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.loading import load_base_of
 from lora_dpo.adapters.passport import read_passport
 from lora_dpo.adapters.stored_pairs import STORED_PAIRS, Sides, StoredPairs, read_stored_pairs, save_stored_pairs
 from lora_dpo.data import TokenPair
 from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError
-from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.base import Base
 from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -88,43 +89,41 @@ def verify(
         AdapterError: no adapter there, no stored pairs, or made for another base.
     """
     folder = Path(adapter)
-    passport, probe = read_passport(folder), read_stored_pairs(folder)
-    if passport is None or probe is None:
+    passport, stored = read_passport(folder), read_stored_pairs(folder)
+    if passport is None or stored is None:
         missing = "passport.json" if passport is None else STORED_PAIRS
         raise AdapterError(f"{folder} has no {missing}, so there is nothing to compare with: it stays unverified.")
     if base is None:
-        name, revision = base_name(folder)
-        quantize: Any = passport.quantize if passport.quantize == "none" else "nf4"
-        base = load_base(model or name, revision=None if model else revision, quantize=quantize)
-    check_ids(folder, probe, base)
+        base = load_base_of(folder, model=model)
+    check_ids(folder, stored, base)
     policy_model = attach_adapter(base, folder)
     pad = pad_of(base.tokenizer)
     with quiet_libraries():
-        policy = score_pairs(policy_model, probe.pairs, pad_id=pad, on_pair=on_pair)
+        policy = score_pairs(policy_model, stored.pairs, pad_id=pad, on_pair=on_pair)
         with policy_model.disable_adapter():
-            ref = score_pairs(policy_model, probe.pairs, pad_id=pad)
-    return compare(probe, policy, ref)
+            ref = score_pairs(policy_model, stored.pairs, pad_id=pad)
+    return compare(stored, policy, ref)
 
 
-def check_ids(folder: Path, probe: StoredPairs, base: Base) -> None:
+def check_ids(folder: Path, stored: StoredPairs, base: Base) -> None:
     """Raise `AdapterError` if a stored pair has tokens that the base does not know."""
     size = base.model.get_input_embeddings().weight.shape[0]
-    highest = max(max(*pair.prompt, *pair.chosen, *pair.rejected) for pair in probe.pairs)
+    highest = max(max(*pair.prompt, *pair.chosen, *pair.rejected) for pair in stored.pairs)
     if highest >= size:
         raise AdapterError(
             f"{folder / STORED_PAIRS} has the token {highest}; {base.name} knows {size}. Load it on its own base."
         )
 
 
-def compare(probe: StoredPairs, policy: Sides, ref: Sides) -> Verification:
+def compare(stored: StoredPairs, policy: Sides, ref: Sides) -> Verification:
     """Scores then and now, as means a token."""
     return Verification(
-        pairs=len(probe.pairs),
-        adapter_drift=_per_token(probe.pairs, probe.policy, policy),
-        base_drift=_per_token(probe.pairs, probe.reference, ref),
-        effect=_per_token(probe.pairs, probe.policy, probe.reference),
+        pairs=len(stored.pairs),
+        adapter_drift=_per_token(stored.pairs, stored.policy, policy),
+        base_drift=_per_token(stored.pairs, stored.reference, ref),
+        effect=_per_token(stored.pairs, stored.policy, stored.reference),
         accuracy=accuracy(policy, ref),
-        stored_accuracy=accuracy(probe.policy, probe.reference),
+        stored_accuracy=accuracy(stored.policy, stored.reference),
     )
 
 

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.adapters.folder import attach_adapter, base_name
-from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.adapter import open_adapter
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.loading import load_base_of
 from lora_dpo.adapters.stored_pairs import STORED_PAIRS, Sides, read_stored_pairs
 from lora_dpo.data import TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.pairs import evenly_spaced
@@ -23,7 +24,7 @@ from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.evaluation.verify_adapter import accuracy
 from lora_dpo.files import disk_errors, replace_file
 from lora_dpo.leftovers import temporary_folder
-from lora_dpo.model.base import load_base, load_tokenizer
+from lora_dpo.model.base import load_tokenizer
 from lora_dpo.model.decoding import Sampling, decode, stop_token_ids
 from lora_dpo.quiet import quiet_libraries
 
@@ -95,10 +96,7 @@ def fidelity(
     adapter = Path(adapter)
     tick = on_stage or (lambda stage, done, total: None)
     with quiet_libraries(), _waiting_room(merged) as scratch:
-        name, revision = base_name(adapter)
-        passport = read_passport(adapter)
-        quantize: Any = "none" if passport is not None and passport.quantize == "none" else "nf4"
-        base = load_base(model or name, revision=None if model else revision, quantize=quantize)
+        base = load_base_of(adapter, model=model)
         given = _pairs(adapter, pairs, base.tokenizer)
         held = thinned(given, base.model.config.get_text_config().vocab_size)
         prompts = [held[index].prompt for index in range(min(PROMPTS, len(held)))]
@@ -109,12 +107,12 @@ def fidelity(
         stops = stop_token_ids(base.model, base.tokenizer)
         answers = _answers(live, prompts, stops)
         dtype: Any = base.dtype
-        device = base.device
+        device, quantize = base.device, base.quantize
         del live, base
         gc.collect()
         refs = {"trained-base": ref, "base16": ref}
         if "base16" in merged and quantize != "none":
-            plain = load_base(model or name, revision=None if model else revision, quantize="none", dtype=dtype)
+            plain = load_base_of(adapter, model=model, quantize="none", dtype=dtype)
             refs["base16"] = _sums(plain.model, held)
             del plain
             gc.collect()
@@ -134,8 +132,8 @@ def fidelity(
 
 def check_pairs(adapter: str | Path, pairs: str | Path | None = None, *, model: str | None = None) -> None:
     """Read the pairs that `fidelity` would compare on, before the work of a merge. Raises as that does."""
-    name, revision = base_name(Path(adapter))
-    _pairs(Path(adapter), pairs, load_tokenizer(model or name, revision=None if model else revision))
+    name, revision = (model, None) if model else open_adapter(adapter).named_base
+    _pairs(Path(adapter), pairs, load_tokenizer(name, revision=revision))
 
 
 def thinned(pairs: Sequence[TokenPair], vocabulary: int) -> list[TokenPair]:
@@ -177,12 +175,12 @@ def _pairs(adapter: Path, pairs: str | Path | None, tokenizer: Any) -> list[Toke
         if not found:
             raise DataError(f"{pairs} holds no pair that can be compared on: none is left at 1024 tokens.")
         return found
-    probe = read_stored_pairs(adapter)
-    if probe is None:
+    stored = read_stored_pairs(adapter)
+    if stored is None:
         raise AdapterError(
             f"{adapter} carries no pairs ({STORED_PAIRS}) to compare on: give some with --pairs, or --no-report."
         )
-    return probe.pairs
+    return stored.pairs
 
 
 def _sides(pair: TokenPair) -> tuple[list[int], list[int]]:

@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_dpo.adapters.adapter import check_fit, open_adapter
 from lora_dpo.adapters.folder import (
-    base_name,
     check_holding,
-    check_weights_are_the_passports,
     check_weights_of_base,
     unverified,
 )
 from lora_dpo.adapters.hub import hub_errors
 from lora_dpo.adapters.lora_config import WEIGHTS, AdapterConfig
 from lora_dpo.adapters.passport import read_passport
-from lora_dpo.adapters.peft_files import LoraModule, check_finite, check_fit, read_adapter
+from lora_dpo.adapters.peft_files import LoraModule, check_finite
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.model.base import load_skeleton, nf4_value, resolve_model
 from lora_dpo.model.identity import chat_template_sha256, tokenizer_sha256, weight_files, weight_fingerprint
@@ -149,14 +148,12 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
         AdapterError: no adapter there, made for another base, or it does something that a weight cannot hold.
         ModelError: the base is not there, or holds packed 4-bit weights.
     """
-    passport = read_passport(adapter)
-    config, tensors = read_adapter(adapter)
-    check_weights_are_the_passports(passport, adapter)
+    opened = open_adapter(adapter)
+    passport, config, tensors = opened.passport, opened.config, opened.tensors
     check_finite(adapter)
     if into == "trained-base" and passport is not None and passport.quantize == "none":
         raise AdapterError(f"{adapter} was trained on unquantised weights: use --into base16, it is the same base.")
-    name, revision = base_name(adapter)
-    name, revision = (model, None) if model else (name, revision)  # another place has its own revisions
+    name, revision = (model, None) if model else opened.named_base  # another place has its own revisions
     live = "Use the adapter live, with lora-dpo chat or serve."
     merged, skeleton = _open_base(name, revision, live if passport else "Name its 16-bit original with --model.")
     if passport:
@@ -166,7 +163,7 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
         )
         quantize = "none" if into == "base16" else "nf4"
         merged.differences += _check_tokenizer(passport, adapter, name, merged.path, quantize=quantize)
-    check_fit(adapter, config, tensors, skeleton, name)
+    check_fit(opened, skeleton, name)
     if passport is None:
         merged.differences.append(unverified(adapter, name, quantize="none" if into == "base16" else "nf4"))
     if config.dora and any(lora.embedding for lora in tensors.lora.values()):

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.exchange import check_content, named
-from lora_dpo.adapters.folder import base_name, check_adapter, put_adapter, put_beside, warn_of
+from lora_dpo.adapters.folder import check_adapter, put_adapter, put_beside, warn_of
+from lora_dpo.adapters.loading import load_base_of
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_config
 from lora_dpo.adapters.passport import Passport, make_passport, read_passport, write_passport
 from lora_dpo.adapters.peft_files import LoraModule, read_adapter
@@ -30,7 +31,7 @@ from lora_dpo.adapters.stored_pairs import save_stored_pairs
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.evaluation.report.model_card import front_matter
 from lora_dpo.files import atomic_folder, refuse_existing, sha256_of
-from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.base import Base
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.release.mixture_score import (
     MIX,
@@ -113,10 +114,7 @@ def mix(
     _check_kinds(folders, method, rank)
     tick = on_stage or (lambda stage, done, total: None)
     with quiet_libraries():
-        passport = read_passport(folders[0])
-        name, revision = base_name(folders[0])
-        quantize: Any = "none" if passport is not None and passport.quantize == "none" else "nf4"
-        base = load_base(model or name, revision=None if model else revision, quantize=quantize)
+        base = load_base_of(folders[0], model=model)
         for folder in folders:
             warn_of(check_adapter(base, folder))
         policy, names = _load(base, folders)
@@ -125,15 +123,15 @@ def mix(
         with mix_errors(method):
             combine(policy, names, weights, **options)
         pairs = pairs_of_parents(folders)
-        scores, probe = score_mixture(policy, base, pairs, names, folders, tick)
+        scores, stored = score_mixture(policy, base, pairs, names, folders, tick)
         swept = sweep_weights(policy, base, pairs, names, sweep, tick, options) if sweep else {}
         made = _passport(base, parts, options, folders, scores)
         with atomic_folder(output) as folder:
             policy.set_adapter(MIX)
             _save(policy, folder)
             write_passport(folder, made)
-            if probe:
-                save_stored_pairs(folder, probe)
+            if stored:
+                save_stored_pairs(folder, stored)
             if swept:
                 plot_sweep(folder / SWEEP_PLOT, swept, method, folders[0].name)
             _write_card(folder / "README.md", output.name, made, parts, method, scores)

@@ -34,9 +34,9 @@ def pairs_of_parents(folders: Sequence[Path]) -> dict[str, list[TokenPair]]:
     """Each parent's stored pairs by its name; parents of one name count up."""
     found: dict[str, list[TokenPair]] = {}
     for folder in folders:
-        probe = read_stored_pairs(folder)
-        if probe:
-            found[free_key(folder.name, found)] = probe.pairs
+        stored = read_stored_pairs(folder)
+        if stored:
+            found[free_key(folder.name, found)] = stored.pairs
     return found
 
 

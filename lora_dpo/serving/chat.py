@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dpo.adapters.folder import attach_adapter, base_name
-from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.loading import load_base_of
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.data import Message
 from lora_dpo.errors import OutputError
 from lora_dpo.journal import append_durably
-from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.base import Base
 from lora_dpo.model.decoding import Sampling, stream
 
 if TYPE_CHECKING:
@@ -105,9 +105,5 @@ def open_chat(
         ModelError: the base cannot be loaded.
     """
     adapter = Path(adapter)
-    name, revision = base_name(adapter)
-    revision = None if model else revision  # another place has its own revisions
-    passport = read_passport(adapter)
-    trained_on: Quantize = "none" if passport is not None and passport.quantize == "none" else "nf4"
-    base = load_base(model or name, revision=revision, quantize=quantize or trained_on, dtype=dtype)
+    base = load_base_of(adapter, model=model, quantize=quantize, dtype=dtype)
     return Chat(base, attach_adapter(base, adapter), sampling or Sampling(), system)

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_dpo.adapters.folder import base_name, check_weights_are_the_passports, warn_of
+from lora_dpo.adapters.adapter import open_adapter
+from lora_dpo.adapters.folder import warn_of
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_json
 from lora_dpo.adapters.package import CARD, without_picture
-from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.peft_files import check_finite
 from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.adapters.store import adapter_names, find_adapter
 from lora_dpo.errors import AdapterError, ConfigError
@@ -158,15 +159,12 @@ def _ollama(merged: Merged, output: Path, kind: str, name: str, on_tensor: OnTen
 
 def _peft_folder(adapter: Path, output: Path) -> Path:
     """The two PEFT files and the card. The base is named where it can be loaded from: a hub id, or a folder here."""
-    from lora_dpo.adapters.peft_files import check_finite, read_adapter
-
-    config, _ = read_adapter(adapter)
-    check_weights_are_the_passports(read_passport(adapter), adapter)
+    opened = open_adapter(adapter)
     check_finite(adapter)
-    name, revision = base_name(adapter)
+    name, revision = opened.named_base
     # not the hub's model of that name: a packaged one has other weights, rounded to 4 bits by its maker
     base = str(MODELS_DIR / name) if name in PACKAGED_MODELS else name
-    raw = {**config.raw, "base_model_name_or_path": base, "revision": revision, "inference_mode": True}
+    raw = {**opened.config.raw, "base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     with atomic_folder(output) as folder:
         shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
         if (adapter / CARD).is_file():
