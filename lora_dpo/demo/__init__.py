@@ -9,7 +9,6 @@ run_state      what a run has told so far
 session        what everyone at the demo shares
 downloads      packages and exports that leave it
 html           pieces of pages, escaped
-charts         curves as SVG
 theme          colours, style and keys
 handlers       what every handler of the page does
 tab_chat, tab_vote, tab_data, tab_train, tab_adapters

@@ -8,10 +8,10 @@ from html import escape
 
 from lora_dpo.data.doctor.examination import Diagnosis
 from lora_dpo.data.pairs import ReadReport, rows_text
-from lora_dpo.demo.charts import line_chart
 from lora_dpo.demo.conversation import StreamedAnswer
 from lora_dpo.demo.run_state import RunSnapshot, logratios
 from lora_dpo.demo.votes import HeadToHead
+from lora_dpo.evaluation.report.svg import Series, lines
 
 
 def text_block(text: str, *, kind: str = "") -> str:
@@ -104,7 +104,7 @@ def findings(diagnosis: Diagnosis | None, report: ReadReport | None = None) -> s
     if diagnosis is None:
         return note("There is no pair in this file.")
     read = report or diagnosis.report
-    shown = [note(f"{read.summary()}, read as {read.read_as or 'no form'}; {diagnosis.prompts} different prompts.")]
+    shown = [note(f"{read.summary()}, read as {read.read_as or 'no format'}; {diagnosis.prompts} different prompts.")]
     if not diagnosis.findings:
         shown.append(note("The doctor finds nothing that would spoil a run.", kind="good"))
     for finding in diagnosis.findings.values():
@@ -124,18 +124,19 @@ def findings(diagnosis: Diagnosis | None, report: ReadReport | None = None) -> s
 
 def curves(seen: RunSnapshot, beta: float) -> str:
     """Loss, margin, reward accuracy and the two log-ratios of a run, as it goes."""
-    series = logratios(seen.steps, beta)
-    steps = seen.all_steps
+    found = logratios(seen.steps, beta)
+
+    def of(*names: str, title: str, level: float | None = None, within: tuple[float, float] | None = None) -> str:
+        series = [
+            Series(name, *zip(*found[name], strict=True)) if found[name] else Series(name, (), ()) for name in names
+        ]
+        return lines(series, title=title, level=level, within=within, until=seen.all_steps, empty="no step yet")
+
     charts = (
-        line_chart("loss", {"loss": series["loss"]}, steps=steps),
-        line_chart("reward margin", {"margin": series["margin"]}, steps=steps, zero=True),
-        line_chart("reward accuracy (of a step's pairs)", {"accuracy": series["accuracy"]}, steps=steps, low=0, high=1),
-        line_chart(
-            "log-ratio (nats)",
-            {"chosen": series["chosen"], "rejected": series["rejected"]},
-            steps=steps,
-            zero=True,
-        ),
+        of("loss", title="loss"),
+        of("margin", title="reward margin", level=0.0),
+        of("accuracy", title="reward accuracy (of a step's pairs)", within=(0.0, 1.0)),
+        of("chosen", "rejected", title="log-ratio (nats)", level=0.0),
     )
     return f'<div class="charts">{"".join(charts)}</div>'
 

@@ -31,7 +31,7 @@ CSS = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 12px; }
-.card, .samples, .chart { border: 1px solid var(--border-color-primary); border-radius: 10px;
+.card, .samples, .charts figure { border: 1px solid var(--border-color-primary); border-radius: 10px;
   background: var(--block-background-fill); }
 .card { min-height: 150px; max-height: 420px; overflow-y: auto; }
 .card header { display: flex; gap: 10px; align-items: center; padding: 10px 14px 2px; }
@@ -74,20 +74,19 @@ details.finding li { overflow-wrap: anywhere; color: var(--body-text-color-subdu
 .finding.warning .badge { color: var(--warn); }
 
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(270px, 100%), 1fr)); gap: 12px; }
-.chart { margin: 0; padding: 10px 10px 4px; min-width: 0; }
-.chart figcaption { display: flex; gap: 12px; flex-wrap: wrap; align-items: baseline; font-size: .85rem; }
-.chart-title { font-weight: 600; }
-.chart svg { width: 100%; height: auto; display: block; }
-.chart text { font-size: 11px; fill: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.chart .grid { stroke: var(--grid); stroke-width: 1; }
-.chart .zero { stroke: var(--body-text-color-subdued); stroke-width: 1; stroke-dasharray: 3 3; }
-.chart polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.chart .line-1 { stroke: var(--line-1); } .chart circle.line-1 { fill: var(--line-1); }
-.chart .line-2 { stroke: var(--line-2); } .chart circle.line-2 { fill: var(--line-2); }
-.chart-key::before { content: ""; display: inline-block; width: 12px; height: 3px; border-radius: 2px;
-  margin-right: 5px; vertical-align: middle; background: currentColor; }
-.key-1 { color: var(--line-1); } .key-2 { color: var(--line-2); }
-.chart-empty { height: 130px; display: grid; place-items: center; color: var(--body-text-color-subdued);
+.charts figure { margin: 0; padding: 10px 10px 4px; min-width: 0; }
+.charts figcaption { font-size: .85rem; font-weight: 600; }
+.charts svg { width: 100%; height: auto; display: block; }
+.charts .tick { font-size: 11px; fill: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.charts .gl { stroke: var(--grid); stroke-width: 1; }
+.charts .level { stroke: var(--body-text-color-subdued); stroke-width: 1; stroke-dasharray: 3 3; }
+.charts polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.charts .c0 { stroke: var(--line-1); } .charts .f0 { fill: var(--line-1); } .charts .k0 { background: var(--line-1); }
+.charts .c1 { stroke: var(--line-2); } .charts .f1 { fill: var(--line-2); } .charts .k1 { background: var(--line-2); }
+.charts .legend { display: flex; gap: 12px; margin: 0; font-size: .85rem; }
+.charts .legend i { display: inline-block; width: 12px; height: 3px; border-radius: 2px; margin-right: 5px;
+  vertical-align: middle; }
+.charts .empty { height: 130px; display: grid; place-items: center; color: var(--body-text-color-subdued);
   font-size: .85rem; }
 
 .progress { height: 8px; border-radius: 4px; background: var(--grid); overflow: hidden; margin: 8px 2px 4px; }

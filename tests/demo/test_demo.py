@@ -278,7 +278,7 @@ def test_a_script_exports_an_adapter(client, app_state):
     folders = [client.predict("first", "merge", api_name="/export_adapter")[0] for _ in range(2)]
     assert [name.rpartition("/")[2] for name in folders] == ["first-merged", "first-2-merged"]
     assert (app_state.pairs.folder / "exports/first-merged/model.safetensors").is_file()
-    with pytest.raises(Exception, match="no form zip to write an adapter in"):
+    with pytest.raises(Exception, match="no export of the kind zip"):
         client.predict("first", "zip", api_name="/export_adapter")
 
 

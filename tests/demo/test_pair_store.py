@@ -243,19 +243,3 @@ def test_votes_are_counted_again_only_after_a_vote(collection, monkeypatch):
         book.add([{"role": "user", "content": "Say."}], a, b, "a", vote_id=str(number))
         assert book.records()[0].wins == book.records()[0].wins == number + 1
     assert len(read) == 3
-
-
-@pytest.mark.parametrize("count", [1, 300, 301, 6000, 50_000])
-def test_a_chart_has_few_points_and_keeps_what_stands_out(count):
-    from lora_dpo.demo.charts import MOST_POINTS, thinned
-
-    points = [(step, 0.5 + step % 7) for step in range(count)]
-    points[count // 2] = (count // 2, 99.0)
-    points[count // 3] = (count // 3, -99.0) if count > 3 else points[0]
-    kept = thinned(points)
-    assert len(kept) <= MOST_POINTS
-    assert kept == sorted(kept)
-    assert set(kept) <= set(points)
-    assert (kept[0], kept[-1]) == (points[0], points[-1])
-    assert max(value for _, value in kept) == 99.0
-    assert min(value for _, value in kept) == min(value for _, value in points)

@@ -11,9 +11,11 @@ from xml.etree import ElementTree
 import pytest
 
 from lora_dpo.config.reading import check_recipe
-from lora_dpo.demo.run_state import RunState, Sample, logratios
+from lora_dpo.demo import html
+from lora_dpo.demo.run_state import RunSnapshot, RunState, Sample, logratios
 from lora_dpo.demo.session import AppState, looks_of
 from lora_dpo.errors import ConfigError
+from lora_dpo.evaluation.report import svg
 from lora_dpo.events import Answered, Compared, Note, Progress, Resolved, Saved, StepLogged
 from lora_dpo.model.base import load_base
 from lora_dpo.serving.host import Host
@@ -77,25 +79,20 @@ def test_rewards_become_log_ratios():
 # --- drawing --------------------------------------------------------------------------------------
 
 
-def test_a_chart_is_well_formed_and_its_points_lie_where_they_should():
-    from lora_dpo.demo.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_chart
-
-    drawn = line_chart("a & b", {"one": [(0, 0.0), (10, 1.0)], "two": []}, steps=10, low=0, high=1)
-    root = ElementTree.fromstring(drawn)
-    assert "a & b" in "".join(root.itertext())
-    line = root.find(".//polyline").get("points").split()
-    assert line == [f"{LEFT:.1f},{HEIGHT - BOTTOM:.1f}", f"{WIDTH - RIGHT:.1f},{TOP:.1f}"]
+def test_a_run_that_has_not_begun_has_its_plots_places():
+    root = ElementTree.fromstring(html.curves(RunSnapshot("x", all_steps=10), beta=0.1))
+    assert len(root.findall(".//figure")) == len(root.findall(".//div[@class='empty']")) == 4
 
 
-@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [1e-7, 2e-7], [-1e6, 1e6], [float("-3.2"), 0.1, 8.0]])
-def test_any_values_give_a_chart_with_ticks_inside(values):
-    from lora_dpo.demo.charts import BOTTOM, HEIGHT, TOP, line_chart
-
-    root = ElementTree.fromstring(line_chart("x", {"x": list(enumerate(values))}, steps=3, zero=True))
-    heights = [float(point.split(",")[1]) for point in root.find(".//polyline").get("points").split()]
-    grid = [float(line.get("y1")) for line in root.findall(".//line")]
-    assert all(TOP - 0.1 <= height <= HEIGHT - BOTTOM + 0.1 for height in (*heights, *grid))
-    assert 2 <= len(root.findall(".//line[@class='grid']")) <= 7
+def test_a_runs_plots_keep_a_place_for_the_steps_to_come():
+    steps = tuple({"step": step, "loss": 0.7 - step / 100, "rewards/accuracies": step / 5} for step in range(1, 6))
+    figures = ElementTree.fromstring(html.curves(RunSnapshot("x", steps=steps, all_steps=10), beta=0.1)).findall(
+        "figure"
+    )
+    for figure in (figures[0], figures[2]):
+        last = figure.find(".//polyline").get("points").split()[-1]
+        assert float(last.split(",")[0]) == pytest.approx((svg.LEFT + svg.WIDTH - svg.RIGHT) / 2)  # step 5 of 10
+    assert float(last.split(",")[1]) == pytest.approx(svg.TOP)  # an accuracy of 1 is the top
 
 
 class Tags(HTMLParser):
@@ -114,19 +111,17 @@ def test_no_text_from_outside_becomes_a_tag():
     from lora_dpo.data.doctor.catalogue import CHECKS
     from lora_dpo.data.doctor.examination import Diagnosis, Finding
     from lora_dpo.data.pairs import Origin
-    from lora_dpo.demo import html
-    from lora_dpo.demo.run_state import RunSnapshot
     from lora_dpo.demo.votes import HeadToHead
 
     evil = "<img src=x onerror=alert(1)>\"'</div><script>"
     diagnosis = Diagnosis(findings={"equal": Finding(CHECKS["equal"], [Origin(evil, 1)], [(Origin(evil, 1), evil)])})
-    diagnosis.report.forms[evil] = 1
+    diagnosis.report.formats[evil] = 1
     drawn = [
         html.text_block(evil), html.note(evil), html.table((evil,), ((evil,),)), html.facts(((evil, evil),)),
         html.answer_card("A", evil, name=evil), html.win_table([HeadToHead(evil, evil, 1, 0, 0, 0, 0)]),
         html.findings(diagnosis), html.progress_bar(1, 2, evil),
         html.samples_table(RunSnapshot("x", samples=(Sample(0, evil, evil),))),
-        html.line_chart(evil, {evil: [(0, 1)]}, steps=1),
+        svg.lines([svg.Series(evil, (0, 1), (1, 2)), svg.Series(evil, (), ())], title=evil),
     ]  # fmt: skip
     for fragment in drawn:
         assert "onerror" in fragment  # the text is there

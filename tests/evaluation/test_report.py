@@ -338,6 +338,22 @@ def test_chance_is_a_matter_of_accuracies_and_win_rates():
 # --- plots ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [1, svg.POINTS, svg.POINTS + 1, 6000, 50_000])
+def test_a_line_has_few_points_and_keeps_what_stands_out(count):
+    ys = [0.5 + step % 7 for step in range(count)]
+    ys[count // 2] = 99.0
+    ys[count // 3] = -99.0 if count > 3 else ys[0]
+    plot = svg.lines([svg.Series("a", range(count), ys)], title="t", until=count - 1)
+    kept = re.findall(r"[\d.]+,[\d.]+", re.search(r'points="([^"]*)"|$', plot)[1] or "")
+    assert len(kept) <= svg.POINTS
+    if count > 1:
+        heights = [float(point.split(",")[1]) for point in kept]
+        whole = [svg.TOP + (svg.HEIGHT - svg.TOP - svg.BOTTOM) * share for share in (0.06 / 1.12, 1.06 / 1.12)]
+        assert (min(heights), max(heights)) == pytest.approx(whole, abs=0.1)
+        edges = [float(kept[0].split(",")[0]), float(kept[-1].split(",")[0])]
+        assert edges == pytest.approx([svg.LEFT, svg.WIDTH - svg.RIGHT], abs=0.1)
+
+
 def drawing(figure):
     return ElementTree.fromstring(re.search(r"<svg.*</svg>", figure)[0])
 

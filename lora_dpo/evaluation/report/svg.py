@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 30
-POINTS = 2 * WIDTH
-"""Points of a line at most."""
+POINTS = WIDTH
+"""Points of a line at most: a page may draw its plots anew every second."""
 COLOURS = 8
 """Series have the classes c0 to c7; further ones begin again."""
 
@@ -24,18 +24,34 @@ class Series:
     ys: Sequence[float]
 
 
-def lines(series: Sequence[Series], *, title: str, unit: str = "step", level: float | None = None) -> str:
+def lines(
+    series: Sequence[Series],
+    *,
+    title: str,
+    unit: str = "step",
+    level: float | None = None,
+    until: float | None = None,
+    within: tuple[float, float] | None = None,
+    empty: str = "",
+) -> str:
     """A line plot with a legend if there are several series.
 
     Args:
         unit: what the x axis counts.
         level: a y that gets a line of its own, such as 0 or chance.
+        until: where the x axis ends, which then begins at 0: a run that goes on has a place for what is to come.
+        within: ends of the y axis; by default what the points need.
+        empty: what stands in the place of a plot without points; without it nothing is drawn.
     """
     points = [(x, y) for one in series for x, y in zip(one.xs, one.ys, strict=True) if math.isfinite(y)]
     if not points:
-        return ""
+        return _figure(title, "", [one.name for one in series], empty=empty) if empty else ""
     ys = [y for _, y in points] + ([level] if level is not None else [])
     frame = _Frame.around([x for x, _ in points], ys)
+    if until is not None:
+        frame = replace(frame, low=0.0, high=max(until, 1.0))
+    if within is not None:
+        frame = replace(frame, bottom=within[0], top=within[1])
     body = [_axes(frame, unit)]
     if level is not None:
         y = frame.y(level)
@@ -43,12 +59,13 @@ def lines(series: Sequence[Series], *, title: str, unit: str = "step", level: fl
     for number, one in enumerate(series):
         for piece in _pieces(one):
             path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in piece)
-            if len(piece) == 1:
-                cx, _, cy = path.partition(",")
-                body.append(f'<circle class="f{number % COLOURS}" cx="{cx}" cy="{cy}" r="2.5"/>')
-            else:
+            if len(piece) > 1:
                 body.append(f'<polyline class="c{number % COLOURS}" points="{path}"/>')
-    return _figure(title, "".join(body), [one.name for one in series])
+            cx, _, cy = path.rpartition(" ")[2].partition(",")
+            body.append(f'<circle class="f{number % COLOURS}" cx="{cx}" cy="{cy}" r="2.5"/>')
+    last = [(one.name, [y for y in one.ys if math.isfinite(y)]) for one in series]
+    label = ", ".join(f"{name} {ys[-1]:.3g}" for name, ys in last if ys)
+    return _figure(title, "".join(body), [one.name for one in series], label=f"{title} by {unit}; last {label}")
 
 
 def histogram(groups: Sequence[tuple[str, Sequence[float]]], *, title: str, unit: str, bins: int = 24) -> str:
@@ -164,16 +181,16 @@ def _pieces(one: Series) -> list[list[tuple[float, float]]]:
 
 
 def _thinned(piece: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The lowest and the highest point of each stretch, where there are more points than the drawing has places."""
+    """At most `POINTS` points: of each stretch the first, the lowest and the highest; and the last of all."""
     if len(piece) <= POINTS:
         return piece
-    width = math.ceil(2 * len(piece) / POINTS)
-    kept = []
+    width = math.ceil(3 * len(piece) / (POINTS - 1))
+    kept: list[tuple[float, float]] = []
     for start in range(0, len(piece), width):
         stretch = piece[start : start + width]
-        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-        kept += sorted(ends)
-    return kept
+        ends = (min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1]))
+        kept += sorted({stretch[0], *ends})
+    return kept if kept[-1] == piece[-1] else [*kept, piece[-1]]
 
 
 def _counts(values: Sequence[float], low: float, high: float, bins: int) -> list[int]:
@@ -184,14 +201,17 @@ def _counts(values: Sequence[float], low: float, high: float, bins: int) -> list
     return counts
 
 
-def _figure(title: str, body: str, names: Sequence[str], *, height: int = HEIGHT) -> str:
+def _figure(
+    title: str, body: str, names: Sequence[str], *, height: int = HEIGHT, label: str = "", empty: str = ""
+) -> str:
     legend = ""
     if len(names) > 1:
         keys = "".join(
             f'<span><i class="k{number % COLOURS}"></i>{escape(name)}</span>' for number, name in enumerate(names)
         )
         legend = f'<p class="legend">{keys}</p>'
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}">{body}</svg>{legend}</figure>'
-    )
+    if empty:
+        drawn = f'<div class="empty">{escape(empty)}</div>'
+    else:
+        drawn = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label or title)}">{body}</svg>'
+    return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}{legend}</figure>"
