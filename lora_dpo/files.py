@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,12 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def numbered(name: str, end: str = "") -> Iterator[str]:
+    """Names to try until one is free: `name`, `name-2`, `name-3` and so on, each with `end`."""
+    yield name + end
+    yield from (f"{name}-{number}{end}" for number in itertools.count(2))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ continues the folder under its feet; what the file says, the process, is for peo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from lora_dpo.adapters.package import BASE
 from lora_dpo.config.reading import dump_recipe, read_recipe
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import ConfigError, OutputError
-from lora_dpo.files import disk_errors, refuse_existing, replace_file, sync
+from lora_dpo.files import disk_errors, numbered, refuse_existing, replace_file, sync
 from lora_dpo.leftovers import discard, settle
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
     if recipe.output is not None:
         _check_place(Path(recipe.output), resume=resume)
         return Path(recipe.output)
-    names = [recipe_name, *(f"{recipe_name}-{number}" for number in range(2, 1000))]
+    names = list(itertools.islice(numbered(recipe_name), 1000))
     names = names[recipe_name.casefold() == BASE :]  # that adapter could not be chosen in serve and demo
     if resume:
         unfinished = [out for out in map(ADAPTERS_DIR.joinpath, names) if _interrupted(out) and running(out) is None]

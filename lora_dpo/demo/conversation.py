@@ -175,8 +175,8 @@ def write(
     outcomes: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
     said = StreamedAnswer(who, "")
     yield said
-    ticket = host.submit(who, conversation, sampling, client=client, deliver=outcomes.put)
-    said = replace(said, prompt_tokens=len(ticket.asked.prompt))
+    request = host.submit(who, conversation, sampling, client=client, deliver=outcomes.put)
+    said = replace(said, prompt_tokens=len(request.asked.prompt))
     began = first = shown = time.monotonic()
     try:
         while not (stop is not None and stop.is_set()):
@@ -196,11 +196,11 @@ def write(
             if not said.text:
                 first = now
             said = replace(
-                said, text=said.text + outcome, tokens=ticket.tokens, waited=first - began, seconds=now - first
+                said, text=said.text + outcome, tokens=request.tokens, waited=first - began, seconds=now - first
             )
             if now - shown >= SHOW_EVERY:
                 shown = now
                 yield said
     finally:
-        ticket.cancel()
+        request.cancel()
     yield said  # stopped

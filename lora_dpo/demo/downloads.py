@@ -13,10 +13,11 @@ from pathlib import Path
 from lora_dpo.adapters.exchange import pack
 from lora_dpo.demo.session import AppState
 from lora_dpo.errors import ConfigError
+from lora_dpo.files import numbered
 from lora_dpo.text import plain
 
-FORMS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
-"""Forms of an export, with the end of the name that is written: a merged model folder, files for llama.cpp, Ollama."""
+EXPORTS = {"merge": "-merged", "gguf": ".gguf", "gguf-adapter": "-lora.gguf", "ollama": "-ollama"}
+"""Kinds of an export, with the end of the name that is written: a merged model folder, files for llama.cpp, Ollama."""
 
 FETCHED = 3600.0
 """Seconds after which a file on its way has been fetched."""
@@ -32,26 +33,26 @@ def packed(app_state: AppState, name: str) -> Path:
 
 
 def exported_pairs(app_state: AppState, name: str) -> Path:
-    """A file of pairs in the canonical form, on its way to a browser. Raises `DataError`."""
+    """A file of pairs in the canonical format, on its way to a browser. Raises `DataError`."""
     return app_state.pairs.export([name], on_the_way(app_state) / f"{name}.jsonl")
 
 
-def exported(app_state: AppState, name: str, form: str) -> Iterator[tuple[int, int, Path]]:
-    """Write an adapter in a form of `FORMS`: yields how much is done, of how much, and the place; at last all of it.
+def exported(app_state: AppState, name: str, kind: str) -> Iterator[tuple[int, int, Path]]:
+    """Write an adapter as one of `EXPORTS`: yields how much is done, of how much, and the place; at last all of it.
 
     A file is on its way to a browser; a folder stays in `exports/` of the demo's folder. One is written at a time; it
     ends, and nothing of it stays, when the iterator is closed.
 
     Raises:
-        ConfigError: there is no such form.
+        ConfigError: there is no such kind.
         LoraDPOError: as `merge` and `export`.
     """
-    if form not in FORMS:
-        raise ConfigError(f"There is no form {plain(form)} to write an adapter in: there is {', '.join(FORMS)}.")
+    if kind not in EXPORTS:
+        raise ConfigError(f"There is no export of the kind {plain(kind)}: there is {', '.join(EXPORTS)}.")
     adapter = app_state.find(name)
-    target = _free(app_state, adapter.name, FORMS[form])
+    target = _free(app_state, adapter.name, EXPORTS[kind])
     total = 1
-    for done, total in _in_thread(_work(app_state, adapter, target, form), app_state.exporting):
+    for done, total in _in_thread(_work(app_state, adapter, target, kind), app_state.exporting):
         yield done, total, target
     yield total, total, target
 
@@ -66,19 +67,18 @@ def on_the_way(app_state: AppState) -> Path:
 
 def _free(app_state: AppState, name: str, end: str) -> Path:
     folder = on_the_way(app_state) if end.endswith(".gguf") else app_state.pairs.folder / "exports"
-    tries = (folder / f"{name}{'' if number == 1 else f'-{number}'}{end}" for number in range(1, 1000))
-    return next(path for path in tries if not path.exists())
+    return next(path for path in map(folder.joinpath, numbered(name, end)) if not path.exists())
 
 
-def _work(app_state: AppState, adapter: Path, target: Path, form: str) -> Callable[[Tick], object]:
+def _work(app_state: AppState, adapter: Path, target: Path, kind: str) -> Callable[[Tick], object]:
     from lora_dpo.release.exports.export_adapter import export
     from lora_dpo.release.merged_folder import merge
     from lora_dpo.release.merged_weights import trained_into
 
     model = app_state.host.base.name  # the base is here: the passport may name another place
-    if form == "merge":
+    if kind == "merge":
         return lambda tick: merge(adapter, target, into=trained_into(adapter), model=model, on_tensor=tick)
-    return lambda tick: export(adapter, target, to=form, model=model, on_tensor=tick)  # type: ignore[arg-type]
+    return lambda tick: export(adapter, target, to=kind, model=model, on_tensor=tick)  # type: ignore[arg-type]
 
 
 class _Unwanted(Exception):

@@ -29,7 +29,8 @@ from lora_dpo.data.row_reading import Row
 from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.demo.votes import VoteLog
-from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.errors import DataError
+from lora_dpo.files import numbered
 from lora_dpo.journal import rewrite_durably
 from lora_dpo.model.tensor_file import State, state_of
 from lora_dpo.text import plain
@@ -112,7 +113,8 @@ class PairStore:
         # The place that an upload lay in for a moment says nothing to anyone.
         pairs = [replace(pair, origin=replace(pair.origin, source=Path(name).name)) for pair in found]
         with self.book.held():  # two uploads of one name must not take the same place
-            kept = _free(clean_name(name), self.names())
+            taken = self.names()
+            kept = next(free for free in numbered(clean_name(name)) if free not in taken)
             write_pairs(pairs, self.uploads / f"{kept}.jsonl")
         return Import(kept, diagnosis.report, diagnosis)
 
@@ -231,14 +233,6 @@ def clean_name(name: str) -> str:
 def mark_of(row: Row) -> str:
     """A short hash of a row's content, the same in whatever order its keys are."""
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _free(name: str, taken: Sequence[str]) -> str:
-    names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
-    free = next((candidate for candidate in names if candidate not in taken), None)
-    if free is None:
-        raise ConfigError(f"There are too many uploads called {name}. Rename the file.")
-    return free
 
 
 def _with_last(part: tuple[Message, ...], text: str) -> tuple[Message, ...]:

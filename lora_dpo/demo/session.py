@@ -21,6 +21,7 @@ from lora_dpo.demo.arena import Arena
 from lora_dpo.demo.pair_store import PairStore
 from lora_dpo.demo.run_state import RunState, Sample
 from lora_dpo.errors import AdapterError, ConfigError
+from lora_dpo.files import numbered
 from lora_dpo.leftovers import scratch_folder
 from lora_dpo.model.decoding import Sampling, generate
 from lora_dpo.model.packaged import PACKAGED_MODELS, fetch_model
@@ -104,8 +105,7 @@ class AppState:
 
     def free_name(self, wish: str = "mine") -> str:
         """A name for the next adapter that is not taken."""
-        names = [wish, *(f"{wish}-{number}" for number in range(2, 1000))]
-        return next(name for name in names if not any(self.adapters_dir.glob(f"{name}*")))
+        return next(name for name in numbered(wish) if not any(self.adapters_dir.glob(f"{name}*")))
 
     def output_of(self, name: str) -> Path:
         """The folder of an adapter to be. Raises `PackageError` for a name that cannot be one."""

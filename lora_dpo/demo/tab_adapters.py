@@ -23,7 +23,7 @@ from lora_dpo.demo.run_state import RunSnapshot
 from lora_dpo.demo.session import AppState
 from lora_dpo.errors import AdapterError
 
-FORMS = {
+EXPORTS = {
     "merged model folder": "merge",
     "GGUF model for llama.cpp": "gguf",
     "GGUF adapter for llama.cpp": "gguf-adapter",
@@ -49,7 +49,7 @@ def build(app_state: AppState, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     package = gr.File(label="Packed", visible=False, interactive=False, elem_id="adapters-file")
     status = gr.HTML(note(""), elem_id="adapters-status")
     with gr.Row(elem_classes="bar"):
-        form = gr.Dropdown(list(FORMS), value=next(iter(FORMS)), label="Merge or export", filterable=False, scale=3)
+        kind = gr.Dropdown(list(EXPORTS), value=next(iter(EXPORTS)), label="Merge or export", filterable=False, scale=3)
         write = gr.Button("Write", size="md", elem_id="adapters-write", scale=1, min_width=110)
     progress = gr.HTML("", elem_id="adapters-progress")
     exported = gr.File(label="Exported", visible=False, interactive=False, elem_id="adapters-exported")
@@ -88,7 +88,7 @@ def build(app_state: AppState, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
 
     @told
     def export_it(which: str | None, kind: str) -> Iterator[State]:
-        for done, total, target in downloads.exported(app_state, which or "", FORMS.get(kind, kind)):
+        for done, total, target in downloads.exported(app_state, which or "", EXPORTS.get(kind, kind)):
             yield progress_bar(done, total, f"writing {target.name}: {done} of {total}"), gr.update(visible=False)
         if target.is_file():
             yield note(""), gr.update(value=str(target), visible=True)
@@ -101,7 +101,7 @@ def build(app_state: AppState, page: gr.Blocks) -> tuple[gr.Dropdown, gr.HTML]:
     page.load(show, name, shown, **private)
     pack_it.click(packed, name, package, **private)
     load.upload(bring, load, [listed, name, status, *shown], **private)
-    write.click(export_it, [name, form], [progress, exported], show_progress="hidden", **private)
+    write.click(export_it, [name, kind], [progress, exported], show_progress="hidden", **private)
     return name, listed
 
 

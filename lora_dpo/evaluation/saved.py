@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_dpo.adapters.stored_run import NUMBERS
 from lora_dpo.evaluation.report.write import PAGE, evaluation_page
 from lora_dpo.evaluation.result import Assessment
-from lora_dpo.files import atomic_folder, refuse_existing
+from lora_dpo.files import atomic_folder, numbered, refuse_existing
 
 EVALUATIONS = Path("evaluations")
 
@@ -22,8 +22,7 @@ def evaluation_folder(name: str, output: Path | None) -> Path:
     if output is not None:
         refuse_existing(output)
         return output
-    names = [name, *(f"{name}-{number}" for number in range(2, 10000))]
-    return next(place for place in map(EVALUATIONS.joinpath, names) if not place.exists())
+    return next(place for place in map(EVALUATIONS.joinpath, numbered(name)) if not place.exists())
 
 
 def save_evaluation(folder: Path, found: Assessment) -> None:

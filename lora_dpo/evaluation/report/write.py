@@ -13,7 +13,7 @@ from lora_dpo.errors import AdapterError
 from lora_dpo.evaluation.report.one_evaluation import evaluation_page, number_rows
 from lora_dpo.evaluation.report.one_run import run_page
 from lora_dpo.evaluation.report.several import comparison_page
-from lora_dpo.files import atomic_file
+from lora_dpo.files import atomic_file, numbered
 
 __all__ = ["PAGE", "evaluation_page", "number_rows", "report_of", "write_report"]
 
@@ -53,8 +53,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
             check_folder(folder)
     text = report_of(folders)
     stem = folders[0].resolve().name if len(folders) == 1 else "comparison"
-    names = [f"{stem}.html", *(f"{stem}-{number}.html" for number in range(2, 10000))]
-    target = output or next(place for place in map(REPORTS.joinpath, names) if not place.exists())
+    places = map(REPORTS.joinpath, numbered(stem, ".html"))
+    target = output or next(place for place in places if not place.exists())
     with atomic_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target
