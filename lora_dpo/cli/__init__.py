@@ -3,6 +3,7 @@
 commands     `lora-dpo` itself: train, chat, merge, and the groups of the others
 adapters, clean, data, demo, eval, export, pairs, plan, serve
              the other commands
+options      those that several commands share
 views        events drawn in a terminal
 data_views   what the doctor says, drawn
 chat_loop    the terminal chat

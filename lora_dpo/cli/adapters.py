@@ -10,16 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_dpo.cli.options import AdapterName, BaseElsewhere, NameHere, Strict, Yes
+
 if TYPE_CHECKING:
     from lora_dpo.release.mixture import Mixed
 
 app = typer.Typer(help="The adapters on this machine: list, check, share, mix.", no_args_is_help=True)
 out = Console()
 err = Console(stderr=True)
-
-Name = Annotated[str, typer.Argument(help="A name in adapters/, or an adapter folder.")]
-Model = Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse a base that differs from the passport in any way.")]
 
 
 @app.command("list")
@@ -48,7 +46,7 @@ def list_() -> None:
 
 
 @app.command()
-def show(name: Name) -> None:
+def show(name: AdapterName) -> None:
     """Show what an adapter is and what it was made from.
 
     Example:
@@ -67,7 +65,7 @@ def show(name: Name) -> None:
 
 
 @app.command()
-def verify(name: Name, model: Model = None, strict: Strict = False) -> None:
+def verify(name: AdapterName, model: BaseElsewhere = None, strict: Strict = False) -> None:
     """Rescore an adapter's few stored pairs and compare with the scores that it was shared with.
 
     Exit status 1 if it does not score as it did.
@@ -98,7 +96,7 @@ def verify(name: Name, model: Model = None, strict: Strict = False) -> None:
 
 @app.command()
 def pack(
-    name: Name,
+    name: AdapterName,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file to write; by default NAME.lora.zip here.")
     ] = None,
@@ -119,7 +117,7 @@ def pack(
 @app.command()
 def install(
     source: Annotated[str, typer.Argument(help="A .lora.zip file, an adapter folder, or a hub id (owner/name).")],
-    name: Annotated[str | None, typer.Option(help="Its name here; by default its own.")] = None,
+    name: NameHere = None,
 ) -> None:
     """Check an adapter that comes from elsewhere, and put it into adapters/.
 
@@ -143,7 +141,7 @@ def install(
 @app.command()
 def pull(
     repo: Annotated[str, typer.Argument(help="A hub id, owner/name.")],
-    name: Annotated[str | None, typer.Option(help="Its name here; by default its own.")] = None,
+    name: NameHere = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
     """Download an adapter from the Hugging Face hub and install it, with every check of install.
@@ -161,7 +159,7 @@ def pull(
 
 @app.command()
 def push(
-    name: Name,
+    name: AdapterName,
     repo: Annotated[str, typer.Argument(help="A hub id of yours, owner/name. Made if it is not there.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; private otherwise.")] = False,
 ) -> None:
@@ -188,7 +186,7 @@ def push(
 @app.command()
 def remove(
     name: Annotated[str, typer.Argument(help="A name in adapters/.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Remove an adapter from adapters/.
 
@@ -207,7 +205,7 @@ def remove(
 
 @app.command()
 def diff(
-    first: Name,
+    first: AdapterName,
     second: Annotated[str, typer.Argument(help="Another one.")],
 ) -> None:
     """Show in which settings and metrics two adapters differ.
@@ -243,7 +241,7 @@ def mix(
     density: Annotated[float | None, typer.Option(help="Share of entries that ties, dare and prune keep.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of what dare drops.")] = 0,
     sweep: Annotated[int, typer.Option(help="Also score this many weights between two adapters, and plot them.")] = 0,
-    model: Model = None,
+    model: BaseElsewhere = None,
     strict: Strict = False,
 ) -> None:
     """Mix adapters of one base into a new one, and score it on the held-out pairs of each parent.

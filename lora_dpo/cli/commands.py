@@ -21,6 +21,16 @@ from lora_dpo.cli.data import app as data_app
 from lora_dpo.cli.demo import demo
 from lora_dpo.cli.eval import evaluate, report
 from lora_dpo.cli.export import export
+from lora_dpo.cli.options import (
+    BaseElsewhere,
+    HeldAsTrained,
+    MaxNewTokens,
+    Overrides,
+    RecipeFile,
+    Seed,
+    Strict,
+    StrictAboutReference,
+)
 from lora_dpo.cli.plan import plan
 from lora_dpo.cli.serve import serve
 from lora_dpo.errors import BaseDiffers, LoraDPOError
@@ -45,8 +55,6 @@ err = Console(stderr=True)
 CRASHED = 70
 """Exit status of an error that nobody foresaw (EX_SOFTWARE of sysexits.h)."""
 
-STRICT = "Refuse a base that differs from the adapter's passport in any way; otherwise that is a warning."
-
 
 @app.callback()
 def options(
@@ -66,16 +74,13 @@ def options(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file such as configs/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dots: trainer.beta=0.2 lora.rank=8"),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this recipe.")] = False,
     show_dropped: Annotated[
         bool, typer.Option("--show-dropped", help="List every data row that was left out, with its reason.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help=f"With reference: adapter:PATH. {STRICT}")] = False,
+    strict: StrictAboutReference = False,
 ) -> None:
     """Train an adapter as a recipe says.
 
@@ -129,18 +134,13 @@ def chat(
     compare: Annotated[
         bool, typer.Option("--compare", help="Show both answers, the base's and the adapter's.")
     ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Where the base model is, if not where the adapter's passport says.")
-    ] = None,
+    model: BaseElsewhere = None,
     system: Annotated[str | None, typer.Option(help="A system turn before the conversation.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; 0.7 is lively.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    quantize: Annotated[
-        str | None,
-        typer.Option(help="How the base is held: nf4 or none. By default as the adapter was trained, else nf4."),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help=STRICT)] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Seed = 0,
+    quantize: HeldAsTrained = None,
+    strict: Strict = False,
 ) -> None:
     """Chat with an adapter; switch to its base and back on the one loaded model.
 
@@ -188,14 +188,14 @@ def merge(
         str, typer.Option(help="base16: the weights as stored. trained-base: the NF4 values it was trained on. both.")
     ] = "base16",
     dtype: Annotated[str, typer.Option(help="What is stored: bfloat16, float16 or float32.")] = "bfloat16",
-    model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
+    model: BaseElsewhere = None,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Compare the result with the live adapter afterwards.")
     ] = True,
     pairs: Annotated[
         str | None, typer.Option(help="Preference pairs to compare on; by default those that the adapter carries.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help=STRICT)] = False,
+    strict: Strict = False,
 ) -> None:
     """Merge an adapter into its base: an ordinary model folder for plain transformers.
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lora_dpo.cli.pairs import FORMAT_HELP
+from lora_dpo.cli.options import FormatOption, Seed
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.text import counted, harmless, json_text, shown
 
@@ -26,7 +26,6 @@ err = Console(stderr=True)
 
 Source = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder of files, or a hub id.")]
 Sources = Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders of files, or hub ids.")]
-FormatOption = Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)]
 MinGap = Annotated[
     float | None, typer.Option("--min-gap", min=0, help="Leave out pairs whose scores are closer than this.")
 ]
@@ -36,7 +35,6 @@ Model = Annotated[
 MaxLength = Annotated[
     int, typer.Option("--max-length", min=1, help="Longest sequence in tokens, as trainer.max_length.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the draw.")]
 
 
 @app.command()
@@ -87,7 +85,7 @@ def check(
     with _counting() as count:
         diagnosis = examine(
             files,
-            form=format,
+            format=format,
             min_gap=min_gap,
             held_out=held_out or (),
             tokenizer=_tokenizer(model),
@@ -102,7 +100,7 @@ def check(
         raise DataError(f"{', '.join(files)}: no rows, so nothing was checked. Is it the right file?")
     if fix is not None:
         with err.status(f"writing {fix}"):
-            fixed = write_fixed(files, diagnosis, fix, form=format, min_gap=min_gap)
+            fixed = write_fixed(files, diagnosis, fix, format=format, min_gap=min_gap)
         fixed_view(fixed, err if as_json else out)
     if strict and not diagnosis.pairs:
         raise DataError(
@@ -137,7 +135,7 @@ def show(
     from lora_dpo.data.read import pair_at
     from lora_dpo.data.token_view import view_pair
 
-    pair = pair_at(file, number, form=format)
+    pair = pair_at(file, number, format=format)
     tokenizer = _tokenizer(model)
     if tokenizer is None:
         messages_view(pair, out)
@@ -152,7 +150,7 @@ def convert(
     format: FormatOption = None,
     min_gap: MinGap = None,
 ) -> None:
-    """Write pairs of any form in the canonical one: TRL's conversational JSONL, with scores and origin.
+    """Write pairs of any format in the canonical one: TRL's conversational JSONL, with scores and origin.
 
     Examples:
 
@@ -166,7 +164,7 @@ def convert(
 
     check_name(output)
     with err.status(f"reading {file}"):
-        pairs, report = read_pairs(file, form=format, min_gap=min_gap)
+        pairs, report = read_pairs(file, format=format, min_gap=min_gap)
         count = write_pairs(pairs, output)
     read_view(report, out)
     _warn_of_templates(pairs)
@@ -196,7 +194,7 @@ def split(
     from lora_dpo.data.write import split_by_prompt, write_both
 
     with err.status(f"reading {file}"):
-        pairs, report = read_pairs(file, form=format, min_gap=min_gap)
+        pairs, report = read_pairs(file, format=format, min_gap=min_gap)
         sides = split_by_prompt(pairs, share, seed=seed)
         write_both(sides, (train, held_out))
     read_view(report, out)
@@ -213,7 +211,7 @@ def stats(
     format: FormatOption = None,
     min_gap: MinGap = None,
 ) -> None:
-    """Describe preference data in numbers: rows, forms, lengths, languages, repeated prompts.
+    """Describe preference data in numbers: rows, formats, lengths, languages, repeated prompts.
 
     Examples:
 
@@ -228,7 +226,7 @@ def stats(
     refuse_twice(files)
     with _counting() as count:
         diagnosis = examine(
-            files, form=format, min_gap=min_gap, tokenizer=_tokenizer(model), max_length=max_length, on_rows=count
+            files, format=format, min_gap=min_gap, tokenizer=_tokenizer(model), max_length=max_length, on_rows=count
         )
     stats_view(diagnosis, out)
 
@@ -259,7 +257,7 @@ def mix_files(
     named = [_share(part) for part in parts]
     refuse_twice([source for source, _ in named])
     with err.status("reading"):
-        read = [(*read_pairs(source, form=format, min_gap=min_gap), share) for source, share in named]
+        read = [(*read_pairs(source, format=format, min_gap=min_gap), share) for source, share in named]
         count = write_pairs(mix([(pairs, share) for pairs, _, share in read], size=size, seed=seed), output)
     for (source, _), (_, report, _) in zip(named, read, strict=True):
         out.print(f"\n{harmless(source)}", highlight=False, markup=False, soft_wrap=True)

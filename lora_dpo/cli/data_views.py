@@ -102,7 +102,7 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 def read_view(report: ReadReport, console: Console) -> None:
     """What was read, and as what."""
     console.print(
-        f"[bold cyan]{'read':<14}[/]{counted(report.rows, 'row')}, as {escape(report.read_as or 'no form')}",
+        f"[bold cyan]{'read':<14}[/]{counted(report.rows, 'row')}, as {escape(report.read_as or 'no format')}",
         highlight=False,
     )
     console.print(f"[bold cyan]{'pairs':<14}[/]{escape(harmless(report.summary()))}", highlight=False)

@@ -9,24 +9,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lora_dpo.cli.options import BaseModel, HeldAs, Port, StrictAboutAll
 from lora_dpo.errors import ConfigError
 
 err = Console(stderr=True)
 
 
 def demo(
-    model: Annotated[
-        str, typer.Option(help="The base model: a packaged model's name, a folder, or a hub id.")
-    ] = "smollm2-135m",
+    model: BaseModel = "smollm2-135m",
     adapters_dir: Annotated[
         Path, typer.Option("--adapters-dir", help="Adapters are the folders in here; new ones are written here.")
     ] = Path("adapters"),
     data_dir: Annotated[Path, typer.Option("--data-dir", help="Where votes and uploaded pairs are kept.")] = Path(
         "collected"
     ),
-    quantize: Annotated[str, typer.Option(help="nf4: the base in 4 bits. none: as stored.")] = "nf4",
+    quantize: HeldAs = "nf4",
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    port: Port = 7860,
     auth: Annotated[
         str | None,
         typer.Option(
@@ -36,9 +35,7 @@ def demo(
     share: Annotated[
         bool, typer.Option("--share", help="A public address through Gradio's servers. Needs --auth.")
     ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Leave out adapters whose base differs in any way from this one.")
-    ] = False,
+    strict: StrictAboutAll = False,
 ) -> None:
     """Chat, vote blind, train and swap adapters in a browser, on one loaded base.
 

@@ -10,6 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_dpo.cli.options import (
+    AdapterName,
+    BaseElsewhere,
+    Criterion,
+    HeldAsTrained,
+    Json,
+    JudgePerMinute,
+    JudgePrices,
+    MaxNewTokens,
+    Seed,
+    Strict,
+)
 from lora_dpo.cli.pairs import JUDGE_HELP, endpoint_settings
 from lora_dpo.text import json_text
 
@@ -25,7 +37,7 @@ err = Console(stderr=True)
 
 
 def evaluate(
-    adapter: Annotated[str, typer.Argument(help="A name in adapters/, or an adapter folder.")],
+    adapter: AdapterName,
     data: Annotated[list[str], typer.Option("--data", help="Held-out preference pairs; several add up.")],
     judge: Annotated[list[str] | None, typer.Option("--judge", help=f"Who compares answers: {JUDGE_HELP}")] = None,
     votes: Annotated[
@@ -40,9 +52,9 @@ def evaluate(
         str | None, typer.Option(help="Prompts to answer instead of the data's: text, rows, or preference data.")
     ] = None,
     answers: Annotated[int, typer.Option(min=0, help="How many prompts are answered, spread over them.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 160,
+    max_new_tokens: MaxNewTokens = 160,
     temperature: Annotated[float, typer.Option(min=0, help="Of the answers that are judged; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Seed = 0,
     kl_answers: Annotated[
         int, typer.Option(min=0, help="Answers drawn at temperature 1 to measure KL on; 0 leaves it out.")
     ] = 24,
@@ -53,15 +65,13 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for report.html and eval.json; must not exist.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
-    model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4 or none. Default: as the adapter was trained.")] = None,
-    criterion: Annotated[str | None, typer.Option(help="What an LLM judge is to look at.")] = None,
-    judge_per_minute: Annotated[float | None, typer.Option(min=0.1, help="Most requests to an LLM judge.")] = None,
-    judge_prices: Annotated[
-        str | None, typer.Option(help="IN,OUT: prices of a million tokens, to count an LLM judge's cost.")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse a base that differs from the passport.")] = False,
+    as_json: Json = False,
+    model: BaseElsewhere = None,
+    quantize: HeldAsTrained = None,
+    criterion: Criterion = None,
+    judge_per_minute: JudgePerMinute = None,
+    judge_prices: JudgePrices = None,
+    strict: Strict = False,
 ) -> None:
     """Say whether an adapter is better, and what it cost, with 95% intervals.
 

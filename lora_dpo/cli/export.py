@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from lora_dpo.cli.options import BaseElsewhere, Strict
+
 out = Console()
 err = Console(stderr=True)
 
@@ -40,10 +42,8 @@ def export(
         str | None,
         typer.Option(help="What is merged into, as in merge: base16 or trained-base. Default: what it was trained on."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Where the base model is, if not where the passport says.")] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse a base that differs from the adapter's passport in any way.")
-    ] = False,
+    model: BaseElsewhere = None,
+    strict: Strict = False,
 ) -> None:
     """Write an adapter for llama.cpp, Ollama, or a server that reads PEFT folders.
 

@@ -11,6 +11,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_dpo.cli.options import (
+    Criterion,
+    FormatOption,
+    HeldAsTrained,
+    JudgePerMinute,
+    JudgePrices,
+    MaxNewTokens,
+    Overrides,
+    Seed,
+    Strict,
+    StrictAboutReference,
+)
 from lora_dpo.text import counted, harmless, shown
 
 if TYPE_CHECKING:
@@ -19,10 +31,6 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
-FORMAT_HELP = (
-    "Form of all rows: openwebui, shp, nectar, stackexchange, ratings, sharegpt, llamafactory-v1, alpaca, orca, "
-    "argilla, kto, hh-rlhf or trl (docs/data.md). Without it: look at each row."
-)
 JUDGE_HELP = (
     "rules:RULE such as rules:length<=40, reward:MODEL, llm:MODEL@URL, implicit, or module:function. Several add up."
 )
@@ -42,11 +50,11 @@ def pairs(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many prompts, spread evenly over the file.")
     ] = None,
-    format: Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)] = None,
+    format: FormatOption = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Higher is more varied.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this share.")] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Seed = 0,
     system: Annotated[str | None, typer.Option(help="A system turn while sampling; no part of the pairs.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 32,
     select: Annotated[
@@ -56,15 +64,11 @@ def pairs(
     samples: Annotated[
         Path | None, typer.Option(help="Where answers are kept; name an earlier run's file to judge them anew.")
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4 or none. Default: as the adapter, else nf4.")] = None,
-    criterion: Annotated[str | None, typer.Option(help="What an LLM judge is to look at.")] = None,
-    judge_per_minute: Annotated[float | None, typer.Option(min=0.1, help="Most requests to an LLM judge.")] = None,
-    judge_prices: Annotated[
-        str | None, typer.Option(help="IN,OUT: prices of a million tokens, to count an LLM judge's cost.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse a base that differs from the adapter's passport in any way.")
-    ] = False,
+    quantize: HeldAsTrained = None,
+    criterion: Criterion = None,
+    judge_per_minute: JudgePerMinute = None,
+    judge_prices: JudgePrices = None,
+    strict: Strict = False,
 ) -> None:
     """Make preference pairs from a model's own answers.
 
@@ -116,7 +120,7 @@ def pairs(
         refuse_unwritable(path)
     check_specs(judge)
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
-    asked, read = prompts_with_report(prompts, limit=limit, form=format)
+    asked, read = prompts_with_report(prompts, limit=limit, format=format)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     plan = SamplePlan(answers=answers, sampling=sampling, system=system, batch_size=batch_size)
     with strictness(strict), err.status("loading the model"):
@@ -221,17 +225,8 @@ def improve(
     recipe: Annotated[
         Path, typer.Argument(help="A recipe with an improve: section, such as configs/improve/quickstart.yaml.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dots: improve.rounds=2"),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict",
-            help="With reference: adapter:PATH. Refuse a base that differs from that adapter's passport in any way.",
-        ),
-    ] = False,
+    overrides: Overrides = None,
+    strict: StrictAboutReference = False,
 ) -> None:
     """Improve a model on its own answers, round by round.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_dpo.cli.options import Json, Overrides, RecipeFile
 from lora_dpo.text import json_text
 
 if TYPE_CHECKING:
@@ -22,11 +22,8 @@ BAR = 10
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file such as configs/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, with dots: trainer.max_length=512"),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     card: Annotated[
         str | None, typer.Option("--card", help="Plan for an NVIDIA card with so much memory, such as 12GB.")
     ] = None,
@@ -36,7 +33,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the model and run two steps on the longest pairs; nothing is kept.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say before any training what a recipe reads, computes, needs and takes.
 
@@ -99,7 +96,7 @@ def _plan_answers(recipe: Recipe, view: RunView, out: Console, *, given: bool, a
 
 def draw(planned: Plan, out: Console) -> None:
     """Print a plan."""
-    from lora_dpo.training.planning.lines import lines, trial_lines, verdict
+    from lora_dpo.training.planning.lines import dry_run_lines, lines, verdict
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold cyan", no_wrap=True)
@@ -116,11 +113,11 @@ def draw(planned: Plan, out: Console) -> None:
     out.print(f"[{style}]{escape(verdict(planned))}[/]", soft_wrap=True, highlight=False)
     if planned.fix:
         out.print(f"  {escape(' '.join(planned.fix.overrides))}", soft_wrap=True, highlight=False)
-    if planned.trial:
+    if planned.dry_run:
         out.print()
         out.print("measured on the longest pairs", style="bold")
         measured = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for row in trial_lines(planned):
+        for row in dry_run_lines(planned):
             measured.add_row(*map(escape, row))
         out.print(measured)
 

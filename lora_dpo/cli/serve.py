@@ -9,28 +9,28 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lora_dpo.cli.options import BaseModel, HeldAs, Port, StrictAboutAll
+
 out = Console()
 err = Console(stderr=True)
 
 
 def serve(
-    model: Annotated[
-        str, typer.Option(help="The base model: a name of `lora-dpo models list`, a folder, or a hub id.")
-    ] = "smollm2-135m",
+    model: BaseModel = "smollm2-135m",
     adapters_dir: Annotated[
         Path, typer.Option(help="Adapters in this folder that fit the base can be asked for by their names.")
     ] = Path("adapters"),
     host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine need --api-key.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Port = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="LORA_DPO_API_KEY", help="Key that every request must carry. The variable is not seen by others."
         ),
     ] = None,
-    quantize: Annotated[str, typer.Option(help="nf4: the base in 4 bits. none: as stored.")] = "nf4",
+    quantize: HeldAs = "nf4",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, and the length where a request names none.")
     ] = 1024,
@@ -38,9 +38,7 @@ def serve(
         int | None, typer.Option(min=1, help="Longest prompt. Default: three quarters of the context, at most 4,096.")
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; one more is refused.")] = 32,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Leave out adapters whose base differs in any way from this one.")
-    ] = False,
+    strict: StrictAboutAll = False,
 ) -> None:
     """Serve a base and its adapters behind an OpenAI-compatible API.
 
