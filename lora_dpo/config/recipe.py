@@ -107,7 +107,7 @@ class DataSection(Section):
     ]
     eval: Annotated[
         str | list[str] | None,
-        Field(description="Held-out pairs, in the same forms. Never trained on."),
+        Field(description="Held-out pairs, in the same formats. Never trained on."),
     ] = None
     on_bad_row: Annotated[
         Literal["drop", "error"],
@@ -116,7 +116,7 @@ class DataSection(Section):
     format: Annotated[
         str | None,
         Field(
-            description="Form of all rows, training and held-out, by its name in docs/data.md. "
+            description="Format of all rows, training and held-out, by its name in docs/data.md. "
             "Without it each row is looked at."
         ),
     ] = None

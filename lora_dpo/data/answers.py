@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMONSTRATIONS = "demonstrations"
-"""Name of the one form that only SFT can read: answers without any judgement."""
+"""Name of the one format that only SFT can read: answers without any judgement."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_answers(
     *,
     good_only: bool,
     on_bad_row: str = "drop",
-    form: str | None = None,
+    format: str | None = None,
 ) -> tuple[list[UnpairedAnswer], ReadReport]:
     """Read single answers from files, folders or hub data sets, in order.
 
@@ -54,28 +54,28 @@ def read_answers(
         good_only: keep what should be imitated alone: chosen answers, thumbs up, and demonstrations (rows with a
             prompt and an answer, or whole conversations, that nobody judged). Else demonstrations are no usable rows.
         on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" raises at the first.
-        form: name of the form of all rows; None looks at each row.
+        format: name of the format of all rows; None looks at each row.
 
     Raises:
         DataError: a source cannot be read, or no row of it is usable.
-        ConfigError: there is no form of that name.
+        ConfigError: there is no format of that name.
     """
     return gather(
         sources,
-        lambda named: _outcomes(named, good_only=good_only, form=form),
+        lambda named: _outcomes(named, good_only=good_only, format=format),
         on_bad_row=on_bad_row,
         nothing="holds no usable answer: {why}. See docs/methods.md for what is read.",
     )
 
 
-def _outcomes(sources: Sequence[str], *, good_only: bool, form: str | None) -> Iterator[Outcome[UnpairedAnswer]]:
+def _outcomes(sources: Sequence[str], *, good_only: bool, format: str | None) -> Iterator[Outcome[UnpairedAnswer]]:
     """What each row of the sources became: its answers, or a reason."""
-    forced = format_named(form) if form not in (None, DEMONSTRATIONS) else None
+    forced = format_named(format) if format not in (None, DEMONSTRATIONS) else None
     for file in all_files(sources):
         for number, row in read_rows(file):
             origin = Origin(file, number)
             fits = forced or format_of(row)
-            shown = form == DEMONSTRATIONS or (form is None and not fits.name and _is_demonstration(row))
+            shown = format == DEMONSTRATIONS or (format is None and not fits.name and _is_demonstration(row))
             title = DEMONSTRATIONS if shown else fits.title
             try:
                 answers = _shown(row, origin, good_only) if shown else _judged(fits, row, origin, good_only)
@@ -92,9 +92,9 @@ def _shown(row: Row, origin: Origin, good_only: bool) -> list[UnpairedAnswer]:
     return [_demonstration(row, origin)]
 
 
-def _judged(form: Format, row: Row, origin: Origin, good_only: bool) -> list[UnpairedAnswer]:
+def _judged(format: Format, row: Row, origin: Origin, good_only: bool) -> list[UnpairedAnswer]:
     """The answers of a pair or a vote. Raises `BadRow`."""
-    made = form.read(row, origin)
+    made = format.read(row, origin)
     read = [made] if isinstance(made, UnpairedAnswer) else list(_halves(made if isinstance(made, list) else [made]))
     kept = [vote for vote in read if vote.up or not good_only]
     if not kept:

@@ -218,7 +218,7 @@ def number(value: Any) -> float | None:
 
 
 def text_of(row: Row, column: str) -> str:
-    """The text of a column that a form cannot do without."""
+    """The text of a column that a format cannot do without."""
     value = row.get(column)
     if not isinstance(value, str):
         raise BadRow(f"without text in '{column}'", "missing")
@@ -282,7 +282,7 @@ def _chat(item: Any, part: str) -> Message:
 
 
 def _typed_text(content: Sequence[Any], part: str) -> str:
-    """Text of a content list: `{type: text, text: …}`, in LLaMA-Factory's v1 form `{type: text, value: …}`."""
+    """Text of a content list: `{type: text, text: …}`, in LLaMA-Factory's v1 format `{type: text, value: …}`."""
     texts = []
     for item in content:
         kind = item.get("type") if isinstance(item, dict) else None
@@ -301,7 +301,7 @@ def _typed_text(content: Sequence[Any], part: str) -> str:
 
 
 def _typed_calls(content: Sequence[Any]) -> list[Any]:
-    """Calls of a content list in LLaMA-Factory's v1 form: `{type: tool_call, value: …}`, each as JSON text."""
+    """Calls of a content list in LLaMA-Factory's v1 format: `{type: tool_call, value: …}`, each as JSON text."""
     parts = [item for item in content if isinstance(item, dict) and item.get("type") == "tool_call"]
     return [from_json(item.get("value")) for item in parts]
 

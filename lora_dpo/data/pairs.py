@@ -81,8 +81,8 @@ class ReadReport:
     dropped: list[Dropped] = field(default_factory=list)
     surplus: int = 0
     """Pairs made less rows used: above 0 if rows hold several pairs, below if two votes make one."""
-    forms: Counter[str] = field(default_factory=Counter)
-    """Rows by the form that they were read as."""
+    formats: Counter[str] = field(default_factory=Counter)
+    """Rows by the format that they were read as."""
 
     @property
     def kept(self) -> int:
@@ -91,10 +91,10 @@ class ReadReport:
 
     @property
     def read_as(self) -> str:
-        """`HH-RLHF transcripts`, or with counts if rows have several forms."""
-        if len(self.forms) == 1:
-            return next(iter(self.forms))
-        return ", ".join(f"{title} ({count})" for title, count in self.forms.most_common())
+        """`HH-RLHF transcripts`, or with counts if rows have several formats."""
+        if len(self.formats) == 1:
+            return next(iter(self.formats))
+        return ", ".join(f"{title} ({count})" for title, count in self.formats.most_common())
 
     def reasons(self) -> list[tuple[str, int]]:
         """Reasons with their counts, the most frequent first."""

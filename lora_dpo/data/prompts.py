@@ -59,11 +59,11 @@ class PromptReport:
         return f"{self.kept:,} of {counted(self.rows, 'row')} of {source}" + (f"; left out: {why}" if why else "")
 
 
-def read_prompts(source: str, *, limit: int | None = None, form: str | None = None) -> list[Prompt]:
+def read_prompts(source: str, *, limit: int | None = None, format: str | None = None) -> list[Prompt]:
     """Read prompts in order, each once.
 
     - `.txt`: one prompt a line; empty lines are skipped.
-    - preference data and votes in any form that training reads: their prompts, also where the answers are unusable.
+    - preference data and votes in any format that training reads: their prompts, also where the answers are unusable.
     - other rows with `prompt` (text or messages) or `messages`, and perhaps `system`.
 
     Rows come from any file that preference data may have, a folder, or a hub data set. They may have `accepted` (a text
@@ -72,29 +72,29 @@ def read_prompts(source: str, *, limit: int | None = None, form: str | None = No
 
     Args:
         limit: keep this many prompts, spread evenly over the source.
-        form: name of the form of all rows; None looks at each row.
+        format: name of the format of all rows; None looks at each row.
 
     Raises:
         DataError: the source cannot be read or has no prompt, or an `accepted` is no text.
-        ConfigError: there is no form of that name, or it would change nothing.
+        ConfigError: there is no format of that name, or it would change nothing.
     """
-    return prompts_with_report(source, limit=limit, form=form)[0]
+    return prompts_with_report(source, limit=limit, format=format)[0]
 
 
 def prompts_with_report(
-    source: str, *, limit: int | None = None, form: str | None = None
+    source: str, *, limit: int | None = None, format: str | None = None
 ) -> tuple[list[Prompt], PromptReport]:
     """As `read_prompts`, with an account of every row."""
     report = PromptReport()
     if source.lower().endswith(".txt"):
-        if form is not None:
+        if format is not None:
             raise ConfigError(
-                f"A form ({form}) changes nothing with {source}: a .txt holds one prompt a line. Remove it."
+                f"A format ({format}) changes nothing with {source}: a .txt holds one prompt a line. Remove it."
             )
         found = _text_prompts(Path(source))
         report.rows = len(found)
     else:
-        found = _row_prompts(source, format_named(form) if form is not None else None, report)
+        found = _row_prompts(source, format_named(format) if format is not None else None, report)
     first: dict[str, Prompt] = {}
     for prompt in found:
         same = first.setdefault(json.dumps(prompt.messages), prompt)
@@ -158,13 +158,13 @@ def _row_prompts(source: str, forced: Format | None, report: PromptReport) -> li
 
 
 ASKED = ("system", "system_prompt", "instruction", "input", "question", "history", "conversations")
-"""Columns in which forms with a column of their own for the question keep what is asked."""
+"""Columns in which formats with a column of their own for the question keep what is asked."""
 ASKED_APART = ("alpaca", "argilla", "orca", "sharegpt")
-"""The forms whose prompt does not depend on the answers."""
+"""The formats whose prompt does not depend on the answers."""
 
 
-def _prompt_of(row: Row, origin: Origin, form: Format) -> tuple[Message, ...]:
-    """The prompt of a row, as the reader of its form makes it; else of its column `prompt` or `messages`.
+def _prompt_of(row: Row, origin: Origin, format: Format) -> tuple[Message, ...]:
+    """The prompt of a row, as the reader of its format makes it; else of its column `prompt` or `messages`.
 
     Raises:
         BadRow: there is none, or it cannot be asked.
@@ -172,13 +172,13 @@ def _prompt_of(row: Row, origin: Origin, form: Format) -> tuple[Message, ...]:
     if tools_of(row):
         raise BadRow("it has tools, which are not offered to the model while sampling: remove the column 'tools'")
     value = row.get("prompt") if row.get("prompt") is not None else row.get("messages")
-    if form.name:
+    if format.name:
         try:
-            return _prompt_of_form(form, row, origin)
+            return _prompt_of_format(format, row, origin)
         except BadRow:
-            if form.name in ASKED_APART:  # answers that are missing, empty or the same do not matter here
+            if format.name in ASKED_APART:  # answers that are missing, empty or the same do not matter here
                 asked = {name: row[name] for name in ASKED if name in row}
-                return _prompt_of_form(form, {**asked, "chosen": "1", "rejected": "2"}, origin)
+                return _prompt_of_format(format, {**asked, "chosen": "1", "rejected": "2"}, origin)
             if value is None:
                 raise
     if value is None:
@@ -189,8 +189,8 @@ def _prompt_of(row: Row, origin: Origin, form: Format) -> tuple[Message, ...]:
     return messages
 
 
-def _prompt_of_form(form: Format, row: Row, origin: Origin) -> tuple[Message, ...]:
-    made = form.read(row, origin)
+def _prompt_of_format(format: Format, row: Row, origin: Origin) -> tuple[Message, ...]:
+    made = format.read(row, origin)
     return (made[0] if isinstance(made, list) else made).prompt  # several pairs of one row follow one prompt
 
 

@@ -29,7 +29,7 @@ class Outcome(Generic[Made]):
     """What was made; single answers where answers are read (`answers.py`)."""
     dropped: tuple[Dropped, ...] = ()
     title: str | None = None
-    """Title of the form; None for a line that is no row."""
+    """Title of the format; None for a line that is no row."""
     asked: tuple[Messages, ...] = ()
     """The prompt of a vote that made no pair."""
 
@@ -43,7 +43,7 @@ def read_pairs(
     sources: str | Sequence[str],
     *,
     on_bad_row: str = "drop",
-    form: str | None = None,
+    format: str | None = None,
     min_gap: float | None = None,
 ) -> tuple[list[PreferencePair], ReadReport]:
     """Read preference pairs from files, folders or hub data sets, in order; those made of votes come last.
@@ -51,18 +51,18 @@ def read_pairs(
     Args:
         sources: one path or hub id, or several; votes are paired across them.
         on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" raises at the first.
-        form: name of the form of all rows; None looks at each row.
+        format: name of the format of all rows; None looks at each row.
         min_gap: drop pairs whose scores are closer than this, or that have none.
 
     Raises:
         DataError: a source cannot be read, or no row of it is usable.
-        ConfigError: there is no form of that name.
+        ConfigError: there is no format of that name.
     """
     return gather(
         sources,
-        lambda named: outcomes(named, form=form, min_gap=min_gap),
+        lambda named: outcomes(named, format=format, min_gap=min_gap),
         on_bad_row=on_bad_row,
-        nothing="holds no usable pair: {why}. See docs/data.md for the forms that are read.",
+        nothing="holds no usable pair: {why}. See docs/data.md for the formats that are read.",
     )
 
 
@@ -100,14 +100,14 @@ def gather(
     return made, report
 
 
-def pair_at(source: str, row: int | None, *, form: str | None = None) -> PreferencePair:
+def pair_at(source: str, row: int | None, *, format: str | None = None) -> PreferencePair:
     """The first pair of a row (a line in JSONL); with None the first pair of all.
 
     Raises:
         DataError: there is no such row, or it is no pair; the message says why.
     """
     rows, files = 0, set[str]()
-    for outcome in outcomes(source, form=form, tolerant=True):
+    for outcome in outcomes(source, format=format, tolerant=True):
         rows += outcome.rows
         files.update(origin.source for origin, _ in outcome.read)
         for pair in outcome.pairs:
@@ -133,11 +133,11 @@ def account(report: ReadReport, outcome: Outcome[Made]) -> None:
     report.dropped.extend(outcome.dropped)
     report.surplus += len(outcome.pairs) - (outcome.rows - len(outcome.dropped))
     if outcome.title:
-        report.forms[outcome.title] += outcome.rows
+        report.formats[outcome.title] += outcome.rows
 
 
 def outcomes(
-    sources: str | Sequence[str], *, form: str | None = None, min_gap: float | None = None, tolerant: bool = False
+    sources: str | Sequence[str], *, format: str | None = None, min_gap: float | None = None, tolerant: bool = False
 ) -> Iterator[Outcome[PreferencePair]]:
     """What each row of the sources became; votes come at the end, when all are known, paired across the sources.
 
@@ -146,9 +146,9 @@ def outcomes(
 
     Raises:
         DataError: a file cannot be read.
-        ConfigError: there is no form of that name.
+        ConfigError: there is no format of that name.
     """
-    forced = format_named(form) if form is not None else None
+    forced = format_named(format) if format is not None else None
     ballot, vote_titles = Ballot(), dict[Origin, str]()
     for file in all_files(sources):
         broken: list[Outcome[PreferencePair]] = []
@@ -192,18 +192,18 @@ def all_files(sources: str | Sequence[str]) -> Iterator[str]:
 
 
 def vote_row(vote: UnpairedAnswer) -> Row:
-    """A vote in TRL's form."""
+    """A vote in TRL's format."""
     return {"prompt": list(vote.prompt), "completion": list(vote.answer), "label": vote.up}
 
 
 def _pairs(
-    made: list[PreferencePair], origin: Origin, form: Format, min_gap: float | None, row: Row
+    made: list[PreferencePair], origin: Origin, format: Format, min_gap: float | None, row: Row
 ) -> Outcome[PreferencePair]:
     problems = [_gap_problem(pair, min_gap) for pair in made]
     kept = tuple(pair for pair, problem in zip(made, problems, strict=True) if problem is None)
     if not kept and problems[0] is not None:
-        return left_out(origin, problems[0], form.title, row)
-    return Outcome(((origin, row),), kept, title=form.title)
+        return left_out(origin, problems[0], format.title, row)
+    return Outcome(((origin, row),), kept, title=format.title)
 
 
 def left_out(origin: Origin, bad: BadRow, title: str, content: Row, asked: tuple[Messages, ...] = ()) -> Outcome[Any]:

@@ -1,4 +1,4 @@
-"""Pairs to files: the canonical form, a cleaned copy with an account of what was removed, splits and mixtures."""
+"""Pairs to files: the canonical format, a cleaned copy with an account of what was removed, splits and mixtures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Fixed:
 
 
 def canonical_row(pair: PreferencePair) -> Row:
-    """TRL's conversational form, with scores and tools if there are any, and where the pair came from."""
+    """TRL's conversational format, with scores and tools if there are any, and where the pair came from."""
     row: Row = {"prompt": list(pair.prompt), "chosen": list(pair.chosen), "rejected": list(pair.rejected)}
     if pair.chosen_score is not None:
         row["chosen_score"] = pair.chosen_score
@@ -86,7 +86,7 @@ def write_both(sides: Sequence[Sequence[PreferencePair]], outs: Sequence[Path]) 
 
 
 def write_fixed(
-    sources: Sequence[str], diagnosis: Diagnosis, out: Path, *, form: str | None = None, min_gap: float | None = None
+    sources: Sequence[str], diagnosis: Diagnosis, out: Path, *, format: str | None = None, min_gap: float | None = None
 ) -> Fixed:
     """Write what the doctor would keep to `out`, and every removed row with its reason to `out.dropped.jsonl`.
 
@@ -101,7 +101,7 @@ def write_fixed(
     dropped = dropped_of(out)
     rows = kept = removed = 0
     with _writers([out, dropped]) as (clean, rest):
-        for outcome in outcomes(sources, form=form, min_gap=min_gap, tolerant=True):
+        for outcome in outcomes(sources, format=format, min_gap=min_gap, tolerant=True):
             rows += outcome.rows
             reason = _reason(outcome, removals)
             if reason is None:
@@ -186,7 +186,7 @@ def mix(
 def check_name(out: Path) -> None:
     """Raise `ConfigError` unless JSONL can be written under that name."""
     if not out.name.lower().endswith((".jsonl", ".jsonl.gz")):
-        raise ConfigError(f"{out} should end in .jsonl or .jsonl.gz: the canonical form is written as JSON lines.")
+        raise ConfigError(f"{out} should end in .jsonl or .jsonl.gz: the canonical format is written as JSON lines.")
 
 
 def _rounded(shares: Sequence[float], total: int) -> list[int]:

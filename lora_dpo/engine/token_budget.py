@@ -81,16 +81,16 @@ class TokenBudget:
     """Steps since the last change."""
     patience: int = PATIENCE
 
-    def measure(self, probe: Callable[[], float], longest: int) -> None:
+    def measure(self, small_pass: Callable[[], float], longest: int) -> None:
         """Decide, at the first step and when a longer pair comes than was planned for.
 
         Args:
-            probe: runs a small forward pass and returns the bytes that a token keeps.
+            small_pass: runs a small forward pass and returns the bytes that a token keeps.
             longest: tokens of the longest pair of the step.
         """
         if not self.tokens:
             self.set_checkpointing(0)
-            self.token_bytes = probe()
+            self.token_bytes = small_pass()
         elif longest <= self.tokens:
             self._grow()
             self.set_checkpointing(self.checkpointed)  # transformers switches all layers on when training starts

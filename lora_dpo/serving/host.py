@@ -293,23 +293,23 @@ class Host:
         finally:
             self._warming = False
 
-    def _answer(self, ticket: PendingRequest) -> None:
+    def _answer(self, request: PendingRequest) -> None:
         outcome: StreamItem
         try:
-            outcome = self._generate(ticket)
+            outcome = self._generate(request)
         except LoraDPOError as error:
             outcome = error
         except Exception as error:  # whatever it was, the one who waits must be told
             logger.exception("An answer failed.")
             outcome = ModelError(_sentence(error))
-        ticket.deliver(outcome)
+        request.deliver(outcome)
 
     def stream_from(self, *asked: Any, **settings: Any) -> Any:
         """The pieces of one answer, as `decoding.stream_from`; tests put something in its place."""
         return stream_from(*asked, **settings)
 
-    def _generate(self, ticket: PendingRequest) -> Completion:
-        began, asked = time.monotonic(), ticket.asked
+    def _generate(self, request: PendingRequest) -> Completion:
+        began, asked = time.monotonic(), request.asked
         room = min(asked.sampling.max_new_tokens, self.context - len(asked.prompt))
         pieces = self.stream_from(
             self._pool.resident(asked.who),
@@ -324,13 +324,13 @@ class Host:
             except StopIteration as end:
                 answer = end.value
                 break
-            if ticket.cancelled or self._closing:
+            if request.cancelled or self._closing:
                 raise Busy("The answer was stopped.")
-            ticket.tokens += 1
+            request.tokens += 1
             if piece:
-                ticket.deliver(piece)
-        ticket.tokens = answer.tokens
-        seconds, waited = time.monotonic() - began, began - ticket.since
+                request.deliver(piece)
+        request.tokens = answer.tokens
+        seconds, waited = time.monotonic() - began, began - request.since
         return Completion(answer.text, answer.tokens, len(asked.prompt), answer.finished, seconds, waited)
 
 

@@ -157,13 +157,13 @@ class _Outbox:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[StreamItem] = asyncio.Queue()
-        self._ticket: PendingRequest | None = None
+        self._request: PendingRequest | None = None
 
     async def ask(self, host: Host, asked: ChatRequest, *, client: str) -> None:
         """Join the host's queue. In a thread: a long prompt takes a while to read."""
 
         def submit() -> None:
-            self._ticket = host.submit(
+            self._request = host.submit(
                 asked.model, asked.messages, asked.sampling, stop=asked.stop, client=client, deliver=self._deliver
             )
 
@@ -171,8 +171,8 @@ class _Outbox:
 
     def close(self) -> None:
         """Nobody wants more: free the turn."""
-        if self._ticket is not None:
-            self._ticket.cancel()
+        if self._request is not None:
+            self._request.cancel()
 
     async def next(self) -> StreamItem:
         """The next piece, or the end."""

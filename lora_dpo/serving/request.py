@@ -95,7 +95,7 @@ class Stream(Iterator[str]):
         self.reply: Completion | None = None
         self._ended = True
         self._pieces: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
-        self.ticket = submit(self._pieces.put)  # not the stream itself: the queue must not keep it alive
+        self.request = submit(self._pieces.put)  # not the stream itself: the queue must not keep it alive
         self._ended = False
 
     def __next__(self) -> str:
@@ -113,7 +113,7 @@ class Stream(Iterator[str]):
         """Stop the answer."""
         if not self._ended:
             self._ended = True
-            self.ticket.cancel()
+            self.request.cancel()
 
     def __del__(self) -> None:
         self.close()

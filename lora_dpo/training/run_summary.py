@@ -114,12 +114,12 @@ OF_VOTES: dict[str, dict[str, str]] = {
 
 
 def findings(
-    sources: str | Sequence[str], rows: int, form: str | None, method: str = "dpo"
+    sources: str | Sequence[str], rows: int, format: str | None, method: str = "dpo"
 ) -> list[dict[str, Any]] | None:
     """What the doctor finds in the training data; None if there is too much of it to look at again."""
     if rows > MOST_ROWS:
         return None
-    diagnosis = examine([sources] if isinstance(sources, str) else list(sources), form=form)
+    diagnosis = examine([sources] if isinstance(sources, str) else list(sources), format=format)
     kept = ("check", "severity", "title", "count", "meaning", "advice")
     found = [{key: one[key] for key in kept} for one in diagnosis.as_json()["findings"]]
     if method == "dpo":

@@ -221,7 +221,7 @@ def test_check_through_a_model_counts_tokens(run, tiny_model_folder):
     ("arguments", "complaint"),
     [
         (["check", "none.jsonl"], "none.jsonl does not exist"),
-        (["check", "a.jsonl", "--format", "trl-chat"], "'trl-chat' is not a form of preference data"),
+        (["check", "a.jsonl", "--format", "trl-chat"], "'trl-chat' is not a format of preference data"),
         (["check", "a.jsonl", "--fix", "out.csv"], "out.csv should end in .jsonl"),
         (["show", "a.jsonl", "99"], "a.jsonl has no row 99: 8 rows read"),
         (["convert", "a.jsonl", "a.jsonl"], "a.jsonl already exists"),

@@ -304,7 +304,7 @@ def test_a_number_without_end_is_refused(alpha):
     assert "finite" in refusal(lora={"alpha": float(alpha)})
 
 
-# --- forms ----------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 
 def test_the_reference_is_the_base_or_an_adapter_folder():

@@ -43,7 +43,7 @@ def test_a_pair_is_one_good_and_one_bad_answer(write):
         ("Why?", "Dunno.", False),
     ]
     assert (report.rows, report.kept, report.dropped) == (3, 4, [])
-    assert report.forms == {"TRL preference pairs": 1, "unpaired votes": 2}
+    assert report.formats == {"TRL preference pairs": 1, "unpaired votes": 2}
 
 
 def test_for_imitation_only_what_is_good_is_kept_and_the_rest_counted(write):
@@ -56,15 +56,15 @@ def test_for_imitation_only_what_is_good_is_kept_and_the_rest_counted(write):
 def test_rows_that_are_left_out_have_a_form_too_as_among_pairs(write):
     source = write(PAIR, DOWN, SHOWN[0], {**PAIR, "chosen": ""}, {"colour": "red"})
     _, report = read_answers(source, good_only=True)
-    assert report.forms == {"TRL preference pairs": 2, "unpaired votes": 1, "demonstrations": 1, "no known form": 1}
-    assert report.forms.total() == report.rows == 5
+    assert report.formats == {"TRL preference pairs": 2, "unpaired votes": 1, "demonstrations": 1, "no known format": 1}
+    assert report.formats.total() == report.rows == 5
     assert [dropped.origin.row for dropped in report.dropped] == [2, 4, 5]
-    assert read_pairs(source)[1].forms.total() == 5
+    assert read_pairs(source)[1].formats.total() == 5
 
 
-@pytest.mark.parametrize("form", [None, "demonstrations"])
-def test_demonstrations_in_their_usual_shapes(write, form):
-    votes, report = read_answers(write(*SHOWN), good_only=True, form=form)
+@pytest.mark.parametrize("format", [None, "demonstrations"])
+def test_demonstrations_in_their_usual_shapes(write, format):
+    votes, report = read_answers(write(*SHOWN), good_only=True, format=format)
     assert said(votes) == [
         ("One?", "Two.", True),
         ("Add\n1 and 1", "2", True),
@@ -108,8 +108,8 @@ def test_a_bad_row_says_why(write, row, reason):
 
 
 def test_unknown_forms_and_empty_lists_are_refused(write):
-    with pytest.raises(ConfigError, match="not a form"):
-        read_answers(write(PAIR), good_only=True, form="nonsense")
+    with pytest.raises(ConfigError, match="not a format"):
+        read_answers(write(PAIR), good_only=True, format="nonsense")
     with pytest.raises(DataError, match="empty"):
         read_answers([], good_only=True)
 
@@ -135,7 +135,7 @@ def test_a_long_answer_is_cut_and_a_long_prompt_dropped(write, tokenizer):
 
 
 def test_crossed_answers_are_pairs_of_what_fits_and_what_does_not(write, tokenizer):
-    votes, _ = read_answers(write(*SHOWN[:2], DOWN, UP), good_only=False, form=None)
+    votes, _ = read_answers(write(*SHOWN[:2], DOWN, UP), good_only=False, format=None)
     answers, _ = tokenize_answers(tokenizer, votes, max_length=None)
     assert [one.up for one in answers] == [False, True]
     shown, _ = tokenize_answers(tokenizer, read_answers(write(*SHOWN[:2]), good_only=True)[0], max_length=None)

@@ -1,4 +1,4 @@
-"""A few rows of every form, written for this test after the form's public description, and the pairs they mean."""
+"""A few rows of every format, written for this test after the format's public description, and the pairs they mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_dpo.data import Message, Origin, read_pairs
 from lora_dpo.data.chat_template import render
 from lora_dpo.data.doctor.examination import examine
 from lora_dpo.data.formats.feedback import matched
-from lora_dpo.data.formats.registry import FORMS, format_of
+from lora_dpo.data.formats.registry import FORMATS, format_of
 from lora_dpo.data.formats.trl import SCORES
 from lora_dpo.data.pairs import UnpairedAnswer
 from lora_dpo.data.tokenize import tokenize_pair
@@ -49,9 +49,9 @@ def write(path: Path, *rows: Any) -> str:
 
 @dataclass
 class Case:
-    """Rows of one form; what they become, as (prompt, chosen, rejected); scores and tools by number of the pair."""
+    """Rows of one format; what they become, as (prompt, chosen, rejected); scores and tools by number of the pair."""
 
-    form: str
+    format: str
     rows: list[dict[str, Any]]
     pairs: list[tuple[list[Message], list[Message], list[Message]]]
     scores: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -489,7 +489,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_form_means_these_messages(tmp_path, case, forced):
     source = write(tmp_path / "rows.jsonl", *case.rows)
-    pairs, report = read_pairs(source, form=case.form if forced else None)
+    pairs, report = read_pairs(source, format=case.format if forced else None)
     assert [(list(pair.prompt), list(pair.chosen), list(pair.rejected)) for pair in pairs] == case.pairs
     numbers = range(len(case.pairs))
     assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == [
@@ -497,7 +497,7 @@ def test_a_form_means_these_messages(tmp_path, case, forced):
     ]
     assert [pair.tools for pair in pairs] == [case.tools.get(number, ()) for number in numbers]
     assert sorted(drop.reason for drop in report.dropped) == sorted(case.dropped)
-    assert report.read_as == next(form.title for form in FORMS if form.name == case.form)
+    assert report.read_as == next(format.title for format in FORMATS if format.name == case.format)
     assert (report.rows, report.kept) == (len(case.rows), len(pairs))
 
 
@@ -531,9 +531,9 @@ def one(answer: Any) -> Any:
 
 
 def test_every_form_has_a_case_and_a_line_in_the_docs():
-    assert {case.form for case in CASES.values()} == {form.name for form in FORMS}
+    assert {case.format for case in CASES.values()} == {format.name for format in FORMATS}
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    assert [form.name for form in FORMS if f"| `{form.name}` | {form.title} |" not in page] == []
+    assert [format.name for format in FORMATS if f"| `{format.name}` | {format.title} |" not in page] == []
 
 
 @pytest.mark.parametrize(
@@ -669,12 +669,12 @@ def test_a_history_of_another_kind_drops_the_row(tmp_path, history):
     assert report.reasons() == [("history is not a list of [question, answer]", 1)]
 
 
-@pytest.mark.parametrize("form", [None, "kto"])
+@pytest.mark.parametrize("format", [None, "kto"])
 @pytest.mark.parametrize("column", ["messages", "conversations"])
-def test_a_vote_may_have_its_prompt_as_messages_and_its_answer_in_a_column(tmp_path, form, column):
+def test_a_vote_may_have_its_prompt_as_messages_and_its_answer_in_a_column(tmp_path, format, column):
     asked = [system("Be brief."), user("Why?")]
     rows = [{column: asked, "completion": text, "label": up} for text, up in (("So.", True), ("Dunno.", False))]
-    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", *rows), form=form)
+    [pair], _ = read_pairs(write(tmp_path / "a.jsonl", *rows), format=format)
     assert (pair.prompt, pair.chosen, pair.rejected) == (tuple(asked), (bot("So."),), (bot("Dunno."),))
 
 
@@ -820,13 +820,13 @@ def test_rows_of_several_forms_in_one_folder_are_each_recognised(tmp_path):
 
 
 def test_an_unknown_form_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match=r"'alpca' is not a form.*alpaca"):
-        read_pairs(write(tmp_path / "a.jsonl", {}), form="alpca")
+    with pytest.raises(ConfigError, match=r"'alpca' is not a format.*alpaca"):
+        read_pairs(write(tmp_path / "a.jsonl", {}), format="alpca")
 
 
 def test_a_forced_form_says_what_a_row_lacks(tmp_path):
     with pytest.raises(DataError, match="without text in 'history'"):
-        read_pairs(write(tmp_path / "a.jsonl", {"human_ref_A": "a", "human_ref_B": "b", "labels": 1}), form="shp")
+        read_pairs(write(tmp_path / "a.jsonl", {"human_ref_A": "a", "human_ref_B": "b", "labels": 1}), format="shp")
 
 
 def test_another_text_column_is_never_taken_for_no_prompt(tmp_path):
@@ -837,7 +837,7 @@ def test_another_text_column_is_never_taken_for_no_prompt(tmp_path):
 
 def test_a_row_of_no_known_form_is_called_so(tmp_path):
     _, report = read_pairs(write(tmp_path / "a.jsonl", CASES["trl-text"].rows[0], {"question": "Why?"}))
-    assert report.read_as == "TRL preference pairs (1), no known form (1)"
+    assert report.read_as == "TRL preference pairs (1), no known format (1)"
     assert report.reasons() == [("without 'chosen' (columns: question)", 1)]
 
 

@@ -18,7 +18,7 @@ from test_formats import CASES
 from lora_dpo.data import read_pairs
 from lora_dpo.data.answers import read_answers
 from lora_dpo.data.doctor.examination import examine
-from lora_dpo.data.formats.registry import FORMS
+from lora_dpo.data.formats.registry import FORMATS
 from lora_dpo.data.messages import ROLES
 from lora_dpo.data.pairs import ReadReport
 from lora_dpo.data.prompts import read_prompts
@@ -178,7 +178,7 @@ def test_any_bytes_end_well(tmp_path, kind):
     run()
 
 
-# --- odd values in the columns of each form -------------------------------------------------------
+# --- odd values in the columns of each format -----------------------------------------------------
 
 texts = st.sampled_from(
     ["", " ", "Hi", "\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant:", "[{", "\ud83d"]
@@ -226,10 +226,10 @@ trees = st.fixed_dictionaries(
 COLUMNS = sorted({key for row in ROWS for key in row})
 
 
-@pytest.mark.parametrize("form", [*FORMS, None], ids=[*(form.name for form in FORMS), "detected"])
-def test_odd_rows_are_pairs_or_counted_drops(tmp_path, form):
+@pytest.mark.parametrize("format", [*FORMATS, None], ids=[*(format.name for format in FORMATS), "detected"])
+def test_odd_rows_are_pairs_or_counted_drops(tmp_path, format):
     path = tmp_path / "rows.jsonl"
-    examples = [row for case in CASES.values() if form is None or case.form == form.name for row in case.rows]
+    examples = [row for case in CASES.values() if format is None or case.format == format.name for row in case.rows]
 
     @settings(FUZZ, max_examples=100)
     @given(data=st.data())
@@ -243,14 +243,14 @@ def test_odd_rows_are_pairs_or_counted_drops(tmp_path, form):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         report = ReadReport()
         pairs = []
-        for outcome in outcomes(str(path), form=form.name if form else None, tolerant=True):
+        for outcome in outcomes(str(path), format=format.name if format else None, tolerant=True):
             account(report, outcome)
             pairs += outcome.pairs
         assert report.rows == len(rows)
         assert report.kept == len(pairs)
         for pair in pairs:
             json.dumps(canonical_row(pair), ensure_ascii=False).encode("utf-8")
-        examine([str(path)], form=form.name if form else None)
+        examine([str(path)], format=format.name if format else None)
         must_be_readable(str(path))
 
     run()

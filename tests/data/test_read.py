@@ -280,16 +280,16 @@ def test_a_mistyped_file_is_answered_here_and_never_asked_from_the_hub(tmp_path,
 
 
 def test_the_help_names_every_form():
-    from lora_dpo.cli.pairs import FORMAT_HELP
-    from lora_dpo.data.formats.registry import FORMS
+    from lora_dpo.cli.options import FORMAT_HELP
+    from lora_dpo.data.formats.registry import FORMATS
 
     named = FORMAT_HELP.partition(": ")[2].partition(" (")[0].replace(" or ", ", ").split(", ")
-    assert named == [form.name for form in FORMS]
+    assert named == [format.name for format in FORMATS]
 
 
 def test_a_mistyped_form_is_answered_with_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match=r"Did you mean llamafactory-v1\?"):
-        read_pairs(jsonl(tmp_path / "a.jsonl", TEXT_ROW), form="lamafactory")
+        read_pairs(jsonl(tmp_path / "a.jsonl", TEXT_ROW), format="lamafactory")
 
 
 # --- files that cannot be read --------------------------------------------------------------------
@@ -457,7 +457,7 @@ def test_a_second_source_without_a_usable_pair_is_an_error_with_its_own_reason(t
         read_pairs([good, bad])
 
 
-# --- forms of rows --------------------------------------------------------------------------------
+# --- formats of rows ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -177,12 +177,12 @@ def test_rows_without_a_prompt_are_left_out_and_counted():
 def test_a_form_can_be_forced_on_prompts():
     Path("p.jsonl").write_text(json.dumps({"prompt": "Not this.", "question": "This?", "chosen": "a", "rejected": "b"}))
     assert [prompt.text for prompt in read_prompts("p.jsonl")] == ["Not this."]
-    assert [prompt.text for prompt in read_prompts("p.jsonl", form="orca")] == ["This?"]
+    assert [prompt.text for prompt in read_prompts("p.jsonl", format="orca")] == ["This?"]
     with pytest.raises(ConfigError, match="Did you mean orca"):
-        read_prompts("p.jsonl", form="orcas")
+        read_prompts("p.jsonl", format="orcas")
     Path("p.txt").write_text("One?")
     with pytest.raises(ConfigError, match=r"changes nothing with p\.txt: a \.txt holds one prompt a line"):
-        read_prompts("p.txt", form="orca")
+        read_prompts("p.txt", format="orca")
 
 
 def test_known_answers_of_a_csv_cell_are_a_list():

@@ -333,10 +333,10 @@ def test_an_answer_that_nobody_wants_ends_at_its_next_token(host):
     endless = Sampling(max_new_tokens=400, temperature=2.0, seed=1)
     stream = host.stream("base", ask("x"), endless, client="a")
     next(stream)
-    ticket = stream.ticket
+    request = stream.request
     del stream
     host.answer("base", ask("hi"), Sampling(max_new_tokens=1), client="b")
-    assert ticket.tokens < 100
+    assert request.tokens < 100
 
 
 def test_closing_tells_those_who_wait(base, adapters, monkeypatch):

@@ -329,14 +329,14 @@ def test_two_real_steps_leave_nothing_behind(recipe_dict, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     recipe = check_recipe(recipe_dict())
     before = sorted(tmp_path.rglob("*"))
-    trial = plan(recipe, measure=True).trial
+    dry_run = plan(recipe, measure=True).dry_run
     assert sorted(tmp_path.rglob("*")) == before
     assert not list(own_cache.rglob("*"))
-    assert trial.pairs == 2
-    assert trial.peak > 0
-    assert trial.run_seconds > 0
+    assert dry_run.pairs == 2
+    assert dry_run.peak > 0
+    assert dry_run.run_seconds > 0
     planned = plan(recipe)
-    assert trial.tokens <= 2 * planned.tokens.longest["pair"]  # references of the second step are known
+    assert dry_run.tokens <= 2 * planned.tokens.longest["pair"]  # references of the second step are known
 
 
 # --- small parts ----------------------------------------------------------------------------------
@@ -403,6 +403,6 @@ def test_predicted_bytes_of_the_quickstart_are_those_that_training_measures():
     recipe = read_recipe("configs/quickstart.yaml")
     costs = footprint(attach_lora(load_skeleton(recipe.model.name), recipe.lora, seed=0), itemsize=4, packed=False)
     shape = PairShape(37, 62, 150, 37)  # a pair of median lengths
-    assert costs.kept_bytes(shape) / shape.stream == pytest.approx(planned.trial.kept_token_bytes, rel=0.15)
-    longest = planned.trial.tokens  # of the step on the longest pairs: its references are known
+    assert costs.kept_bytes(shape) / shape.stream == pytest.approx(planned.dry_run.kept_token_bytes, rel=0.15)
+    longest = planned.dry_run.tokens  # of the step on the longest pairs: its references are known
     assert planned.memory.part_tokens <= longest <= 4 * planned.tokens.longest["pair"]

@@ -36,8 +36,8 @@ _CHECKS = (
         "malformed",
         "error",
         "rows with missing or malformed fields",
-        "They are left out of training; many of them mean that the form was not recognised.",
-        "Compare the columns with docs/data.md, or name the form with --format.",
+        "They are left out of training; many of them mean that the format was not recognised.",
+        "Compare the columns with docs/data.md, or name the format with --format.",
         removes=True,
     ),
     Check(

@@ -101,7 +101,7 @@ class Diagnosis:
             "pairs": self.pairs,
             "dropped": len(self.report.dropped),
             "dropped_reasons": dict(self.report.reasons()),
-            "read_as": dict(self.report.forms),
+            "read_as": dict(self.report.formats),
             "different_prompts": self.prompts,
             "pairs_with_scores": self.scored,
             "findings": [_finding_as_json(finding) for finding in self.findings.values()],
@@ -137,7 +137,7 @@ def _finding_as_json(finding: Finding) -> dict[str, Any]:
 def examine(
     sources: Sequence[str],
     *,
-    form: str | None = None,
+    format: str | None = None,
     min_gap: float | None = None,
     held_out: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -154,11 +154,11 @@ def examine(
 
     Raises:
         DataError: a source cannot be read at all.
-        ConfigError: there is no form of that name.
+        ConfigError: there is no format of that name.
     """
-    doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, form))
+    doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, format))
     report = doctor.found.report
-    for outcome in outcomes(sources, form=form, min_gap=min_gap, tolerant=True):
+    for outcome in outcomes(sources, format=format, min_gap=min_gap, tolerant=True):
         account(report, outcome)
         for dropped in outcome.dropped:
             doctor.note(_OF_KIND.get(dropped.kind, dropped.kind), dropped.origin, dropped.reason)
@@ -174,13 +174,13 @@ def prompt_key(prompt: Sequence[Message]) -> int:
     return hash(prompt_text(prompt))
 
 
-def _prompts_of(sources: Sequence[str], form: str | None) -> set[int]:
+def _prompts_of(sources: Sequence[str], format: str | None) -> set[int]:
     """Keys of all prompts: of pairs, and of votes that made none, since these too are measured on."""
     found: set[int] = set()
     for source in sources:
         asked = [
             prompt_key(prompt)
-            for outcome in outcomes(source, form=form, tolerant=True)
+            for outcome in outcomes(source, format=format, tolerant=True)
             for prompt in (*(pair.prompt for pair in outcome.pairs), *outcome.asked)
         ]
         if not asked:

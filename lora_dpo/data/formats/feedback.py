@@ -19,7 +19,7 @@ LABELS = ("label", "kto_tag")
 
 
 def kto(row: Row, origin: Origin) -> UnpairedAnswer:
-    """TRL's and LLaMA-Factory's unpaired form: `prompt` and `completion`, or one conversation, and a yes or no."""
+    """TRL's and LLaMA-Factory's unpaired format: `prompt` and `completion`, or one conversation, and a yes or no."""
     label = next((row[name] for name in LABELS if row.get(name) is not None), None)
     prompt, answer = prompt_and_answer(row)
     return _checked_vote(prompt, answer, _is_up(label), origin, row)

@@ -1,4 +1,4 @@
-"""The forms in which other projects publish preferences: one small function each, from a row to pairs.
+"""The formats in which other projects publish preferences: one small function each, from a row to pairs.
 
 Written after each project's public description of its columns. All raise `BadRow` for a row that is none of theirs.
 """

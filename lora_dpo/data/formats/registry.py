@@ -1,4 +1,4 @@
-"""The table of forms: which rows each one fits, and the function that reads them. The first that fits is used."""
+"""The table of formats: which rows each one fits, and the function that reads them. The first that fits is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Format:
     columns: str
     """The columns by which it is known."""
     fits: Callable[[Row], bool]
-    """True for rows of this form; looks at columns and types only."""
+    """True for rows of this format; looks at columns and types only."""
     read: Callable[[Row, Origin], Reading]
     """Raises `BadRow`."""
 
@@ -54,7 +54,7 @@ def _is_hh(row: Row) -> bool:
     return ends and is_transcript(prompt) and isinstance(row.get("chosen"), str)
 
 
-FORMS = (
+FORMATS = (
     Format(
         "openwebui",
         "Open WebUI feedback",
@@ -148,21 +148,21 @@ FORMS = (
     ),
 )
 
-_UNKNOWN = Format("", "no known form", "", lambda row: True, pair_from_row)
-"""Reads as TRL's form does, to say what is missing."""
+_UNKNOWN = Format("", "no known format", "", lambda row: True, pair_from_row)
+"""Reads as TRL's format does, to say what is missing."""
 
 
 def format_named(name: str) -> Format:
-    """The form of that name. Raises `ConfigError` for another one."""
-    for form in FORMS:
-        if form.name == name:
-            return form
-    names = [form.name for form in FORMS]
+    """The format of that name. Raises `ConfigError` for another one."""
+    for format in FORMATS:
+        if format.name == name:
+            return format
+    names = [format.name for format in FORMATS]
     raise ConfigError(
-        f"{shown(name)} is not a form of preference data: known are {', '.join(names)}.{nearest(name, names)}"
+        f"{shown(name)} is not a format of preference data: known are {', '.join(names)}.{nearest(name, names)}"
     )
 
 
 def format_of(row: Row) -> Format:
-    """The first form that fits the row."""
-    return next((form for form in FORMS if form.fits(row)), _UNKNOWN)
+    """The first format that fits the row."""
+    return next((format for format in FORMATS if format.fits(row)), _UNKNOWN)

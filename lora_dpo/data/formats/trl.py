@@ -42,7 +42,7 @@ SCORES = (
 
 
 def pair_from_row(row: Row, origin: Origin) -> PreferencePair:
-    """TRL's preference form: text or messages, explicit or implicit prompt; with scores, tools and origin if given.
+    """TRL's preference format: text or messages, explicit or implicit prompt; with scores, tools and origin if given.
 
     Raises:
         BadRow: a part is missing, empty or malformed, or both answers are the same.

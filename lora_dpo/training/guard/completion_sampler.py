@@ -42,7 +42,7 @@ class CompletionSampler:
         self.run, self.model = run, model
         self.limit = run.recipe.health.max_new_tokens
         self._messages = {tuple(prompt_ids(run.tokenizer, prompt)): prompt for prompt in run.prompts}
-        self.probes = probes(run, self._messages.keys())
+        self.prompts = health_prompts(run, self._messages.keys())
         """What is answered at each look."""
         self.judge: Judge | None = None
         self.reference_before: float | None = None
@@ -58,35 +58,35 @@ class CompletionSampler:
         """
         with self._at_rest():
             self.reference_before = self._reference_score()
-            if not self.probes:
+            if not self.prompts:
                 return None
             if self.run.recipe.evaluation.max_new_tokens >= self.limit:
                 by_prompt = dict(zip(self._messages, known, strict=False))
-                found = [by_prompt.get(tuple(probe.prompt)) for probe in self.probes]
+                found = [by_prompt.get(tuple(prompt.prompt)) for prompt in self.prompts]
                 answers = [self._cut(answer) for answer in found if answer is not None]
-                if len(answers) == len(self.probes):
-                    return self._checkup(0, answers, None)
+                if len(answers) == len(self.prompts):
+                    return self._sample(0, answers, None)
             return self._answers(0)
 
     def look(self, step: int) -> HealthSample:
         """Answer the prompts with the model as it is now."""
         with self._at_rest():
-            checkup = self._answers(step)
+            sample = self._answers(step)
             score = self._reference_score()
         if score is None or self.reference_before is None:
-            return checkup
-        return replace(checkup, reference_shift=abs(score - self.reference_before))
+            return sample
+        return replace(sample, reference_shift=abs(score - self.reference_before))
 
     def asked(self) -> list[str]:
         """The prompts as text."""
-        return [self._text_of(probe.prompt) for probe in self.probes]
+        return [self._text_of(prompt.prompt) for prompt in self.prompts]
 
     def chosen_tokens(self) -> tuple[int, ...]:
         """Length of each prompt's good answer, cut as the answers are."""
-        return tuple(min(probe.good, self.limit) for probe in self.probes)
+        return tuple(min(prompt.good, self.limit) for prompt in self.prompts)
 
     def _answers(self, step: int) -> HealthSample:
-        tokenizer, prompts = self.run.tokenizer, [probe.prompt for probe in self.probes]
+        tokenizer, prompts = self.run.tokenizer, [prompt.prompt for prompt in self.prompts]
         stops = stop_token_ids(self.model, tokenizer)
         written: list[list[int]] = [[] for _ in prompts]
         for row, token in decode(self.model, prompts, stops, Sampling(max_new_tokens=self.limit)):
@@ -98,7 +98,7 @@ class CompletionSampler:
             sums = kl_to_reference(self.model, list(zip(prompts, written, strict=True))[::3])
             tokens = sum(count for _, count in sums)
             kl = sum(value for value, _ in sums) / tokens if tokens else None
-        return self._checkup(step, answers, kl)
+        return self._sample(step, answers, kl)
 
     def _cut(self, answer: Answer) -> Answer:
         """A longer answer as it would have been at a look."""
@@ -107,7 +107,7 @@ class CompletionSampler:
         ids = self.run.tokenizer.encode(answer.text, add_special_tokens=False)[: self.limit]
         return Answer(str(self.run.tokenizer.decode(ids)).strip(), self.limit, False)
 
-    def _checkup(self, step: int, answers: Sequence[Answer], kl: float | None) -> HealthSample:
+    def _sample(self, step: int, answers: Sequence[Answer], kl: float | None) -> HealthSample:
         return HealthSample(
             step=step,
             tokens=tuple(answer.tokens for answer in answers),
@@ -121,8 +121,8 @@ class CompletionSampler:
         if self.judge is None:
             return None
         scores = []
-        for number, (probe, answer) in enumerate(zip(self.probes, answers, strict=True), start=1):
-            messages = self._messages.get(tuple(probe.prompt))
+        for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True), start=1):
+            messages = self._messages.get(tuple(prompt.prompt))
             if messages is not None:
                 scores += self.judge.score(Prompt(messages, "health", number), [answer])
         known = [score for score in scores if score is not None]
@@ -155,7 +155,7 @@ class CompletionSampler:
             self.seconds += time.perf_counter() - began
 
 
-def probes(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[HealthPrompt]:
+def health_prompts(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[HealthPrompt]:
     """`health.prompts` prompts, spread over the held-out data if there is any, each prompt once.
 
     Args:
@@ -166,7 +166,7 @@ def probes(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[HealthP
     for prompt, answer in good:
         # less one: the end of turn, which answers are counted without
         unique.setdefault(tuple(prompt), HealthPrompt(prompt, len(answer) - 1))
-    found = [probe for prompt, probe in unique.items() if prompt in answered] or list(unique.values())
+    found = [prompt for ids, prompt in unique.items() if ids in answered] or list(unique.values())
     return [found[index] for index in evenly_spaced(len(found), run.recipe.health.prompts)]
 
 

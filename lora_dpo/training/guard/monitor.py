@@ -216,55 +216,54 @@ def of_accuracies(train: Sequence[Reading], held_out: float, step: int) -> Itera
 
 
 def of_answers(
-    checkup: HealthSample, baseline: Baseline, limits: HealthSection, *, method: str = "dpo"
+    sample: HealthSample, baseline: Baseline, limits: HealthSection, *, method: str = "dpo"
 ) -> Iterator[Alarm]:
     """Alarms of sampled answers and of what was measured beside them."""
-    tell, before = _teller(checkup.step, method), baseline.before
-    written, wrote = sum(checkup.tokens), sum(before.tokens)
+    tell, before = _teller(sample.step, method), baseline.before
+    written, wrote = sum(sample.tokens), sum(before.tokens)
     # A run may teach to be short as the chosen answers are, or not touch the length at all: neither is drift.
     wanted = sum(min(b, c) for b, c in zip(before.tokens, baseline.chosen or before.tokens, strict=True))
     if written < limits.shortest * wanted:
         yield tell(
             "length collapse",
-            f"answers have {written / len(checkup.tokens):.0f} tokens, {wanted / len(checkup.tokens):.0f} were to be "
+            f"answers have {written / len(sample.tokens):.0f} tokens, {wanted / len(sample.tokens):.0f} were to be "
             f"expected (limit {limits.shortest:g} of that)",
         )
     allowed = max(wrote, sum(baseline.chosen))
     if written > LONGEST * allowed:
         yield tell(
             "length growth",
-            f"answers have {written / len(checkup.tokens):.0f} tokens, "
-            f"before they had {wrote / len(before.tokens):.0f}",
+            f"answers have {written / len(sample.tokens):.0f} tokens, before they had {wrote / len(before.tokens):.0f}",
         )
-    repeated, repeated_before = (fmean(map(repetition, each.texts)) for each in (checkup, before))
+    repeated, repeated_before = (fmean(map(repetition, each.texts)) for each in (sample, before))
     if repeated > repeated_before + REPEATING:
         yield tell(
             "repetition",
             f"{repeated:.0%} of three-word sequences repeat themselves, before it were {repeated_before:.0%}",
         )
-    yield from _of_endings(checkup, baseline, tell)
-    if checkup.kl is not None and checkup.kl > limits.kl:
+    yield from _of_endings(sample, baseline, tell)
+    if sample.kl is not None and sample.kl > limits.kl:
         yield tell(
             "KL budget",
-            f"the policy is {checkup.kl:.2f} nats a token from the reference (budget {limits.kl:g})",
+            f"the policy is {sample.kl:.2f} nats a token from the reference (budget {limits.kl:g})",
         )
-    if checkup.reference_shift is not None and checkup.reference_shift > REFERENCE_SHIFT:
+    if sample.reference_shift is not None and sample.reference_shift > REFERENCE_SHIFT:
         yield tell(
             "reference drift",
-            f"the reference scores the same pair {checkup.reference_shift:.3f} nats a token away from where it was",
+            f"the reference scores the same pair {sample.reference_shift:.3f} nats a token away from where it was",
         )
 
 
-def _of_endings(checkup: HealthSample, baseline: Baseline, tell: Callable[..., Alarm]) -> Iterator[Alarm]:
+def _of_endings(sample: HealthSample, baseline: Baseline, tell: Callable[..., Alarm]) -> Iterator[Alarm]:
     """An alarm if answers stopped ending, of the prompts whose good answer ends within the limit.
 
     A run that teaches longer answers than a look writes is expected to be cut there.
     """
     short = [place for place, tokens in enumerate(baseline.chosen) if tokens < baseline.limit]
-    places = short if baseline.chosen else range(len(checkup.finished))
+    places = short if baseline.chosen else range(len(sample.finished))
     if not places:
         return
-    ended, ended_before = (fmean(each.finished[place] for place in places) for each in (checkup, baseline.before))
+    ended, ended_before = (fmean(each.finished[place] for place in places) for each in (sample, baseline.before))
     if ended < UNFINISHED * ended_before and ended_before >= 0.5:
         yield tell(
             "lost end of turn",
@@ -300,11 +299,11 @@ class Monitor:
         self.readings = [*self.readings, found][-WINDOW:]
         return self._new(of_numbers(self.readings, total=self.total, limits=self.limits, method=self.method))
 
-    def answers(self, checkup: HealthSample) -> list[Alarm]:
-        """New alarms of one checkup."""
+    def answers(self, sample: HealthSample) -> list[Alarm]:
+        """New alarms of one sample."""
         if self.baseline is None:
             return []
-        return self._new(of_answers(checkup, self.baseline, self.limits, method=self.method))
+        return self._new(of_answers(sample, self.baseline, self.limits, method=self.method))
 
     def forget(self) -> None:
         """Begin anew, after the recipe's action changed what follows."""

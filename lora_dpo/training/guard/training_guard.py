@@ -97,7 +97,7 @@ class Guard:
         self.step = step
         if not self.on:
             return
-        if self.section.judge is not None and self.sampler.probes:
+        if self.section.judge is not None and self.sampler.prompts:
             self.sampler.judge = open_judge(self.section.judges)
         before = self._before(resumed=checkpoint is not None)
         if before is not None:
@@ -125,14 +125,14 @@ class Guard:
     def after_step(self, step: int, total: int) -> bool:
         """After an optimiser step: look at answers where it is time. True if the run is to end here."""
         self.step = step
-        if not (self.on and self.sampler.probes) or (step % every(self.section, total) and step != total):
+        if not (self.on and self.sampler.prompts) or (step % every(self.section, total) and step != total):
             return False
-        checkup = self.sampler.look(step)
-        self._tell(checkup)
-        self._hear(self.monitor.answers(checkup))
+        sample = self.sampler.look(step)
+        self._tell(sample)
+        self._hear(self.monitor.answers(sample))
         if self._known_healthy:
-            self.snapshots.checked = take_snapshot(self.model, step, checkup.score)
-            if checkup.score is not None:
+            self.snapshots.checked = take_snapshot(self.model, step, sample.score)
+            if sample.score is not None:
                 self.snapshots.compare(self.snapshots.checked)
         return self.stopped is not None
 
@@ -220,7 +220,7 @@ class Guard:
         ):  # a later one may score well and be ruined
             chosen = snapshots.best
         restore_snapshot(self.model, chosen)
-        if chosen.step > checked.step and self.sampler.probes and not self._answers_well(chosen):
+        if chosen.step > checked.step and self.sampler.prompts and not self._answers_well(chosen):
             chosen = checked
             restore_snapshot(self.model, chosen)
         return chosen.step
@@ -233,12 +233,12 @@ class Guard:
 
     # --- telling ------------------------------------------------------------------------------------
 
-    def _tell(self, checkup: HealthSample) -> None:
-        before = self.monitor.baseline.before if self.monitor.baseline else checkup
-        rows = tuple(zip(self.sampler.asked(), before.texts, checkup.texts, strict=True))
-        numbers = checkup.numbers()
-        self.run.emit(Sampled(checkup.step, numbers, rows))
-        self.log.append({"step": checkup.step, **numbers, "answers": list(checkup.texts)})
+    def _tell(self, sample: HealthSample) -> None:
+        before = self.monitor.baseline.before if self.monitor.baseline else sample
+        rows = tuple(zip(self.sampler.asked(), before.texts, sample.texts, strict=True))
+        numbers = sample.numbers()
+        self.run.emit(Sampled(sample.step, numbers, rows))
+        self.log.append({"step": sample.step, **numbers, "answers": list(sample.texts)})
         texts = {f"health/answer_{i}": f"{prompt}\n\n{now}" for i, (prompt, _, now) in enumerate(rows, start=1)}
         self.waiting = {**numbers, **texts}
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRun:
     """What two steps on the longest pairs took. The first scores the references and makes Adam's state."""
 
     pairs: int
@@ -47,7 +47,7 @@ class Trial:
     """Of the whole run's steps: its FLOPs at the speed of the second step."""
 
 
-def try_steps(run: Run, shapes: Sequence[PairShape], *, on_event: OnEvent) -> Trial:
+def try_steps(run: Run, shapes: Sequence[PairShape], *, on_event: OnEvent) -> DryRun:
     """Load the model and run two optimiser steps as training would; nothing is kept on disk.
 
     Args:
@@ -84,7 +84,7 @@ def try_steps(run: Run, shapes: Sequence[PairShape], *, on_event: OnEvent) -> Tr
 
 def _train(
     run: Run, model: PeftModel, pairs: Sequence[TokenPair], dtype: str, folder: Path, on_event: OnEvent
-) -> Trial:
+) -> DryRun:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from lora_dpo.training.dpo_trainer import DPOTrainer
@@ -108,7 +108,7 @@ def _train(
         budget = trainer.engine.whole_step.budget if trainer.engine else None
     finally:
         trainer.close()
-    return Trial(
+    return DryRun(
         pairs=len(pairs),
         peak=peak_bytes(),
         first_seconds=clock.seconds[0],

@@ -79,20 +79,20 @@ def verdict(planned: Plan) -> str:
     return f"It does not fit into {size(memory.available)}. It does ({size(fix.total)}{costs}) with:"
 
 
-def trial_lines(planned: Plan) -> Iterator[tuple[str, str]]:
+def dry_run_lines(planned: Plan) -> Iterator[tuple[str, str]]:
     """Rows `(label, value)` of what two real steps took."""
-    trial = planned.trial
-    if trial is None:
+    dry_run = planned.dry_run
+    if dry_run is None:
         return
     where = "allocated on the GPU" if planned.machine.kind == "cuda" else "of the whole process, loading included"
-    yield "peak", f"{size(trial.peak)} {where}"
-    first = f"(the first, which scores the references too, {duration(trial.first_seconds)})"
-    if trial.tokens is None or trial.run_seconds is None:
-        yield "step", f"{duration(trial.seconds)} for {trial.pairs} pairs {first}"
+    yield "peak", f"{size(dry_run.peak)} {where}"
+    first = f"(the first, which scores the references too, {duration(dry_run.first_seconds)})"
+    if dry_run.tokens is None or dry_run.run_seconds is None:
+        yield "step", f"{duration(dry_run.seconds)} for {dry_run.pairs} pairs {first}"
         return
-    rate = trial.tokens / trial.seconds
-    yield "step", f"{duration(trial.seconds)} for {trial.tokens:,} tokens, {rate:,.0f} tokens/s {first}"
-    yield "whole run", f"about {duration(trial.run_seconds)} for the steps: their FLOPs at the speed of that step"
+    rate = dry_run.tokens / dry_run.seconds
+    yield "step", f"{duration(dry_run.seconds)} for {dry_run.tokens:,} tokens, {rate:,.0f} tokens/s {first}"
+    yield "whole run", f"about {duration(dry_run.run_seconds)} for the steps: their FLOPs at the speed of that step"
 
 
 def share(part: int, whole: int) -> str:

@@ -232,13 +232,13 @@ def _measured(planned: Plan, costs: Costs, choice: Choice, emit: OnEvent) -> Pla
     """The plan with two real steps beside it; their speed, in FLOP/s, is taken for the whole run."""
     from lora_dpo.training.planning.dry_run import try_steps
 
-    trial = try_steps(costs.run, costs.shapes, on_event=emit)
-    longest = sorted(costs.shapes, key=lambda shape: -shape.stream)[: trial.pairs]
-    if trial.tokens is not None:
+    dry_run = try_steps(costs.run, costs.shapes, on_event=emit)
+    longest = sorted(costs.shapes, key=lambda shape: -shape.stream)[: dry_run.pairs]
+    if dry_run.tokens is not None:
         cost = costs.footprint(choice)
-        flops = sum(step_flops(cost, shape, choice, checkpointed=trial.checkpointed or 0) for shape in longest)
-        trial = replace(trial, run_seconds=planned.time.flops / flops * trial.seconds)
-    return replace(planned, trial=trial)
+        flops = sum(step_flops(cost, shape, choice, checkpointed=dry_run.checkpointed or 0) for shape in longest)
+        dry_run = replace(dry_run, run_seconds=planned.time.flops / flops * dry_run.seconds)
+    return replace(planned, dry_run=dry_run)
 
 
 def _notes(costs: Costs) -> Iterator[str]:

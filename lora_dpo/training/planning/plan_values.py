@@ -12,7 +12,7 @@ from lora_dpo.training.planning.memory_plan import (
 )
 
 if TYPE_CHECKING:
-    from lora_dpo.training.planning.dry_run import Trial
+    from lora_dpo.training.planning.dry_run import DryRun
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Plan:
     time: Time
     fix: Fix | None = None
     """Set where the recipe does not fit; None there means that nothing was found."""
-    trial: Trial | None = None
+    dry_run: DryRun | None = None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
