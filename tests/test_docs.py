@@ -3,13 +3,13 @@
 import ast
 import functools
 import importlib
-import importlib.util
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 import typer
+from scripts_here import load_script
 
 import lora_dpo
 from lora_dpo.cli.commands import app
@@ -23,13 +23,6 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 def relative(path):
     return str(path.relative_to(ROOT))
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prose(path):

@@ -3,6 +3,8 @@
 yaml             YAML as recipes hold it, read within limits
 recipe           the recipe of a run, section by section; `lora-dpo recipe` prints its fields
 reading          recipes from files and options, with an error for what is none
+trl_fields       the fields of TRL's config classes, as a table
+trl_kinds        that table, or TRL itself where another version is installed
 trl_common       what every method's `trainer:` section has in common
 trl_dpo          that section for DPO, with nothing ignored in silence
 trl_sft_kto      the same for SFT and KTO

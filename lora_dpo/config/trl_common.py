@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import math
-import typing
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lora_dpo.config.reading import nearest
+from lora_dpo.config.trl_kinds import fields_of, known_trackers
 from lora_dpo.errors import ConfigError
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
@@ -59,35 +58,35 @@ AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gr
 ABOVE_ZERO = ("beta", "learning_rate", "num_train_epochs")
 
 
-def check_given(given: dict[str, Any], kind: type, elsewhere: dict[str, str]) -> None:
-    """Hold a `trainer:` section against the fields of TRL's config class.
+def check_given(given: dict[str, Any], kind: str, elsewhere: dict[str, str]) -> None:
+    """Hold a `trainer:` section against the fields of TRL's config class of that name; torch is not loaded for it.
 
     Raises:
         ConfigError: an unknown field, one that has another place, a wrong type, or a number out of range.
     """
-    fields = {field.name for field in dataclasses.fields(kind) if field.init}
-    hints = typing.get_type_hints(kind)
+    fields = fields_of(kind) if given else {}
     for name, value in given.items():
         if name not in fields:
-            raise ConfigError(f"trainer.{name} is not a field of TRL's {kind.__name__}.{nearest(name, fields)}")
+            raise ConfigError(f"trainer.{name} is not a field of TRL's {kind}.{nearest(name, fields)}")
         if name in elsewhere:
             raise ConfigError(f"trainer.{name} has no effect here: {elsewhere[name]}.")
-        _check_type(name, value, hints[name])
+        _check_type(name, value, fields[name])
         _check_number(name, value)
 
 
 def check_trackers(settings: dict[str, Any]) -> None:
     """Raise `ConfigError` unless every tracker in `report_to` is known and installed."""
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    asked, known = settings["report_to"] or [], (*INTEGRATION_TO_CALLBACK, "all", "none")
-    for tracker in [asked] if isinstance(asked, str) else asked:
+    asked = settings["report_to"] or []
+    named = [tracker for tracker in ([asked] if isinstance(asked, str) else asked) if tracker not in ("all", "none")]
+    known = (*known_trackers(), "all", "none") if named else ()
+    for tracker in named:
         if tracker not in known:
             raise ConfigError(
                 f"trainer.report_to has {shown(tracker)}: allowed are {', '.join(known)}.{nearest(tracker, known)}"
             )
-        if tracker not in (*get_available_reporting_integrations(), "all", "none"):
+        from transformers.integrations import get_available_reporting_integrations
+
+        if tracker not in get_available_reporting_integrations():
             raise ConfigError(
                 f"trainer.report_to has {shown(tracker)}, which is not installed. Install it, or use none."
             )
@@ -193,16 +192,17 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     try:
         TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        allowed = _choices(hint) or " or ".join(dict.fromkeys(_plain(problem["msg"]) for problem in error.errors()))
-        quote = ' YAML reads an unquoted no as false: write "no".' if value is False and "'no'" in allowed else ""
-        raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is {allowed}.{quote}") from None
+        words = get_args(hint) if get_origin(hint) is Literal else ()
+        allowed = f"one of {', '.join(map(repr, words))}" if words else _kinds(error)
+        quote = ' YAML reads an unquoted no as false: write "no".' if value is False and "no" in words else ""
+        near = nearest(value, words) if isinstance(value, str) else ""
+        raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is {allowed}.{quote}{near}") from None
 
 
-def _choices(hint: Any) -> str:
-    """The values of an enumeration among a field's types; empty if there is none."""
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
-    values = [repr(member.value) for kind in kinds for member in kind]
-    return f"one of {', '.join(values)}" if values else ""
+def _kinds(error: ValidationError) -> str:
+    """`a valid number or a valid list`: what a type would have taken."""
+    said = (problem["msg"].removeprefix("Input should be ") for problem in error.errors())
+    return " or ".join(dict.fromkeys(text.removeprefix("Input should ") for text in said))
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -223,7 +223,3 @@ def _check_number(name: str, value: Any) -> None:
         )
     if name == "label_smoothing" and not 0 <= value < 0.5:
         raise ConfigError(f"trainer.{name} is {shown(value)}: allowed is 0 or more, and below 0.5.")
-
-
-def _plain(message: str) -> str:
-    return message.removeprefix("Input should be ").removeprefix("Input should ")

@@ -93,12 +93,10 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _dpo_settings(recipe: Recipe) -> dict[str, Any]:
-    from trl import DPOConfig
-
     given = dict(recipe.trainer)
     if isinstance(given.get("loss_type"), str):
         given["loss_type"] = [given["loss_type"]]
-    check_given(given, DPOConfig, ELSEWHERE)
+    check_given(given, "DPOConfig", ELSEWHERE)
     _check_loss_names(given)
     settings = {**DEFAULTS, **given}
     if "loss_type" in given and "loss_weights" not in given:

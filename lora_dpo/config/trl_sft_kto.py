@@ -98,11 +98,9 @@ def answer_settings(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown field, a value of the wrong type, or a setting that this method would ignore.
     """
-    import trl
-
     method = METHODS[recipe.method]
     given = dict(recipe.trainer)
-    check_given(given, getattr(trl, method.config), method.elsewhere)
+    check_given(given, method.config, method.elsewhere)
     settings = {**method.defaults, **given}
     loss = settings.get("loss_type", method.losses[0])
     if loss not in method.losses:

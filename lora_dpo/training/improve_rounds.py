@@ -42,7 +42,6 @@ from lora_dpo.leftovers import settle
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import detach
-from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.round_scores import Measurement, score_table
 from lora_dpo.training.run import train
 
@@ -155,8 +154,7 @@ def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) 
     if recipe.reference != "base" and recipe.lora.model_fields_set:
         given = ", ".join(sorted(recipe.lora.model_fields_set))
         raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
-    with quiet_libraries():  # TRL brings bitsandbytes in, which has advice to give
-        trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
+    trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
     prompts, read = prompts_with_report(section.prompts, limit=section.limit)
     held_out, read_held_out = prompts_with_report(section.held_out, limit=section.held_out_limit)
     emit(Note(f"prompts: {read.summary(section.prompts)}"))

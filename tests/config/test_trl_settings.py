@@ -5,15 +5,18 @@ import inspect
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
 import trl
 import yaml
+from scripts_here import load_script
 
+from lora_dpo.config import trl_fields
 from lora_dpo.config.reading import check_recipe, dump_recipe
 from lora_dpo.config.trl_common import build_config, check_optimizer
 from lora_dpo.config.trl_dpo import DEFAULTS, ELSEWHERE, LOSSES, trainer_config, trainer_settings
+from lora_dpo.config.trl_kinds import KINDS, fields_of, installed, live_fields
 from lora_dpo.errors import ConfigError
 
 TRL_LOSSES = re.findall(r"if loss_type == \"(\w+)\"", inspect.getsource(trl.DPOTrainer._compute_loss))
@@ -48,6 +51,21 @@ def test_yamls_no_is_answered_with_the_choices():
     assert 'write "no"' in message
     assert "instance of" not in refusal(save_strategy=3) + refusal(lr_scheduler_type=True)
     assert resolve(logging_strategy="no")["logging_strategy"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "right"),
+    [
+        ("lr_scheduler_type", "cosin", "cosine"),
+        ("optim", "adam_torch", "adamw_torch"),
+        ("eval_strategy", "step", "steps"),
+    ],
+)
+def test_a_mistyped_word_is_refused_with_the_words_there_are_and_the_nearest(field, value, right):
+    message = refusal(**{field: value})
+    assert message.startswith(f"trainer.{field} is {value!r}: allowed is one of '")
+    assert f"'{right}'" in message
+    assert message.endswith(f"Did you mean {right}?")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +150,41 @@ def test_a_dumped_recipe_is_as_good_as_the_one_it_was_made_from(changes):
     recipe = check_recipe({"model": {"name": "m"}, "data": {"train": "a"}, **changes})
     again = check_recipe(yaml.safe_load(dump_recipe(recipe)))
     assert trainer_settings(again) == trainer_settings(recipe)
+
+
+# --- the table of fields --------------------------------------------------------------------------
+
+
+def test_the_table_of_fields_is_that_of_the_installed_trl():
+    """Without this every mistyped field would bring torch in."""
+    script = load_script("make_trl_fields")
+    assert installed() == trl_fields.VERSIONS
+    assert {kind: live_fields(kind) for kind in KINDS} == trl_fields.FIELDS
+    assert script.main(["--check"]) == 0, "make it again with: python scripts/make_trl_fields.py"
+
+
+def test_each_field_of_the_table_is_one_that_trl_takes():
+    for kind in KINDS:
+        taken = {field.name for field in dataclasses.fields(getattr(trl, kind)) if field.init}
+        assert set(fields_of(kind)) == taken
+        assert taken == set(inspect.signature(getattr(trl, kind).__init__).parameters) - {"self"}
+
+
+def test_with_another_version_trl_itself_is_asked(monkeypatch):
+    monkeypatch.setattr(trl_fields, "VERSIONS", {**trl_fields.VERSIONS, "transformers": "0.0"})
+    monkeypatch.setattr(trl_fields, "FIELDS", {kind: {} for kind in KINDS})
+    monkeypatch.setattr(trl_fields, "TRACKERS", ())
+    assert resolve(beta=0.3)["beta"] == 0.3
+    assert "Did you mean beta?" in refusal(bta=1)
+    assert "Did you mean wandb?" in refusal(report_to="wanb")
+
+
+def test_an_enumeration_is_its_words_and_a_class_is_anything():
+    fields = fields_of("DPOConfig")
+    assert get_args(fields["save_strategy"]) == ("no", "steps", "epoch", "best")
+    assert fields["debug"] == str | list[Literal["underflow_overflow", "tpu_metrics_debug"]]
+    assert fields["max_length"] == int | None
+    assert fields["parallelism_config"] == Any | None
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -304,10 +357,9 @@ def test_a_number_that_cannot_train_is_refused_before_anything_is_loaded(field, 
 # --- TRL's config ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("field", "value"), [("lr_scheduler_type", "cosin"), ("optim", "adam_torch")])
-def test_what_trl_refuses_is_a_config_error_with_its_own_reason(tmp_path, field, value):
-    with pytest.raises(ConfigError, match=f"trainer: .*{value}"):
-        build(tmp_path, **{field: value})
+def test_what_trl_refuses_is_a_config_error_with_its_own_reason(tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer: .*load_best_model_at_end"):
+        build(tmp_path, load_best_model_at_end=True)
 
 
 @pytest.mark.parametrize(("field", "value"), [("use_cpu", True), ("dataloader_pin_memory", False)])
