@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import lora_dpo.telemetry  # noqa: F401 - first: switches off what libraries would count and tell
+import lora_dpo.quiet  # noqa: F401 - first: switches off what libraries would count and tell
 
 if TYPE_CHECKING:
     from lora_dpo.adapters import attach_adapter, install, list_adapters, load_policy, pack, pull, push

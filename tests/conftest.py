@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the hub; without this a refusal takes a minute
+os.environ.setdefault("PIP_NO_INDEX", "1")  # nor fetch a model from the package index
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 CHATML = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dpo import telemetry
+from lora_dpo import quiet
 
 SESSION = Path(__file__).parent / "helpers" / "watched_session.py"
 
@@ -18,7 +18,7 @@ def python(code, **environment):
         capture_output=True,
         text=True,
         check=True,
-        env={name: value for name, value in os.environ.items() if name not in telemetry.OFF} | environment,
+        env={name: value for name, value in os.environ.items() if name not in quiet.OFF} | environment,
     ).stdout.strip()
 
 

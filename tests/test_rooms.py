@@ -33,7 +33,7 @@ OWNERS = {
     "uvicorn": {"serving", "demo"},
 }
 """Libraries that belong to rooms."""
-GROUND = {"errors", "events", "files", "journal", "leftovers", "quiet", "telemetry", "text"}
+GROUND = {"errors", "events", "files", "journal", "leftovers", "places", "quiet", "text"}
 """Modules of no room: what every room may use. They import nothing but each other."""
 FRONT = {"", "__main__"}
 """The package's own names, and `python -m lora_dpo`: they import what they offer."""

@@ -6,6 +6,7 @@ peft_files       its weights, read and checked alike
 peft_config      what PEFT is told about an adapter: checked fields alone
 passport         what an adapter was made from
 adapter          one folder, opened once, and whether it fits a base by names and shapes
+base_search      where an adapter's base is, if its folder has moved
 folder           all that is checked before an adapter goes onto a base, and putting it there
 stored_pairs     held-out pairs with their scores, which travel with an adapter
 loading          the model that answers: a base, with an adapter or without

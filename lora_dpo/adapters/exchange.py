@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_dpo import places
 from lora_dpo.adapters.adapter import Adapter, open_adapter
 from lora_dpo.adapters.lora_config import CONFIG
 from lora_dpo.adapters.package import (
@@ -24,7 +25,6 @@ from lora_dpo.adapters.package import (
 )
 from lora_dpo.adapters.passport import PASSPORT, Passport, check_folder, is_public_name
 from lora_dpo.adapters.peft_files import check_finite
-from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.adapters.store import check_here
 from lora_dpo.adapters.stored_pairs import read_stored_pairs
 from lora_dpo.errors import AdapterError, OutputError, PackageError
@@ -64,10 +64,10 @@ def install(
     source: str | Path,
     *,
     name: str | None = None,
-    root: Path = ADAPTERS_DIR,
+    root: Path | None = None,
     fetch: Callable[[str, Path], None] | None = None,
 ) -> Installed:
-    """Check a package, a folder or a hub repository, and put it under `root`: whole, or not at all.
+    """Check a package, a folder or a hub repository, and put it under `root` (`adapters/`): whole, or not at all.
 
     Args:
         name: its name here; by default the name it was packed under.
@@ -78,7 +78,7 @@ def install(
         AdapterError: it is no adapter, or its base is here and it does not fit.
         OutputError: the name is taken.
     """
-    path = Path(os.path.expanduser(source))
+    path, root = Path(os.path.expanduser(source)), root or places.adapters()
     with disk_errors(root), scratch("install") as place:
         staged = place / "adapter"
         staged.mkdir()

@@ -15,7 +15,6 @@ from lora_dpo.adapters.exchange import Installed, check_content, install
 from lora_dpo.adapters.lora_config import WEIGHTS
 from lora_dpo.adapters.package import KNOWN, check_size, refuse_pickle, require
 from lora_dpo.adapters.passport import is_public_name
-from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.errors import AdapterError, LoraDPOError
 from lora_dpo.files import disk_errors
 from lora_dpo.text import plain
@@ -53,7 +52,7 @@ def paths_told(folder: Path) -> list[str]:
     return [name for name in texts if any(place in (folder / name).read_text("utf-8", "replace") for place in places)]
 
 
-def pull(repo: str, *, name: str | None = None, revision: str | None = None, root: Path = ADAPTERS_DIR) -> Installed:
+def pull(repo: str, *, name: str | None = None, revision: str | None = None, root: Path | None = None) -> Installed:
     """Download an adapter's known files from the hub and install it, with every check of `install`.
 
     Raises:

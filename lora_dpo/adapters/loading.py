@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.adapters.adapter import open_adapter
+from lora_dpo.adapters.base_search import base_of
 from lora_dpo.adapters.folder import attach_adapter, check_adapter, put_beside, warn_of
 from lora_dpo.adapters.lora_config import WEIGHTS
-from lora_dpo.adapters.passport import check_folder, read_passport
+from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.store import find_adapter
 from lora_dpo.config.reading import read_recipe
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.errors import AdapterError, BaseDiffers
@@ -83,7 +85,7 @@ def load_base_of(
         ModelError: the base cannot be loaded.
     """
     adapter = open_adapter(folder)
-    name, revision = (model, None) if model else adapter.named_base
+    name, revision = (model, None) if model else base_of(adapter)
     return load_base(name, revision=revision, quantize=quantize or adapter.quantize, dtype=dtype)
 
 
@@ -110,9 +112,8 @@ def attach_reference(policy: LoadedModel) -> None:
     passport = read_passport(policy.adapter) if policy.adapter else None
     if passport is None or passport.reference == "base":
         return
-    folder = Path(passport.reference.removeprefix("adapter:"))
     try:
-        check_folder(folder)
+        folder = find_adapter(passport.reference.removeprefix("adapter:"))
     except AdapterError as error:
         raise AdapterError(
             f"{policy.adapter} was trained against {passport.reference}, which is not there: its implicit reward "

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lora_dpo import places
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_json
 from lora_dpo.errors import AdapterError
 from lora_dpo.files import sha256_of
@@ -167,7 +168,7 @@ def _model_file(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def _known_adapters() -> str:
-    folder = Path("adapters")
+    folder = places.adapters()
     found = sorted(folder.glob("*/adapter_config.json")) if folder.is_dir() else []
     names = [str(path.parent) for path in found if not path.parent.name.startswith(".")]
     return f" There is {', '.join(names)}." if names else " Train one with: lora-dpo train configs/quickstart.yaml"

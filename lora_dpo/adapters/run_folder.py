@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo import places
 from lora_dpo.adapters.checkpoints import begin, checkpoints, newest_whole, read_state
 from lora_dpo.adapters.package import BASE
 from lora_dpo.config.reading import dump_recipe, read_recipe
@@ -31,7 +32,6 @@ from lora_dpo.leftovers import discard, settle
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-ADAPTERS_DIR = Path("adapters")
 LOCK = "running.json"
 METRICS = "metrics.jsonl"
 
@@ -50,15 +50,17 @@ def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
     if recipe.output is not None:
         _check_place(Path(recipe.output), resume=resume)
         return Path(recipe.output)
+    root = places.adapters()
     names = list(itertools.islice(numbered(recipe_name), 1000))
     names = names[recipe_name.casefold() == BASE :]  # that adapter could not be chosen in serve and demo
     if resume:
-        unfinished = [out for out in map(ADAPTERS_DIR.joinpath, names) if _interrupted(out) and running(out) is None]
+        unfinished = [out for out in map(root.joinpath, names) if _interrupted(out) and running(out) is None]
         if not unfinished:
-            raise OutputError(f"No interrupted run of {recipe_name} is in {ADAPTERS_DIR}. Start it without --resume.")
+            raise OutputError(f"No interrupted run of {recipe_name} is in {root}. Start it without --resume.")
         return max(unfinished, key=lambda output: partial_of(output).stat().st_mtime)
-    places = map(ADAPTERS_DIR.joinpath, names)
-    return next(out for out in places if not (out.exists() or _interrupted(out) or running(out) is not None))
+    return next(
+        out for out in map(root.joinpath, names) if not (out.exists() or _interrupted(out) or running(out) is not None)
+    )
 
 
 def partial_of(output: Path) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_dpo import places
 from lora_dpo.adapters.adapter import Adapter, check_fit, open_adapter, weights_sha256
 from lora_dpo.adapters.describe import folder_size, metrics_after
 from lora_dpo.adapters.folder import check_weights_of_base
@@ -18,7 +19,6 @@ from lora_dpo.adapters.package import (
     BASE,
 )
 from lora_dpo.adapters.passport import check_folder, is_public_name
-from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.config.reading import nearest
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.files import disk_errors, replace_file, sha256_of
@@ -46,8 +46,9 @@ class Listed:
     """`verified DATE`, `not yet verified`, `unverified` (no passport), or what is broken."""
 
 
-def list_adapters(root: Path = ADAPTERS_DIR) -> list[Listed]:
-    """Every adapter folder under `root`, by name. What cut-off writes left (names with a dot) is no adapter."""
+def list_adapters(root: Path | None = None) -> list[Listed]:
+    """Every adapter folder under `root` (`adapters/`), by name. What cut-off writes left (names with a dot) is none."""
+    root = root or places.adapters()
     folders = sorted(root.iterdir()) if root.is_dir() else []
     record = _read_record(root)
     return [
@@ -57,11 +58,17 @@ def list_adapters(root: Path = ADAPTERS_DIR) -> list[Listed]:
     ]
 
 
-def find_adapter(name: str | Path, root: Path = ADAPTERS_DIR) -> Path:
-    """The folder of an adapter, given as a folder or as a name under `root`. Raises `AdapterError`."""
-    given = Path(os.path.expanduser(name))
-    folder = given if os.path.isdir(given) or len(given.parts) > 1 else root / given
-    if not os.path.isdir(folder) and root.is_dir():
+def find_adapter(name: str | Path, root: Path | None = None) -> Path:
+    """The folder of an adapter, given as a folder or as a name under `root` (`adapters/`). Raises `AdapterError`.
+
+    A folder of the project's may be given as seen from there, wherever `LORA_DPO_HOME` puts it. A name that is both a
+    folder here and an adapter under `root` means the one that is an adapter; the folder here if both are.
+    """
+    root, given = root or places.adapters(), Path(os.path.expanduser(name))
+    ways = [given, places.project() / given] if len(given.parts) > 1 else [given, root / given]
+    found = [way for way in ways if os.path.isdir(way)]
+    folder = next((way for way in found if os.path.isfile(way / CONFIG)), (found or ways[-1:])[0])
+    if not found and root.is_dir():
         names = adapter_names(root)
         known = f" There is {', '.join(names)}." if names else ""
         raise AdapterError(f"There is no adapter {plain(name)}.{nearest(given.name, names) or known}")
@@ -69,16 +76,18 @@ def find_adapter(name: str | Path, root: Path = ADAPTERS_DIR) -> Path:
     return folder
 
 
-def adapter_names(root: Path = ADAPTERS_DIR) -> list[str]:
-    """The names of the adapters under `root`, broken ones too."""
+def adapter_names(root: Path | None = None) -> list[str]:
+    """The names of the adapters under `root` (`adapters/`), broken ones too."""
+    root = root or places.adapters()
     return sorted(path.parent.name for path in root.glob("[!.]*/adapter_config.json"))
 
 
-def removable(name: str, root: Path = ADAPTERS_DIR) -> Path:
-    """The folder of `root` that a name means, of a broken adapter too. Raises `AdapterError`.
+def removable(name: str, root: Path | None = None) -> Path:
+    """The folder of `root` (`adapters/`) that a name means, of a broken adapter too. Raises `AdapterError`.
 
     What an earlier removal left there, because it was killed, is removed first.
     """
+    root = root or places.adapters()
     settle(root)
     given = Path(os.path.expanduser(name))
     folder = given if len(given.parts) > 1 else root / given
@@ -91,8 +100,8 @@ def removable(name: str, root: Path = ADAPTERS_DIR) -> Path:
     return folder
 
 
-def remove(name: str, root: Path = ADAPTERS_DIR) -> Path:
-    """Remove an adapter of `root`, also a broken one. It is gone at once: a remove that is cut off leaves no half one.
+def remove(name: str, root: Path | None = None) -> Path:
+    """Remove an adapter of `root` (`adapters/`), also a broken one, in one step: a cut-off remove leaves no half one.
 
     Raises:
         AdapterError: there is none of that name.
@@ -139,8 +148,9 @@ def local_model(name: str, revision: str | None = None) -> str:
     return str(Path(cached).parent)
 
 
-def record_verified(folder: Path, root: Path = ADAPTERS_DIR) -> None:
-    """Remember that an adapter of `root` was verified on this machine, with its weights' hash."""
+def record_verified(folder: Path, root: Path | None = None) -> None:
+    """Remember that an adapter of `root` (`adapters/`) was verified on this machine, with its weights' hash."""
+    root = root or places.adapters()
     if folder.resolve().parent != root.resolve():
         return
     record = _read_record(root)

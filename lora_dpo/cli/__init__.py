@@ -1,8 +1,10 @@
 """The terminal: parse, call, draw. Nothing is decided here.
 
-commands     `lora-dpo` itself: train, chat, merge, and the groups of the others
-adapters, clean, data, demo, eval, export, pairs, plan, serve
+commands     `lora-dpo` itself: train, and the list of the others
+adapters, chat, clean, data, demo, docs, eval, export, merge, models, pairs, plan, serve
              the other commands
+help         the text of `--help`, as terminals show it
+ready        what a command needs, before it loads anything
 options      those that several commands share
 views        events drawn in a terminal
 data_views   what the doctor says, drawn

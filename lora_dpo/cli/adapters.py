@@ -28,11 +28,13 @@ def list_() -> None:
 
         lora-dpo adapters list
     """
+    from lora_dpo import places
     from lora_dpo.adapters.store import list_adapters
 
     rows = list_adapters()
     if not rows:
-        out.print("There is no adapter in adapters/. Train one with: lora-dpo train configs/quickstart.yaml")
+        nothing = f"There is no adapter in {places.adapters()}/."
+        out.print(f"{escape(nothing)} Train one with: lora-dpo train configs/quickstart.yaml", soft_wrap=True)
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("name", "base", "rank", "size", "made", "accuracy", "verified"):
@@ -76,10 +78,12 @@ def verify(name: AdapterName, model: BaseElsewhere = None, strict: Strict = Fals
     """
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.store import find_adapter, record_verified
+    from lora_dpo.cli.ready import have_base_of
     from lora_dpo.errors import AdapterError
     from lora_dpo.evaluation.verify_adapter import verify as run_verify
 
     folder = find_adapter(name)
+    have_base_of(folder, model)
     with strictness(strict), err.status("rescoring the stored pairs"):
         found = run_verify(folder, model=model)
     out.print(
@@ -257,16 +261,20 @@ def mix(
 
         lora-dpo adapters mix brief:0.5 kind:0.5 --method svd --sweep 5 --output half
     """
+    from lora_dpo import places
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.package import check_name
-    from lora_dpo.adapters.run_folder import ADAPTERS_DIR
     from lora_dpo.adapters.store import find_adapter
+    from lora_dpo.cli.ready import have_base_of
     from lora_dpo.cli.views import stages
+    from lora_dpo.files import refuse_existing
     from lora_dpo.release.mixture import mix as run_mix
     from lora_dpo.release.mixture import parse_part
 
     found = [(find_adapter(name), weight) for name, weight in map(parse_part, parts)]
-    target = Path(output) if len(Path(output).parts) > 1 else ADAPTERS_DIR / check_name(output)
+    target = Path(output) if len(Path(output).parts) > 1 else places.adapters() / check_name(output)
+    refuse_existing(target)
+    have_base_of(found[0][0], model)
     with strictness(strict), stages(err) as stage:
         done = run_mix(
             found,

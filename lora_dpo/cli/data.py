@@ -72,11 +72,12 @@ def check(
     """
     from lora_dpo.cli.data_views import diagnosis_view, fixed_view
     from lora_dpo.data.doctor.examination import examine
-    from lora_dpo.data.rows import refuse_twice
+    from lora_dpo.data.rows import refuse_missing, refuse_twice
     from lora_dpo.data.write import check_name, dropped_of, write_fixed
     from lora_dpo.files import refuse_existing, refuse_unwritable
 
     refuse_twice(files)
+    refuse_missing([*files, *(held_out or ())])
     if fix is not None:
         check_name(fix)
         for path in (fix, dropped_of(fix)):
@@ -221,9 +222,10 @@ def stats(
     """
     from lora_dpo.cli.data_views import stats_view
     from lora_dpo.data.doctor.examination import examine
-    from lora_dpo.data.rows import refuse_twice
+    from lora_dpo.data.rows import refuse_missing, refuse_twice
 
     refuse_twice(files)
+    refuse_missing(files)
     with _counting() as count:
         diagnosis = examine(
             files, format=format, min_gap=min_gap, tokenizer=_tokenizer(model), max_length=max_length, on_rows=count
@@ -296,8 +298,10 @@ def _share(part: str) -> tuple[str, float]:
 def _tokenizer(model: str | None) -> PreTrainedTokenizerBase | None:
     if model is None:
         return None
+    from lora_dpo.cli.ready import have_model
     from lora_dpo.model.base import load_tokenizer
 
+    have_model(model)
     with err.status(f"loading the tokenizer of {model}"):
         return load_tokenizer(model)
 

@@ -18,11 +18,15 @@ err = Console(stderr=True)
 def demo(
     model: BaseModel = "smollm2-135m",
     adapters_dir: Annotated[
-        Path, typer.Option("--adapters-dir", help="Adapters are the folders in here; new ones are written here.")
-    ] = Path("adapters"),
-    data_dir: Annotated[Path, typer.Option("--data-dir", help="Where votes and uploaded pairs are kept.")] = Path(
-        "collected"
-    ),
+        Path | None,
+        typer.Option(
+            "--adapters-dir", help="Adapters are the folders in it; new ones are written there. Default: adapters/."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data-dir", help="Where votes and uploaded pairs are kept. Default: collected/."),
+    ] = None,
     quantize: HeldAs = "nf4",
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
     port: Port = 7860,
@@ -37,10 +41,11 @@ def demo(
     ] = False,
     strict: StrictAboutAll = False,
 ) -> None:
-    """Chat, vote blind, train and swap adapters in a browser, on one loaded base.
+    """Chat, vote blind, train and swap adapters in a browser.
 
-    Votes are kept as preference pairs; training uses the base that answers, while it answers. Listens on this machine
-    alone: any other --host, and --share, need --auth. Ctrl-C ends it; a training that goes on saves a checkpoint.
+    All of it on one loaded base. Votes are kept as preference pairs; training uses the base that answers, while it
+    answers. Listens on this machine alone: any other --host, and --share, need --auth. Ctrl-C ends it; a training that
+    goes on saves a checkpoint.
 
     Examples:
 
@@ -58,11 +63,14 @@ def demo(
     if ":" in host:
         raise ConfigError(f"--host is {host}: Gradio listens on IPv4 addresses and names alone. Give 127.0.0.1.")
     check_gradio()
+    from lora_dpo import places
     from lora_dpo.adapters.folder import strictness
+    from lora_dpo.cli.ready import have_model
     from lora_dpo.serving.address import listen
 
     # Before a model is loaded for nothing; and strict around the first look at the adapters, too.
     with listen(host, port) as listening, strictness(strict):
+        have_model(model)
         from lora_dpo.demo import app
         from lora_dpo.demo.session import AppState
         from lora_dpo.serving.host import open_host
@@ -71,7 +79,7 @@ def demo(
         with err.status("loading the model"):
             opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
         with opened:
-            app_state = AppState(opened, data_dir)
+            app_state = AppState(opened, data_dir or places.collected())
             try:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
                 err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)

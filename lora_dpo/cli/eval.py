@@ -73,11 +73,11 @@ def evaluate(
     judge_prices: JudgePrices = None,
     strict: Strict = False,
 ) -> None:
-    """Say whether an adapter is better, and what it cost, with 95% intervals.
+    """Say whether an adapter is better, with 95% intervals.
 
-    Loads one base, once. Scores held-out pairs against the reference of the adapter's training, has a judge compare
-    answers in both orders, measures KL from the reference, length, endings, repetition and refusals, and writes
-    report.html and eval.json.
+    And what it cost. Loads one base, once. Scores held-out pairs against the reference of the adapter's training, has a
+    judge compare answers in both orders, measures KL from the reference, length, endings, repetition and refusals, and
+    writes report.html and eval.json.
 
     Examples:
 
@@ -90,9 +90,11 @@ def evaluate(
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.loading import load_policy
     from lora_dpo.adapters.store import find_adapter
+    from lora_dpo.cli.ready import have_base_of
     from lora_dpo.cli.views import RunView
     from lora_dpo.config.reading import one_of
     from lora_dpo.data.prompts import prompts_with_report
+    from lora_dpo.data.rows import refuse_missing
     from lora_dpo.evaluation.evaluate import AssessPlan, assess
     from lora_dpo.evaluation.requirements import parse_requirements
     from lora_dpo.evaluation.saved import evaluation_folder, save_evaluation
@@ -103,6 +105,7 @@ def evaluate(
         one_of("--quantize", quantize, ("nf4", "none"))
     requirements = parse_requirements(require or ())
     folder = find_adapter(adapter)
+    refuse_missing([*data, *([str(votes)] if votes else [])])
     _check(folder, judge, votes, answers, kl_answers, text, requirements)
     other = against if against == "base" else str(find_adapter(against))
     target = evaluation_folder(folder.resolve().name, output)
@@ -111,6 +114,7 @@ def evaluate(
     if prompts:
         asked, read = prompts_with_report(prompts)
         err.print(f"prompts: {read.summary(prompts)}", highlight=False, markup=False, soft_wrap=True)
+    have_base_of(folder, model)
     plan = AssessPlan(
         answers=answers,
         kl_answers=kl_answers,
@@ -145,7 +149,7 @@ def _check(
     requirements: list[Requirement],
 ) -> None:
     """Refuse what could not be done, before anything is loaded."""
-    from lora_dpo.errors import ConfigError
+    from lora_dpo.errors import ConfigError, DataError
     from lora_dpo.evaluation.prequential import at_first_sight
     from lora_dpo.evaluation.requirements import NAMES, check_measurable
     from lora_dpo.judging.specs import check_specs
@@ -156,6 +160,8 @@ def _check(
         raise ConfigError("--judge compares answers, and --answers is 0. Raise it, or leave --judge out.")
     if judge:
         check_specs(judge)
+    if text and not text.is_file():
+        raise DataError(f"{text} does not exist. Give a file of plain text.")
     missing = set() if at_first_sight(folder) else {"learned"}
     missing |= set() if judge or votes else {"win-rate", "win-rate-lc"}
     missing |= set() if text else {"perplexity-ratio"}
@@ -199,7 +205,7 @@ def table(found: Assessment) -> Table:
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Adapter folders or evaluations (folders with an eval.json).")
+        list[str], typer.Argument(metavar="RUN…", help="Adapters or evaluations: folders, or their names.")
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page to write. Default: reports/NAME.html, a free name.")
@@ -212,11 +218,11 @@ def report(
 
     Examples:
 
-        lora-dpo report adapters/quickstart
+        lora-dpo report quickstart
 
         lora-dpo report adapters/beta01 adapters/beta02 adapters/beta05 --output beta.html
     """
-    from lora_dpo.evaluation.report.write import write_report
+    from lora_dpo.evaluation.report.write import find_run, write_report
 
-    written = write_report(runs, output)
+    written = write_report([find_run(name) for name in runs], output)
     out.print(f"[green]written[/] [bold]{escape(str(written))}[/]", soft_wrap=True)

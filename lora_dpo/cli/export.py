@@ -10,15 +10,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from lora_dpo.cli.merge import BASES
 from lora_dpo.cli.options import BaseElsewhere, Strict
 
 out = Console()
 err = Console(stderr=True)
 
-_BASES = {
-    "base16": "the weights as they are stored",
-    "trained-base": "the NF4 values that 4-bit training computes with",
-}
 _NOT_ITS_BASE = {
     "gguf-adapter": "It was trained on 4-bit weights and is itself only on their values: make that base with "
     "lora-dpo export BASE --to gguf --into trained-base.",
@@ -45,7 +42,7 @@ def export(
     model: BaseElsewhere = None,
     strict: Strict = False,
 ) -> None:
-    """Write an adapter for llama.cpp, Ollama, or a server that reads PEFT folders.
+    """Write an adapter for llama.cpp, Ollama or PEFT servers.
 
     gguf-adapter is a LoRA file for llama.cpp --lora, on top of the base in GGUF; gguf is the merged model in one file;
     ollama is a folder with that file and a Modelfile; peft is the adapter without this tool's own files.
@@ -61,8 +58,10 @@ def export(
         lora-dpo export adapters/quickstart --to ollama --output ollama/quickstart
     """
     from lora_dpo.adapters.folder import strictness
+    from lora_dpo.cli.ready import have_base_of, have_model
     from lora_dpo.cli.views import stages
     from lora_dpo.config.reading import one_of
+    from lora_dpo.files import refuse_existing
     from lora_dpo.release.exports.export_adapter import adapter_of
     from lora_dpo.release.exports.export_adapter import export as run_export
     from lora_dpo.release.merged_weights import trained_into
@@ -70,6 +69,12 @@ def export(
     one_of("--to", to, ("gguf-adapter", "gguf", "ollama", "peft"))
     if into is not None:
         one_of("--into", into, ("base16", "trained-base"))
+    adapter = adapter_of(source)
+    refuse_existing(output)
+    if adapter and to != "peft":  # which is a copy
+        have_base_of(adapter, model)
+    elif not adapter and to in ("gguf", "ollama"):
+        have_model(source)
     with strictness(strict), stages(err) as stage:
         path = run_export(
             source,
@@ -81,10 +86,9 @@ def export(
             on_tensor=lambda done, total: stage("exporting", done, total),
         )
     out.print(f"[green]exported[/] {escape(source)} as {to}: [bold]{escape(str(path))}[/]", soft_wrap=True)
-    adapter = adapter_of(source)
     if to in ("gguf", "ollama"):
         which = into or (trained_into(adapter) if adapter else "base16")
-        out.print(f"  {'merged into' if adapter else 'the weights are'} {which}: {_BASES[which]}", highlight=False)
+        out.print(f"  {'merged into' if adapter else 'the weights are'} {which}: {BASES[which]}", highlight=False)
     elif adapter and trained_into(adapter) == "trained-base":
         out.print(f"  {_NOT_ITS_BASE[to]}", highlight=False, soft_wrap=True)
     if to == "ollama":

@@ -11,7 +11,7 @@ STRICT = "Refuse a base that differs from the adapter's passport in any way; oth
 
 FORMAT_HELP = (
     "Format of all rows: openwebui, shp, nectar, stackexchange, ratings, sharegpt, llamafactory-v1, alpaca, orca, "
-    "argilla, kto, hh-rlhf or trl (docs/data.md). Without it: look at each row."
+    "argilla, kto, hh-rlhf or trl (lora-dpo docs data). Without it: look at each row."
 )
 
 AdapterName = Annotated[str, typer.Argument(help="A name in adapters/, or an adapter folder.")]

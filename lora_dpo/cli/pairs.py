@@ -45,7 +45,9 @@ def pairs(
     model: Annotated[
         str | None, typer.Option(help="The model that answers: a packaged name, a folder, or a hub id.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter on it. Its base is then found by itself.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter on it: a name, or a folder. Its base is then found by itself.")
+    ] = None,
     answers: Annotated[int, typer.Option(min=2, help="Answers sampled to each prompt.")] = 4,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many prompts, spread evenly over the file.")
@@ -79,11 +81,11 @@ def pairs(
 
         lora-dpo pairs prompts.txt --model smollm2-135m --judge 'rules:length<=40' -o pairs.jsonl
 
-        lora-dpo pairs p.txt --adapter adapters/quickstart --judge llm:qwen3:8b@http://localhost:11434/v1 -o pairs.jsonl
+        lora-dpo pairs p.txt --adapter quickstart --judge llm:qwen3:8b@http://localhost:11434/v1 -o pairs.jsonl
 
         lora-dpo pairs p.jsonl --model smollm2-135m --judge my_judge:score --select gaps --min-gap 0.5 -o pairs.jsonl
 
-    Rules to judge by, each a score from 0 to 1 (docs/judges.md has all):
+    Rules to judge by, each a score from 0 to 1 (lora-dpo docs judges has all):
 
         --judge 'rules:length<=40'         words; sentences, chars, tokens, too
 
@@ -101,6 +103,8 @@ def pairs(
     --judge '0.5*rules:no-repeat'.
     """
     from lora_dpo.adapters.folder import strictness
+    from lora_dpo.adapters.store import find_adapter
+    from lora_dpo.cli.ready import have_base_of, have_model
     from lora_dpo.cli.views import RunView
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.data.write import check_name
@@ -119,22 +123,27 @@ def pairs(
     for path in (output, samples or output.with_name(output.name + ".samples.jsonl")):
         refuse_unwritable(path)
     check_specs(judge)
+    folder = find_adapter(adapter) if adapter else None
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
     asked, read = prompts_with_report(prompts, limit=limit, format=format)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     plan = SamplePlan(answers=answers, sampling=sampling, system=system, batch_size=batch_size)
+    if folder is not None:
+        have_base_of(folder, model)
+    elif model is not None:
+        have_model(model)
     with strictness(strict), err.status("loading the model"):
         policy, judged_by = load_with_judge(
             judge,
             cache=output.with_name(output.name + ".judge.sqlite"),
             endpoint=endpoint,
             model=model,
-            adapter=adapter,
+            adapter=folder,
             quantize=cast(Any, quantize),
         )
     show_lines(
         [
-            ("model", policy.base.name + (f" with {adapter}" if adapter else "")),
+            ("model", policy.base.name + (f" with {folder}" if folder else "")),
             ("judge", judged_by.spec + (f" ({judged_by.about})" if judged_by.about else "")),
             ("prompts", read.summary(prompts)),
             ("answers", f"{answers} a prompt, temperature {temperature:g}, at most {max_new_tokens} tokens"),
@@ -241,13 +250,17 @@ def improve(
         lora-dpo improve configs/improve/quickstart.yaml improve.rounds=1 output=adapters/short
     """
     from lora_dpo.adapters.folder import strictness
+    from lora_dpo.cli.ready import have_model
     from lora_dpo.cli.signals import stop_on_signals
     from lora_dpo.cli.views import RunView
     from lora_dpo.config.improve_recipe import read_improve_recipe
     from lora_dpo.events import Stopped, StopSignal
     from lora_dpo.training.improve_rounds import improve as run_rounds
+    from lora_dpo.training.improve_rounds import read_rounds
 
     settings = read_improve_recipe(recipe, overrides or ())
+    read_rounds(settings)  # what is wrong with it, before a model is fetched
+    have_model(settings.model.name)
     view, stop = RunView(out), StopSignal()
     try:
         with strictness(strict), stop_on_signals(stop, err.print), view.live():

@@ -35,7 +35,7 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say before any training what a recipe reads, computes, needs and takes.
+    """Say before a run what it reads, computes, needs and takes.
 
     Pairs and dropped rows, token lengths, tokens saved, parts of a step, memory and time; and, where it does not
     fit, the settings that make it fit. Loads no weights unless --measure is given, and writes nothing.
@@ -49,16 +49,22 @@ def plan(
 
         lora-dpo plan configs/8gb-3b.yaml --card 12GB trainer.max_length=2048
     """
+    from lora_dpo.cli.ready import have_model
     from lora_dpo.cli.views import RunView
     from lora_dpo.config.reading import read_recipe
+    from lora_dpo.training.planning.make_plan import check_sizes
     from lora_dpo.training.planning.make_plan import plan as make_plan
+    from lora_dpo.training.prepare import check_early, with_reference
 
-    settings = read_recipe(recipe, overrides or ())
+    settings = with_reference(read_recipe(recipe, overrides or ()))
     out = Console()
     view = RunView(Console(stderr=True))  # progress beside the result, so that the result can be piped
+    check_early(settings)
     if settings.method != "dpo":
         _plan_answers(settings, view, out, given=bool(card or memory or measure), as_json=as_json)
         return
+    check_sizes(card, memory, measure=measure)
+    have_model(settings.model.name)
     with view.live():
         planned = make_plan(settings, card=card, memory=memory, measure=measure, on_event=view)
     if as_json:
@@ -69,6 +75,7 @@ def plan(
 
 def _plan_answers(recipe: Recipe, view: RunView, out: Console, *, given: bool, as_json: bool) -> None:
     """Print what is known of a run by SFT or KTO."""
+    from lora_dpo.cli.ready import have_model
     from lora_dpo.errors import ConfigError
     from lora_dpo.training.planning.lines import size
     from lora_dpo.training.planning.make_plan import plan_answers
@@ -77,6 +84,7 @@ def _plan_answers(recipe: Recipe, view: RunView, out: Console, *, given: bool, a
         raise ConfigError(
             f"--card, --memory and --measure are about steps of pairs, not method: {recipe.method}. Leave them out."
         )
+    have_model(recipe.model.name)
     with view.live():
         planned = plan_answers(recipe, on_event=view)
     if as_json:

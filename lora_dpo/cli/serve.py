@@ -18,8 +18,9 @@ err = Console(stderr=True)
 def serve(
     model: BaseModel = "smollm2-135m",
     adapters_dir: Annotated[
-        Path, typer.Option(help="Adapters in this folder that fit the base can be asked for by their names.")
-    ] = Path("adapters"),
+        Path | None,
+        typer.Option(help="Adapters in it that fit the base can be asked for by their names. Default: adapters/."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine need --api-key.")] = (
         "127.0.0.1"
     ),
@@ -56,11 +57,10 @@ def serve(
         curl http://127.0.0.1:8000/v1/models
     """
     from lora_dpo.adapters.folder import strictness
+    from lora_dpo.cli.ready import have_model
     from lora_dpo.config.reading import one_of
     from lora_dpo.errors import ConfigError
     from lora_dpo.serving.address import is_loopback, listen
-    from lora_dpo.serving.host import open_host
-    from lora_dpo.serving.http import build_app, run
 
     one_of("--quantize", quantize, ("nf4", "none"))
     if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key == api_key.strip()):
@@ -71,6 +71,10 @@ def serve(
             "LORA_DPO_API_KEY, or listen on 127.0.0.1."
         )
     with listen(host, port) as sock, strictness(strict):
+        have_model(model)  # before what serves it is loaded
+        from lora_dpo.serving.host import open_host
+        from lora_dpo.serving.http import build_app, run
+
         with err.status("loading the model"):
             opened = open_host(
                 model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,8 +34,10 @@ from lora_dpo.events import (
     StepLogged,
 )
 from lora_dpo.events import Progress as ProgressEvent
-from lora_dpo.release.merge_fidelity import Fidelity
 from lora_dpo.text import harmless
+
+if TYPE_CHECKING:
+    from lora_dpo.release.merge_fidelity import Fidelity
 
 
 class RunView:

@@ -166,6 +166,5 @@ def _is_type_tag(part: str | int) -> bool:
 
 
 def _nearby(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("configs")
-    recipes = [str(found) for found in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
+    recipes = [str(found) for found in sorted(path.parent.glob("*.yaml")) or sorted(Path("configs").glob("*.yaml"))]
     return nearest(str(path), recipes) or (f" There is {', '.join(recipes)}." if recipes else "")

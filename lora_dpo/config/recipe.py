@@ -116,7 +116,7 @@ class DataSection(Section):
     format: Annotated[
         str | None,
         Field(
-            description="Format of all rows, training and held-out, by its name in docs/data.md. "
+            description="Format of all rows, training and held-out, by its name in lora-dpo docs data. "
             "Without it each row is looked at."
         ),
     ] = None
@@ -220,12 +220,13 @@ class HealthSection(Section):
     judge: Annotated[
         str | list[str] | None,
         Field(
-            description="Judge of these answers (docs/judges.md); the state with the best score is kept. Without one, "
-            "held-out accuracy decides where trainer.eval_strategy measures it, else the last healthy state."
+            description="Judge of these answers (lora-dpo docs judges); the state with the best score is kept. Without "
+            "one, held-out accuracy decides where trainer.eval_strategy measures it, else the last healthy state."
         ),
     ] = None
     displacement: Annotated[
-        float, Field(gt=0, description="Alarm when the chosen answers lost so many nats a token (docs/health.md).")
+        float,
+        Field(gt=0, description="Alarm when the chosen answers lost so many nats a token (lora-dpo docs health)."),
     ] = 0.25
     kl: Annotated[
         float, Field(gt=0, description="Budget: alarm above so many nats of KL from the reference, a token.")
@@ -257,14 +258,14 @@ class Recipe(Section):
         Literal["dpo", "sft", "kto"],
         Field(
             description="dpo: learn from preference pairs. sft: imitate good answers. kto: learn from single answers "
-            "that are good or bad (docs/methods.md)."
+            "that are good or bad (lora-dpo docs methods)."
         ),
     ] = "dpo"
     reference: Annotated[
         str,
         Field(
-            description="What the policy is held to. base: the base model, adapters off. adapter:PATH: continue "
-            "from that adapter; its frozen copy is the reference."
+            description="What the policy is held to. base: the base model, adapters off. adapter:NAME or "
+            "adapter:PATH: continue from that adapter; its frozen copy is the reference."
         ),
     ] = "base"
     data: Annotated[DataSection, Field(description="Preference pairs.")]

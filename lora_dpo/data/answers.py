@@ -64,7 +64,7 @@ def read_answers(
         sources,
         lambda named: _outcomes(named, good_only=good_only, format=format),
         on_bad_row=on_bad_row,
-        nothing="holds no usable answer: {why}. See docs/methods.md for what is read.",
+        nothing="holds no usable answer: {why}. What is read: lora-dpo docs methods",
     )
 
 

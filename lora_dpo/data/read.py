@@ -62,7 +62,7 @@ def read_pairs(
         sources,
         lambda named: outcomes(named, format=format, min_gap=min_gap),
         on_bad_row=on_bad_row,
-        nothing="holds no usable pair: {why}. See docs/data.md for the formats that are read.",
+        nothing="holds no usable pair: {why}. The formats that are read: lora-dpo docs data",
     )
 
 

@@ -58,6 +58,17 @@ def refuse_twice(sources: Sequence[str]) -> None:
         seen.add(path)
 
 
+def refuse_missing(sources: Sequence[str]) -> None:
+    """Raise `DataError` for a file that is missing, empty or of an unknown kind. No file is read, and no hub asked."""
+    for file in (file for source in sources for file in files_of(source)):
+        path = Path(file)
+        known = _kind(path) in _READERS
+        if known and path.is_file() and path.stat().st_size:
+            continue
+        if known or not is_hub_source(file) or path.exists():
+            next(read_rows(file), None)  # says what is wrong before it reads anything
+
+
 def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
     """Yield `(row number, row)` of a file or a hub data set, numbered from 1 (lines in JSONL).
 

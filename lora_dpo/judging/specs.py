@@ -58,7 +58,7 @@ def open_judge(specs: Sequence[str], means: Means | None = None) -> Judge:
         JudgeError: a judge that cannot be loaded.
     """
     if not specs:
-        raise ConfigError("Name a judge, such as --judge 'rules:length<=40'. docs/judges.md lists them.")
+        raise ConfigError("Name a judge, such as --judge 'rules:length<=40'. See: lora-dpo docs judges")
     return add_up([_weighted(spec.strip(), means or Means()) for spec in specs])
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_dpo import places
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.data.chat_template import check_default
 from lora_dpo.errors import ModelError
 from lora_dpo.files import looks_local
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
-from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
+from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def load_base(
     Raises:
         ModelError: the model is not there, cannot be loaded, or has no chat template.
     """
+    path = resolve_model(name)  # before torch is loaded to say that it is not there
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = resolve_model(name)
     place = pick_device() if device == "auto" else torch.device(device)
     compute = getattr(torch, pick_dtype(dtype, place))
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -124,10 +125,10 @@ def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model. Raises `ModelError` if there is none or no (default) chat template."""
+    path = resolve_model(name)
     from transformers import AutoTokenizer
 
     with quiet_libraries(), _load_errors(name):
-        path = resolve_model(name)
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=looks_local(path), **common)
     if not tokenizer.chat_template:
@@ -141,11 +142,11 @@ def load_tokenizer(
 
 def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's structure without its weights (meta tensors): to count and plan with."""
+    path = resolve_model(name)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet_libraries(), _load_errors(name), torch.device("meta"):
-        path = resolve_model(name)
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -155,7 +156,7 @@ def resolve_model(name: str) -> str:
     """A packaged model's folder, else the name itself. Raises `ModelError` with the next step."""
     name = os.path.expanduser(name)
     if name in PACKAGED_MODELS:
-        folder = MODELS_DIR / name
+        folder = places.model_folder(name)
         if not (folder / "config.json").is_file():
             raise ModelError(f"The model {name} is not here yet. Get it once with: lora-dpo models fetch {name}")
         return str(folder)

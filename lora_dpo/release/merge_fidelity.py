@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.adapter import open_adapter
+from lora_dpo.adapters.base_search import base_of
 from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.loading import load_base_of
 from lora_dpo.adapters.stored_pairs import STORED_PAIRS, Sides, read_stored_pairs
@@ -132,7 +133,7 @@ def fidelity(
 
 def check_pairs(adapter: str | Path, pairs: str | Path | None = None, *, model: str | None = None) -> None:
     """Read the pairs that `fidelity` would compare on, before the work of a merge. Raises as that does."""
-    name, revision = (model, None) if model else open_adapter(adapter).named_base
+    name, revision = (model, None) if model else base_of(open_adapter(adapter))
     _pairs(Path(adapter), pairs, load_tokenizer(name, revision=revision))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_dpo.adapters.folder import warn_of
 from lora_dpo.files import atomic_folder, refuse_existing
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.release.merged_weights import Merged, plan_merge
+from lora_dpo.release.merged_weights import Merged, plan_merge, trained_into
 from lora_dpo.text import plain
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def merge(
     adapter: str | Path,
     output: str | Path,
     *,
-    into: Into = "base16",
+    into: Into | None = None,
     dtype: StoredDtype = "bfloat16",
     model: str | None = None,
     shard: int = SHARD,
@@ -48,7 +48,8 @@ def merge(
     Sums are made in float32; `dtype` is what is stored. Memory is bounded by the largest matrix and `shard`.
 
     Args:
-        into: "base16", "trained-base", or "both" for one folder of each name under `output`.
+        into: "base16", "trained-base", or "both" for one folder of each name under `output`; by default what the
+            adapter was trained on.
         model: another place of the same base; by default the one that the passport names.
         shard: largest size of one file of weights, in bytes.
         on_tensor: called with the number of parameters written and their total.
@@ -61,6 +62,7 @@ def merge(
     adapter, output = Path(adapter), Path(output)
     refuse_existing(output)
     with quiet_libraries():
+        into = into or trained_into(adapter)
         which: tuple[Literal["base16", "trained-base"], ...] = ("base16", "trained-base") if into == "both" else (into,)
         plans = [_plan(adapter, one, model, compared=into == "both") for one in which]
         total = sum(len(plan.shapes) for plan in plans)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo.adapters.adapter import check_fit, open_adapter
+from lora_dpo.adapters.base_search import base_of
 from lora_dpo.adapters.folder import (
     check_holding,
     check_weights_of_base,
@@ -153,7 +154,7 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
     check_finite(adapter)
     if into == "trained-base" and passport is not None and passport.quantize == "none":
         raise AdapterError(f"{adapter} was trained on unquantised weights: use --into base16, it is the same base.")
-    name, revision = (model, None) if model else opened.named_base  # another place has its own revisions
+    name, revision = (model, None) if model else base_of(opened)  # another place has its own revisions
     live = "Use the adapter live, with lora-dpo chat or serve."
     merged, skeleton = _open_base(name, revision, live if passport else "Name its 16-bit original with --model.")
     if passport:

@@ -21,9 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lora_dpo import places
 from lora_dpo.adapters.folder import is_strict
 from lora_dpo.adapters.package import check_name
-from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.config.recipe import Dtype, ModelSection, Quantize, Recipe
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import prompt_ids
@@ -59,8 +59,8 @@ class Host:
 
     Args:
         base: without an adapter on it; it stays so.
-        adapters_dir: adapters are the folders in it, by their names. Within `adapters.folder.strictness(True)`, those
-            that are not quite as their passports say are left out.
+        adapters_dir: adapters are the folders in it, by their names; by default `adapters/`. Within
+            `adapters.folder.strictness(True)`, those that are not quite as their passports say are left out.
         max_waiting: requests that may wait; one more is refused, or takes the place of one of whoever has most.
         max_prompt_tokens: longest prompt; by default three quarters of the model's context, at most 4,096.
     """
@@ -68,19 +68,19 @@ class Host:
     def __init__(
         self,
         base: Base,
-        adapters_dir: Path = ADAPTERS_DIR,
+        adapters_dir: Path | None = None,
         *,
         max_waiting: int = 32,
         max_prompt_tokens: int | None = None,
     ) -> None:
-        self.base, self.adapters_dir = base, adapters_dir
+        self.base, self.adapters_dir = base, adapters_dir or places.adapters()
         self.context = int(base.model.config.get_text_config().max_position_embeddings)
         """Tokens that prompt and answer may have together."""
         self.max_prompt_tokens = max_prompt_tokens or min(MAX_PROMPT, self.context * 3 // 4)
         self.job: TrainingJob | None = None
         """The training that goes on, or the last one."""
         self._fair_queue = FairQueue(max_waiting)
-        self._pool = AdapterPool(base, adapters_dir, strict=is_strict())
+        self._pool = AdapterPool(base, self.adapters_dir, strict=is_strict())
         self._lock = threading.Lock()
         self._closing = False
         self._warming = False
@@ -336,7 +336,7 @@ class Host:
 
 def open_host(
     model: str,
-    adapters_dir: str | Path = ADAPTERS_DIR,
+    adapters_dir: str | Path | None = None,
     *,
     revision: str | None = None,
     quantize: Quantize = "nf4",
@@ -350,7 +350,9 @@ def open_host(
         ModelError: the base cannot be loaded.
     """
     base = load_base(model, revision=revision, quantize=quantize, dtype=dtype)
-    return Host(base, Path(adapters_dir), max_waiting=max_waiting, max_prompt_tokens=max_prompt_tokens)
+    return Host(
+        base, Path(adapters_dir or places.adapters()), max_waiting=max_waiting, max_prompt_tokens=max_prompt_tokens
+    )
 
 
 def _sentence(error: Exception) -> str:

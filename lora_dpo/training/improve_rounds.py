@@ -20,11 +20,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lora_dpo import places
 from lora_dpo.adapters.checkpoints import checkpoints
 from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.loading import LoadedModel
 from lora_dpo.adapters.passport import read_passport
-from lora_dpo.adapters.run_folder import ADAPTERS_DIR, partial_of
+from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.config.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.data.pairs import evenly_spaced
@@ -39,9 +40,11 @@ from lora_dpo.judging.pair_making import Selection, make_pairs
 from lora_dpo.judging.samples import SamplePlan
 from lora_dpo.judging.specs import check_specs, is_implicit
 from lora_dpo.leftovers import settle
-from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.base import Base, load_base, resolve_model
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import detach
+from lora_dpo.model.packaged import PACKAGED_MODELS
+from lora_dpo.training.prepare import refuse_lora, with_reference
 from lora_dpo.training.round_scores import Measurement, score_table
 from lora_dpo.training.run import train
 
@@ -143,7 +146,15 @@ def improve(
 # --- before the first round -----------------------------------------------------------------------
 
 
-def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) -> _Rounds:
+def read_rounds(recipe: ImproveRecipe) -> tuple[ImproveRecipe, list[Prompt], list[Prompt], list[str]]:
+    """Check the settings and read the prompts, without torch: what is wrong with them is said within seconds.
+
+    Returns:
+        The recipe with its reference as a folder, the prompts, the held-out prompts, and an account of both files.
+
+    Raises:
+        LoraDPOError: as `improve` would.
+    """
     section = recipe.improve
     check_specs(section.judges)
     if any(map(is_implicit, section.judges)):
@@ -151,14 +162,14 @@ def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) 
             "The implicit judge changes with every round, so its scores cannot show whether rounds help. Use another "
             "judge, or lora-dpo pairs --judge implicit for one round."
         )
-    if recipe.reference != "base" and recipe.lora.model_fields_set:
-        given = ", ".join(sorted(recipe.lora.model_fields_set))
-        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
+    recipe = with_reference(recipe)
+    if recipe.reference != "base":
+        refuse_lora(recipe)
     trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
+    if recipe.model.name not in PACKAGED_MODELS:
+        resolve_model(recipe.model.name)
     prompts, read = prompts_with_report(section.prompts, limit=section.limit)
     held_out, read_held_out = prompts_with_report(section.held_out, limit=section.held_out_limit)
-    emit(Note(f"prompts: {read.summary(section.prompts)}"))
-    emit(Note(f"held-out prompts: {read_held_out.summary(section.held_out)}"))
     if len(held_out) < FEWEST_HELD_OUT:
         raise DataError(
             f"{section.held_out} holds {len(held_out)} prompts: too few to see whether a round helped. "
@@ -171,7 +182,16 @@ def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) 
             f"{len(leaked)} of the {len(held_out)} held-out prompts are trained on, too (the first is "
             f"{leaked[0].source} row {leaked[0].row}). Take them out of one of the files."
         )
-    output = Path(recipe.output) if recipe.output else ADAPTERS_DIR / name
+    accounts = [f"prompts: {read.summary(section.prompts)}"]
+    accounts.append(f"held-out prompts: {read_held_out.summary(section.held_out)}")
+    return recipe, prompts, held_out, accounts
+
+
+def _prepare(recipe: ImproveRecipe, name: str, emit: OnEvent, stop: StopSignal) -> _Rounds:
+    recipe, prompts, held_out, accounts = read_rounds(recipe)
+    for text in accounts:
+        emit(Note(text))
+    output = Path(recipe.output) if recipe.output else places.adapters() / name
     return _Rounds(recipe, output, emit, stop, prompts, held_out)
 
 

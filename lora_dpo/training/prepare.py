@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from math import ceil, prod
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lora_dpo.adapters.passport import check_folder
 from lora_dpo.adapters.run_folder import check_space, partial_of
+from lora_dpo.adapters.store import find_adapter
+from lora_dpo.config.improve_recipe import ImproveRecipe
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.config.trl_common import check_optimizer
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
@@ -20,12 +22,14 @@ from lora_dpo.data.doctor.checks import prompt_text
 from lora_dpo.data.pairs import Dropped, UnpairedAnswer, evenly_spaced
 from lora_dpo.data.questions import read_questions
 from lora_dpo.data.read import outcomes
+from lora_dpo.data.rows import refuse_missing
 from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
-from lora_dpo.model.base import load_skeleton, load_tokenizer
+from lora_dpo.model.base import load_skeleton, load_tokenizer, resolve_model
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
+from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.model.tensor_file import open_tensors
 from lora_dpo.training.prepared import Run
 from lora_dpo.training.resolved import lora_line, model_lines, run_lines
@@ -33,11 +37,46 @@ from lora_dpo.training.resolved import lora_line, model_lines, run_lines
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+AnyRecipe = TypeVar("AnyRecipe", Recipe, ImproveRecipe)
+
 SMALL_FILES = 1 << 20
 """Bytes of what is small beside weights: settings, logs, random states, curves, the report."""
 
 MAX_WEIGHT = 4.0
 """Most that a pair counts: scores such as votes are heavy-tailed, and a few pairs would be the whole gradient."""
+
+
+def check_early(recipe: Recipe) -> None:
+    """Refuse, within a second, what can be told without torch: wrong settings, and files and folders that are missing.
+
+    A packaged model that was not fetched yet is none of them: a command fetches it.
+
+    Raises:
+        LoraDPOError: as `read_run` would, a minute later on a slow machine.
+    """
+    trainer_settings(recipe)
+    data, adapter = recipe.data, recipe.reference_adapter
+    for sources in (data.train, data.eval or []):
+        refuse_missing([sources] if isinstance(sources, str) else sources)
+    if recipe.evaluation.questions:
+        read_questions(recipe.evaluation.questions)
+    if adapter is not None:
+        check_folder(adapter)
+        refuse_lora(recipe)
+    if recipe.model.name not in PACKAGED_MODELS:
+        resolve_model(recipe.model.name)
+
+
+def with_reference(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe with its reference adapter as a folder: it may name one as the command line does.
+
+    Raises:
+        AdapterError: there is no such adapter.
+    """
+    if recipe.reference == "base":
+        return recipe
+    folder = find_adapter(recipe.reference.removeprefix("adapter:"))
+    return recipe.model_copy(update={"reference": f"adapter:{folder}"})
 
 
 def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Run:
@@ -238,9 +277,14 @@ def _count_trainable(recipe: Recipe, skeleton: PreTrainedModel) -> int:
     if adapter is None:
         model = attach_lora(skeleton, recipe.lora, seed=0)
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if recipe.lora.model_fields_set:
-        given = ", ".join(sorted(recipe.lora.model_fields_set))
-        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
+    refuse_lora(recipe)
     check_folder(adapter)
     with open_tensors(adapter / "adapter_model.safetensors") as tensors:
         return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+
+
+def refuse_lora(recipe: Recipe | ImproveRecipe) -> None:
+    """Raise `ConfigError` for a `lora:` section beside a reference adapter, which brings its own."""
+    if recipe.lora.model_fields_set:
+        given = ", ".join(sorted(recipe.lora.model_fields_set))
+        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo import places
 from lora_dpo.adapters.checkpoints import checkpoint_callback, checkpoints, clear_torn, read_state, tokens_seen
 from lora_dpo.adapters.folder import attach_adapter, restore_adapter
 from lora_dpo.adapters.passport import make_passport, write_passport
@@ -42,7 +43,7 @@ from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.before_after import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.training.guard.callback import add_guard
 from lora_dpo.training.guard.training_guard import Guard, Outcome, check_health, was_stopped
-from lora_dpo.training.prepare import prepare
+from lora_dpo.training.prepare import check_early, prepare, with_reference
 from lora_dpo.training.prepared import Run
 from lora_dpo.training.run_summary import Stopwatch, findings, record, write_record
 
@@ -91,9 +92,11 @@ def train(
         LoraDPOError: anything that a user can mend; nothing half-written is left.
         Stopped: `stop` was requested; says whether a checkpoint was saved.
     """
+    recipe = with_reference(recipe)
     output = choose_output(recipe, name, resume=resume)
     recipe = recipe.model_copy(update={"output": str(output)})
     check_health(recipe)
+    check_early(recipe)
     emit = Stopwatch(on_event or (lambda event: None))
     with quiet_libraries():
         run = prepare(recipe, output, emit, stop or StopSignal())
@@ -280,7 +283,7 @@ def _keep_tensorboard(trainer: Any, name: str) -> None:
 
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(Path("runs") / name)
+            callback.logging_dir = str(places.runs() / name)
 
 
 def _make_look(look: Look) -> Any:

@@ -267,7 +267,7 @@ def after(case: Case, whole: dict[str, dict[str, str]]) -> int:
     for name in case.results:
         assert Path(name).exists() is not case.gone, f"{name} is {'still' if case.gone else 'not'} there"
     look(case, whole)
-    found = [str(left.path) for left in leftovers(Path(), Path("tmp"))]
+    found = [str(left.path) for left in leftovers([Path()], Path("tmp"))]
     assert not found, f"left behind: {found}"
     assert not list(Path().rglob("*.partial")), "an unfinished run is left behind"
     return 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_dpo import places
 from lora_dpo.adapters.passport import check_folder
 from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.adapters.stored_run import is_evaluation, is_unfinished, read_evaluation, read_run
@@ -18,7 +20,6 @@ from lora_dpo.files import atomic_file, numbered
 __all__ = ["PAGE", "evaluation_page", "number_rows", "report_of", "write_report"]
 
 PAGE = "report.html"
-REPORTS = Path("reports")
 
 
 def report_of(folders: Sequence[Path], *, name: str | None = None) -> str:
@@ -37,6 +38,16 @@ def report_of(folders: Sequence[Path], *, name: str | None = None) -> str:
     return comparison_page(runs, evaluations)
 
 
+def find_run(name: str | Path) -> Path:
+    """The folder of a run or an evaluation, given as one or as a name in `adapters/` or `evaluations/`.
+
+    Where there is none, what was given: `write_report` says so.
+    """
+    given = Path(os.path.expanduser(name))
+    ways = [given, *(root / given for root in (places.adapters(), places.evaluations(), places.project()))]
+    return next((way for way in ways if os.path.isdir(way)), given)
+
+
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Write that page; by default to a free name in `reports/`.
 
@@ -53,8 +64,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
             check_folder(folder)
     text = report_of(folders)
     stem = folders[0].resolve().name if len(folders) == 1 else "comparison"
-    places = map(REPORTS.joinpath, numbered(stem, ".html"))
-    target = output or next(place for place in places if not place.exists())
+    free = (place for place in map(places.reports().joinpath, numbered(stem, ".html")) if not place.exists())
+    target = output or next(free)
     with atomic_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_dpo import places
 from lora_dpo.adapters.adapter import open_adapter
+from lora_dpo.adapters.base_search import base_of
 from lora_dpo.adapters.folder import warn_of
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_json
 from lora_dpo.adapters.package import CARD, without_picture
 from lora_dpo.adapters.peft_files import check_finite
-from lora_dpo.adapters.run_folder import ADAPTERS_DIR
 from lora_dpo.adapters.store import adapter_names, find_adapter
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import atomic_file, atomic_folder
-from lora_dpo.model.packaged import MODELS_DIR, PACKAGED_MODELS
+from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.release.merged_weights import Into, Merged, plan_base, plan_merge, trained_into
 from lora_dpo.text import plain
@@ -94,10 +95,10 @@ def adapter_of(source: str | Path) -> Path | None:
         return path
     if str(source) in PACKAGED_MODELS or (path / "config.json").is_file():
         return None
-    if path.exists():
+    names, bare = adapter_names(), len(path.parts) == 1
+    if path.exists() and not (bare and path.name in names):
         raise AdapterError(f"{plain(source)} is no adapter: there is no {CONFIG} in it.")
-    names = adapter_names(ADAPTERS_DIR)
-    if path.parts[0] == str(ADAPTERS_DIR) or (len(path.parts) == 1 and (path.name in names or _near(path.name, names))):
+    if path.parts[:1] == (places.adapters().name,) or (bare and (path.name in names or _near(path.name, names))):
         return find_adapter(source)
     return None  # a hub id
 
@@ -161,9 +162,9 @@ def _peft_folder(adapter: Path, output: Path) -> Path:
     """The two PEFT files and the card. The base is named where it can be loaded from: a hub id, or a folder here."""
     opened = open_adapter(adapter)
     check_finite(adapter)
-    name, revision = opened.named_base
+    name, revision = base_of(opened)
     # not the hub's model of that name: a packaged one has other weights, rounded to 4 bits by its maker
-    base = str(MODELS_DIR / name) if name in PACKAGED_MODELS else name
+    base = str(places.model_folder(name)) if name in PACKAGED_MODELS else name
     raw = {**opened.config.raw, "base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     with atomic_folder(output) as folder:
         shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo import places
 from lora_dpo.adapters.lora_config import read_config
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.engine.cost_model import PairShape, pair_shape
@@ -39,7 +40,7 @@ from lora_dpo.training.planning.memory_plan import (
 )
 from lora_dpo.training.planning.plan_values import AnswersPlan, Plan, Rows, Steps, Tokens
 from lora_dpo.training.planning.step_time import step_flops, time_of
-from lora_dpo.training.prepare import prepare, read_run
+from lora_dpo.training.prepare import check_early, prepare, read_run, with_reference
 from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ def plan_answers(recipe: Recipe, *, on_event: OnEvent | None = None) -> AnswersP
         elif on_event and not isinstance(event, RowsDropped):
             on_event(event)
 
+    recipe = with_reference(recipe)
+    check_early(recipe)
     with quiet_libraries():
-        run = prepare(recipe, Path(recipe.output or "adapters/plan"), emit, StopSignal())
+        run = prepare(recipe, Path(recipe.output or places.adapters() / "plan"), emit, StopSignal())
         costs = _costs(run, {})
         cost = costs.footprint(_choice(costs))
     data = {which: Rows(report.rows, report.kept, dict(report.reasons())) for which, report in run.reports.items()}
@@ -100,8 +103,7 @@ def plan(
     Raises:
         LoraDPOError: as `train` would, for anything in recipe, data or model; or an option makes no sense.
     """
-    if card and (memory or measure):
-        raise ConfigError(f"--card {card} is another machine: it goes without --memory and --measure.")
+    sizes = check_sizes(card, memory, measure=measure)
     if recipe.method != "dpo":
         raise ConfigError(
             f"What a step takes is known of pairs, not with method: {recipe.method}. Use plan_answers, or try a few "
@@ -115,16 +117,23 @@ def plan(
         elif on_event:
             on_event(event)
 
-    # Sizes are read before the data, which may take minutes.
-    sizes = {name: _bytes(f"--{name}", text) for name, text in (("card", card), ("memory", memory)) if text}
+    recipe = with_reference(recipe)
+    check_early(recipe)
     with quiet_libraries():
-        run = read_run(recipe, Path(recipe.output or "adapters/plan"), emit, StopSignal())
+        run = read_run(recipe, Path(recipe.output or places.adapters() / "plan"), emit, StopSignal())
         costs = _costs(run, sizes)
         choice = _choice(costs)
         planned = _plan(costs, choice, notes)
         if measure:
             planned = _measured(planned, costs, choice, emit)
     return planned
+
+
+def check_sizes(card: str | None, memory: str | None, *, measure: bool) -> dict[str, int]:
+    """Bytes of what is given, by option. Raises `ConfigError` for what is no size, or does not go together."""
+    if card and (memory or measure):
+        raise ConfigError(f"--card {card} is another machine: it goes without --memory and --measure.")
+    return {name: _bytes(f"--{name}", text) for name, text in (("card", card), ("memory", memory)) if text}
 
 
 def parse_size(text: str) -> int | None:
