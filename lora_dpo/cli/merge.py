@@ -88,9 +88,8 @@ def merge(
             on_tensor=lambda done, total: stage("merging", done, total),
         )
     out.print(f"[green]merged[/] {escape(str(folder))}: [bold]{escape(str(output))}[/] ({dtype})", soft_wrap=True)
-    if which in BASES:
-        more = "" if into else "; --into both compares it with the other" if which == "trained-base" else ""
-        out.print(f"  into {which}: {BASES[which]}{more}", highlight=False, soft_wrap=True)
+    if which != "both":
+        out.print(f"  into {which}{_why(folder, into)}", highlight=False, soft_wrap=True)
     if not report:
         return
     if not comparable:
@@ -106,3 +105,17 @@ def merge(
         said = f"Compared on {found[0].pairs} of {found[0].given} pairs, evenly spaced: more would fill the disk."
         out.print(said, highlight=False)
     out.print(recommend(found), soft_wrap=True, highlight=False)
+
+
+def _why(adapter: Path, into: str | None) -> str:
+    """What the base is that it was merged into, and why that one if nobody asked for it."""
+    from lora_dpo.adapters.passport import read_passport
+    from lora_dpo.release.merged_weights import trained_into
+
+    which = into or trained_into(adapter)
+    if into is not None:
+        return f": {BASES[which]}"
+    if read_passport(adapter) is None:
+        return f": {BASES[which]}; nothing says what it was trained on"
+    other = ". --into both compares it with the weights as they are stored" if which == "trained-base" else ""
+    return f", which it was trained on: {BASES[which]}{other}"

@@ -65,6 +65,27 @@ def test_the_two_bases_give_different_models(adapter, tmp_path):
     assert not torch.allclose(one, other, atol=1e-3)
 
 
+def test_without_a_word_it_is_merged_into_what_it_was_trained_on(adapter, tiny_model_folder, tmp_path):
+    merged = logits(AutoModelForCausalLM.from_pretrained(merge(adapter, tmp_path / "merged", dtype="float32")))
+    base = load_base(str(tiny_model_folder), quantize="nf4", packed=False)  # as in training
+    assert torch.allclose(merged, logits(attach_adapter(base, adapter)), atol=2e-5)
+
+
+def test_it_is_said_what_it_was_merged_into_and_why(adapter, tmp_path, capsys):
+    def said(*more):
+        name = f"merged-{len(list(tmp_path.glob('merged-*')))}"
+        assert main(["merge", str(adapter), "--output", str(tmp_path / name), "--no-report", *more]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    passport = read_passport(adapter)
+    assert "into trained-base, which it was trained on: the NF4 values that 4-bit training" in said()
+    assert said("--into", "base16").endswith("into base16: the weights as they are stored")
+    write_passport(adapter, dataclasses.replace(passport, quantize="none"))
+    assert said().endswith("into base16, which it was trained on: the weights as they are stored")
+    (adapter / "passport.json").unlink()
+    assert said("--model", passport.base).endswith("stored; nothing says what it was trained on")
+
+
 def test_the_merged_folder_is_stored_in_the_asked_dtype_with_its_tokenizer(adapter, tmp_path):
     from transformers import AutoTokenizer
 
@@ -270,11 +291,11 @@ def test_a_base_that_is_not_whole_is_said(adapter, hub, tiny_model_folder, tmp_p
 
 def test_another_quantisation_tokenizer_or_template_warns_and_strict_refuses(adapter, tiny_model_folder, tmp_path):
     with pytest.warns(BaseDiffers, match="quantised as nf4, here they are none"):
-        merge(adapter, tmp_path / "stored")
+        merge(adapter, tmp_path / "stored", into="base16")
     with strictness(True):
         merge(adapter, tmp_path / "both", into="both")  # to compare is what was asked
         with pytest.raises(BaseDiffers, match="quantised as nf4"):
-            merge(adapter, tmp_path / "merged")
+            merge(adapter, tmp_path / "merged", into="base16")
     other = tmp_path / "other"
     shutil.copytree(tiny_model_folder, other)
     template = other / "chat_template.jinja"
@@ -382,12 +403,12 @@ def test_pairs_that_would_fill_the_disk_are_thinned_evenly(adapter, tmp_path, mo
     size = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) * 259 * 4
     monkeypatch.setattr(sys.modules["lora_dpo.release.merge_fidelity"], "MAX_STORED", size // 2)
     assert thinned(pairs, 259) == [pairs[index] for index in evenly_spaced(len(pairs), len(pairs) // 2)]
-    [found] = fidelity(adapter, {"base16": merge(adapter, tmp_path / "merged")})
+    [found] = fidelity(adapter, {"base16": merge(adapter, tmp_path / "merged", into="base16")})
     assert (found.pairs, found.given) == (len(pairs) // 2, len(pairs))
 
 
 def test_a_full_disk_under_the_report_is_said(adapter, tmp_path, monkeypatch):
-    folder = merge(adapter, tmp_path / "merged")
+    folder = merge(adapter, tmp_path / "merged", into="base16")
 
     def full(self, content):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -398,7 +419,7 @@ def test_a_full_disk_under_the_report_is_said(adapter, tmp_path, monkeypatch):
 
 
 def test_what_the_report_stores_waits_beside_the_merged_model(adapter, tmp_path, monkeypatch):
-    folder = merge(adapter, tmp_path / "deep" / "merged")
+    folder = merge(adapter, tmp_path / "deep" / "merged", into="base16")
     places, real = [], Path.write_bytes
 
     def noted(self, content):
@@ -414,7 +435,7 @@ def test_what_the_report_stores_waits_beside_the_merged_model(adapter, tmp_path,
 
 def test_an_adapter_without_pairs_needs_some_for_a_report(adapter, tmp_path):
     (adapter / "verify.json").unlink()
-    folder = merge(adapter, tmp_path / "merged")
+    folder = merge(adapter, tmp_path / "merged", into="base16")
     with pytest.raises(AdapterError, match="--pairs"):
         fidelity(adapter, {"base16": folder})
 

@@ -162,7 +162,10 @@ def _peft_folder(adapter: Path, output: Path) -> Path:
     """The two PEFT files and the card. The base is named where it can be loaded from: a hub id, or a folder here."""
     opened = open_adapter(adapter)
     check_finite(adapter)
-    name, revision = base_of(opened)
+    try:
+        name, revision = base_of(opened)
+    except AdapterError:  # a copy needs no base
+        name, revision = opened.named_base
     # not the hub's model of that name: a packaged one has other weights, rounded to 4 bits by its maker
     base = str(places.model_folder(name)) if name in PACKAGED_MODELS else name
     raw = {**opened.config.raw, "base_model_name_or_path": base, "revision": revision, "inference_mode": True}
