@@ -54,11 +54,11 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def checkpointed(trainer: Any) -> Iterator[None]:
     trainer.model.gradient_checkpointing_enable()
-    trainer.engine.whole_step.budget._checkpoint(trainer.engine.whole_step.budget.layers)
+    trainer.engine.whole_step.budget.checkpoint_layers(trainer.engine.whole_step.budget.layers)
     try:
         yield
     finally:
-        trainer.engine.whole_step.budget._checkpoint(0)
+        trainer.engine.whole_step.budget.checkpoint_layers(0)
 
 
 def trl_head(hidden: Any, weight: Any, bias: Any, label: Any, *, scale: float, softcap: Any, extras: Any) -> Any:

@@ -138,6 +138,13 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder is a new one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def recipe_dict(
     tiny_model_folder: Path, write_pairs: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 
 import gguf
 import pytest
+from children import in_a_child
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -42,25 +41,10 @@ def content(path):
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def in_a_child(work, delay=None, *, begun=None):
-    """Run `work` in a forked process; kill it after `delay` seconds. Returns how long it ran and whether it ended."""
+def seconds_of(work):
     began = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    if delay is None:
-        os.waitpid(child, 0)
-        return time.perf_counter() - began
-    while begun is not None and not begun():
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return delay  # it ended before anything was seen
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return delay
+    assert in_a_child(work) == 0
+    return time.perf_counter() - began
 
 
 @pytest.mark.parametrize("what", ["merge", "install", "pack", "export", "merged export"])
@@ -86,15 +70,15 @@ def test_a_kill_leaves_the_whole_or_nothing(what, tiny_adapter, gguf_adapter, tm
     whole = content(target)
     kept = target.read_bytes() if target.is_file() else b""
     remove(target)
-    took = max(in_a_child(work) for _ in range(2) if not remove(target))
+    took = max(seconds_of(work) for _ in range(2) if not remove(target))
     remove(target)
     draws = random.Random(what)
     outcomes, refused = [], []
     for number in range(KILLS + KILLS // 2):
         if number < KILLS:
-            in_a_child(work, draws.uniform(0, 1.1 * took))
+            in_a_child(work, kill_after=draws.uniform(0, 1.1 * took))
         else:  # soon after the first sign of what it writes
-            in_a_child(work, draws.uniform(0, 0.05 * took), begun=lambda: any(Path().glob(".*")))
+            in_a_child(work, kill_after=draws.uniform(0, 0.05 * took), begun=lambda: any(Path().glob(".*")))
         if target.exists():
             assert content(target) == whole
         outcomes.append("whole" if target.exists() else "nothing")

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from children import in_a_child
 
 from lora_dpo import leftovers
 from lora_dpo.adapters.checkpoints import begin, seal
@@ -27,22 +28,11 @@ from lora_dpo.leftovers import discard, give_up, scratch, scratch_folder, settle
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+def its_own_place(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path / "here")
-
-
-def in_a_child(work):
-    """Run `work` in a child that ends there, as if killed; returns its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(7)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed_inside(manager, *, write=None):

@@ -390,11 +390,11 @@ def test_the_critic_does_not_move_the_policy(lab):
     settings = PPOSettings(kl_weight=0.0, iterations=1, rollouts=8, learning_rate=1e-2)
     with lab.fresh(0) as model:
         run = PPO(lab, model, lab.ids(["Hello"]), settings)
-        rollouts = run._roll_out(0)
+        rollouts = run.roll_out(0)
         torch.nn.init.normal_(run.critic.weight)  # at its start it is 0, and so would be what it asks of the policy
         nothing = torch.zeros_like(rollouts.advantages)
         before = {name: p.detach().clone() for name, p in run.adapter.items()}
-        run._step(
+        run.step(
             type(rollouts)(rollouts.prompts, rollouts.answers, rollouts.old, nothing, rollouts.returns, 0.0), [0, 1]
         )
         assert all(torch.equal(p, before[name]) for name, p in run.adapter.items())

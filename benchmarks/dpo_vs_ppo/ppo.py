@@ -74,14 +74,14 @@ class PPO:
     def iterate(self) -> dict[str, float]:
         """One iteration: sample with the policy as it is, then a few epochs of clipped steps on these answers."""
         number, settings = len(self.log), self.settings
-        rollouts = self._roll_out(number)
+        rollouts = self.roll_out(number)
         order = random.Random(f"{settings.seed}/{number}")
         clipped, losses = [], []
         self.model.train()
         for _ in range(settings.epochs):
             indices = order.sample(range(len(rollouts.answers)), len(rollouts.answers))
             for part in (indices[i :: settings.minibatches] for i in range(settings.minibatches)):
-                loss, share = self._step(rollouts, sorted(part))
+                loss, share = self.step(rollouts, sorted(part))
                 losses.append(loss)
                 clipped.append(share)
         row = {
@@ -94,7 +94,8 @@ class PPO:
         self.log.append(row)
         return row
 
-    def _roll_out(self, number: int) -> Rollouts:
+    def roll_out(self, number: int) -> Rollouts:
+        """Answer the next prompts as the policy now is, and what each token earned."""
         settings = self.settings
         self.model.eval()
         prompts = [self.prompts[(number * settings.rollouts + i) % len(self.prompts)] for i in range(settings.rollouts)]
@@ -109,7 +110,8 @@ class PPO:
         kl = float(scored.kl.sum(dim=1).mean())
         return Rollouts(prompts, answers, scored.logps, whiten(advantages, rows.mask), returns, kl)
 
-    def _step(self, rollouts: Rollouts, part: list[int]) -> tuple[float, float]:
+    def step(self, rollouts: Rollouts, part: list[int]) -> tuple[float, float]:
+        """One clipped update on some of the answers; the loss, and the share of ratios that were clipped."""
         rows = rows_of([rollouts.prompts[i] for i in part], [rollouts.answers[i].tokens for i in part])
         width = rows.mask.shape[1]
         old, advantages, returns = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.lora_config import WEIGHTS, AdapterConfig
-from lora_dpo.adapters.passport import PASSPORT, Passport, read_passport
+from lora_dpo.adapters.passport import PASSPORT, Passport, check_folder, parse_passport
 from lora_dpo.adapters.peft_files import AdapterTensors, read_adapter
 from lora_dpo.config.recipe import Quantize
 from lora_dpo.errors import AdapterError
@@ -57,10 +57,15 @@ def open_adapter(folder: str | Path) -> Adapter:
     """Read and check what needs neither a base nor the weights' values: config, header, passport, its hash of them.
 
     Raises:
-        AdapterError: the first thing that is wrong, by name.
+        AdapterError: no adapter there, or the first thing that is wrong, by name.
     """
-    folder = Path(folder)
-    passport = read_passport(folder)
+    check_folder(Path(folder))
+    return adapter_in(Path(folder))
+
+
+def adapter_in(folder: Path) -> Adapter:
+    """The same of a folder that has not its own name yet, since it is still being written or taken in."""
+    passport = parse_passport(folder / PASSPORT) if (folder / PASSPORT).is_file() else None
     config, tensors = read_adapter(folder)
     _check_weights(passport, folder)
     return Adapter(folder, config, tensors, passport)

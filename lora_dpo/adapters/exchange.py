@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dpo import places
-from lora_dpo.adapters.adapter import Adapter, open_adapter
+from lora_dpo.adapters.adapter import Adapter, adapter_in
 from lora_dpo.adapters.lora_config import CONFIG
 from lora_dpo.adapters.package import (
     CARD,
@@ -113,7 +113,7 @@ def check_content(folder: Path) -> Adapter:
     Raises:
         AdapterError: the first thing that is wrong, by name.
     """
-    adapter = open_adapter(folder)
+    adapter = adapter_in(folder)
     check_finite(folder)
     if adapter.passport:
         _check_printable(folder / PASSPORT, "base", adapter.passport.base)

@@ -48,7 +48,7 @@ def choose_output(recipe: Recipe, recipe_name: str, *, resume: bool) -> Path:
         OutputError: the recipe's `output` is taken, or there is nothing to resume.
     """
     if recipe.output is not None:
-        _check_place(Path(recipe.output), resume=resume)
+        check_place(Path(recipe.output), resume=resume)
         return Path(recipe.output)
     root = places.adapters()
     names = list(itertools.islice(numbered(recipe_name), 1000))
@@ -98,7 +98,7 @@ def open_run(
         OutputError: the output exists, another run is in the way, or there is no whole checkpoint.
         ConfigError: resuming with other settings than the run began with.
     """
-    _check_place(output, resume=resume)
+    check_place(output, resume=resume)
     partial = partial_of(output)
     if resume:
         _check_same_recipe(recipe, output)
@@ -212,7 +212,8 @@ def whole_rows(path: Path) -> Iterator[dict[str, Any]]:
 # --- who may write --------------------------------------------------------------------------------
 
 
-def _check_place(output: Path, *, resume: bool) -> None:
+def check_place(output: Path, *, resume: bool) -> None:
+    """Raise `OutputError` unless a run may write there: nothing lies there, and no other run is at it."""
     refuse_existing(output)
     partial = partial_of(output)
     process = running(output)

@@ -1,13 +1,13 @@
 """The terminal: parse, call, draw. Nothing is decided here.
 
-commands     `lora-dpo` itself: train, and the list of the others
+commands     `lora-dpo` itself: train, recipe, and the list of the others
 adapters, chat, clean, data, demo, docs, eval, export, merge, models, pairs, plan, serve
-             the other commands
+             the other commands (`improve` is in pairs, `report` in eval)
 help         the text of `--help`, as terminals show it
 ready        what a command needs, before it loads anything
 options      those that several commands share
-views        events drawn in a terminal
-data_views   what the doctor says, drawn
+views        events, printed in a terminal
+data_views   what the doctor says, printed
 chat_loop    the terminal chat
 cleaning     what killed commands left behind
 signals      Ctrl-C as a request to stop

@@ -155,11 +155,11 @@ class CostModel:
         """
         flops = 4.0 * self.hidden * self.vocabulary * pair.labels
         for number, layer in enumerate(self.layers):
-            forward = 2 * layer.weights * pair.stream + self._attention_flops(layer, pair)
+            forward = 2 * layer.weights * pair.stream + self.attention_flops(layer, pair)
             if number < self.depth:
                 flops += forward * below
                 continue
-            flops += 2 * forward + 6 * layer.adapter * pair.stream + 0.5 * self._attention_flops(layer, pair)
+            flops += 2 * forward + 6 * layer.adapter * pair.stream + 0.5 * self.attention_flops(layer, pair)
             flops += forward * (number - self.depth < checkpointed)
         return flops
 
@@ -167,10 +167,11 @@ class CostModel:
         """FLOPs of a pass of the reference, or of any other without gradients: 2·N·S + 2·E·V·L, and attention."""
         flops = 2.0 * self.hidden * self.vocabulary * pair.labels
         for layer in self.layers[0 if below else self.depth :]:
-            flops += 2 * layer.weights * pair.stream + self._attention_flops(layer, pair)
+            flops += 2 * layer.weights * pair.stream + self.attention_flops(layer, pair)
         return flops
 
-    def _attention_flops(self, layer: LayerShape, pair: PairShape) -> float:
+    def attention_flops(self, layer: LayerShape, pair: PairShape) -> float:
+        """Of one layer's attention over a pair's stream, forward."""
         prefix, chosen, rejected = pair.spans
         before = prefix + chosen
         seen = before * (before + 1) / 2 + rejected * prefix + rejected * (rejected + 1) / 2

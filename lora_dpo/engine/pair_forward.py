@@ -224,10 +224,10 @@ class PairForward:
         self.tokens += len(layout.ids_S)
         with contextlib.ExitStack() as afterwards:
             afterwards.callback(self.rest)
-            hidden_SE = self._hidden(layout, rows)
+            hidden_SE = self.hidden(layout, rows)
             if torch.is_grad_enabled() and self._runs_again():
                 afterwards.pop_all()  # whoever runs the backward pass calls `rest` after it
-        return self._outputs(hidden_SE, layout)
+        return self.tables(hidden_SE, layout)
 
     @contextlib.contextmanager
     def log(self, logged: bool) -> Iterator[None]:
@@ -290,7 +290,8 @@ class PairForward:
         because = "the model is called " + ", ".join(odd) if odd else "its rows are not pairs"
         logger.warning("This pass is TRL's own (slower, the same result): %s.", because)
 
-    def _hidden(self, layout: Layout, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def hidden(self, layout: Layout, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The last hidden states `[S, E]` of a stream, from the trunk cache up where there is one."""
         keep = self.rematerialiser is not None and torch.is_grad_enabled()
         with self.rematerialiser.active() if keep else contextlib.nullcontext():  # type: ignore[union-attr]
             if self.trunk is None or self.depth == 0:
@@ -302,7 +303,8 @@ class PairForward:
     def _run(self, layout: Layout) -> torch.Tensor:
         return stream_hidden(self.model, layout)
 
-    def _outputs(self, hidden_SE: torch.Tensor, layout: Layout) -> Any:
+    def tables(self, hidden_SE: torch.Tensor, layout: Layout) -> Any:
+        """TRL's output of a stream's last hidden states `[S, E]`: per-token tables `[R, T-1]`."""
         device = self.model.get_output_embeddings().weight.device  # with a model over several devices, another one
         layout = to_device(layout, device)
         extras = (*self.outputs, *(LOGGED if self.logged else ()))

@@ -73,7 +73,7 @@ class Rematerialiser:
                 gate, up = seen.pop("gate", None), seen.pop("up", None)
                 if gate is None or up is None:
                     return  # another forward pass was put into this module, such as a fused kernel's
-                self._note(inputs[0], lambda: act(gate) * up, gate, up)
+                self.note(inputs[0], lambda: act(gate) * up, gate, up)
 
         self._hooks.append((up_source.register_forward_hook, note_up))
         self._hooks.append((act.register_forward_hook, note_act))
@@ -89,9 +89,10 @@ class Rematerialiser:
     def _note_output(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if self._recipes is not None:
             source = inputs[0].detach()
-            self._note(output, lambda: module(source), source)
+            self.note(output, lambda: module(source), source)
 
-    def _note(self, tensor: torch.Tensor, recipe: Recipe, *sources: torch.Tensor) -> None:
+    def note(self, tensor: torch.Tensor, recipe: Recipe, *sources: torch.Tensor) -> None:
+        """Remember how a tensor is made again from `sources`, so that it need not be kept."""
         if self._recipes is None or self._checkpointed:
             return
         self._recipes[tensor.data_ptr()] = (weakref.ref(tensor), recipe)

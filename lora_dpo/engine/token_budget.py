@@ -105,7 +105,7 @@ class TokenBudget:
             cap=min(self.cap, self.tokens or self.cap),
         )
         self.tokens = tokens
-        self._checkpoint(max(checkpointed, self.checkpointed))
+        self.checkpoint_layers(max(checkpointed, self.checkpointed))
         self.measured, self.calm = (self.tokens, self.checkpointed), 0
 
     def shrink(self, longest: int) -> str | None:
@@ -115,7 +115,7 @@ class TokenBudget:
             self.tokens = max(longest, self.tokens // 2)
             return f"parts of at most {self.tokens} tokens from now on"
         if self.may_checkpoint and self.checkpointed < self.layers:
-            self._checkpoint(min(self.layers, max(1, self.checkpointed * 2)))
+            self.checkpoint_layers(min(self.layers, max(1, self.checkpointed * 2)))
             return f"activations of {self.checkpointed} of {self.layers} layers are computed again from now on"
         return None
 
@@ -131,6 +131,7 @@ class TokenBudget:
         elif self.tokens < tokens:
             self.tokens = min(tokens, 2 * self.tokens)
 
-    def _checkpoint(self, count: int) -> None:
+    def checkpoint_layers(self, count: int) -> None:
+        """Checkpoint so many layers from now on."""
         self.checkpointed = count
         self.set_checkpointing(count)

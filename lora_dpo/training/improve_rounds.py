@@ -285,14 +285,15 @@ def _measured(run: _Rounds, number: int) -> Measurement:
             number, tuple(Answer(**answer) for answer in stored["answers"]), tuple(stored["scores"]), stored["pairs"]
         )
     else:
-        found = _measure(run, number)
+        found = measure_round(run, number)
         text = {**asked, "answers": [asdict(a) for a in found.answers], "scores": found.scores, "pairs": found.pairs}
         write_new(path, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
     run.tell(RoundsMeasured(tuple(score_table([*run.measured, found]))))
     return found
 
 
-def _measure(run: _Rounds, number: int) -> Measurement:
+def measure_round(run: _Rounds, number: int) -> Measurement:
+    """Answer the held-out prompts with the policy of a round, and have the answers scored."""
     sampling = Sampling(max_new_tokens=run.recipe.improve.max_new_tokens)
     total = len(run.held_out)
     with _policy(run, number) as policy:

@@ -21,9 +21,7 @@ from lora_dpo.training.run import train
 PARTIAL = Path("out.partial")
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def written(step, *, whole=True):

@@ -27,10 +27,7 @@ from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.leftovers import discard
 
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -273,7 +270,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_name(another_process):
 def test_of_two_runs_that_start_together_only_one_gets_the_place(another_process, monkeypatch):
     run_of(another_process, Path("out"))
     monkeypatch.setattr(
-        "lora_dpo.adapters.run_folder._check_place", lambda output, resume: None
+        "lora_dpo.adapters.run_folder.check_place", lambda output, resume: None
     )  # as if checked before the other
     with pytest.raises(OutputError, match="has just started"):
         open_run(recipe(), Path("out"), resume=False)

@@ -25,9 +25,7 @@ COMMANDS = [["train"], ["plan"], ["chat"], ["merge"], ["recipe"], ["models"], ["
 COMMANDS += [["data"]]
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 @pytest.fixture

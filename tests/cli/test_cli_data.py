@@ -24,7 +24,7 @@ ORCA = [
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+def its_own_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # not by $COLUMNS: the console may have been made, with another width, in an earlier test
     monkeypatch.setattr("lora_dpo.cli.data.out", Console(width=200))

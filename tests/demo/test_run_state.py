@@ -85,7 +85,7 @@ def test_a_run_that_has_not_begun_has_its_plots_places():
 
 
 def test_a_runs_plots_keep_a_place_for_the_steps_to_come():
-    steps = tuple({"step": step, "loss": 0.7 - step / 100, "rewards/accuracies": step / 5} for step in range(1, 6))
+    steps = tuple((step, {"loss": 0.7 - step / 100, "rewards/accuracies": step / 5}) for step in range(1, 6))
     figures = ElementTree.fromstring(html.curves(RunSnapshot("x", steps=steps, all_steps=10), beta=0.1)).findall(
         "figure"
     )

@@ -95,7 +95,7 @@ def test_rematerialised_results_change_memory_not_a_bit_of_the_gradient(kind, ti
         trainer = build(DPOTrainer, tiny(kind), tiny_model_folder, tmp_path)
         rematerialiser = trainer.engine.forward.rematerialiser
         if not remade:
-            rematerialiser._note = lambda *_: None  # counts on, keeps everything
+            rematerialiser.note = lambda *_: None  # counts on, keeps everything
         batch = trainer._prepare_inputs(trainer.data_collator(columns(PAIRS)))
         with trainer.engine.forward.count_kept() as bytes_kept:
             loss = trainer.compute_loss(trainer.model, batch)

@@ -19,6 +19,7 @@ from lora_dpo.config.trl_dpo import LOSSES
 from lora_dpo.engine import lay_out
 from lora_dpo.engine.layout import pack, stream_length
 from lora_dpo.engine.pair_batch import PairBatch
+from lora_dpo.engine.reference_cache import ReferenceCache
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.engine.token_budget import TokenBudget, fit
 from lora_dpo.engine.whole_step import couples_pairs
@@ -222,8 +223,8 @@ def test_what_is_only_logged_is_computed_only_when_logged(tiny_model_folder, tmp
     trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, max_steps=4, logging_steps=2)
     trainer.reference_guard = False
     asked = []
-    outputs = trainer.engine.forward._outputs
-    trainer.engine.forward._outputs = lambda *a: (asked.append(trainer.engine.forward.logged), outputs(*a))[1]
+    outputs = trainer.engine.forward.tables
+    trainer.engine.forward.tables = lambda *a: (asked.append(trainer.engine.forward.logged), outputs(*a))[1]
     trainer.train()
     assert asked[-3:] == [True, False, True]  # steps 2, 3, 4; before them references, probe and step 1
     logged = [row for row in trainer.state.log_history if "loss" in row]
@@ -236,7 +237,7 @@ def test_what_is_only_logged_is_computed_only_when_logged(tiny_model_folder, tmp
 
 def out_of_memory_above(trainer, limit, in_backward=False, always=False):
     """The forward pass, or the backward pass, of more than `limit` tokens runs out of memory."""
-    hidden = trainer.engine.forward._hidden
+    hidden = trainer.engine.forward.hidden
 
     def limited(layout, rows):
         result = hidden(layout, rows)
@@ -250,7 +251,7 @@ def out_of_memory_above(trainer, limit, in_backward=False, always=False):
             result.register_hook(refuse)
         return result
 
-    trainer.engine.forward._hidden = limited
+    trainer.engine.forward.hidden = limited
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
@@ -303,7 +304,7 @@ def test_when_memory_runs_out_for_the_reference_it_is_scored_in_smaller_parts(ti
     assert short.engine.scoring_tokens <= 20
     assert "the reference scores at most" in caplog.text
     out_of_memory_above(short, 3, always=True)
-    short.engine.references._known.clear()
+    short.engine.references = ReferenceCache(None, "another")
     with pytest.raises(torch.OutOfMemoryError):
         short.engine.with_reference(batch)
 
@@ -323,7 +324,7 @@ def test_checkpointing_is_spread_over_the_layers_that_keep_anything(tiny_model_f
                     gradient_checkpointing=True)  # fmt: skip
     budget = trainer.engine.whole_step.budget
     assert budget.layers == 2
-    budget._checkpoint(1)
+    budget.checkpoint_layers(1)
     layers = trainer.model.get_base_model().model.layers
     assert [bool(layer.gradient_checkpointing) for layer in layers][2:] == [True, False]
 
@@ -410,10 +411,10 @@ def test_checkpointed_layers_change_memory_not_gradients(tiny_model_folder, tmp_
     plain = engine_step(tiny_model_folder, tmp_path)
     trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, gradient_checkpointing=True)
     trainer.model.gradient_checkpointing_enable()
-    trainer.engine.whole_step.budget._checkpoint(0)
+    trainer.engine.whole_step.budget.checkpoint_layers(0)
     before = trainer.engine.kept_bytes(PairBatch.of(trainer.data_collator(columns(PAIRS))))
     trainer.engine.whole_step.budget.tokens = 100  # decided already
-    trainer.engine.whole_step.budget._checkpoint(1)
+    trainer.engine.whole_step.budget.checkpoint_layers(1)
     after = trainer.engine.kept_bytes(PairBatch.of(trainer.data_collator(columns(PAIRS))))
     assert after < 0.7 * before
     assert_close(step(trainer)[0], plain[0])

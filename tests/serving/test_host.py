@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import shutil
-import signal
 import threading
 import time
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import in_a_child
 from safetensors.torch import load_file
 
 from lora_dpo.adapters.folder import strictness
@@ -636,16 +636,16 @@ def test_killed_in_the_middle_of_training_there_is_no_adapter_or_a_whole_one(
             job = host.start_training(settings, "new")
             while job.running:
                 host.answer("base", ask("hi"), Sampling(max_new_tokens=2), client="a")
-        return job.error
+        assert job.error is None, job.error
 
     started = time.monotonic()
-    assert in_a_child(work) is None
+    assert in_a_child(work) == 0
     took = time.monotonic() - started
     assert [row.name for row in list_adapters(adapters)] == ["alpha", "beta", "new"]
     shutil.rmtree(adapters / "new")
     kills = 0
     for share in (0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97):
-        in_a_child(work, after=share * took)
+        in_a_child(work, kill_after=share * took)
         names = [row.name for row in list_adapters(adapters)]
         assert names in (["alpha", "beta"], ["alpha", "beta", "new"])
         if "new" in names:
@@ -656,23 +656,6 @@ def test_killed_in_the_middle_of_training_there_is_no_adapter_or_a_whole_one(
         for left in [*adapters.glob("new*"), *adapters.glob(".new*")]:
             shutil.rmtree(left)
     assert kills > 1, "no kill came in time: nothing is proved"
-
-
-def in_a_child(work, after=None):
-    """Run `work` in a fork; kill it after some seconds. Returns None if it ended well or was killed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        torch.set_num_threads(1)  # OpenMP's other threads are not in a fork
-        try:
-            status = 0 if work() is None else 1
-        finally:
-            os._exit(status)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return None if after is not None or status == 0 else f"status {status}"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from run_logs import log_rows, logged
 
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.errors import ConfigError, ModelError, OutputError
@@ -24,14 +25,6 @@ def recipe(recipe_dict, tmp_path, monkeypatch):
         return check_recipe(recipe_dict(**changes))
 
     return make
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {row["step"]: row["loss"] for row in rows_of(folder) if "loss" in row}
 
 
 def weights(result):
@@ -57,10 +50,10 @@ def test_a_guarded_run_has_the_losses_and_weights_of_an_unguarded_one(recipe):
         train(recipe(trainer={"max_steps": 6}, health={"every": 2, "action": action}, output=action))
         for action in ("none", "warn")
     ]
-    assert losses(runs[0].folder) == losses(runs[1].folder)
+    assert logged(runs[0].folder) == logged(runs[1].folder)
     assert_same(*runs, atol=0.0)
-    assert not any("answers" in row for row in rows_of(runs[0].folder))
-    assert [row["step"] for row in rows_of(runs[1].folder) if "answers" in row] == [2, 4, 6]
+    assert not any("answers" in row for row in log_rows(runs[0].folder))
+    assert [row["step"] for row in log_rows(runs[1].folder) if "answers" in row] == [2, 4, 6]
 
 
 def test_samples_go_to_the_events_the_log_and_the_trackers(recipe, monkeypatch):
@@ -83,10 +76,10 @@ def test_samples_go_to_the_events_the_log_and_the_trackers(recipe, monkeypatch):
     assert all(len(event.rows) == 2 for event in sampled)  # those that are answered before training anyway
     assert {"health/answer_tokens", "health/finished", "health/kl"} <= set(sampled[0].numbers)
     at_two = next(row for row in tracked if "health/kl" in row)
-    assert at_two["loss"] == losses(result.folder)[2]
+    assert at_two["loss"] == logged(result.folder)[2]
     assert isinstance(at_two["health/answer_1"], str)
-    logged = [event for event in events if isinstance(event, StepLogged)]
-    assert all(isinstance(value, float) for event in logged for value in event.metrics.values())
+    told = [event for event in events if isinstance(event, StepLogged)]
+    assert all(isinstance(value, float) for event in told for value in event.metrics.values())
 
 
 def test_tensorboards_files_outlive_the_run(recipe, monkeypatch):
@@ -157,7 +150,7 @@ def test_a_ruinous_recipe_stops_and_goes_back_to_a_healthy_step(recipe):
     assert measured["health"]["sentence"] == outcome.sentence
     assert outcome.sentence in (result.folder / "README.md").read_text()
     assert outcome.sentence.split(":")[0] in (result.folder / "report.html").read_text()
-    assert max(losses(result.folder)) == outcome.steps
+    assert max(logged(result.folder)) == outcome.steps
 
 
 def test_what_is_kept_is_the_adapter_of_that_step(recipe):
@@ -181,7 +174,7 @@ def test_lower_lr_halves_the_rate_three_times_at_most(recipe):
     events = []
     settings = recipe(trainer=RUINOUS, health={"action": "lower-lr"})
     result = train(settings, name="tiny", on_event=events.append)
-    rates = {row["step"]: row["learning_rate"] for row in rows_of(result.folder) if "loss" in row}
+    rates = {row["step"]: row["learning_rate"] for row in log_rows(result.folder) if "loss" in row}
     told = [event.text for event in events if isinstance(event, Note) and "halved" in event.text]
     lowered = [int(re.match(r"Step (\d+): the learning rate is halved", text)[1]) for text in told]
     assert 1 <= len(lowered) <= 3

@@ -36,7 +36,7 @@ def ascii(prompt, answers):
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+def its_own_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_judge.py").write_text(JUDGE)
     (tmp_path / "prompts.txt").write_text("".join(f"Say {number}.\n" for number in range(8)))
@@ -136,14 +136,14 @@ def forced(monkeypatch):
     """Let the given numbers be each round's scores on every held-out prompt, with a little spread."""
 
     def force(*means):
-        real = rounds._measure
+        real = rounds.measure_round
 
         def measure(run, number):
             found = real(run, number)
             scores = tuple(means[number] + 0.01 * number * (index % 2) for index in range(len(found.scores)))
             return rounds.Measurement(found.round, found.answers, scores, found.pairs)
 
-        monkeypatch.setattr(rounds, "_measure", measure)
+        monkeypatch.setattr(rounds, "measure_round", measure)
 
     return force
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from run_logs import logged
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.adapters.passport import read_passport
@@ -42,11 +43,6 @@ def recipe(recipe_dict, tmp_path, monkeypatch):
     return make
 
 
-def log_of(folder, key="loss"):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row[key] for row in rows if key in row}
-
-
 def answers_of(path, tokenizer, *, good_only):
     return tokenize_answers(tokenizer, read_answers(str(path), good_only=good_only)[0], max_length=None)[0]
 
@@ -72,20 +68,20 @@ def test_sft_starts_at_the_bases_own_log_likelihood_of_good_answers(recipe, tiny
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
     expected = nats_a_token(base, answers_of("pairs.jsonl", tokenizer, good_only=True))  # all 12 are the first batch
-    assert log_of(run.folder)[1] == pytest.approx(expected, rel=1e-5)
+    assert logged(run.folder)[1] == pytest.approx(expected, rel=1e-5)
     held_out = nats_a_token(base, answers_of("eval.jsonl", tokenizer, good_only=True))
-    assert log_of(run.folder, "eval_loss")[0] == pytest.approx(held_out, rel=1e-5)
+    assert logged(run.folder, "eval_loss")[0] == pytest.approx(held_out, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_kto_starts_at_a_half(recipe, loss):
     plain = train(recipe("kto", trainer={"loss_type": loss, "max_steps": 1}), name="plain")
-    assert log_of(plain.folder)[1] == pytest.approx(0.5, abs=1e-6)
-    assert log_of(plain.folder, "eval_loss")[0] == pytest.approx(0.5, abs=1e-6)
-    assert log_of(plain.folder, "kl")[1] == pytest.approx(0.0, abs=1e-5)
+    assert logged(plain.folder)[1] == pytest.approx(0.5, abs=1e-6)
+    assert logged(plain.folder, "eval_loss")[0] == pytest.approx(0.5, abs=1e-6)
+    assert logged(plain.folder, "kl")[1] == pytest.approx(0.0, abs=1e-5)
     whole = {"loss_type": loss, "max_steps": 1, "desirable_weight": 1.5, "per_device_train_batch_size": 24}
     weighted = train(recipe("kto", trainer=whole), name="weighted")
-    assert log_of(weighted.folder)[1] == pytest.approx(0.5 * (1.5 * 12 + 1.0 * 12) / 24, abs=1e-6)
+    assert logged(weighted.folder)[1] == pytest.approx(0.5 * (1.5 * 12 + 1.0 * 12) / 24, abs=1e-6)
 
 
 def test_dpo_after_sft_starts_at_ln_2_against_the_sft_adapter_on_one_base(recipe, tiny_model_folder):
@@ -96,8 +92,8 @@ def test_dpo_after_sft_starts_at_ln_2_against_the_sft_adapter_on_one_base(recipe
     settings = {"loss_type": "sigmoid", "max_steps": 3}
     second = recipe("dpo", reference=f"adapter:{first.folder}", trainer=settings)
     found = train(second, name="dpo", base=base)
-    assert log_of(found.folder)[1] == pytest.approx(math.log(2), abs=1e-5)
-    assert log_of(found.folder)[3] < math.log(2)
+    assert logged(found.folder)[1] == pytest.approx(math.log(2), abs=1e-5)
+    assert logged(found.folder)[3] < math.log(2)
     assert read_passport(found.folder).reference == f"adapter:{first.folder}"
     base.model = detach(found.model)
     for name, value in base.model.state_dict().items():
@@ -137,9 +133,9 @@ def test_a_run_leaves_the_same_adapter_folder_as_dpo(recipe, method):
 @pytest.mark.parametrize("method", ["sft", "kto"])
 def test_it_learns(recipe, method):
     run = train(recipe(method, trainer={"max_steps": 20, "beta": 0.5} if method == "kto" else {"max_steps": 20}))
-    losses = list(log_of(run.folder).values())
+    losses = list(logged(run.folder).values())
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    held_out = log_of(run.folder, "eval_loss")
+    held_out = logged(run.folder, "eval_loss")
     assert held_out[20] < held_out[0]
     assert run.after.pairs.accuracy > 0.5
     if method == "sft":
@@ -159,8 +155,8 @@ def test_resumed_losses_equal_uninterrupted_ones(recipe, method):
         train(recipe(method, trainer={"max_steps": 5}), name="cut", on_event=stop_after_two, stop=stop)
     assert stopped.value.resumable
     resumed = train(recipe(method, trainer={"max_steps": 5}), name="cut", resume=True)
-    assert log_of(resumed.folder) == pytest.approx(log_of(whole.folder), rel=1e-6)
-    assert log_of(resumed.folder, "eval_loss") == pytest.approx(log_of(whole.folder, "eval_loss"), rel=1e-6)
+    assert logged(resumed.folder) == pytest.approx(logged(whole.folder), rel=1e-6)
+    assert logged(resumed.folder, "eval_loss") == pytest.approx(logged(whole.folder, "eval_loss"), rel=1e-6)
     for name, value in whole.model.state_dict().items():
         assert torch.allclose(resumed.model.state_dict()[name], value, atol=1e-7), name
 

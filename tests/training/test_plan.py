@@ -154,7 +154,7 @@ def test_predicted_flops_are_those_that_are_counted():
     ids = token_ids(*LENGTHS[0])
     shape = pair_shape(*ids)
     costs = footprint(model, itemsize=4, packed=False)
-    attention = sum(costs._attention_flops(layer, shape) for layer in costs.layers)
+    attention = sum(costs.attention_flops(layer, shape) for layer in costs.layers)
     with FlopCounterMode(display=False) as counter:
         loss = -base_of(model)(**batch_of(*ids)).log_probs.sum()
         loss.backward()

@@ -1,11 +1,10 @@
 """The whole path on a tiny model: recipe to adapter folder, interrupted and resumed, loaded elsewhere."""
 
-import json
-
 import pytest
 import torch
 from conftest import COMMIT, OLD_COMMIT
 from peft import PeftModel
+from run_logs import logged
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lora_dpo
@@ -37,11 +36,6 @@ def recipe(recipe_dict, tmp_path, monkeypatch):
     return make
 
 
-def losses(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
 def test_a_run_leaves_a_whole_adapter_folder_and_nothing_else(recipe, tmp_path):
     events = []
     result = train(recipe(trainer__max_steps=2), name="tiny", on_event=events.append)
@@ -57,7 +51,7 @@ def test_a_run_leaves_a_whole_adapter_folder_and_nothing_else(recipe, tmp_path):
         i for i, e in enumerate(events) if isinstance(e, Progress) and "loading" in e.stage
     )
     assert {Compared, Saved, StepLogged} <= set(kinds)
-    assert set(losses(result.folder)) == {1, 2}
+    assert set(logged(result.folder)) == {1, 2}
 
 
 def test_second_run_takes_the_next_free_name_and_a_given_output_is_never_overwritten(recipe):
@@ -72,7 +66,7 @@ def test_the_saved_recipe_runs_again_to_the_same_losses(recipe):
 
     first = train(recipe(trainer__max_steps=2), name="tiny").folder
     again = train(read_recipe(first / "recipe.yaml", ["output=adapters/again"])).folder
-    assert losses(again) == losses(first)
+    assert logged(again) == logged(first)
 
 
 def test_resumed_losses_equal_uninterrupted_ones(recipe):
@@ -88,8 +82,8 @@ def test_resumed_losses_equal_uninterrupted_ones(recipe):
     assert stopped.value.resumable
     assert not stopped.value.output.exists()
     resumed = train(recipe(trainer__max_steps=6), name="cut", resume=True)
-    assert losses(resumed.folder) == pytest.approx(losses(whole.folder), rel=1e-6)
-    assert list(losses(resumed.folder)) == [1, 2, 3, 4, 5, 6]
+    assert logged(resumed.folder) == pytest.approx(logged(whole.folder), rel=1e-6)
+    assert list(logged(resumed.folder)) == [1, 2, 3, 4, 5, 6]
     for name, value in whole.model.state_dict().items():
         assert torch.allclose(resumed.model.state_dict()[name], value, atol=1e-7), name
     assert resumed.after.pairs == whole.after.pairs
@@ -210,14 +204,14 @@ def test_continuing_from_an_adapter_starts_at_ln_2_and_differs_from_it_after(rec
     first = train(recipe(trainer__learning_rate=1e-2), name="first").folder
     settings = dict(trainer__loss_type="sigmoid", trainer__learning_rate=1e-2)
     second = train(recipe(reference=f"adapter:{first}", **settings), name="second")
-    assert losses(second.folder)[1] == pytest.approx(0.6931472, abs=1e-5)
+    assert logged(second.folder)[1] == pytest.approx(0.6931472, abs=1e-5)
     assert second.before.pairs.accuracy == 0.5
     assert not (second.folder / "ref").exists()
     barely = train(reference_recipe := recipe(reference=f"adapter:{first}", trainer__learning_rate=1e-9), name="barely")
     assert abs(barely.after.pairs.chosen_logratio) < 1e-3  # measured against the frozen copy, not the base
     assert reference_recipe.reference_adapter == first
     third = train(recipe(reference=f"adapter:{first}", **settings), name="third")
-    assert losses(third.folder) == losses(second.folder)
+    assert logged(third.folder) == logged(second.folder)
 
 
 def test_continuing_run_resumes_with_the_same_losses(recipe):
@@ -233,7 +227,7 @@ def test_continuing_run_resumes_with_the_same_losses(recipe):
     with pytest.raises(Stopped):
         train(recipe(**settings), name="cut", on_event=stop_at_two, stop=stop)
     resumed = train(recipe(**settings), name="cut", resume=True).folder
-    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+    assert logged(resumed) == pytest.approx(logged(whole), rel=1e-5)
 
 
 def test_lora_settings_beside_a_reference_adapter_are_refused(recipe):
