@@ -26,6 +26,8 @@ def docs(
 ) -> None:
     """Read the documentation, without a network.
 
+    Every page came with the package. In a terminal one opens in your pager; elsewhere it is printed as it is written.
+
     Examples:
 
         lora-dpo docs
@@ -45,7 +47,7 @@ def docs(
         _list(folder)
         return
     names = sorted(path.stem for path in folder.glob("*.md"))
-    name = Path(page).stem if page.endswith(".md") else page.partition("#")[0]
+    name = Path(page.partition("#")[0]).stem  # as a link has it: docs/data.md#the-formats
     if name not in names:
         raise ConfigError(f"There is no page {shown(page)}.{nearest(name, names)} List them with: lora-dpo docs")
     text = (folder / f"{name}.md").read_text(encoding="utf-8")

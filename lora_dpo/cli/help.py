@@ -25,8 +25,10 @@ def make_readable(app: typer.Typer, pages: dict[str, str], page: str | None = No
         text = command.help or inspect.getdoc(command.callback) or ""
         command.help = readable(text, page or pages.get(command.name or ""))
     for group in app.registered_groups:
-        if group.typer_instance is not None:
-            make_readable(group.typer_instance, pages, pages.get(group.name or ""))
+        inside = group.typer_instance
+        if inside is not None:
+            make_readable(inside, pages, pages.get(group.name or ""))
+            group.help = readable(str(inside.info.help or ""), pages.get(group.name or ""))
 
 
 def readable(text: str, page: str | None = None) -> str:

@@ -12,7 +12,7 @@ from tiny import LORA, PAIRS, build, columns, pair, tiny
 from lora_dpo import DPOTrainer, EngineSection
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.engine.engine import answer_sums
-from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, pair_key, reference_name
+from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, pair_key, reference_name
 from lora_dpo.model.base import load_base
 from lora_dpo.model.lora import attach_lora
 
@@ -242,25 +242,11 @@ def test_several_runs_write_at_once(tmp_path):
     assert found[b"3-7"] == PairLogps(3, 7, 0, 0)
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path, run, own_cache):
+def test_where_the_cache_is(tmp_path, run, own_cache):
     run()
     assert len(list((own_cache / "references").glob("*.sqlite"))) == 1
     run(engine=EngineSection(reference_cache=str(tmp_path / "here")), model=tiny("qwen2"))
     assert len(list((tmp_path / "here").glob("*.sqlite"))) == 1
-    monkeypatch.delenv("LORA_DPO_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_folder() == tmp_path / "xdg" / "lora-dpo" / "references"
-
-
-def test_a_user_without_a_home_folder_has_no_cache_on_disk(monkeypatch):
-    for name in ("LORA_DPO_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-
-    def unknown(number):
-        raise KeyError(f"getpwuid(): uid not found: {number}")
-
-    monkeypatch.setattr("pwd.getpwuid", unknown)
-    assert default_folder() is None
 
 
 def test_a_file_that_was_only_begun_is_an_empty_cache(tmp_path, caplog):
