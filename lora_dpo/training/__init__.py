@@ -14,6 +14,7 @@ before_after        what is measured before and after
 run_summary         what a run leaves for its report
 run                 a recipe becomes a run
 planning/           what a run will need and take, before it
+drafting/           from pairs to a recipe
 round_scores        what rounds are measured by, and their table
 improve_rounds      rounds of sample, judge, train
 """

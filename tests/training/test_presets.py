@@ -9,8 +9,8 @@ import pytest
 from lora_dpo.config.reading import read_recipe
 from lora_dpo.config.recipe import ModelSection
 from lora_dpo.data import read_pairs
-from lora_dpo.demo.presets import PRESETS, draft, settings_text, steps_of, with_settings
 from lora_dpo.errors import ConfigError
+from lora_dpo.training.drafting.presets import PRESETS, draft, settings_text, steps_of, with_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
