@@ -1,7 +1,7 @@
 """The terminal: parse, call, draw. Nothing is decided here.
 
 commands     `lora-dpo` itself: train, chat, merge, and the groups of the others
-adapters, clean, data, demo, eval, export, pairs, plan, serve
+adapters, clean, data, demo, eval, export, init, pairs, plan, serve
              the other commands
 options      those that several commands share
 views        events drawn in a terminal

@@ -21,12 +21,12 @@ from lora_dpo.cli.data import app as data_app
 from lora_dpo.cli.demo import demo
 from lora_dpo.cli.eval import evaluate, report
 from lora_dpo.cli.export import export
+from lora_dpo.cli.init import ModelToTune, Preset, init, recipe_of
 from lora_dpo.cli.options import (
     BaseElsewhere,
     HeldAsTrained,
     MaxNewTokens,
     Overrides,
-    RecipeFile,
     Seed,
     Strict,
     StrictAboutReference,
@@ -74,8 +74,10 @@ def options(
 
 @app.command()
 def train(
-    recipe: RecipeFile,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|DATA", help="A recipe, or pairs: a file or folder.")],
     overrides: Overrides = None,
+    model: ModelToTune = None,
+    preset: Preset = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this recipe.")] = False,
     show_dropped: Annotated[
         bool, typer.Option("--show-dropped", help="List every data row that was left out, with its reason.")
@@ -85,11 +87,14 @@ def train(
     """Train an adapter as a recipe says.
 
     Prints what was resolved before loading any weights; measures held-out pairs and answers before and
-    after. Ctrl-C saves a checkpoint and prints the command that resumes.
+    after. Ctrl-C saves a checkpoint and prints the command that resumes. For pairs in place of a recipe it first
+    writes one beside them, as lora-dpo init does.
 
     Examples:
 
         lora-dpo train configs/quickstart.yaml
+
+        lora-dpo train pairs.csv
 
         lora-dpo train configs/quickstart.yaml trainer.beta=0.2 lora.rank=8 output=adapters/beta02
     """
@@ -102,6 +107,7 @@ def train(
     from lora_dpo.events import Stopped, StopSignal
     from lora_dpo.training.run import train as run_training
 
+    recipe = recipe_of(recipe, overrides, model, preset)
     settings = read_recipe(recipe, overrides or ())
     view, stop = RunView(out, show_dropped=show_dropped), StopSignal()
     name = recipe.stem if recipe.name != "recipe.yaml" else recipe.absolute().parent.name.removesuffix(".partial")
@@ -122,6 +128,7 @@ def train(
         raise
 
 
+app.command()(init)
 app.command("plan")(plan)
 app.command()(serve)
 app.command()(demo)

@@ -22,6 +22,7 @@ from lora_dpo.data.row_reading import Row
 from lora_dpo.data.rows import refuse_twice
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import atomic_files
+from lora_dpo.text import counted
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,21 @@ def split_by_prompt(pairs: Sequence[Made], share: float, *, seed: int = 0) -> tu
     for pair, key in zip(pairs, keys, strict=True):
         sides[key in held].append(pair)
     return sides
+
+
+def hold_out_prompts(rows: Sequence[Made], wanted: float) -> tuple[list[Made], list[Made]]:
+    """`split_by_prompt` as the setting `data.hold_out` asks for it.
+
+    Raises:
+        DataError: no prompt would be left to train on.
+    """
+    prompts = len({prompt_text(row.prompt) for row in rows})
+    if prompts <= max(1, wanted):
+        raise DataError(
+            f"data.hold_out is {wanted}, and the training data has {counted(prompts, 'different prompt')}: none would "
+            "be left to train on. Lower it, or leave it out."
+        )
+    return split_by_prompt(rows, wanted)
 
 
 def mix(

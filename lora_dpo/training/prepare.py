@@ -21,14 +21,13 @@ from lora_dpo.data.pairs import Dropped, ReadReport, UnpairedAnswer, evenly_spac
 from lora_dpo.data.questions import read_questions
 from lora_dpo.data.read import Made, outcomes
 from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
-from lora_dpo.data.write import split_by_prompt
+from lora_dpo.data.write import hold_out_prompts
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
 from lora_dpo.model.base import load_skeleton, load_tokenizer
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
 from lora_dpo.model.tensor_file import open_tensors
-from lora_dpo.text import counted
 from lora_dpo.training.prepared import Run
 from lora_dpo.training.resolved import lora_line, model_lines, run_lines
 
@@ -156,16 +155,10 @@ def _set_apart(run: Run, rows: list[Made]) -> tuple[list[Made], list[Made]]:
     Raises:
         DataError: no prompt would be left to train on.
     """
-    data = run.recipe.data
-    if data.hold_out is None:
+    wanted = run.recipe.data.hold_out
+    if wanted is None:
         return rows, []
-    prompts = len({prompt_text(row.prompt) for row in rows})
-    if prompts <= max(1, data.hold_out):
-        raise DataError(
-            f"data.hold_out is {data.hold_out}, and the training data has {counted(prompts, 'different prompt')}: none "
-            "would be left to train on. Lower it, or leave it out."
-        )
-    train, apart = split_by_prompt(rows, data.hold_out)
+    train, apart = hold_out_prompts(rows, wanted)
     run.reports["train"].held_out = len(apart)
     run.reports["eval"] = ReadReport(len(apart))
     return train, apart
