@@ -39,14 +39,19 @@ def init(
     ] = None,
     model: ModelToTune = None,
     preset: Preset = None,
+    other: Annotated[
+        Path | None,
+        typer.Option("--from", help="Settings of LLaMA-Factory, Axolotl, Unsloth or TRL: a file, a command, a script."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The recipe to write. Default: the data's name, with .yaml.")
     ] = None,
 ) -> None:
-    """Write a recipe for your pairs, or the quickstart's.
+    """Write a recipe: for your pairs, from another tool's settings, or the quickstart's.
 
     With DATA: a recipe beside it, with a line on each setting. Some prompts are held out if there are enough of them.
-    Without: the quickstart with its data, in the current folder. Nothing is overwritten.
+    With --from: those settings as a recipe, and what has no counterpart here. Without either: the quickstart with its
+    data, in the current folder. Nothing is overwritten.
 
     Examples:
 
@@ -55,12 +60,19 @@ def init(
         lora-dpo init pairs.csv
 
         lora-dpo init pairs.csv --model Qwen/Qwen3-0.6B --preset thorough
+
+        lora-dpo init --from llama_factory_dpo.yaml
     """
-    if data is None:
-        _refuse_unused(model, preset, output)
+    if data is not None and other is not None:
+        raise ConfigError(f"{data} and --from {other} are two beginnings. Give one; data.train names the pairs.")
+    if data is not None:
+        show(_begin(data, model, preset, output))
+        return
+    _refuse_unused(model, preset, output if other is None else None)
+    if other is None:
         quickstart()
     else:
-        show(_begin(data, model, preset, output))
+        translate(other, output)
 
 
 def recipe_of(given: Path, overrides: Sequence[str] | None, model: str | None, preset: str | None) -> Path:
@@ -106,6 +118,29 @@ def quickstart() -> None:
         out.print(f"{RECIPE} and its data are here already.", highlight=False)
     out.print(f"\nTrain the quickstart with:  lora-dpo train {RECIPE}", highlight=False)
     out.print("For your own pairs:         lora-dpo init FILE", highlight=False)
+
+
+def translate(other: Path, output: Path | None) -> None:
+    """Write another tool's settings as a recipe, and say what became of them."""
+    from lora_dpo.training.drafting.from_tool import translate as write
+
+    with err.status(f"reading {_shown(other)}"):
+        done = write(other, output)
+    made = done.made
+    out.print(f"{_shown(other)}: settings of {made.tool}", highlight=False, soft_wrap=True)
+    parts = (
+        ("Means something else here", made.changed, "cyan"),
+        ("Left out, and nothing is lost", [one for one in made.missing if not one.loud], "cyan"),
+        ("NO COUNTERPART: it does not train the same", [one for one in made.missing if one.loud], "yellow"),
+    )
+    for title, remarks, style in parts:
+        if remarks:
+            out.print(f"\n[bold]{title}[/]", highlight=False)
+        for remark in remarks:
+            text = escape(harmless(f": {remark.text}"))
+            out.print(f"  [{style}]{escape(harmless(remark.name))}[/]{text}", highlight=False, soft_wrap=True)
+    command = f"lora-dpo train {shlex.quote(str(done.path))}"
+    out.print(escape(harmless(f"\nRead and change it, then:  {command}")), soft_wrap=True, highlight=False)
 
 
 def show(begun: Begun, *, then: bool = True) -> None:

@@ -7,6 +7,7 @@ trl_common       what every method's `trainer:` section has in common
 trl_dpo          that section for DPO, with nothing ignored in silence
 trl_sft_kto      the same for SFT and KTO
 improve_recipe   the recipe of `lora-dpo improve`: rounds, and where prompts come from
+foreign/         settings of other tools as those of a recipe
 """
 
 from __future__ import annotations

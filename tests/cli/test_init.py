@@ -258,6 +258,57 @@ def test_an_option_that_goes_with_data_is_refused_without(run, option):
     assert said == f"error: {option[0]} goes with a file of pairs: lora-dpo init DATA {' '.join(option)}.\n"
 
 
+# --- from another tool's settings -----------------------------------------------------------------
+
+THEIRS = """
+stage: dpo
+model_name_or_path: owner/chat
+dataset: pairs
+template: chatty
+pref_beta: 0.2
+learning_rate: 5.0e-6
+warmup_ratio: 0.1
+plot_loss: true
+"""
+
+
+def test_settings_of_another_tool_become_a_recipe_that_says_what_has_no_counterpart(run):
+    Path("theirs.yaml").write_text(THEIRS)
+    status, said, error = run("init", "--from", "theirs.yaml")
+    assert (status, error) == (0, "")
+    text = Path("theirs-lora-dpo.yaml").read_text()
+    recipe = read_recipe("theirs-lora-dpo.yaml")
+    assert (recipe.model.name, recipe.model.quantize) == ("owner/chat", "none")
+    assert recipe.trainer["beta"] == 0.2
+    assert "  beta: 0.2 # pref_beta\n" in text
+    assert "  learning_rate: 5.0e-06\n" in text  # it has its own name there, too
+    assert "  warmup_steps: 0.1 # warmup_ratio\n" in text
+    head, _, rest = text.partition("\nmodel:\n")
+    assert "It does not train the same" in head
+    assert "#   template: chatty: the chat template is the base's own" in head
+    assert "plot_loss" not in head
+    assert "#   plot_loss: true: every run writes its curves and a report" in rest
+    assert "theirs.yaml: settings of LLaMA-Factory Means something else here warmup_ratio: trainer.warmup_steps" in said
+    assert "Left out, and nothing is lost plot_loss: true: every run" in said
+    assert "NO COUNTERPART: it does not train the same template: chatty: the chat" in said
+    assert said.endswith("lora-dpo train theirs-lora-dpo.yaml ")
+    status, _, error = run("init", "--from", "theirs.yaml")
+    assert status == 1
+    assert error.startswith("error: theirs-lora-dpo.yaml already exists and is never overwritten.")
+    assert run("init", "--from", "theirs.yaml", "--output", "other.yaml")[0] == 0
+
+
+def test_settings_of_nobody_leave_nothing(run, spreadsheet):
+    Path("theirs.yaml").write_text("a: 1\n")
+    status, _, said = run("init", "--from", "theirs.yaml")
+    assert (status, files()) == (1, ["theirs.yaml"])
+    assert said.startswith("error: theirs.yaml is not known as settings of")
+    said = run("init", spreadsheet(), "--from", "theirs.yaml")[2]
+    assert said == (
+        "error: pairs.csv and --from theirs.yaml are two beginnings. Give one; data.train names the pairs.\n"
+    )
+
+
 # --- data in place of a recipe --------------------------------------------------------------------
 
 SMALL = ("trainer.max_steps=1", "evaluation.answers=1", "evaluation.show=1", "evaluation.max_new_tokens=4")

@@ -5,5 +5,6 @@ presets       from a choice of pairs and one word to the settings of a run
 comments      why each of them is so
 recipe_text   settings as a text that teaches
 from_pairs    from a file of pairs to a recipe beside it
+from_tool     from another tool's settings to a recipe
 quickstart    the quickstart, out of the installed package
 """

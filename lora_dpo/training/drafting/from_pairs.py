@@ -16,6 +16,7 @@ from lora_dpo.data.write import hold_out_prompts
 from lora_dpo.errors import OutputError
 from lora_dpo.files import atomic_file, refuse_existing, refuse_unwritable
 from lora_dpo.model.base import load_skeleton, load_tokenizer
+from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import counted
 from lora_dpo.training.drafting.comments import Facts, explained, head
 from lora_dpo.training.drafting.lengths import Lengths, estimated_lengths, measured_lengths
@@ -121,7 +122,8 @@ def _checked(settings: dict[str, Any], source: str, given: Sequence[str]) -> Rec
     if given:
         from lora_dpo.config.trl_dpo import trainer_settings
 
-        trainer_settings(recipe)
+        with quiet_libraries():
+            trainer_settings(recipe)
     return recipe
 
 
