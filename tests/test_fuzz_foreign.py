@@ -28,11 +28,11 @@ from lora_dpo.config.improve_recipe import read_improve_recipe
 from lora_dpo.config.reading import check_recipe, parse_settings, read_recipe, read_settings
 from lora_dpo.config.trl_dpo import trainer_settings
 from lora_dpo.data.chat_template import render
-from lora_dpo.demo.presets import with_settings
 from lora_dpo.evaluation.report.write import report_of
 from lora_dpo.judging.specs import check_specs
 from lora_dpo.model.base import load_base
 from lora_dpo.serving.openai_schema import read_request
+from lora_dpo.training.drafting.presets import with_settings
 
 FUZZ = settings(
     max_examples=EXAMPLES or 25,

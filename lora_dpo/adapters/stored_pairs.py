@@ -17,6 +17,8 @@ from lora_dpo.errors import AdapterError
 from lora_dpo.text import plain
 
 STORED_PAIRS = "verify.json"
+HELD_OUT = "held-out.jsonl"
+"""The pairs that a run held out of its training data, as text: for `lora-dpo eval`. No package takes it along."""
 MAX_BYTES = 4 << 20
 MAX_PAIRS = 64
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,9 +26,10 @@ from lora_dpo.cli.docs import docs
 from lora_dpo.cli.eval import evaluate, report
 from lora_dpo.cli.export import export
 from lora_dpo.cli.help import make_readable
+from lora_dpo.cli.init import ModelToTune, Preset, init, recipe_of
 from lora_dpo.cli.merge import merge
 from lora_dpo.cli.models import app as models_app
-from lora_dpo.cli.options import Overrides, RecipeFile, StrictAboutReference
+from lora_dpo.cli.options import Overrides, StrictAboutReference
 from lora_dpo.cli.plan import plan
 from lora_dpo.cli.ready import have_model
 from lora_dpo.cli.serve import serve
@@ -76,8 +78,10 @@ def options(
 
 
 def train(
-    recipe: RecipeFile,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|DATA", help="A recipe, or pairs: a file or folder.")],
     overrides: Overrides = None,
+    model: ModelToTune = None,
+    preset: Preset = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this recipe.")] = False,
     show_dropped: Annotated[
         bool, typer.Option("--show-dropped", help="List every data row that was left out, with its reason.")
@@ -87,11 +91,14 @@ def train(
     """Train an adapter as a recipe says.
 
     Prints what was resolved before loading any weights; measures held-out pairs and answers before and
-    after. Ctrl-C saves a checkpoint and prints the command that resumes.
+    after. Ctrl-C saves a checkpoint and prints the command that resumes. For pairs in place of a recipe it first
+    writes one beside them, as lora-dpo init does.
 
     Examples:
 
         lora-dpo train configs/quickstart.yaml
+
+        lora-dpo train pairs.csv
 
         lora-dpo train configs/quickstart.yaml trainer.beta=0.2 lora.rank=8 output=adapters/beta02
     """
@@ -105,6 +112,7 @@ def train(
     from lora_dpo.training.prepare import check_early, with_reference
     from lora_dpo.training.run import train as run_training
 
+    recipe = recipe_of(recipe, overrides, model, preset)
     settings = with_reference(read_recipe(recipe, overrides or ()))
     check_early(settings)
     have_model(settings.model.name)
@@ -143,7 +151,7 @@ def recipe_help() -> None:
 
 # `--help` lists them in this order, panel by panel: first what a new person needs.
 _PANELS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
-    "Start here": {"train": train, "chat": chat, "demo": demo, "eval": evaluate},
+    "Start here": {"init": init, "train": train, "chat": chat, "demo": demo, "eval": evaluate},
     "Your data": {"data": data_app, "pairs": pairs.pairs},
     "Before, beside and after a run": {
         "plan": plan,

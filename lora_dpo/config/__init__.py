@@ -9,6 +9,7 @@ trl_common       which of TRL's fields are refused for every method; types and r
 trl_dpo          the `trainer:` section for DPO: defaults, losses, refusals; and the entry point for all methods
 trl_sft_kto      the same for SFT and KTO
 improve_recipe   the recipe of `lora-dpo improve`: rounds, and where prompts come from
+foreign/         settings of other tools as those of a recipe
 """
 
 from __future__ import annotations

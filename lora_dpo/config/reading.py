@@ -46,11 +46,17 @@ def read_settings(path: str | Path, overrides: Sequence[str] = (), kind: type[Se
         raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
     settings = parse_settings(text, where=str(path))
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{shown(override)} is not a setting. Write key=value, such as trainer.beta=0.2.")
-        _set_dotted(settings, key, typed_value(value, _kind_of(key, kind), where=override))
+        set_override(settings, override, kind)
     return settings
+
+
+def set_override(settings: dict[str, Any], override: str, kind: type[Section] = Recipe) -> str:
+    """Put `key=value` into plain settings; returns the dotted key. Raises `ConfigError` for what is no setting."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{shown(override)} is not a setting. Write key=value, such as trainer.beta=0.2.")
+    _set_dotted(settings, key, typed_value(value, _kind_of(key, kind), where=override))
+    return key
 
 
 def check_recipe(settings: dict[str, Any], *, where: str = "recipe") -> Recipe:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -109,6 +109,13 @@ class DataSection(Section):
         str | list[str] | None,
         Field(description="Held-out pairs, in the same formats. Never trained on."),
     ] = None
+    hold_out: Annotated[
+        int | float | None,
+        Field(
+            description="In place of eval: so many different prompts of train are never trained on, and measured as "
+            "held-out pairs. A number, or below 1 a share of the prompts; the same pairs give the same prompts."
+        ),
+    ] = None
     on_bad_row: Annotated[
         Literal["drop", "error"],
         Field(description="drop: leave unusable rows out and count them by reason. error: stop at the first."),
@@ -133,6 +140,22 @@ class DataSection(Section):
     ] = "equal"
 
     _home = field_validator("train", "eval")(_at_home)
+
+    @field_validator("hold_out")
+    @classmethod
+    def _some_prompts(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None:
+            return None
+        if value <= 0 or (value >= 1 and not isinstance(value, int)):
+            raise ValueError("allowed: a number of prompts, or a share of them between 0 and 1")
+        if info.data.get("eval") is not None:
+            raise ValueError("data.eval names held-out pairs already. Leave one of the two out")
+        return value
+
+    @property
+    def has_held_out(self) -> bool:
+        """True if some pairs are measured and never trained on."""
+        return self.eval is not None or self.hold_out is not None
 
 
 class EvaluationSection(Section):

@@ -34,7 +34,7 @@ ELSEWHERE = {
     "fp16_full_eval": "set model.dtype instead",
     "disable_tqdm": "progress is drawn from the run's events",
     "do_train": "a run always trains",
-    "do_eval": "held-out pairs are evaluated whenever data.eval is set",
+    "do_eval": "held-out pairs are evaluated whenever there are any",
     "do_predict": "nothing is predicted in a run",
     "remove_unused_columns": "rows are token ids already",
     "save_only_model": "a run could not go on from such a checkpoint",
@@ -170,8 +170,8 @@ def check_held_out(settings: dict[str, Any]) -> None:
     for name, value in NEEDS_EVALUATION.items():
         if not evaluated and settings.get(name) == value:
             raise ConfigError(
-                f"trainer.{name} is {value!r}, which needs an evaluation during training: set data.eval and "
-                "trainer.eval_strategy."
+                f"trainer.{name} is {value!r}, which needs an evaluation during training: set data.eval or "
+                "data.hold_out, and trainer.eval_strategy."
             )
     best = settings.get("save_strategy") == "best" or settings.get("load_best_model_at_end")
     metric = settings.get("metric_for_best_model")

@@ -195,11 +195,11 @@ def _refuse_inert_sections(recipe: Recipe, settings: dict[str, Any]) -> None:
         )
     if recipe.model.quantize == "none" and recipe.model.packed != "auto":
         raise ConfigError("model.packed changes nothing with quantize: none. Remove it.")
-    if recipe.data.eval is None:
+    if not recipe.data.has_held_out:
         if settings.get("eval_strategy", "no") != "no":
-            raise ConfigError("trainer.eval_strategy needs held-out pairs: set data.eval.")
+            raise ConfigError("trainer.eval_strategy needs held-out pairs: set data.eval or data.hold_out.")
         for name in ("answers", "show"):
             # The default is no wish (a recipe that was written out has it, too), and 0 asks for nothing.
             if getattr(recipe.evaluation, name) in (0, EvaluationSection.model_fields[name].default):
                 continue
-            raise ConfigError(f"evaluation.{name} is about held-out prompts: set data.eval.")
+            raise ConfigError(f"evaluation.{name} is about held-out prompts: set data.eval or data.hold_out.")

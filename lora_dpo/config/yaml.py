@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
@@ -98,6 +99,19 @@ def _scalar(text: str, kinds: set[Any]) -> Any:
 def dump_yaml(value: Any) -> str:
     """The value as YAML that `parse_yaml` reads back."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def dump_entry(key: str, value: Any) -> str:
+    """One setting as one line of YAML that `parse_yaml` reads back, lists and mappings in brackets."""
+    written = (_flat({key: 0}).removeprefix("{").removesuffix(": 0}"), _flat(value))
+    return ": ".join(written)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, str) and not value.isprintable():
+        return json.dumps(value)  # as JSON it is one line, and YAML, too
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=1 << 30)
+    return str(text).removesuffix("\n").removesuffix("\n...")
 
 
 class _Loader(yaml.SafeLoader):

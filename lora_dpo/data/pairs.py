@@ -75,19 +75,21 @@ class Dropped:
 
 @dataclass
 class ReadReport:
-    """The account of one reading: `kept = rows - dropped + surplus`, always."""
+    """The account of one reading: `kept = rows - dropped + surplus - held_out`, always."""
 
     rows: int = 0
     dropped: list[Dropped] = field(default_factory=list)
     surplus: int = 0
     """Pairs made less rows used: above 0 if rows hold several pairs, below if two votes make one."""
+    held_out: int = 0
+    """Pairs that were set apart, to be measured and not trained on."""
     formats: Counter[str] = field(default_factory=Counter)
     """Rows by the format that they were read as."""
 
     @property
     def kept(self) -> int:
         """Pairs that are left."""
-        return self.rows - len(self.dropped) + self.surplus
+        return self.rows - len(self.dropped) + self.surplus - self.held_out
 
     @property
     def read_as(self) -> str:
@@ -107,7 +109,8 @@ class ReadReport:
         """
         why = reasons_text(self.reasons())
         read = counted(self.kept, what.removesuffix("s"))
-        return f"{read} read, {len(self.dropped):,} dropped" + (f" ({why})" if why else "")
+        apart = f", {self.held_out:,} held out" if self.held_out else ""
+        return f"{read} read, {len(self.dropped):,} dropped" + (f" ({why})" if why else "") + apart
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

@@ -48,6 +48,11 @@ def files_of(source: str) -> list[str]:
     return found
 
 
+def is_readable(source: str) -> bool:
+    """True for the name of a kind of file that rows are read from, and for a folder."""
+    return Path(source).is_dir() or _kind(Path(source)) in _READERS
+
+
 def refuse_twice(sources: Sequence[str]) -> None:
     """Raise `ConfigError` for a file that is named twice, by itself or through a folder: its rows have one name."""
     seen: set[Path] = set()

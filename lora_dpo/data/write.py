@@ -16,12 +16,13 @@ from typing import IO, Any
 
 from lora_dpo.data.doctor.checks import prompt_text
 from lora_dpo.data.doctor.examination import Diagnosis
-from lora_dpo.data.pairs import Origin, PreferencePair
-from lora_dpo.data.read import Outcome, outcomes
+from lora_dpo.data.pairs import Origin, PreferencePair, UnpairedAnswer
+from lora_dpo.data.read import Made, Outcome, outcomes
 from lora_dpo.data.row_reading import Row
 from lora_dpo.data.rows import refuse_twice
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.files import atomic_files
+from lora_dpo.text import counted
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,13 @@ def _reason(outcome: Outcome[PreferencePair], removals: Mapping[Origin, str]) ->
     return removals.get(outcome.pairs[0].origin)
 
 
-def split_by_prompt(
-    pairs: Sequence[PreferencePair], share: float, *, seed: int = 0
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
+def split_by_prompt(pairs: Sequence[Made], share: float, *, seed: int = 0) -> tuple[list[Made], list[Made]]:
     """Train and held-out pairs, in order; all pairs of one prompt are on one side.
 
     Prompts are drawn by a hash of their text and the seed: rows that are added later move no others far.
+
+    Args:
+        share: of the prompts that are held out, rounded up; from 1 on, their number. One at least stays to train on.
 
     Raises:
         DataError: fewer than two different prompts.
@@ -143,11 +145,27 @@ def split_by_prompt(
     prompts = sorted(set(keys))
     if len(prompts) < 2:
         raise DataError(f"There is {len(prompts)} different prompt: a split needs two or more.")
-    held = set(prompts[: min(len(prompts) - 1, ceil(share * len(prompts)))])
-    sides: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
+    wanted = ceil(share * len(prompts) - 1e-9) if share < 1 else int(share)  # 0.1 * 30 is a little more than 3
+    held = set(prompts[: min(len(prompts) - 1, wanted)])
+    sides: tuple[list[Made], list[Made]] = ([], [])
     for pair, key in zip(pairs, keys, strict=True):
         sides[key in held].append(pair)
     return sides
+
+
+def hold_out_prompts(rows: Sequence[Made], wanted: float) -> tuple[list[Made], list[Made]]:
+    """`split_by_prompt` as the setting `data.hold_out` asks for it.
+
+    Raises:
+        DataError: no prompt would be left to train on.
+    """
+    prompts = len({prompt_text(row.prompt) for row in rows})
+    if prompts <= max(1, wanted):
+        raise DataError(
+            f"data.hold_out is {wanted}, and the training data has {counted(prompts, 'different prompt')}: none would "
+            "be left to train on. Lower it, or leave it out."
+        )
+    return split_by_prompt(rows, wanted)
 
 
 def mix(
@@ -199,7 +217,7 @@ def _rounded(shares: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def _prompt_hash(pair: PreferencePair, seed: int) -> bytes:
+def _prompt_hash(pair: PreferencePair | UnpairedAnswer, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}\n{prompt_text(pair.prompt)}".encode(), digest_size=12).digest()
 
 

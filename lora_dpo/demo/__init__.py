@@ -2,7 +2,6 @@
 
 votes          blind votes, each on the disk before it is acknowledged; win rates from them
 pair_store     the pairs that someone collected
-presets        from a choice of pairs and one word to a whole recipe
 arena          blind battles of two models
 conversation   a conversation with one model, or with two side by side
 run_state      what a run has told so far

@@ -20,9 +20,9 @@ from lora_dpo.data import Message
 from lora_dpo.demo import downloads
 from lora_dpo.demo.conversation import ask, conversation_of
 from lora_dpo.demo.handlers import client_of, sampling_of, told
-from lora_dpo.demo.presets import settings_text
 from lora_dpo.demo.session import AppState
 from lora_dpo.demo.tab_train import drafted, end, pause
+from lora_dpo.training.drafting.presets import settings_text
 from lora_dpo.training.planning.make_plan import plan
 
 

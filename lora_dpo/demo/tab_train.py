@@ -12,8 +12,8 @@ from lora_dpo.config.recipe import Recipe
 from lora_dpo.demo.handlers import told
 from lora_dpo.demo.html import curves, facts, note, progress_bar, samples_table, table
 from lora_dpo.demo.pair_store import VOTES
-from lora_dpo.demo.presets import PRESETS, draft, settings_text, with_settings
 from lora_dpo.demo.session import WATCHED, AppState, Training
+from lora_dpo.training.drafting.presets import PRESETS, draft, settings_text, with_settings
 from lora_dpo.training.planning.lines import duration, lines, verdict
 from lora_dpo.training.planning.make_plan import plan
 

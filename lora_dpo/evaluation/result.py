@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lora_dpo.adapters.stored_pairs import HELD_OUT
 from lora_dpo.evaluation.intervals import Interval, call
 from lora_dpo.evaluation.win_rate import WinRate
 
@@ -80,13 +83,17 @@ class Assessment:
         if self.trained_on:
             found.append(
                 f"The adapter was trained on {', '.join(self.trained_on)}: what it has seen flatters it. Give pairs "
-                "with other prompts."
+                f"with other prompts{self._held_out()}."
             )
         if self.contest and self.contest.foreign:
             found.append(
                 f"{self.contest.foreign} votes under these names are on other weights or another base: left out."
             )
         return found
+
+    def _held_out(self) -> str:
+        place = Path(self.adapter) / HELD_OUT
+        return f", such as those that its run held out: --data {shlex.quote(str(place))}" if place.is_file() else ""
 
     def numbers(self) -> dict[str, Interval]:
         """All estimates by the names that `--require` knows."""

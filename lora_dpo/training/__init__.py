@@ -12,8 +12,10 @@ sft_kto_trainers    TRL's SFT and KTO trainers on the one base
 guard/              health while it trains: samples, alarms, what to do
 before_after        what is measured before and after
 run_summary         what a run leaves for its report
+data_record         the data of a run, and what of it has changed since
 run                 a recipe becomes a run
 planning/           what a run will need and take, before it
+drafting/           from pairs to a recipe
 round_scores        what rounds are measured by, and their table
 improve_rounds      rounds of sample, judge, train
 """

@@ -19,11 +19,12 @@ from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 from lora_dpo.data import Message, PreferencePair, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.answers import DEMONSTRATIONS, TokenAnswer, read_answers, tokenize_answers
 from lora_dpo.data.doctor.checks import prompt_text
-from lora_dpo.data.pairs import Dropped, UnpairedAnswer, evenly_spaced
+from lora_dpo.data.pairs import Dropped, ReadReport, UnpairedAnswer, evenly_spaced
 from lora_dpo.data.questions import read_questions
-from lora_dpo.data.read import outcomes
+from lora_dpo.data.read import Made, outcomes
 from lora_dpo.data.rows import refuse_missing
 from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
+from lora_dpo.data.write import hold_out_prompts
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
 from lora_dpo.model.base import load_skeleton, load_tokenizer, resolve_model
@@ -79,8 +80,14 @@ def with_reference(recipe: AnyRecipe) -> AnyRecipe:
     return recipe.model_copy(update={"reference": f"adapter:{folder}"})
 
 
-def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Run:
-    """Read and tokenise the data, resolve every setting, and say so; no weights are loaded."""
+def prepare(
+    recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal, *, more: Sequence[tuple[str, str]] = ()
+) -> Run:
+    """Read and tokenise the data, resolve every setting, and say so; no weights are loaded.
+
+    Args:
+        more: lines `(label, value)` to be told with the others.
+    """
     run = read_run(recipe, output, emit, stop)
     section = recipe.model
     dropped = [row for report in run.reports.values() for row in report.dropped]
@@ -90,7 +97,7 @@ def prepare(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> Ru
     trainable = _count_trainable(recipe, skeleton)
     check_space(output, needed=space_needed(run, trainable))
     lines.append(("adapter", f"{trainable:,} trainable parameters in float32{lora_line(recipe)}"))
-    emit(Resolved((*lines, *run_lines(run))))
+    emit(Resolved((*lines, *run_lines(run), *more)))
     return run
 
 
@@ -149,13 +156,13 @@ def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> R
 def _read_pairs(run: Run) -> list[tuple[Message, ...]]:
     """Fill in the pairs of a DPO run; returns the held-out prompts."""
     data = run.recipe.data
-    pairs = _read(run, "train", data.train)
+    pairs, run.apart = _set_apart(run, _read(run, "train", data.train))
     run.train = _tokenize(run, "train", pairs)
     if data.pair_weight == "gap":
         run.weights = gap_weights(run.train)
-    if data.eval is None:
+    if not data.has_held_out:
         return []
-    held_out = _read(run, "eval", data.eval)
+    held_out = run.apart or _read(run, "eval", data.eval or [])
     _warn_of_leaks(run, pairs, held_out)
     run.held_out = _tokenize(run, "eval", held_out)
     return [pair.prompt for pair in held_out]
@@ -164,17 +171,36 @@ def _read_pairs(run: Run) -> list[tuple[Message, ...]]:
 def _read_answers(run: Run) -> list[tuple[Message, ...]]:
     """Fill in the single answers of an SFT or KTO run, and what pairs its held-out data has; returns the prompts."""
     data = run.recipe.data
-    votes = _read_votes(run, "train", data.train)
+    votes, apart = _set_apart(run, _read_votes(run, "train", data.train))
+    _check_kinds(run, votes)
     run.answers = _tokenize_votes(run, "train", votes)
-    if data.eval is None:
+    if not data.has_held_out:
         return []
-    held_out = _read_votes(run, "eval", data.eval)
+    held_out = apart or _read_votes(run, "eval", data.eval or [])
     _warn_of_leaks(run, votes, held_out)
     run.held_out_answers = _tokenize_votes(run, "eval", held_out)
     if data.format != DEMONSTRATIONS:
-        found = [pair for outcome in outcomes(data.eval, format=data.format) for pair in outcome.pairs]
+        made = outcomes(data.eval or data.train, format=data.format)
+        asked = {prompt_text(vote.prompt) for vote in held_out}
+        found = [pair for outcome in made for pair in outcome.pairs if prompt_text(pair.prompt) in asked]
+        run.apart = found if apart else []
         run.held_out, _ = tokenize_pairs(run.tokenizer, found, max_length=run.settings.get("max_length", 1024))
     return [vote.prompt for vote in held_out]
+
+
+def _set_apart(run: Run, rows: list[Made]) -> tuple[list[Made], list[Made]]:
+    """Rows to train on, and those of `data.hold_out` prompts, with an account of their own; without it no rows.
+
+    Raises:
+        DataError: no prompt would be left to train on.
+    """
+    wanted = run.recipe.data.hold_out
+    if wanted is None:
+        return rows, []
+    train, apart = hold_out_prompts(rows, wanted)
+    run.reports["train"].held_out = len(apart)
+    run.reports["eval"] = ReadReport(len(apart))
+    return train, apart
 
 
 def _read_votes(run: Run, which: str, sources: str | list[str]) -> list[UnpairedAnswer]:
@@ -182,13 +208,16 @@ def _read_votes(run: Run, which: str, sources: str | list[str]) -> list[Unpaired
     good_only = run.recipe.method == "sft"
     votes, report = read_answers(sources, good_only=good_only, on_bad_row=data.on_bad_row, format=data.format)
     run.reports[which] = report
+    return votes
+
+
+def _check_kinds(run: Run, votes: Sequence[UnpairedAnswer]) -> None:
     kinds = {vote.up for vote in votes}
-    if not good_only and which == "train" and len(kinds) == 1:
+    if run.recipe.method == "kto" and len(kinds) == 1:
         raise DataError(
             f"All {len(votes)} training answers are {'good' if True in kinds else 'bad'}: KTO needs both kinds. "
             "Use method: sft for good answers alone."
         )
-    return votes
 
 
 def _tokenize_votes(run: Run, which: str, votes: Sequence[UnpairedAnswer]) -> list[TokenAnswer]:

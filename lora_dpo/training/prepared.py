@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.config.recipe import Recipe
-from lora_dpo.data import Message, ReadReport, TokenPair
+from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair
 from lora_dpo.data.answers import TokenAnswer
 from lora_dpo.data.questions import Question
 from lora_dpo.events import OnEvent, Progress, Stopped, StopSignal
@@ -33,6 +33,8 @@ class Run:
     weights: list[float] | None = None
     """What each training pair's gradient counts; None if all count alike."""
     held_out: list[TokenPair] = field(default_factory=list)
+    apart: list[PreferencePair] = field(default_factory=list)
+    """What was held out of the training data, as it was read."""
     answers: list[TokenAnswer] = field(default_factory=list)
     """What SFT and KTO train on, in place of `train`."""
     held_out_answers: list[TokenAnswer] = field(default_factory=list)

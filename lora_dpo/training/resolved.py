@@ -45,7 +45,9 @@ def run_lines(run: Run) -> Iterator[tuple[str, str]]:
     """The data, the steps and the loss of a run."""
     settings = run.settings
     for which, report in run.reports.items():
-        yield f"{which} data", f"{report.summary(run.unit)}, read as {report.read_as}"
+        apart = which == "eval" and run.recipe.data.hold_out is not None
+        how = "held out of the training data" if apart else f"read as {report.read_as}"
+        yield f"{which} data", f"{report.summary(run.unit)}, {how}"
     if run.train:
         yield "tokens", _token_line(run.train)
         lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in run.train]

@@ -19,6 +19,7 @@ from lora_dpo.adapters.checkpoints import checkpoint_callback, checkpoints, clea
 from lora_dpo.adapters.folder import attach_adapter, restore_adapter
 from lora_dpo.adapters.passport import make_passport, write_passport
 from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, open_run, release, resume_command
+from lora_dpo.adapters.stored_pairs import HELD_OUT
 from lora_dpo.config.reading import dump_recipe
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.config.trl_common import trl_refusals
@@ -26,6 +27,7 @@ from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import crossed
 from lora_dpo.data.pairs import evenly_spaced
+from lora_dpo.data.write import write_pairs
 from lora_dpo.engine.token_budget import memory_advice
 from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.evaluation.metrics import to_json
@@ -33,7 +35,7 @@ from lora_dpo.evaluation.report.model_card import write_card, write_curves
 from lora_dpo.evaluation.report.write import PAGE, report_of
 from lora_dpo.evaluation.verify_adapter import write_stored_pairs
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged, Stopped, StopSignal
-from lora_dpo.files import atomic_folder, disk_errors, sha256_of
+from lora_dpo.files import atomic_folder, disk_errors
 from lora_dpo.leftovers import discard
 from lora_dpo.model.base import Base, load_base, resolve_model
 from lora_dpo.model.device import out_of_memory
@@ -41,6 +43,7 @@ from lora_dpo.model.identity import commit_of
 from lora_dpo.model.lora import POLICY, attach_lora
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.before_after import Measured, comparison, held_out_losses, measure_after, measure_before
+from lora_dpo.training.data_record import changed_data, data_record
 from lora_dpo.training.guard.callback import add_guard
 from lora_dpo.training.guard.training_guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.training.prepare import check_early, prepare, with_reference
@@ -94,12 +97,13 @@ def train(
     """
     recipe = with_reference(recipe)
     output = choose_output(recipe, name, resume=resume)
+    changed = changed_data(recipe, name, output)
     recipe = recipe.model_copy(update={"output": str(output)})
     check_health(recipe)
     check_early(recipe)
     emit = Stopwatch(on_event or (lambda event: None))
     with quiet_libraries():
-        run = prepare(recipe, output, emit, stop or StopSignal())
+        run = prepare(recipe, output, emit, stop or StopSignal(), more=[changed] if changed else [])
     checkpoint = open_run(recipe, output, resume=resume, say=lambda text: emit(Note(text, warning=True)))
     try:
         with _how_to_go_on(run), disk_errors(output), _memory_errors(recipe.method), quiet_libraries():
@@ -357,11 +361,15 @@ def _save(
     }
     if run.stop.kept_at is not None:
         metrics["stopped"] = {"step": run.stop.kept_at, "of": run.steps}
-    data = {which: _data_record(run, which, sources) for which, sources in _sources(run.recipe)}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     settings = run.recipe.model_dump(mode="json")
     passport = make_passport(
-        base, reference=run.recipe.reference, data=data, metrics=metrics, created=created, recipe=settings
+        base,
+        reference=run.recipe.reference,
+        data=data_record(run),
+        metrics=metrics,
+        created=created,
+        recipe=settings,
     )
     shown = evenly_spaced(len(run.prompts), max(run.recipe.evaluation.show, 8))
     samples = [(run.prompts[i][-1]["content"], before.texts[i].text, after.texts[i].text) for i in shown]
@@ -369,6 +377,8 @@ def _save(
         model.save_pretrained(str(folder), selected_adapters=[POLICY])
         write_passport(folder, passport)
         write_stored_pairs(folder, model, run.held_out or run.train or crossed(run.answers), tokenizer=run.tokenizer)
+        if run.apart:
+            write_pairs(run.apart, folder / HELD_OUT)
         (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
         shutil.copyfile(log.path, folder / METRICS)
         write_curves(folder / "curves.png", log.rows, beta=run.beta, method=run.recipe.method)
@@ -378,22 +388,3 @@ def _save(
     with contextlib.suppress(OSError):  # the adapter is there; what cannot be removed is a leftover
         discard(run.partial)
     run.emit(Saved(run.output))
-
-
-def _sources(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
-    for which, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        if sources is not None:
-            yield which, [sources] if isinstance(sources, str) else sources
-
-
-def _data_record(run: Run, which: str, sources: list[str]) -> dict[str, Any]:
-    report = run.reports[which]
-    hashes = {source: sha256_of(Path(source)) if Path(source).is_file() else None for source in sources}
-    rows = {"train": run.train or run.answers, "eval": run.held_out_answers or run.held_out}[which]
-    return {
-        "sha256": hashes,
-        "rows": report.rows,
-        run.unit: report.kept,
-        "prompts": len({tuple(row.prompt) for row in rows}),
-        "dropped": dict(report.reasons()),
-    }

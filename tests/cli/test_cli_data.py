@@ -380,6 +380,13 @@ def test_a_split_has_pairs_on_both_sides_or_says_why_not():
         split_by_prompt([pair("a", 1), pair(" A", 2)], 0.5)
 
 
+def test_a_split_takes_a_share_of_the_prompts_or_their_number():
+    pairs = [pair(f"Prompt {number % 30}", number) for number in range(60)]  # two pairs a prompt
+    sizes = {share: len(split_by_prompt(pairs, share)[1]) for share in (0.1, 0.11, 1, 7, 29, 100)}
+    assert sizes == {0.1: 6, 0.11: 8, 1: 2, 7: 14, 29: 58, 100: 58}  # 3 and 3.3 prompts; one stays at the least
+    assert split_by_prompt(pairs, 3) == split_by_prompt(pairs, 0.1)
+
+
 def test_a_mixture_has_the_shares_and_repeats_nothing(run):
     many, few = [pair("a", number) for number in range(100)], [pair("b", number) for number in range(12)]
     mixed = mix([(many, 0.7), (few, 0.3)])

@@ -539,3 +539,35 @@ def test_a_switch_may_be_written_as_python_writes_it(key, typed, value, tmp_path
     (tmp_path / "a.yaml").write_text(MINIMAL)
     section, name = key.split(".")
     assert read_settings(tmp_path / "a.yaml", [f"{key}={typed}"])[section][name] is value
+
+
+# --- held out of the training data ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1, 12, 0.15, 0.999])
+def test_a_number_of_prompts_or_a_share_of_them_is_held_out(value):
+    data = check_recipe(with_settings(data={"train": "a.csv", "hold_out": value})).data
+    assert data.hold_out == value
+    assert data.has_held_out
+
+
+def test_something_is_held_out_by_a_file_too_and_by_default_nothing_is():
+    assert check_recipe(with_settings(data={"train": "a.csv", "eval": "b.csv"})).data.has_held_out
+    assert not check_recipe(with_settings()).data.has_held_out
+
+
+@pytest.mark.parametrize("value", [0, -3, 0.0, 1.0, 1.5, True, "12"])
+def test_what_is_no_number_of_prompts_is_refused(value):
+    said = refusal(data={"train": "a.csv", "hold_out": value})
+    assert "data.hold_out" in said
+    assert repr(value) in said
+
+
+def test_held_out_pairs_come_from_one_place():
+    said = refusal(data={"train": "a.csv", "eval": "b.csv", "hold_out": 12})
+    assert said == ("recipe: data.hold_out is 12: data.eval names held-out pairs already. Leave one of the two out.")
+
+
+def test_a_share_is_read_from_the_command_line_as_a_number(read):
+    assert read(MINIMAL, "data.hold_out=0.2").data.hold_out == 0.2
+    assert read(MINIMAL, "data.hold_out=12").data.hold_out == 12

@@ -250,8 +250,11 @@ def test_data_that_was_trained_on_is_said(place, capsys, tmp_path):
     assert says in json.loads((tmp_path / "evaluations/mine/eval.json").read_text())["warnings"][0]
     assert says in (tmp_path / "evaluations/mine/report.html").read_text()
     (tmp_path / "other.jsonl").write_text((tmp_path / "eval.jsonl").read_text() + "\n")
+    (tmp_path / "adapters/mine/held-out.jsonl").write_text("{}\n")
     assert main([*place, "--data", "other.jsonl", "--json"]) == 0
-    assert "trained on eval.jsonl:" in json.loads(capsys.readouterr().out)["warnings"][0]
+    warning = json.loads(capsys.readouterr().out)["warnings"][0]
+    assert "trained on eval.jsonl:" in warning
+    assert warning.endswith("such as those that its run held out: --data adapters/mine/held-out.jsonl.")
 
 
 def test_votes_on_other_weights_are_said(place, capsys, tmp_path):

@@ -142,7 +142,7 @@ def _summary(run: StoredRun) -> Iterator[str]:
             f"({before['finished']:.0%} before)."
         )
     if not pairs and not answers:
-        yield parts.paragraph("Nothing was measured on held-out data: set data.eval in the recipe.")
+        yield parts.paragraph("Nothing was measured on held-out data: set data.eval or data.hold_out.")
 
 
 def _likelier(nats: float) -> str:

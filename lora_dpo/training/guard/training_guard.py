@@ -60,9 +60,10 @@ def check_health(recipe: Recipe) -> None:
     check_specs(section.judges)
     if any(map(is_implicit, section.judges)):
         raise ConfigError("health.judge is implicit, which changes with training itself. Name another judge.")
-    if recipe.data.eval is None or section.prompts == 0 or section.action == "none":
+    if not recipe.data.has_held_out or section.prompts == 0 or section.action == "none":
         raise ConfigError(
-            "health.judge scores answers to held-out prompts: set data.eval, health.prompts and an action."
+            "health.judge scores answers to held-out prompts: set data.eval or data.hold_out, health.prompts and an "
+            "action."
         )
 
 
