@@ -9,7 +9,7 @@ run_state      what a run has told so far
 session        what everyone at the demo shares
 downloads      packages and exports that leave it
 html           pieces of pages, escaped
-theme          colours, style and keys
+theme          colours; style.css and keys.js, the page's styles and keys
 handlers       what every handler of the page does
 tab_chat, tab_vote, tab_data, tab_train, tab_adapters
 api            the same for scripts
