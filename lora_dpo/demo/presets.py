@@ -118,6 +118,7 @@ def draft(
     if held_out:
         data["eval"] = str(files["eval"])
         evaluation |= {"answers": min(16, len(held_out)), "show": prompts}
+    steps = steps_of(chosen, len(train))
     settings = {
         "model": model.model_dump(mode="json"),
         "lora": {"rank": 4, "alpha": 32},
@@ -125,7 +126,9 @@ def draft(
         "evaluation": evaluation,
         "output": str(output),
         "trainer": {
-            "max_steps": steps_of(chosen, len(train)),
+            "max_steps": steps,
+            # A tenth of the steps, rounded up, is a third of three: a run that short has none to give away.
+            "warmup_steps": steps // 10,
             "per_device_train_batch_size": BATCH,
             "learning_rate": chosen.learning_rate,
             "loss_type": ["sigmoid", "sft"],
@@ -158,7 +161,8 @@ def settings_text(recipe: Recipe) -> str:
 def with_settings(recipe: Recipe, text: str) -> Recipe:
     """A recipe with sections changed as a text of YAML says.
 
-    Only what a run computes can be changed: model, data, output and everything else that names a file stay.
+    Only what a run computes can be changed: model, data, output and everything else that names a file stay. A warm-up
+    that is left as it was stays at most a tenth of the steps when these are made fewer.
 
     Raises:
         ConfigError: broken YAML, an unknown setting, or one that is for recipe files alone.
@@ -183,4 +187,7 @@ def with_settings(recipe: Recipe, text: str) -> Recipe:
                     f"{nearest(str(key), known)}"
                 )
         settings[section] = {**settings[section], **values}
+    trainer, before = settings["trainer"], recipe.trainer
+    if isinstance(trainer.get("max_steps"), int) and trainer.get("warmup_steps") == before.get("warmup_steps"):
+        trainer["warmup_steps"] = min(before.get("warmup_steps", 0), max(0, trainer["max_steps"]) // 10)
     return check_recipe(settings, where=where)

@@ -8,6 +8,7 @@ import pytest
 
 from lora_dpo.config.reading import read_recipe
 from lora_dpo.config.recipe import ModelSection
+from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import read_pairs
 from lora_dpo.demo.presets import PRESETS, draft, settings_text, steps_of, with_settings
 from lora_dpo.errors import ConfigError
@@ -40,6 +41,13 @@ def test_steps_are_passes_over_the_pairs_up_to_a_limit():
     assert steps_of(PRESETS["quick"], 1) == 1
 
 
+@pytest.mark.parametrize(("count", "steps", "warmup"), [(3, 3, 0), (10, 10, 1), (40, 34, 3)])
+def test_the_warm_up_is_at_most_a_tenth_of_the_steps(drafted, count, steps, warmup):
+    trainer = drafted(count).recipe.trainer
+    assert (trainer["max_steps"], trainer["warmup_steps"]) == (steps, warmup)
+    assert trainer_config(trainer, output_dir=Path("x"), dtype="float32").get_warmup_steps(steps) == warmup
+
+
 def test_of_few_prompts_nothing_is_held_out_and_of_many_some(drafted):
     few, many = drafted(10), drafted(40)
     assert (few.pairs, few.held_out, few.recipe.data.eval) == (10, 0, None)
@@ -67,6 +75,9 @@ def test_settings_can_be_changed_and_come_back_as_they_are(drafted):
     changed = with_settings(recipe, text.replace("beta: 0.1", "beta: 0.3"))
     assert changed.trainer["beta"] == 0.3
     assert changed.data == recipe.data
+    fewer = with_settings(recipe, text.replace("max_steps: 34", "max_steps: 4")).trainer
+    assert (recipe.trainer["warmup_steps"], fewer["max_steps"], fewer["warmup_steps"]) == (3, 4, 0)
+    assert with_settings(recipe, "trainer: {max_steps: 4, warmup_steps: 2}").trainer["warmup_steps"] == 2
     assert with_settings(recipe, "lora: {rank: 2}").lora == recipe.lora.model_copy(update={"rank": 2})
 
 
