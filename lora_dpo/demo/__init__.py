@@ -2,16 +2,26 @@
 
 votes          blind votes, each on the disk before it is acknowledged
 pair_store     the pairs that someone collected
+starters       prompts of ours to begin with
 presets        from a choice of pairs and one word to a whole recipe
+expectation    what to expect of a run
 arena          blind matches
 conversation   a conversation with one model, or with two side by side
+remembered     conversations that survive a reload
 run_state      what a run has told so far
+base_choice    which bases there are here, which fit, and how one leaves memory
 session        what everyone at the demo shares
 downloads      packages and exports that leave it
+machine_paths  no folder of this machine in a message
 html           pieces of pages, escaped
+about          who answers, and the way through the page, in a few words
+train_view     how a run is shown
+in_a_terminal  the same as command lines and recipes
 theme          colours; style.css and keys.js, the page's styles and keys
 handlers       what every handler of the page does
 tab_chat, tab_vote, tab_data, tab_train, tab_adapters
+page_head      the head of the page, with the choice of the base
+follow         what is new, in every picker
 api            the same for scripts
 server         who may call it
 app            the page

@@ -1,4 +1,4 @@
-// Keys of the Vote tab. They press its buttons, and do nothing while someone types.
+// Keys of the Vote tab, which press its buttons and do nothing while someone types; and the way through the tabs.
 (() => {
   const KEYS = {
     "1": "vote-a", ArrowLeft: "vote-a",
@@ -6,6 +6,7 @@
     "3": "vote-good",
     "4": "vote-bad",
     "0": "vote-skip", s: "vote-skip",
+    n: "vote-next",
   };
   const TYPING = "input, textarea, select, [contenteditable], [role=listbox]";
 
@@ -17,4 +18,13 @@
     event.preventDefault();
     button.click();
   });
+
+  const follow = (event) => {
+    const step = event.target?.closest?.("[data-tab]");
+    if (!step || (event.type === "keydown" && event.key !== "Enter")) return;
+    const tabs = [...document.querySelectorAll("button[role=tab]")];
+    tabs.find((tab) => tab.textContent.trim() === step.dataset.tab && tab.offsetParent)?.click();
+  };
+  document.addEventListener("click", follow);
+  document.addEventListener("keydown", follow);
 })();
