@@ -35,7 +35,7 @@ def describe(folder: Path) -> list[tuple[str, str]]:
         ("reference", passport.reference),
         ("made", f"{passport.created} with lora-dpo {passport.versions.get('lora-dpo', '?')}"),
         *((f"data, {which}", _data_line(data)) for which, data in passport.data.items() if isinstance(data, dict)),
-        *((f"{name}, after", value) for name, value in _metrics(passport).items()),
+        *measured(passport),
     ]
     return [(name, plain(value, 300)) for name, value in rows]
 
@@ -57,6 +57,52 @@ def metrics_after(passport: Passport) -> dict[str, dict[str, Any]]:
     """What was measured after training, by part; empty where a passport does not say."""
     after = passport.metrics.get("after", {})
     return {part: found for part, found in after.items() if isinstance(found, dict)} if isinstance(after, dict) else {}
+
+
+MEASURED = {
+    "pairs.pairs": ("held-out pairs", "{:,}"),
+    "pairs.accuracy": ("held-out accuracy", "{:.2f}"),
+    "pairs.margin": ("held-out reward margin", "{:.2f}"),
+    "pairs.chosen_logratio": ("log-ratio of the chosen answers", "{:+.1f} nats"),
+    "pairs.rejected_logratio": ("log-ratio of the rejected answers", "{:+.1f} nats"),
+    "answers.answers": ("held-out prompts answered", "{:,}"),
+    "answers.mean_tokens": ("length of these answers", "{:.0f} tokens"),
+    "answers.finished": ("answers that end by themselves", "{:.0%}"),
+    "answers.chosen_mean_tokens": ("length of the chosen answers there", "{:.0f} tokens"),
+    "answers.questions": ("questions with a known answer", "{:,}"),
+    "answers.correct": ("known answers right", "{:.0%}"),
+}
+"""Measured numbers by their keys in a passport: in words, and how they are written."""
+FIXED = {"pairs.pairs", "answers.answers", "answers.chosen_mean_tokens", "answers.questions"}
+"""Those of the data, which training does not change."""
+
+
+def measured(passport: Passport) -> list[tuple[str, str]]:
+    """What was measured after training, and before it, in words; a number that is not known here has its key."""
+    before = passport.metrics.get("before", {})
+    rows = []
+    for part, found in metrics_after(passport).items():
+        earlier = before.get(part) if isinstance(before, dict) else None
+        for name, value in found.items():
+            key = f"{part}.{name}"
+            if value is None or (key == "answers.questions" and value == 0):
+                continue
+            label, form = MEASURED.get(key, (f"{key}, after training", ""))
+            then = earlier.get(name) if isinstance(earlier, dict) and key not in FIXED else None
+            was = f" (before: {_written(then, form)})" if _is_number(then) and _is_number(value) else ""
+            rows.append((label, _written(value, form) + was))
+    return rows
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _written(value: Any, form: str) -> str:
+    try:
+        return form.format(value) if form else f"{value:.4g}" if isinstance(value, float) else str(value)
+    except (ValueError, TypeError, OverflowError):  # a passport from elsewhere may say anything
+        return str(value)
 
 
 def _metrics(passport: Passport) -> dict[str, str]:

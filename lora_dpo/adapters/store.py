@@ -15,13 +15,12 @@ from lora_dpo.adapters.adapter import Adapter, check_fit, open_adapter, weights_
 from lora_dpo.adapters.describe import folder_size, metrics_after
 from lora_dpo.adapters.folder import check_weights_of_base
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
-from lora_dpo.adapters.package import (
-    BASE,
-)
+from lora_dpo.adapters.package import BASE, check_name
 from lora_dpo.adapters.passport import check_folder, is_public_name
+from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.config.reading import nearest
 from lora_dpo.errors import AdapterError, ModelError
-from lora_dpo.files import disk_errors, replace_file, sha256_of
+from lora_dpo.files import disk_errors, refuse_existing, replace_file, sha256_of
 from lora_dpo.leftovers import discard, settle
 from lora_dpo.model.base import load_skeleton, resolve_model
 from lora_dpo.model.identity import weight_files, weight_fingerprint
@@ -111,6 +110,28 @@ def remove(name: str, root: Path | None = None) -> Path:
     with disk_errors(folder):
         discard(folder)
     return folder
+
+
+def rename(name: str, new: str, root: Path | None = None) -> Path:
+    """Give an adapter of `root` (`adapters/`) another name, in one step; that it was verified here stays known.
+
+    Raises:
+        AdapterError: there is none of that name.
+        PackageError: the new one is no name for an adapter.
+        OutputError: the new name is taken, or the folder cannot be renamed.
+    """
+    root = root or places.adapters()
+    folder = removable(name, root)
+    target = folder.with_name(check_name(new))
+    for taken in (target, partial_of(target)):
+        refuse_existing(taken)
+    with disk_errors(target):
+        folder.rename(target)
+        record = _read_record(root)
+        if folder.name in record:
+            record[target.name] = record.pop(folder.name)
+            replace_file(root / RECORD, json.dumps(record, indent=1) + "\n")
+    return target
 
 
 def check_here(adapter: Adapter) -> list[str]:

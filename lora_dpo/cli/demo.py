@@ -76,16 +76,16 @@ def demo(
         from lora_dpo.serving.host import open_host
 
         port = listening.getsockname()[1]
-        with err.status("loading the model"):
+        with err.status("loading the model"):  # the state alone holds it: its base can be changed
             opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
-        with opened:
             app_state = AppState(opened, data_dir or places.collected())
-            try:
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-                err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
-                app.launch(app_state, host=host, listening=listening, auth=login, share=share)
-            finally:
-                app.close(app_state)
+            del opened
+        try:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+            err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
+            app.launch(app_state, host=host, listening=listening, auth=login, share=share)
+        finally:
+            app.close(app_state)
 
 
 def read_auth(text: str | None) -> tuple[str, str] | None:

@@ -20,6 +20,7 @@ from lora_dpo.data import Message
 from lora_dpo.demo import downloads
 from lora_dpo.demo.conversation import ask, conversation_of
 from lora_dpo.demo.handlers import client_of, sampling_of, told
+from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.demo.session import AppState
 from lora_dpo.demo.tab_train import drafted, end, pause
 from lora_dpo.training.drafting.presets import settings_text
@@ -151,14 +152,14 @@ def _pairs(app_state: AppState) -> list[Any]:
 def _training(app_state: AppState) -> list[Any]:
     def plan_training(pairs: list[str], name: str, preset: str = "balanced", settings: str = "") -> dict[str, Any]:
         """The settings and the plan of a run, before it starts. `settings` is YAML that changes the preset's."""
-        recipe = drafted(app_state, pairs, preset, name, settings)
+        recipe = drafted(app_state, pairs, preset, name, settings).recipe
         return {"settings": settings_text(recipe), "plan": plan(recipe).to_json()}
 
     def train(
         pairs: list[str], name: str, preset: str = "balanced", settings: str = "", prompts: list[str] | None = None
     ) -> str:
         """Start a run on the base in memory; `training` says how it goes."""
-        recipe = drafted(app_state, pairs, preset, name, settings)
+        recipe = drafted(app_state, pairs, preset, name, settings).recipe
         app_state.start_training(recipe, name.strip(), prompts or [])
         return "started"
 
@@ -185,7 +186,7 @@ def _training(app_state: AppState) -> list[Any]:
         return {
             "name": now.job.name,
             "state": now.job.state,
-            "error": now.job.error,
+            "error": without_paths(now.job.error) if now.job.error else None,
             "stage": seen.stage,
             "step": seen.step,
             "steps": seen.all_steps,

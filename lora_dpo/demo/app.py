@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection
-from html import escape
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Any
 
 import gradio as gr
 from starlette.datastructures import Headers
@@ -14,10 +13,11 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lora_dpo.demo import api, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
-from lora_dpo.demo.html import win_table
+from lora_dpo.demo import api, page_head, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
+from lora_dpo.demo.follow import Followed, follow, lead_to_chat
 from lora_dpo.demo.server import serving_on
 from lora_dpo.demo.session import AppState
+from lora_dpo.demo.tab_train import trained_last
 from lora_dpo.demo.theme import TITLE, css, head, theme
 from lora_dpo.leftovers import give_up
 from lora_dpo.serving.address import is_cross_site, is_local_name, listen
@@ -25,8 +25,6 @@ from lora_dpo.serving.address import is_cross_site, is_local_name, listen
 MAX_UPLOAD = "1gb"
 """Largest file that a browser may send: an adapter's package. Files of pairs have a limit of their own."""
 MOST_QUEUED = 256
-LOOK_EVERY = 2.0
-"""Seconds between two looks for adapters and pairs that are new."""
 
 POLICY = "; ".join(
     (
@@ -52,88 +50,34 @@ def build(app_state: AppState, *, public: bool = False) -> gr.Blocks:
         public: for visitors whom nobody knows: they chat and vote. Training, data and adapters are not there, their
             endpoints neither.
     """
-    base = app_state.host.base
-    held = "as stored" if base.quantize == "none" else base.quantize.upper()
     page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400))
     with page:
-        gr.HTML(
-            f'<div id="head"><h1>{TITLE}</h1><span>chat, vote, train and swap on one loaded base: '
-            f"{escape(base.name)} ({escape(held)}, {escape(base.dtype)})</span></div>"
-        )
-        with gr.Tabs(overflow_behavior="wrap"):
+        header = page_head.build(app_state, public=public)
+        with gr.Tabs(overflow_behavior="wrap") as tabs:
             with gr.Tab("Chat", id="chat"):
-                pickers = tab_chat.build(app_state)
-            with gr.Tab("Vote", id="vote") as vote:
-                players, wins = tab_vote.build(app_state, vote, public=public)
+                chat = tab_chat.build(app_state, page, public=public)
+            with gr.Tab("Vote", id="vote") as item:
+                vote = tab_vote.build(app_state, item, tabs, chat.to_vote, public=public)
             if not public:
                 rest = _private_tabs(app_state, page)
         if not public:
-            known = gr.State(None)
-            outputs = [*(picker for picker, _ in pickers), players, wins, *rest, known]
-            follow = _follower(app_state, [nobody for _, nobody in pickers])
-            quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-            run_name = rest[2]
-            gr.Timer(LOOK_EVERY).tick(follow, [known, run_name], outputs, **quiet)
-            page.load(follow, [known, run_name], outputs, **quiet)
+            _, train, adapters = rest
+            lead_to_chat(app_state, train.compare, tabs, chat, None, lambda _: trained_last(app_state))
+            lead_to_chat(app_state, adapters.chat, tabs, chat, adapters.name, lambda picked: picked)
+            follow(app_state, page, Followed(header, chat, vote, *rest))
         api.add(app_state, public=public)
     return page
 
 
-def _private_tabs(app_state: AppState, page: gr.Blocks) -> list[Any]:
-    """The tabs that public visitors do not see; returns what is to be refreshed, in `_follower`'s order."""
+def _private_tabs(app_state: AppState, page: gr.Blocks) -> tuple[gr.Dropdown, tab_train.Parts, tab_adapters.Parts]:
+    """The tabs that public visitors do not see."""
     with gr.Tab("Data", id="data") as data:
         files = tab_data.build(app_state, data)
-    with gr.Tab("Train", id="train"):
-        sources, run_name, row, left = tab_train.build(app_state)
+    with gr.Tab("Train", id="train") as train:
+        training = tab_train.build(app_state, train)
     with gr.Tab("Adapters", id="adapters"):
-        adapter, listed = tab_adapters.build(app_state, page)
-    return [files, sources, run_name, row, left, adapter, listed]
-
-
-class Shown(NamedTuple):
-    """What the pickers and tables of a page were last made from."""
-
-    names: tuple[str, ...] = ()
-    pairs: tuple[str, ...] = ()
-    adapters: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    votes: Any = None
-
-
-def _follower(app_state: AppState, with_nobody: list[bool]) -> Callable[[Any, str], tuple[Any, ...]]:
-    """A handler that puts what is new into every picker."""
-
-    def follow(known: Any, run_name: str) -> tuple[Any, ...]:
-        names, pairs, adapters, left = (
-            app_state.names(),
-            app_state.pairs.names(),
-            app_state.adapters(),
-            app_state.interrupted(),
-        )
-        now = Shown(tuple(names), tuple(pairs), tuple(adapters), tuple(left), app_state.pairs.book.state())
-        before = Shown(*known) if known else Shown()
-        if now == before:
-            return (*[gr.skip()] * (len(with_nobody) + 9), known)
-        chats = [gr.update(choices=[tab_chat.NOBODY, *names] if nobody else names) for nobody in with_nobody]
-        moved = set(adapters) != set(before.adapters)
-        # Where there was nothing to choose, the first of what there is now is chosen.
-        pair: dict[str, Any] = {"value": pairs[0]} if pairs and not before.pairs else {}
-        trained: dict[str, Any] = {"value": pairs[:1]} if pairs and not before.pairs else {}
-        shown: dict[str, Any] = {"value": adapters[0]} if adapters and not before.adapters else {}
-        return (
-            *chats,
-            gr.update(choices=names),
-            win_table(app_state.pairs.book.records()) if now.votes != before.votes else gr.skip(),
-            gr.update(choices=pairs, **pair),
-            gr.update(choices=pairs, **trained),
-            gr.update(value=app_state.free_name()) if moved and run_name.strip() in (*adapters, "") else gr.skip(),
-            *(tab_train.interrupted_update(left) if now.left != before.left else (gr.skip(), gr.skip())),
-            gr.update(choices=adapters, **shown),
-            tab_adapters.adapters_table(app_state) if moved else gr.skip(),
-            now,
-        )
-
-    return follow
+        adapters = tab_adapters.build(app_state, page)
+    return files, training, adapters
 
 
 class Guard:
@@ -247,5 +191,8 @@ def launch_options(
 
 
 def close(app_state: AppState) -> None:
-    """Remove what was on its way to browsers."""
-    give_up(app_state.scratch)
+    """End what is computed, and remove what was on its way to browsers."""
+    try:
+        app_state.close()
+    finally:
+        give_up(app_state.scratch)

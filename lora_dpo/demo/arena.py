@@ -150,6 +150,12 @@ class Arena:
             raise ConfigError("There is no such match, or it is too old. Ask for a new one.")
         return match
 
+    def unvoted(self, match_id: str) -> Match | None:
+        """The match of that id if its vote, or one of its answers, is not there yet."""
+        with self._lock:
+            match = self._open.get(match_id)
+        return match if match is not None and match.verdict is None else None
+
     def _weights_of(self, who: str) -> str | None:
         weights = self.adapters_dir / who / WEIGHTS
         return sha256_of(weights) if who != BASE and weights.is_file() else None
@@ -173,4 +179,5 @@ def _candidate(said: StreamedAnswer, sampling: Sampling, weights: str | None) ->
         "max_new_tokens": sampling.max_new_tokens,
         "tokens": said.tokens,
     }
+    facts |= {"cut": True} if said.cut else {}
     return ShownAnswer(said.text, said.who, facts | ({"adapter_sha256": weights} if weights else {}))

@@ -33,6 +33,8 @@ class StreamedAnswer:
     """From the first piece to the last: writing, without waiting."""
     waited: float = 0.0
     """Before the first piece: the queue, and reading the prompt."""
+    cut: bool = False
+    """Whether it was ended at its longest, and not by the model."""
 
     @property
     def speed(self) -> float | None:
@@ -190,7 +192,7 @@ def write(
             if isinstance(outcome, LoraDPOError):
                 raise outcome
             if isinstance(outcome, Completion):
-                yield replace(said, text=outcome.text, tokens=outcome.tokens)
+                yield replace(said, text=outcome.text, tokens=outcome.tokens, cut=not outcome.finished)
                 return
             now = time.monotonic()
             if not said.text:

@@ -11,10 +11,18 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
+from lora_dpo.demo.html import note
+from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.model.decoding import Sampling
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+Given = dict[Any, Any]
+"""What a handler is given: the values of parts of the page, by these."""
+Update = dict[Any, Any]
+"""What a handler returns: new values by their parts. What it does not name stays as it is."""
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+"""Of an event of the page: it is no endpoint for scripts."""
 
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
@@ -46,7 +54,12 @@ def told(handler: Handler) -> Handler:
 
 def refusal(error: LoraDPOError) -> gr.Error:
     """An error as Gradio's. Its message is HTML there, so ours is escaped: it may quote a name from outside."""
-    return gr.Error(escape(str(error)), title="", print_exception=False)
+    return gr.Error(escape(without_paths(str(error))), title="", print_exception=False)
+
+
+def red_line(error: LoraDPOError) -> str:
+    """An error as one red line beside what it is about, in the place of a message over the page."""
+    return note(str(error), kind="bad")
 
 
 def markdown(text: str) -> str:

@@ -9,6 +9,7 @@ from html import escape
 from lora_dpo.data.doctor.examination import Diagnosis
 from lora_dpo.data.pairs import ReadReport, rows_text
 from lora_dpo.demo.conversation import StreamedAnswer
+from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.demo.run_state import RunSnapshot, logratios
 from lora_dpo.demo.votes import HeadToHead
 from lora_dpo.evaluation.report.svg import Series, lines
@@ -20,8 +21,12 @@ def text_block(text: str, *, kind: str = "") -> str:
 
 
 def note(text: str, *, kind: str = "") -> str:
-    """One line beside the controls. `kind` is empty, `good`, `bad` or `wait`."""
-    return f'<p class="note {kind}">{escape(text)}</p>' if text else ""
+    """One line beside the controls, without this machine's folders.
+
+    Args:
+        kind: empty, `good`, `warn`, `bad` or `wait`.
+    """
+    return f'<p class="note {kind}">{escape(without_paths(text))}</p>' if text else ""
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), kind: str = "") -> str:
@@ -37,8 +42,14 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values below each other."""
-    return '<dl class="facts">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows) + "</dl>"
+    """Names and values below each other, without this machine's folders."""
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(without_paths(value))}</dd>" for name, value in rows)
+    return f'<dl class="facts">{listed}</dl>'
+
+
+def folded(title: str, body: str, *, open: bool = False) -> str:
+    """A part of the page that is folded away under its title; `body` is HTML."""
+    return f'<details class="folded"{" open" if open else ""}><summary>{escape(title)}</summary>{body}</details>'
 
 
 def said_line(said: StreamedAnswer | None, *, writing: bool = False) -> str:
@@ -47,16 +58,23 @@ def said_line(said: StreamedAnswer | None, *, writing: bool = False) -> str:
         return note("")
     if writing:
         return note("writing…" if said.text else "waiting for its turn…", kind="wait")
-    parts = [f"{said.tokens} tokens"]
+    parts = [f"{said.tokens} tokens"] if said.tokens else []  # none are known of an answer before a reload
     if said.speed is not None:
         parts.append(f"{said.speed:.1f} tokens/s")
-    parts += [f"prompt {said.prompt_tokens} tokens", f"first word after {said.waited:.1f} s"]
-    return note(" · ".join(parts))
+    if said.tokens:
+        parts += [f"prompt {said.prompt_tokens} tokens", f"first word after {said.waited:.1f} s"]
+    cut = f" {CUT}" if said.cut else ""
+    return f'<p class="note">{escape(" · ".join(parts))}{cut}</p>'
 
 
-def answer_card(letter: str, text: str, *, writing: bool = False, name: str | None = None) -> str:
+CUT = '<span class="cut" title="It reached the longest answer that the settings allow.">cut: not at its end</span>'
+"""The mark of an answer that was ended at its longest: what it lacks is not its fault."""
+
+
+def answer_card(letter: str, text: str, *, writing: bool = False, name: str | None = None, cut: bool = False) -> str:
     """One of two answers to vote on; `name` is told after the vote."""
     who = f'<span class="card-name">{escape(name)}</span>' if name else ""
+    who += CUT if cut else ""
     missing = "writing…" if writing else "no answer yet"
     body = escape(text) if text else f'<span class="faint">{missing}</span>'
     return (

@@ -6,8 +6,15 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import median
 
 from lora_dpo.events import Answered, Compared, Event, Note, Progress, Resolved, Saved, StepLogged
+
+RECENT = 9
+"""Steps that the pace is taken from."""
+LATE = 4.0
+"""A step that takes so many times as long as the others, and no estimate holds."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,23 @@ class RunSnapshot:
     answered: tuple[tuple[str, str, str], ...] = ()
     samples: tuple[Sample, ...] = ()
     saved: str | None = None
-    training_since: tuple[int, float] | None = None
-    """The first step that was seen to end, and when (monotonic)."""
+    ends: tuple[tuple[int, float], ...] = ()
+    """The last steps that were seen to end, and when (monotonic)."""
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds a step, the median of the last ones, which a pause among them does not change; None before two."""
+        gaps = [(after - before) / (step - last) for (last, before), (step, after) in pairwise(self.ends)]
+        return median(gaps) if gaps else None
 
     def seconds_left(self, now: float) -> float | None:
-        """How long the remaining steps take at the pace so far; None before two steps."""
-        if self.training_since is None or self.step >= self.all_steps:
+        """How long the remaining steps take at that pace; None before two steps, and while one takes far longer."""
+        if self.pace is None or self.step >= self.all_steps:
             return None
-        first, since = self.training_since
-        return (now - since) / (self.step - first) * (self.all_steps - self.step) if self.step > first else None
+        late = now - self.ends[-1][1]
+        if late > LATE * max(self.pace, 1.0):
+            return None
+        return max(0.0, self.pace * (self.all_steps - self.step) - min(late, self.pace))
 
 
 @dataclass
@@ -71,15 +86,15 @@ class RunState:
             case Progress(stage, done, total):
                 self._set(stage=stage, done=done, total=total)
             case StepLogged(step, total, metrics) if "loss" in metrics:
-                since = self._seen.training_since or (step, time.monotonic())
                 steps = (*self._seen.steps, (step, dict(metrics)))
-                self._set(steps=steps, step=step, all_steps=total, training_since=since)
+                ends = (*self._seen.ends, (step, time.monotonic()))[-RECENT:]
+                self._set(steps=steps, step=step, all_steps=total, ends=ends)
             case Resolved(lines):
                 self._set(resolved=lines)
             case Note() as note:
                 self._set(notes=(*self._seen.notes, note))
-            case Compared(rows):
-                self._set(compared=rows)
+            case Compared(rows):  # the last that is told before the adapter is written
+                self._set(compared=rows, stage="saving", done=0, total=1)
             case Answered(rows):
                 self._set(answered=rows)
             case Saved(folder):

@@ -13,25 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo import places
 from lora_dpo.adapters.lora_config import CONFIG
-from lora_dpo.adapters.package import check_name
+from lora_dpo.adapters.package import BASE, check_name
 from lora_dpo.adapters.run_folder import discard_run, interrupted_runs, logged_rows, partial_of
 from lora_dpo.config.reading import nearest, read_recipe
 from lora_dpo.config.recipe import Quantize, Recipe
 from lora_dpo.data import Message
 from lora_dpo.demo.arena import Arena
+from lora_dpo.demo.base_choice import check_base, close_and_forget, held_as, still_used
 from lora_dpo.demo.pair_store import PairStore
 from lora_dpo.demo.run_state import RunState, Sample
-from lora_dpo.errors import AdapterError, ConfigError
+from lora_dpo.errors import AdapterError, Busy, ConfigError, LoraDPOError, ModelError
+from lora_dpo.events import Progress
 from lora_dpo.files import numbered
 from lora_dpo.leftovers import scratch_folder
 from lora_dpo.model.decoding import Sampling, generate
 from lora_dpo.model.packaged import PACKAGED_MODELS, fetch_model
 from lora_dpo.serving.host import Host, open_host
 from lora_dpo.serving.training_job import TrainingJob
-from lora_dpo.text import plain
+from lora_dpo.text import SHOWN, one_line, plain
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 WATCHED = 3
 """Prompts that are answered while a run goes on; each costs the run an answer, four times."""
@@ -47,6 +50,8 @@ class Training:
     watch: RunState
     beta: float
     began: float
+    planned: float | None = None
+    """Seconds that its plan gave the steps."""
 
 
 def open_state(
@@ -70,13 +75,26 @@ def open_state(
     return AppState(open_host(model, adapters_dir, quantize=quantize), data_dir or places.collected())
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What hangs on the base in memory."""
+
+    host: Host
+    arena: Arena
+    tokenizer: PreTrainedTokenizerBase
+    """For looks at data. The host's own is for answers: a tokenizer is not made for two threads at once."""
+
+
 class AppState:
-    """Everything behind the page. Its methods may be called from any thread."""
+    """Everything behind the page. Its methods may be called from any thread.
+
+    Args:
+        host: this is its owner now: it closes it, and to change the base, nothing else may hold it.
+    """
 
     def __init__(self, host: Host, folder: Path, *, scratch: Path | None = None) -> None:
-        self.host, self.adapters_dir = host, host.adapters_dir
+        self.adapters_dir = host.adapters_dir
         self.pairs = PairStore(folder)
-        self.arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
         self.scratch = scratch or scratch_folder("demo")
         """For files on their way to a browser; emptied at the end."""
         self.outbox = self.scratch / "uploads"
@@ -84,9 +102,92 @@ class AppState:
         self.outbox.mkdir(parents=True, exist_ok=True)
         self.exporting = threading.Lock()
         """Held by the one export that is written."""
-        self.tokenizer = copy.deepcopy(host.base.tokenizer)
-        """For looks at data. The host's own is for answers: a tokenizer is not made for two threads at once."""
         self.training: Training | None = None
+        self.coming: str | None = None
+        """The base that is being loaded in place of the one before."""
+        self._changing = threading.Lock()
+        self._loaded: Loaded | None = self._around(host)
+
+    @property
+    def host(self) -> Host:
+        """The one base, and who answers with it. Raises `Busy` while another one is being loaded."""
+        return self._now().host
+
+    @property
+    def arena(self) -> Arena:
+        """Blind matches on that base. Raises `Busy` while another one is being loaded."""
+        return self._now().arena
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, for looks at data. Raises `Busy` while another one is being loaded."""
+        return self._now().tokenizer
+
+    def _now(self) -> Loaded:
+        loaded = self._loaded
+        if loaded is None:
+            if self.coming is None:
+                raise ModelError("No base is in memory: the one before could not be loaded again. Start the demo anew.")
+            raise Busy(f"The base {self.coming} is being loaded. Try again in a moment.")
+        return loaded
+
+    def _around(self, host: Host) -> Loaded:
+        arena = Arena(host, self.pairs.book, adapters_dir=host.adapters_dir)
+        return Loaded(host, arena, copy.deepcopy(host.base.tokenizer))
+
+    def change_base(self, name: str) -> None:
+        """Load another base in place of the one in memory, which leaves it first; answers that are on their way end.
+
+        Matches without a vote are gone with the base that answered. If it cannot be loaded, the one before is loaded
+        again.
+
+        Args:
+            name: one of `bases`.
+
+        Raises:
+            Busy: a training goes on, or another base is being loaded.
+            ModelError: there is none of that name, it does not fit, or it cannot be loaded.
+        """
+        if not self._changing.acquire(blocking=False):
+            raise Busy("A base is being loaded already. Wait for its end.")
+        try:
+            host = self.host
+            check_base(name, host.base)
+            if name == host.base.name:
+                raise ModelError(f"{name} is the base in memory already.")
+            host.drain(f"The base is being changed to {name}. Try again in a moment.")
+            before = held_as(host.base)
+            common: dict[str, Any] = {"adapters_dir": self.adapters_dir, "strict": host.strict}
+            del host
+            self.coming = name
+            if (kept := close_and_forget(self._give_away)) is not None:
+                self._loaded = self._around(Host(kept, **common))
+                raise still_used()
+            try:
+                if name in PACKAGED_MODELS:
+                    fetch_model(name)
+                host = open_host(**{**before, "model": name, "revision": None}, **common)
+                self.pairs = PairStore(self.pairs.folder)  # what the doctor knows was counted with the other tokenizer
+                self._loaded = self._around(host)
+            except Exception as error:  # whatever it was: without a base nothing here works
+                self._loaded = self._around(open_host(**before, **common))
+                if isinstance(error, LoraDPOError):
+                    raise
+                raise ModelError(f"The base {name} could not be loaded: {one_line(str(error), SHOWN)}.") from error
+        finally:
+            self.coming = None
+            self._changing.release()
+
+    def _give_away(self) -> Host:
+        loaded = self._now()
+        self._loaded = None
+        return loaded.host
+
+    def close(self) -> None:
+        """End the answers, and a training with a checkpoint."""
+        with self._changing:
+            if self._loaded is not None:
+                self._loaded.host.close()
 
     def names(self) -> list[str]:
         """Who can answer."""
@@ -95,6 +196,11 @@ class AppState:
     def adapters(self) -> list[str]:
         """Every adapter's name, whether it fits the base or not; read from the folder's listing alone."""
         return sorted(path.parent.name for path in self.adapters_dir.glob(f"[!.]*/{CONFIG}"))
+
+    def newest(self) -> str | None:
+        """The adapter that was made last, of those that can answer."""
+        folders = [self.adapters_dir / name for name in self.names() if name != BASE]
+        return max(folders, key=lambda folder: folder.stat().st_mtime).name if folders else None
 
     def find(self, name: str) -> Path:
         """The folder of an adapter of `adapters`: of no other folder of this machine. Raises `AdapterError`."""
@@ -113,16 +219,19 @@ class AppState:
         """The folder of an adapter to be. Raises `PackageError` for a name that cannot be one."""
         return self.adapters_dir / check_name(name)
 
-    def start_training(self, recipe: Recipe, name: str, prompts: Sequence[str] = ()) -> Training:
+    def start_training(
+        self, recipe: Recipe, name: str, prompts: Sequence[str] = (), *, planned: float | None = None
+    ) -> Training:
         """Train on the base in memory.
 
         Args:
             prompts: answered before, on the way, and at the end of the run; at most `WATCHED`.
+            planned: seconds that the plan gives the steps.
 
         Raises:
             LoraDPOError: as `Host.start_training`.
         """
-        return self._begin(recipe, name, prompts)
+        return self._begin(recipe, name, prompts, planned=planned)
 
     def interrupted(self) -> list[str]:
         """Adapters that an interrupted run can still become, the last touched first."""
@@ -150,7 +259,13 @@ class AppState:
         return partial_of(self.adapters_dir / name)
 
     def _begin(
-        self, recipe: Recipe, name: str, prompts: Sequence[str], *, past: Sequence[dict[str, Any]] | None = None
+        self,
+        recipe: Recipe,
+        name: str,
+        prompts: Sequence[str],
+        *,
+        past: Sequence[dict[str, Any]] | None = None,
+        planned: float | None = None,
     ) -> Training:
         """Start a run, or go on with one that had logged `past`."""
         asked = [prompt.strip() for prompt in prompts if prompt.strip()]
@@ -162,7 +277,7 @@ class AppState:
         look = self._look(watch, asked, recipe) if asked else None
         job = self.host.start_training(recipe, name, watch, look=look, resume=past is not None)
         beta = float(recipe.trainer.get("beta", 0.1))
-        self.training = Training(job, watch, beta, time.monotonic())
+        self.training = Training(job, watch, beta, time.monotonic(), planned)
         return self.training
 
     def _recipes(self) -> str:
@@ -181,9 +296,15 @@ class AppState:
         def look(step: int, total: int, model: Any) -> None:
             if step not in looks_of(total):
                 return
-            answers = generate(model, self.host.base.tokenizer, conversations, sampling=sampling)
+
+            def tell(done: int) -> None:
+                watch(Progress("answering your prompts", done, len(prompts)))
+
+            tell(0)
+            answers = generate(model, self.host.base.tokenizer, conversations, sampling=sampling, on_answer=tell)
             for prompt, answer in zip(prompts, answers, strict=True):
                 watch.sampled(Sample(step, prompt, answer.text))
+            watch(Progress("training", step, total))
 
         return look
 

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
 
+from lora_dpo.adapters.package import BASE
+from lora_dpo.demo.about import who_line
 from lora_dpo.demo.conversation import Conversation, StreamedAnswer, Turn, ask
-from lora_dpo.demo.handlers import client_of, markdown, plain_text, refusal, sampling_of, told
+from lora_dpo.demo.handlers import (
+    PRIVATE,
+    Given,
+    Update,
+    client_of,
+    markdown,
+    plain_text,
+    refusal,
+    sampling_of,
+    told,
+)
 from lora_dpo.demo.html import said_line
+from lora_dpo.demo.in_a_terminal import chat_command
+from lora_dpo.demo.machine_paths import without_paths
+from lora_dpo.demo.remembered import recalled, remembered
 from lora_dpo.demo.session import AppState
+from lora_dpo.demo.starters import EXAMPLES
 from lora_dpo.errors import LoraDPOError
+from lora_dpo.model.decoding import Sampling
 
 NOBODY = "(nobody)"
-HEIGHT = "max(300px, calc(100vh - 430px))"
-
-State = tuple[Any, ...]
-_EMPTY: State = ([], [], "", "")
-"""Both views and both lines of a new conversation."""
+HEIGHT = "max(260px, calc(100vh - 510px))"
+STORED = "lora-dpo-chat"
+"""Where the browser keeps the conversation."""
 
 
 @dataclass(frozen=True)
@@ -30,47 +45,93 @@ class Parts:
     left: gr.Dropdown
     right: gr.Dropdown
     right_column: gr.Column
+    who: tuple[gr.HTML, gr.HTML]
     chats: tuple[gr.Chatbot, gr.Chatbot]
     lines: tuple[gr.HTML, gr.HTML]
+    examples: gr.Row
+    example_buttons: list[gr.Button]
+    to_vote: gr.Button
+    """Leads to the Vote tab, with prompts of ours."""
     box: gr.Textbox
-    settings: tuple[gr.Textbox, gr.Slider, gr.Slider, gr.Slider, gr.Number]
-    """System prompt, temperature, top-p, longest answer, seed."""
+    system: gr.Textbox
+    temperature: gr.Slider
+    top_p: gr.Slider
+    longest: gr.Slider
+    seed: gr.Number
     new: gr.Button
+    terminal: gr.Accordion
+    command: gr.Textbox
+    conversation: gr.State
+    memory: gr.BrowserState
+
+    @property
+    def chosen(self) -> set[Any]:
+        """What an answer depends on."""
+        settings = {self.system, self.temperature, self.top_p, self.longest, self.seed}
+        return {self.conversation, self.left, self.right} | settings
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What an answer changes."""
+        return [self.box, *self.chats, *self.lines, self.examples, self.conversation, self.memory]
 
 
-def build(app_state: AppState) -> list[tuple[gr.Dropdown, bool]]:
-    """Lay the tab out and connect it; returns its pickers, and for each whether "nobody" can be picked."""
-    parts = _layout(app_state)
-    tab = Tab(app_state)
-    conversation = gr.State(Conversation())
-    settings = [conversation, parts.left, parts.right, *parts.settings]
-    outputs = [parts.box, *parts.chats, *parts.lines, conversation]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-    parts.box.submit(tab.send, [parts.box, *settings], outputs, **quiet)
-    parts.box.stop(Conversation.stop, conversation, None, **at_once)
+def build(app_state: AppState, page: gr.Blocks, *, public: bool = False) -> Parts:
+    """Lay the tab out and connect it.
+
+    Args:
+        public: for visitors, who have no terminal here.
+    """
+    parts = _layout(app_state, public=public)
+    tab = Tab(app_state, parts, public=public)
+    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+    at_once: dict[str, Any] = {"queue": False, **quiet}
+    parts.box.submit(tab.send, {parts.box, *parts.chosen}, parts.outputs, **quiet)
+    parts.box.stop(Conversation.stop, parts.conversation, None, **at_once)
+    for text, button in zip(EXAMPLES, parts.example_buttons, strict=True):
+        button.click(tab.example(text), parts.chosen, parts.outputs, **quiet)
     for chat in parts.chats:
-        chat.retry(tab.retry, settings, outputs, **quiet)
-        chat.edit(tab.edit, settings, outputs, **quiet)
-        chat.clear(tab.new, conversation, outputs, **at_once)
-    parts.new.click(tab.new, conversation, outputs, **at_once)
+        chat.retry(tab.retry, parts.chosen, parts.outputs, **quiet)
+        chat.edit(tab.edit, parts.chosen, parts.outputs, **quiet)
+        chat.clear(tab.new, parts.conversation, parts.outputs, **at_once)
+    parts.new.click(tab.new, parts.conversation, parts.outputs, **at_once)
     for picker in (parts.left, parts.right):
         picker.input(tab.tell_doubt, picker, None, **at_once)
-    parts.right.change(lambda beside: gr.update(visible=beside != NOBODY), parts.right, parts.right_column, **at_once)
-    return [(parts.left, False), (parts.right, True)]
+        picker.change(tab.named, {parts.left, parts.right}, [parts.right_column, *parts.who], **at_once)
+    named = [parts.left, parts.right, parts.right_column, *parts.who, parts.system]
+    page.load(tab.restore, parts.memory, [*parts.outputs, *named], **at_once)
+    settings: list[Any] = [parts.left, parts.right, parts.system]
+    settings += [parts.temperature, parts.top_p, parts.longest, parts.seed]
+    gr.on(
+        [parts.terminal.expand, *(setting.change for setting in settings)],
+        tab.in_a_terminal,
+        parts.chosen,
+        parts.command,
+        **at_once,
+    )
+    return parts
 
 
-def _layout(app_state: AppState) -> Parts:
+def _layout(app_state: AppState, *, public: bool) -> Parts:
     names = app_state.names()
-    first = names[1] if len(names) > 1 else names[0]
-    with gr.Row():
-        left = gr.Dropdown(names, value=first, label="Model", elem_id="chat-left", filterable=len(names) > 8)
-        right = gr.Dropdown([NOBODY, *names], value=NOBODY, label="Beside it", elem_id="chat-right", filterable=False)
-    with gr.Row():
-        with gr.Column(min_width=300):
-            one, line = _chatbot(0), gr.HTML(said_line(None), elem_id="chat-line-0")
-        with gr.Column(min_width=300, visible=False) as right_column:
-            other, other_line = _chatbot(1), gr.HTML(said_line(None), elem_id="chat-line-1")
+    adapter = app_state.newest()
+    beside = adapter or NOBODY
+    with gr.Row(elem_classes="pickers"):
+        left = gr.Dropdown(names, value=BASE, label="Model", elem_id="chat-left", filterable=len(names) > 8)
+        right = gr.Dropdown([NOBODY, *names], value=beside, label="Beside it", elem_id="chat-right", filterable=False)
+    sides = []
+    with gr.Row(elem_id="chat-sides"):
+        for side, name in enumerate((BASE, beside)):
+            with gr.Column(min_width=300, visible=side == 0 or adapter is not None) as column:
+                who = gr.HTML(_who(app_state, name, public=public), elem_id=f"chat-who-{side}")
+                sides.append((column, who, _chatbot(side), gr.HTML("", elem_id=f"chat-line-{side}")))
+    (_, who, chat, line), (right_column, other_who, other_chat, other_line) = sides
+    with gr.Row(elem_id="chat-examples") as examples:
+        buttons = [
+            gr.Button(text, size="md", elem_id=f"chat-example-{number}", min_width=150)
+            for number, text in enumerate(EXAMPLES)
+        ]
+        to_vote = gr.Button("Vote on 20 of ours →", size="md", elem_id="chat-to-vote", min_width=150)
     box = gr.Textbox(
         placeholder="Ask something…",
         show_label=False,
@@ -81,8 +142,39 @@ def _layout(app_state: AppState) -> Parts:
         max_length=32_000,
         elem_id="chat-box",
     )
+    system, temperature, top_p, longest, seed = _settings()
+    new = gr.Button("New chat", size="sm", elem_id="chat-new")
+    with gr.Accordion("The same in a terminal", open=False, visible=not public) as terminal:
+        command = gr.Textbox(
+            show_label=False, interactive=False, buttons=["copy"], elem_id="chat-command", elem_classes="code"
+        )
+    return Parts(
+        left=left,
+        right=right,
+        right_column=right_column,
+        who=(who, other_who),
+        chats=(chat, other_chat),
+        lines=(line, other_line),
+        examples=examples,
+        example_buttons=buttons,
+        to_vote=to_vote,
+        box=box,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        longest=longest,
+        seed=seed,
+        new=new,
+        terminal=terminal,
+        command=command,
+        conversation=gr.State(Conversation()),
+        memory=gr.BrowserState(None, storage_key=STORED, secret=STORED),  # so that it outlives this server, too
+    )
+
+
+def _settings() -> tuple[gr.Textbox, gr.Slider, gr.Slider, gr.Slider, gr.Number]:
     with gr.Accordion("Settings", open=False):
-        system = gr.Textbox(label="System prompt", lines=2, max_length=8_000, elem_id="chat-system")
+        system = gr.Textbox("", label="System prompt", lines=2, max_length=8_000, elem_id="chat-system")
         with gr.Row():
             temperature = gr.Slider(
                 0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest word)", elem_id="chat-temperature"
@@ -91,9 +183,7 @@ def _layout(app_state: AppState) -> Parts:
         with gr.Row():
             longest = gr.Slider(8, 1024, 256, step=8, label="Longest answer (tokens)", elem_id="chat-longest")
             seed = gr.Number(0, precision=0, label="Seed")
-    new = gr.Button("New chat", size="sm", elem_id="chat-new")
-    settings = (system, temperature, top_p, longest, seed)
-    return Parts(left, right, right_column, (one, other), (line, other_line), box, settings, new)
+    return system, temperature, top_p, longest, seed
 
 
 def _chatbot(side: int) -> gr.Chatbot:
@@ -106,119 +196,140 @@ def _chatbot(side: int) -> gr.Chatbot:
         sanitize_html=True,
         feedback_options=None,
         layout="bubble",
-        placeholder="Say something below. Each model answers with the same seed.",
+        placeholder="Click on an example below, or ask something of your own.",
         elem_id=f"chat-{side}",
     )
 
 
 class Tab:
-    """The tab's handlers. Gradio fills in events and requests by annotations, so settings are named one by one."""
+    """The tab's handlers. Each is given, and returns, values by their parts."""
 
-    def __init__(self, app_state: AppState) -> None:
-        self.app_state = app_state
+    def __init__(self, app_state: AppState, parts: Parts, *, public: bool) -> None:
+        self.app_state, self.parts, self.public = app_state, parts, public
 
-    def send(
-        self,
-        text: str,
-        conversation: Conversation,
-        left: str,
-        right: str,
-        system: str,
-        temperature: float,
-        top_p: float,
-        longest: float,
-        seed: float,
-        request: gr.Request,
-    ) -> Iterator[State]:
+    def send(self, given: Given, request: gr.Request) -> Iterator[Update]:
         """Answer what was written."""
-        chosen = (conversation, left, right, system, temperature, top_p, longest, seed)
-        yield from self._answer(text, False, chosen, request)
+        yield from self._answer(given[self.parts.box], given, request)
+
+    def example(self, text: str) -> Callable[..., Iterator[Update]]:
+        """The handler of a prompt of ours."""
+
+        def clicked(given: Given, request: gr.Request) -> Iterator[Update]:
+            yield from self._answer(text, given, request)
+
+        return clicked
 
     @told
-    def retry(
-        self,
-        data: gr.RetryData,
-        conversation: Conversation,
-        left: str,
-        right: str,
-        system: str,
-        temperature: float,
-        top_p: float,
-        longest: float,
-        seed: float,
-        request: gr.Request,
-    ) -> Iterator[State]:
+    def retry(self, data: gr.RetryData, given: Given, request: gr.Request) -> Iterator[Update]:
         """Answer the same words with another seed."""
-        chosen = (conversation, left, right, system, temperature, top_p, longest, seed)
-        cut = conversation.cut_from(_exchange(data.index))
-        yield from self._answer(cut[0].user, True, chosen, request, cut)
+        cut = given[self.parts.conversation].cut_from(_exchange(data.index))
+        yield from self._answer(cut[0].user, given, request, cut=cut, again=True)
 
     @told
-    def edit(
-        self,
-        data: gr.EditData,
-        conversation: Conversation,
-        left: str,
-        right: str,
-        system: str,
-        temperature: float,
-        top_p: float,
-        longest: float,
-        seed: float,
-        request: gr.Request,
-    ) -> Iterator[State]:
+    def edit(self, data: gr.EditData, given: Given, request: gr.Request) -> Iterator[Update]:
         """Answer other words in their place."""
-        cut = conversation.cut_from(_exchange(data.index))
-        chosen = (conversation, left, right, system, temperature, top_p, longest, seed)
-        yield from self._answer(plain_text(str(data.value)), False, chosen, request, cut)
+        cut = given[self.parts.conversation].cut_from(_exchange(data.index))
+        yield from self._answer(plain_text(str(data.value)), given, request, cut=cut)
 
+    @told
     def tell_doubt(self, who: str) -> None:
         """Say what of the chosen adapter's base differs from this one."""
         if incompatibility := self.app_state.host.incompatibility(who):
-            gr.Warning(escape(incompatibility), duration=15)  # HTML there, and it may quote a name from outside
+            # HTML there, and it may quote a name from outside
+            gr.Warning(escape(without_paths(incompatibility)), duration=15)
 
-    def new(self, conversation: Conversation) -> State:
+    @told
+    def named(self, given: Given) -> Update:
+        """Say who answers."""
+        left, right = given[self.parts.left], given[self.parts.right]
+        names = (_who(self.app_state, name, public=self.public) for name in (left, right))
+        return {self.parts.right_column: gr.update(visible=right != NOBODY), **_zip(self.parts.who, names)}
+
+    def new(self, conversation: Conversation) -> Update:
         """Forget the conversation, also while an answer is being written."""
         conversation.dropped = True
         conversation.stop()
-        return (gr.skip(), *_EMPTY, Conversation())
+        return {**self._shown(Conversation()), self.parts.memory: {}}  # None would leave it as it was
+
+    @told
+    def restore(self, found: Any) -> Update:
+        """The conversation that this browser had, as far as those who spoke are still here."""
+        conversation, left, right, system = recalled(found)
+        if not conversation.exchanges:
+            return {self.parts.box: gr.skip()}
+        names, shown = self.app_state.names(), self._shown(conversation)
+        left = left if left in names else BASE
+        right = right if right in names else NOBODY
+        shown |= {self.parts.left: left, self.parts.right: right, self.parts.system: system}
+        return shown | self.named({self.parts.left: left, self.parts.right: right})
+
+    @told
+    def in_a_terminal(self, given: Given) -> str:
+        """The command line that does the same."""
+        parts = self.parts
+        return chat_command(self.app_state, self._players(given), self._sampling(given), given[parts.system])
+
+    def _players(self, given: Given) -> list[str]:
+        return [name for name in (given[self.parts.left], given[self.parts.right]) if name != NOBODY]
+
+    def _sampling(self, given: Given) -> Sampling:
+        parts = self.parts
+        return sampling_of(*(given[part] for part in (parts.temperature, parts.top_p, parts.longest, parts.seed)))
+
+    def _shown(self, conversation: Conversation) -> Update:
+        """A conversation, and the examples where there is none yet."""
+        parts = self.parts
+        last = conversation.exchanges[-1].answers if conversation.exchanges else [None, None]
+        return {
+            **_zip(parts.chats, _views(conversation)),
+            **_zip(parts.lines, map(said_line, last)),
+            parts.examples: gr.update(visible=not conversation.exchanges),
+            parts.conversation: conversation,
+        }
 
     def _answer(
-        self, text: str, again: bool, chosen: tuple[Any, ...], request: gr.Request, cut: Sequence[Turn] = ()
-    ) -> Iterator[State]:
+        self, text: str, given: Given, request: gr.Request, *, cut: Sequence[Turn] = (), again: bool = False
+    ) -> Iterator[Update]:
         """Answer; `cut` is what the answer takes the place of, and comes back if the host refuses."""
-        said, who, beside, system, *numbers = chosen
-        players = [who] if beside == NOBODY else [who, beside]
-        client = client_of(request)
-        sampling = sampling_of(*numbers)
-        busy = gr.update(value="", submit_btn=False, stop_btn="Stop")
-        idle = gr.update(submit_btn="Send", stop_btn=False)
-        host, before = self.app_state.host, len(said.exchanges)
+        parts, said, players = self.parts, given[self.parts.conversation], self._players(given)
+        system, client = given[parts.system], client_of(request)
+        idle = {parts.box: gr.update(submit_btn="Send", stop_btn=False)}
+        before = len(said.exchanges)
+        busy: Update = {parts.box: gr.update(value="", submit_btn=False, stop_btn="Stop")}
         try:
+            host, sampling = self.app_state.host, self._sampling(given)
             for exchange in ask(host, said, text, players, sampling, system=system, client=client, again=again):
                 if said.dropped:
                     break
-                yield (busy, *_views(said), *_lines(exchange.answers, players), said)
-                busy = gr.skip()
+                yield {**busy, **self._shown(said), **_zip(parts.lines, _lines(exchange.answers, players))}
+                busy = {}
         except LoraDPOError as error:
             if len(said.exchanges) == before:  # nothing has come in its place
                 said.exchanges.extend(cut)
             if said.dropped:
-                yield (idle, *_EMPTY, Conversation())
+                yield {**idle, **self._shown(Conversation())}
                 return
             box = gr.update(value="" if again else text, submit_btn="Send", stop_btn=False)
-            yield (box, *_views(said), "", "", said)
+            yield {parts.box: box, **self._shown(said), **_zip(parts.lines, ("", ""))}
             raise refusal(error) from None
         if said.dropped:  # what was shown last may have reached the page after `new` had emptied it
-            yield (idle, *_EMPTY, Conversation())
+            yield {**idle, **self._shown(Conversation())}
             return
-        last = said.exchanges[-1].answers if said.exchanges else [None, None]
-        yield (idle, *_views(said), *map(said_line, last), said)
+        memory = remembered(said, given[parts.left], given[parts.right], system)
+        yield {**idle, **self._shown(said), parts.memory: memory}
+
+
+def _who(app_state: AppState, name: str, *, public: bool) -> str:
+    return "" if name == NOBODY else who_line(app_state, name, public=public)
 
 
 def _exchange(index: Any) -> int:
     """The exchange that a message of the shown list belongs to: each is two messages."""
     return int(index[0] if isinstance(index, list | tuple) else index) // 2
+
+
+def _zip(parts: Sequence[Any], values: Any) -> Update:
+    return dict(zip(parts, values, strict=True))
 
 
 def _views(conversation: Conversation) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

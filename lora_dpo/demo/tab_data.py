@@ -9,11 +9,11 @@ from typing import Any
 import gradio as gr
 
 from lora_dpo.demo.downloads import exported_pairs
-from lora_dpo.demo.handlers import told
+from lora_dpo.demo.handlers import PRIVATE, Update, red_line, told
 from lora_dpo.demo.html import findings, note, text_block
-from lora_dpo.demo.pair_store import KINDS, Entry
+from lora_dpo.demo.pair_store import Entry
 from lora_dpo.demo.session import AppState
-from lora_dpo.errors import DataError
+from lora_dpo.errors import DataError, LoraDPOError
 
 SHOWN = 200
 """Pairs in the list; the search finds the others."""
@@ -32,6 +32,8 @@ class Parts:
     name: gr.Dropdown
     load: gr.UploadButton
     take: gr.Button
+    refused: gr.HTML
+    """Why an upload was refused."""
     file: gr.File
     doctor: gr.HTML
     search: gr.Textbox
@@ -45,24 +47,25 @@ class Parts:
 
 def build(app_state: AppState, item: gr.Tab) -> gr.Dropdown:
     """Lay the tab out and connect it; returns the picker of files."""
-    parts, tab = _layout(app_state), Tab(app_state)
+    parts = _layout(app_state)
+    tab = Tab(app_state, parts.refused)
     picked = gr.State(None)
-    private: dict[str, Any] = {"api_visibility": "private"}
+    # Of an error Gradio writes over what shows the progress: that is not to be the pairs.
+    private: dict[str, Any] = {"show_progress_on": parts.doctor, **PRIVATE}
+    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
     at = [parts.name, parts.search]
     editing = [parts.editor, picked]
     everything = [parts.doctor, *parts.listed, *editing]
     save, remove, close = parts.buttons
     parts.name.change(tab.show, at, everything, **private)
     item.select(tab.show, at, everything, **private)  # others may have voted meanwhile
-    parts.search.submit(tab.find, at, [*parts.listed, *editing], **private)
-    parts.load.upload(tab.bring, parts.load, [parts.name, *everything], **private)
-    parts.take.click(tab.export, parts.name, parts.file, **private)
-    parts.listed[0].select(
-        tab.pick, parts.name, [*editing, parts.earlier, *parts.texts], show_progress="hidden", **private
-    )
+    parts.search.submit(tab.find, at, [*parts.listed, *editing], **quiet)
+    parts.load.upload(tab.bring, parts.load, [parts.name, *everything, parts.refused], **private)
+    parts.take.click(tab.export, parts.name, parts.file, **quiet)
+    parts.listed[0].select(tab.pick, parts.name, [*editing, parts.earlier, *parts.texts], **quiet)
     save.click(tab.mend, [*at, picked, *parts.texts], everything, **private)
     remove.click(tab.drop, [*at, picked], everything, **private)
-    close.click(_closed, None, editing, queue=False, **private)
+    close.click(_closed, None, editing, queue=False, **quiet)
     return parts.name
 
 
@@ -71,10 +74,9 @@ def _layout(app_state: AppState) -> Parts:
     first = names[0] if names else None
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown(names, value=first, label="Pairs", elem_id="data-name", scale=3, filterable=False)
-        load = gr.UploadButton(
-            "Upload pairs", file_types=list(KINDS), size="md", elem_id="data-upload", scale=1, min_width=140
-        )
+        load = gr.UploadButton("Upload pairs", size="md", elem_id="data-upload", scale=1, min_width=140)
         take = gr.Button("Export", size="md", elem_id="data-export", scale=1, min_width=110)
+    refused = gr.HTML("", elem_id="data-refused", elem_classes="refused")
     file = gr.File(label="Exported, in the canonical form", visible=False, elem_id="data-file", interactive=False)
     with gr.Accordion("What the doctor says", open=True):
         doctor = gr.HTML(note("Vote, or upload pairs, and they are looked through here."), elem_id="data-doctor")
@@ -95,7 +97,7 @@ def _layout(app_state: AppState) -> Parts:
         elem_id="data-table",
     )
     count = gr.HTML(note(""), elem_id="data-count")
-    return Parts(name, load, take, file, doctor, search, (table, count), *_editor())
+    return Parts(name, load, take, refused, file, doctor, search, (table, count), *_editor())
 
 
 Editor = tuple[gr.Column, gr.HTML, tuple[gr.Textbox, gr.Textbox, gr.Textbox], tuple[gr.Button, gr.Button, gr.Button]]
@@ -118,8 +120,8 @@ def _editor() -> Editor:
 class Tab:
     """The tab's handlers."""
 
-    def __init__(self, app_state: AppState) -> None:
-        self.app_state = app_state
+    def __init__(self, app_state: AppState, refused: gr.HTML) -> None:
+        self.app_state, self.refused = app_state, refused
         self.first_look: dict[str, tuple[int, str]] = {}
         """What the doctor said of an upload as it came, rows that are no pairs included, until the file is changed."""
 
@@ -148,15 +150,18 @@ class Tab:
         return *self.rows(which, words), *_closed()
 
     @told
-    def bring(self, path: str | None) -> State:
-        """Take an upload in."""
+    def bring(self, path: str | None) -> State | Update:
+        """Take an upload in, or say under its button why not; then all else stays as it is."""
         if path is None:
             raise DataError("No file came. Choose one.")
-        taken = self.app_state.pairs.take_in(Path(path), Path(path).name, self.app_state.tokenizer)
+        try:
+            taken = self.app_state.pairs.take_in(Path(path), Path(path).name, self.app_state.tokenizer)
+        except LoraDPOError as error:
+            return {self.refused: red_line(error)}
         said = findings(taken.diagnosis, taken.report)
         self.first_look[taken.name] = (self.app_state.pairs.path_of(taken.name).stat().st_mtime_ns, said)
         choices = gr.update(choices=self.app_state.pairs.names(), value=taken.name)
-        return choices, said, *self.rows(taken.name, ""), *_closed()
+        return choices, said, *self.rows(taken.name, ""), *_closed(), ""
 
     @told
     def export(self, which: str | None) -> Any:

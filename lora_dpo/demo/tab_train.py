@@ -1,82 +1,107 @@
-"""The Train tab: pairs and a preset, the plan, then the run as it goes. It trains on the base that answers."""
+"""The Train tab: pairs and a preset, what to expect, then the run as it goes. It trains on the base that answers."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from lora_dpo.config.recipe import Recipe
-from lora_dpo.demo.handlers import told
-from lora_dpo.demo.html import curves, facts, note, progress_bar, samples_table, table
+from lora_dpo.data.doctor.checks import Texts
+from lora_dpo.demo.expectation import Line, before_the_click, what_it_takes
+from lora_dpo.demo.handlers import PRIVATE, Given, Update, red_line, refusal, told
+from lora_dpo.demo.html import curves, facts, folded, note, samples_table
+from lora_dpo.demo.in_a_terminal import train_recipe
 from lora_dpo.demo.pair_store import VOTES
 from lora_dpo.demo.session import WATCHED, AppState, Training
-from lora_dpo.training.drafting.presets import PRESETS, draft, settings_text, with_settings
-from lora_dpo.training.planning.lines import duration, lines, verdict
+from lora_dpo.demo.train_view import outcome_view, state_view
+from lora_dpo.errors import LoraDPOError
+from lora_dpo.training.drafting.presets import PRESETS, Draft, draft, settings_text, with_settings
+from lora_dpo.training.planning.lines import lines, verdict
 from lora_dpo.training.planning.make_plan import plan
+from lora_dpo.training.planning.plan_values import Plan
 
 LOOK_EVERY = 1.5
 """Seconds between two looks at a run."""
-
-State = tuple[Any, ...]
-ENDS = {
-    "done": ("good", "Done: {name} can be chosen in every tab."),
-    "stopped": ("", "Stopped. Nothing was kept."),
-    "failed": ("bad", "It failed: {error} Chats and votes go on."),
-}
+NOTHING = "Choose pairs: vote on a few answers first, or upload some on the Data tab."
 
 
 @dataclass(frozen=True)
 class Parts:
     """What is on the tab."""
 
-    choices: tuple[gr.CheckboxGroup, gr.Radio, gr.Textbox]
-    """Pairs, preset, name."""
+    sources: gr.CheckboxGroup
+    preset: gr.Radio
+    name: gr.Textbox
     prompts: gr.Textbox
     recipe: gr.Textbox
+    """The settings, as text."""
     look: gr.Button
     start: gr.Button
+    expected: gr.HTML
     planned: gr.HTML
-    shown: tuple[gr.HTML, gr.HTML, gr.HTML, gr.Row, gr.Button]
-    """State, curves, what was measured and answered, the row of controls, pause."""
+    state: gr.HTML
+    controls: gr.Row
+    pause: gr.Button
     keep: gr.Button
     discard: gr.Button
+    compare: gr.Button
+    """Leads to the Chat tab, with the new adapter beside the base."""
+    drawn: gr.HTML
+    told_of: gr.HTML
+    """What was measured and answered."""
     left: tuple[gr.Row, gr.Dropdown, gr.Button, gr.Button]
     """The row of interrupted runs: which, go on, discard."""
+    terminal: gr.Accordion
+    commands: gr.Textbox
+    filled: gr.State
+    """The settings as they were filled in: others were changed by hand."""
+    refused: gr.State
+    """Settings that do not fit by the plan; whoever starts them once more means it."""
+    seen: gr.State
+    """The version of the run that is shown."""
+
+    @property
+    def chosen(self) -> set[Any]:
+        """What a run is made from."""
+        return {self.sources, self.preset, self.name, self.recipe, self.filled}
+
+    @property
+    def followed(self) -> list[Any]:
+        """What changes while a run goes on."""
+        shown = [self.state, self.drawn, self.told_of, self.controls, self.pause, self.compare]
+        return [*shown, self.start, self.seen]
 
 
-def build(app_state: AppState) -> tuple[gr.CheckboxGroup, gr.Textbox, gr.Row, gr.Dropdown]:
-    """Lay the tab out and connect it; returns what is to be refreshed: pairs, name, and the interrupted runs."""
-    parts, tab = _layout(app_state), Tab(app_state)
-    seen, filled = gr.State(None), gr.State("")
-    private: dict[str, Any] = {"api_visibility": "private"}
-    at_once: dict[str, Any] = {"queue": False, **private}
-    shown = [*parts.shown, seen]
-    plan_out = [parts.recipe, filled, parts.planned, parts.start]
-    parts.look.click(tab.show_plan, [*parts.choices, parts.recipe, filled], plan_out, **private)
-    given = [*parts.choices, parts.recipe, parts.prompts]
-    parts.start.click(tab.begin, given, [parts.start, parts.planned, *shown], **private)
-    for control in parts.choices[:2]:
-        control.change(_stale, None, [parts.start, parts.recipe, filled], show_progress="hidden", **at_once)
-    # Another name, or settings changed by hand: they stay, but what is started is what was planned.
-    parts.choices[2].change(_unplanned, None, parts.start, show_progress="hidden", **at_once)
-    parts.recipe.input(_unplanned, None, parts.start, show_progress="hidden", **at_once)
-    gr.Timer(LOOK_EVERY).tick(tab.follow, seen, shown, show_progress="hidden", **at_once)
-    parts.shown[4].click(lambda: toggle(app_state), None, None, **at_once)
+def build(app_state: AppState, item: gr.Tab) -> Parts:
+    """Lay the tab out and connect it."""
+    parts = _layout(app_state)
+    tab = Tab(app_state, parts)
+    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+    at_once: dict[str, Any] = {"queue": False, **quiet}
+    expect = [parts.expected, parts.recipe, parts.filled]
+    item.select(tab.expect, parts.chosen, expect, **quiet)
+    gr.on([parts.sources.change, parts.preset.change], tab.choose, parts.chosen, expect, **quiet)
+    parts.look.click(tab.show_plan, parts.chosen, [*expect, parts.planned], **quiet)
+    begun = [parts.expected, parts.planned, parts.recipe, parts.filled, parts.refused, *parts.followed]
+    parts.start.click(tab.begin, {*parts.chosen, parts.prompts, parts.refused}, begun, **quiet)
+    gr.Timer(LOOK_EVERY).tick(tab.follow, parts.seen, parts.followed, **at_once)
+    parts.pause.click(lambda: toggle(app_state), None, None, **at_once)
     parts.keep.click(lambda: end(app_state, keep=True), None, None, **at_once)
     parts.discard.click(lambda: end(app_state, keep=False), None, None, **at_once)
     row, which, go_on, drop = parts.left
-    go_on.click(tab.go_on, [which, parts.prompts], [row, parts.planned, *shown], **private)
-    drop.click(tab.drop, which, [row, which], **private)
-    return parts.choices[0], parts.choices[2], row, which
+    go_on.click(tab.go_on, [which, parts.prompts], [row, parts.planned, *parts.followed], **quiet)
+    drop.click(tab.drop, which, [row, which], **quiet)
+    parts.terminal.expand(tab.in_a_terminal, parts.chosen, parts.commands, **quiet)
+    return parts
 
 
 def _layout(app_state: AppState) -> Parts:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            choices = _choices(app_state)
+            sources, preset, name = _choices(app_state)
             prompts = gr.Textbox(
                 label=f"Prompts to watch, one a line (at most {WATCHED})",
                 placeholder="Answered before, during and after the run",
@@ -92,24 +117,63 @@ def _layout(app_state: AppState) -> Parts:
                     max_lines=24,
                     max_length=20_000,
                     elem_id="train-recipe",
-                    info="Filled in with the plan. What you change here is what is trained.",
+                    elem_classes="code",
+                    info="What you change here is what is trained.",
                 )
             with gr.Row():
                 look = gr.Button("Show the plan", elem_id="train-plan", min_width=130)
-                start = gr.Button("Start", variant="primary", interactive=False, elem_id="train-start", min_width=130)
+                start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=130)
         with gr.Column(scale=3, min_width=300):
-            first = note("Choose pairs and see the plan: steps, minutes and memory. Then start.")
+            expected = gr.HTML(note(NOTHING), elem_id="train-expected")
             left = _interrupted(app_state)
-            planned = gr.HTML(first, elem_id="train-planned")
+            planned = gr.HTML("", elem_id="train-planned")
             state = gr.HTML("", elem_id="train-state")
-            with gr.Row(visible=False) as controls:
-                pause = gr.Button("Pause", size="md", elem_id="train-pause", min_width=100)
-                keep = gr.Button("Stop and keep", size="md", elem_id="train-keep", min_width=100)
-                discard = gr.Button("Stop, discard", size="md", variant="stop", elem_id="train-discard", min_width=100)
+            controls, pause, keep, discard = _controls()
+            compare = gr.Button("Compare it with the base", visible=False, size="md", elem_id="train-compare")
             drawn = gr.HTML("", elem_id="train-curves")
     told_of = gr.HTML("", elem_id="train-samples")
-    shown = (state, drawn, told_of, controls, pause)
-    return Parts(choices, prompts, recipe, look, start, planned, shown, keep, discard, left)
+    with gr.Accordion("The same in a terminal", open=False) as terminal:
+        commands = gr.Textbox(
+            show_label=False,
+            interactive=False,
+            buttons=["copy"],
+            max_lines=24,
+            elem_id="train-commands",
+            elem_classes="code",
+        )
+    return Parts(
+        sources=sources,
+        preset=preset,
+        name=name,
+        prompts=prompts,
+        recipe=recipe,
+        look=look,
+        start=start,
+        expected=expected,
+        planned=planned,
+        state=state,
+        controls=controls,
+        pause=pause,
+        keep=keep,
+        discard=discard,
+        compare=compare,
+        drawn=drawn,
+        told_of=told_of,
+        left=left,
+        terminal=terminal,
+        commands=commands,
+        filled=gr.State(""),
+        refused=gr.State(""),
+        seen=gr.State(None),
+    )
+
+
+def _controls() -> tuple[gr.Row, gr.Button, gr.Button, gr.Button]:
+    with gr.Row(visible=False) as row:
+        pause = gr.Button("Pause", size="md", elem_id="train-pause", min_width=100)
+        keep = gr.Button("Stop and keep", size="md", elem_id="train-keep", min_width=100)
+        discard = gr.Button("Stop, discard", size="md", variant="stop", elem_id="train-discard", min_width=100)
+    return row, pause, keep, discard
 
 
 def _interrupted(app_state: AppState) -> tuple[gr.Row, gr.Dropdown, gr.Button, gr.Button]:
@@ -144,57 +208,116 @@ def _choices(app_state: AppState) -> tuple[gr.CheckboxGroup, gr.Radio, gr.Textbo
 
 
 class Tab:
-    """The tab's handlers."""
+    """The tab's handlers. Most are given, and return, values by their parts."""
 
-    def __init__(self, app_state: AppState) -> None:
-        self.app_state = app_state
+    def __init__(self, app_state: AppState, parts: Parts) -> None:
+        self.app_state, self.parts = app_state, parts
+
+    def expect(self, given: Given) -> Iterator[Update]:
+        """What to expect: first of the pairs, which is quick, then of time and memory, which takes a second."""
+        parts = self.parts
+        if not given[parts.sources]:
+            yield {parts.expected: note(NOTHING)}
+            return
+        try:
+            made = self._drafted(given)
+            told_first = self._told_first(given, made)
+            yield {parts.expected: _notes(told_first), **self._filled(made)}
+            if self.app_state.training is None or not self.app_state.training.job.running:
+                yield {parts.expected: _notes([*told_first, what_it_takes(plan(made.recipe))])}
+        except LoraDPOError as error:
+            yield {parts.expected: red_line(error)}
+
+    def choose(self, given: Given) -> Iterator[Update]:
+        """Other pairs or another preset: settings of its own, and what to expect of them."""
+        yield {self.parts.recipe: "", self.parts.filled: ""}
+        yield from self.expect({**given, self.parts.recipe: "", self.parts.filled: ""})
 
     @told
-    def show_plan(self, chosen: list[str], kind: str, called: str, text: str, was: str) -> State:
-        """What a run would do; then it may be started."""
-        # Settings that were changed by hand are planned as they are; others follow the preset.
-        changed = bool(text.strip()) and text.strip() != was.strip()
-        made = drafted(self.app_state, chosen, kind, called, text if changed else "")
-        text = settings_text(made)
-        return text, text, facts(plan_lines(made)), gr.update(interactive=True)
+    def show_plan(self, given: Given) -> Iterator[Update]:
+        """Everything that the plan says."""
+        made = self._drafted(given)
+        planned = plan(made.recipe)
+        expected = _notes([*self._told_first(given, made), what_it_takes(planned)])
+        yield {self.parts.expected: expected, self.parts.planned: _plan_view(planned, open=True), **self._filled(made)}
+
+    def begin(self, given: Given) -> Iterator[Update]:
+        """Plan the run, show that, and start it; one that does not fit is started when it is asked for once more."""
+        parts = self.parts
+        ready: Update = {parts.start: gr.update(interactive=True)}
+        yield {parts.start: gr.update(interactive=False), parts.planned: note("Looking at what it takes…", kind="wait")}
+        try:
+            made = self._drafted(given)
+            filled, planned = self._filled(made), plan(made.recipe)
+            text = filled[parts.recipe]
+            if planned.memory.fits is False and given[parts.refused] != text:
+                fix = f" {', '.join(planned.fix.overrides)}." if planned.fix else ""
+                said = note(f"{verdict(planned)}{fix} Change the settings, or start it again to try.", kind="bad")
+                yield {**filled, **ready, parts.planned: said + _plan_view(planned, open=True), parts.refused: text}
+                return
+            seconds = planned.time.seconds
+            name, asked = given[parts.name].strip(), given[parts.prompts].splitlines()
+            self.app_state.start_training(made.recipe, name, asked, planned=seconds)
+        except LoraDPOError as error:
+            yield {**ready, parts.planned: ""}
+            raise refusal(error) from None
+        yield {**filled, parts.planned: _plan_view(planned), parts.refused: "", **self.follow(None)}
 
     @told
-    def begin(self, chosen: list[str], kind: str, called: str, text: str, asked: str) -> State:
-        """Start the run."""
-        made = drafted(self.app_state, chosen, kind, called, text)
-        self.app_state.start_training(made, called.strip(), asked.splitlines())
-        return gr.update(interactive=False), "", *self.follow(None)
-
-    @told
-    def go_on(self, which: str | None, asked: str) -> State:
+    def go_on(self, which: str | None, asked: str) -> Update:
         """Continue an interrupted run, with the settings it began with."""
         self.app_state.continue_training(which or "", asked.splitlines())
-        return gr.update(visible=False), "", *self.follow(None)
+        return {self.parts.left[0]: gr.update(visible=False), self.parts.planned: "", **self.follow(None)}
 
     @told
-    def drop(self, which: str | None) -> State:
+    def drop(self, which: str | None) -> tuple[Any, Any]:
         """Remove what an interrupted run left."""
         self.app_state.discard_training(which or "")
         return interrupted_update(self.app_state.interrupted())
 
-    def follow(self, version: Any) -> State:
-        """What changed since `version`, for a page that looks again and again."""
-        now = self.app_state.training
+    @told
+    def in_a_terminal(self, given: Given) -> str:
+        """The recipe, and the command that runs it."""
+        return train_recipe(self._drafted(given).recipe, given[self.parts.name].strip())
+
+    def follow(self, version: Any) -> Update:
+        """What changed since `version`, for a page that looks again and again; while a run goes on, its time does."""
+        parts, now = self.parts, self.app_state.training
         if now is None:
-            return (*[gr.skip()] * 5, version)
+            return {parts.seen: gr.skip()}
         # Before what is shown is made: a run that ends meanwhile has another version, and is shown at the next look.
-        shown = version_of(now)
+        shown, running = version_of(now), now.job.running
         if shown == version:
-            return (*[gr.skip()] * 5, version)
+            return {parts.state: state_view(now, time.monotonic()) if running else gr.skip()}
         view = now.watch.seen
-        return (
-            state_view(now),
-            curves(view, now.beta) if view.steps else "",
-            outcome_view(now) + samples_table(view),
-            gr.update(visible=now.job.running),
-            gr.update(value="Continue" if now.job.state == "paused" else "Pause"),
-            shown,
-        )
+        return {
+            parts.state: state_view(now, time.monotonic()),
+            parts.drawn: curves(view, now.beta) if view.steps else "",
+            parts.told_of: outcome_view(view) + samples_table(view),
+            parts.controls: gr.update(visible=running),
+            parts.pause: gr.update(value="Continue" if now.job.state == "paused" else "Pause"),
+            parts.compare: gr.update(visible=now.job.state == "done"),
+            parts.start: gr.update(interactive=not running),
+            parts.seen: shown,
+        }
+
+    def _drafted(self, given: Given) -> Draft:
+        """The run of the page's choices; settings that were changed by hand are kept, others follow the preset."""
+        parts = self.parts
+        text, filled = given[parts.recipe] or "", given[parts.filled]
+        changed = text.strip() and text.strip() != filled.strip()
+        chosen = given[parts.sources], given[parts.preset], given[parts.name]
+        return drafted(self.app_state, *chosen, text if changed else "")
+
+    def _filled(self, made: Draft) -> Update:
+        text = settings_text(made.recipe)
+        return {self.parts.recipe: text, self.parts.filled: text}
+
+    def _told_first(self, given: Given, made: Draft) -> list[Line]:
+        entries = (entry for name in given[self.parts.sources] for entry in self.app_state.pairs.entries(name))
+        prompts = len({Texts.of(entry.pair).prompt for entry in entries})
+        answers = made.recipe.evaluation.answers if made.held_out else 0
+        return before_the_click(pairs=made.pairs, prompts=prompts, held_out=made.held_out, answers=answers)
 
 
 def interrupted_update(names: list[str]) -> tuple[Any, Any]:
@@ -202,33 +325,36 @@ def interrupted_update(names: list[str]) -> tuple[Any, Any]:
     return gr.update(visible=bool(names)), gr.update(choices=names, value=names[0] if names else None)
 
 
-def _unplanned() -> Any:
-    """The plan on the page has to be made anew."""
-    return gr.update(interactive=False)
-
-
-def _stale() -> State:
-    """Another choice: the plan on the page is not its plan."""
-    return gr.update(interactive=False), "", ""
-
-
-def drafted(app_state: AppState, chosen: list[str], preset: str, called: str, text: str = "") -> Recipe:
-    """The recipe of a preset for the chosen pairs, its settings changed as `text` says."""
+def drafted(app_state: AppState, chosen: list[str], preset: str, called: str, text: str = "") -> Draft:
+    """The run of a preset on the chosen pairs, its settings changed as `text` says."""
     made = draft(
         app_state.host.model_section(),
         [app_state.pairs.path_of(name) for name in chosen],
         preset,
         output=app_state.output_of(called.strip()),
         folder=app_state.pairs.runs,
-    ).recipe
-    return with_settings(made, text) if text.strip() else made
+    )
+    return Draft(with_settings(made.recipe, text), made.pairs, made.held_out) if text.strip() else made
 
 
-def plan_lines(recipe: Recipe) -> list[tuple[str, str]]:
-    """The plan of a recipe, as `lora-dpo plan` says it."""
-    planned = plan(recipe)
+def plan_lines(planned: Plan) -> list[tuple[str, str]]:
+    """A plan, as `lora-dpo plan` says it."""
     notes = [("note", text) for text in planned.notes]
     return [*lines(planned), *notes, ("", verdict(planned))]
+
+
+def _plan_view(planned: Plan, *, open: bool = False) -> str:
+    return folded("The plan", facts(plan_lines(planned)), open=open)
+
+
+def _notes(told_: list[Line]) -> str:
+    return "".join(note(text, kind=kind) for text, kind in told_)
+
+
+def trained_last(app_state: AppState) -> str | None:
+    """The adapter of the last run that was finished here."""
+    now = app_state.training
+    return now.job.name if now is not None and now.job.state == "done" else None
 
 
 def toggle(app_state: AppState) -> None:
@@ -251,38 +377,3 @@ def end(app_state: AppState, *, keep: bool) -> None:
 def version_of(training: Training) -> tuple[float, int, str]:
     """The same for the same state of the same run."""
     return training.began, training.watch.seen.version, training.job.state
-
-
-def state_view(training: Training) -> str:
-    """Where the run is, in a bar and a line."""
-    view, state = training.watch.seen, training.job.state
-    warnings = "".join(note(warned.text, kind="bad") for warned in view.notes if warned.warning)
-    if state in ENDS:
-        kind, text = ENDS[state]
-        return note(text.format(name=training.job.name, error=training.job.error), kind=kind) + warnings
-    if view.stage != "training" and not (view.steps and view.step < view.all_steps):
-        label = f"{view.stage or 'getting ready'}: {view.done} of {view.total}" if view.total else "getting ready"
-        return progress_bar(view.done, view.total, _with_state(label, state)) + warnings
-    left = view.seconds_left(time.monotonic())
-    label = f"step {view.step} of {view.all_steps or view.total}"
-    if left is not None and state == "running":
-        label += f", about {duration(left)} left"
-    return progress_bar(view.step, view.all_steps or view.total, _with_state(label, state)) + warnings
-
-
-def outcome_view(training: Training) -> str:
-    """What was measured before and after, at the end of a run."""
-    view = training.watch.seen
-    parts = []
-    if view.compared:
-        parts.append("<h4>Held-out pairs, before and after</h4>")
-        parts.append(table(("", "before", "after"), view.compared, right=(1, 2)))
-    if view.answered:
-        parts.append("<h4>Held-out answers, before and after</h4>")
-        parts.append(table(("prompt", "before", "after"), view.answered))
-    return "".join(parts)
-
-
-def _with_state(label: str, state: str) -> str:
-    words = {"paused": "paused at ", "stopping": "stopping after this step: "}
-    return words.get(state, "") + label

@@ -13,11 +13,14 @@ import gradio as gr
 from lora_dpo.data import Message
 from lora_dpo.data.prompts import Prompt, prompts_with_report
 from lora_dpo.demo.arena import Match
-from lora_dpo.demo.handlers import client_of, refusal, sampling_of, told
+from lora_dpo.demo.handlers import PRIVATE, Given, Update, client_of, red_line, refusal, sampling_of, told
 from lora_dpo.demo.html import answer_card, note, win_table
+from lora_dpo.demo.in_a_terminal import vote_commands
 from lora_dpo.demo.pair_store import PROMPT_KINDS, check_upload
 from lora_dpo.demo.session import AppState
+from lora_dpo.demo.starters import starters
 from lora_dpo.errors import Busy, LoraDPOError, PromptTooLong
+from lora_dpo.text import counted, one_line
 
 LABELS = {
     "a": ("A is better", "vote-a"),
@@ -26,10 +29,10 @@ LABELS = {
     "both bad": ("Both bad", "vote-bad"),
     "skip": ("Skip", "vote-skip"),
 }
-OUTPUTS = 7 + len(LABELS)
-"""Box, prompt, cards, status, table, match and queue; then the buttons."""
-
-State = tuple[Any, ...]
+TYPED = ""
+"""Where a prompt comes from that was written here."""
+BLUR = "() => { const box = document.querySelector('#vote-box textarea'); if (box && !box.value) box.blur(); }"
+"""The keys are for the verdict now, unless someone is writing the next prompt already."""
 
 
 @dataclass(frozen=True)
@@ -37,39 +40,64 @@ class Parts:
     """What is on the tab."""
 
     players: gr.Dropdown
+    ours: gr.Button
     load: gr.UploadButton
+    refused: gr.HTML
+    """Why an upload was refused."""
     box: gr.Textbox
-    shown: tuple[gr.HTML, gr.HTML, gr.HTML, gr.HTML]
-    """Prompt, cards, status, table."""
+    asked: gr.HTML
+    cards: gr.HTML
     buttons: dict[str, gr.Button]
-    numbers: tuple[gr.Slider, gr.Slider]
-    """Temperature and longest answer."""
+    go_on: gr.Button
+    """The next prompt."""
+    status: gr.HTML
+    temperature: gr.Slider
+    longest: gr.Slider
+    wins: gr.HTML
+    terminal: gr.Accordion
+    commands: gr.Textbox
+    match: gr.State
+    """The id of the match that is shown."""
+    queue: gr.State
+    """Prompts that wait."""
+
+    @property
+    def chosen(self) -> set[Any]:
+        """What a match depends on."""
+        return {self.players, self.temperature, self.longest, self.match, self.queue}
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What a match changes."""
+        shown = [self.refused, self.box, self.asked, self.cards, self.status, self.wins, self.go_on]
+        return [*shown, self.match, self.queue, *self.buttons.values()]
 
 
-def build(app_state: AppState, item: gr.Tab, *, public: bool = False) -> tuple[gr.Dropdown, gr.HTML]:
-    """Lay the tab out and connect it; returns what is to be refreshed: the picker of players, and who wins.
+def build(app_state: AppState, item: gr.Tab, tabs: gr.Tabs, to_vote: gr.Button, *, public: bool = False) -> Parts:
+    """Lay the tab out and connect it.
 
     Args:
-        public: visitors write their prompts; they bring no files.
+        to_vote: a button elsewhere that leads here, with prompts of ours.
+        public: visitors write their prompts or take ours; they bring no files, and have no terminal here.
     """
-    parts = _layout(app_state)
-    tab = Tab(app_state)
-    match_id, queue = gr.State(""), gr.State([])
-    outputs = [parts.box, *parts.shown, match_id, queue, *parts.buttons.values()]
-    settings = [parts.players, *parts.numbers, queue]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    parts.box.submit(tab.ask, [parts.box, *settings], outputs, **quiet)
-    if public:
-        parts.load.visible = False
-    else:
-        parts.load.upload(tab.bring, [parts.load, *settings], outputs, **quiet)
+    parts = _layout(app_state, public=public)
+    tab = Tab(app_state, parts)
+    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+    parts.box.submit(tab.ask, {parts.box, *parts.chosen}, parts.outputs, **quiet).then(None, js=BLUR, **PRIVATE)
+    parts.ours.click(tab.take_ours, parts.chosen, parts.outputs, **quiet)
+    come = to_vote.click(lambda: gr.Tabs(selected="vote"), None, tabs, queue=False, **quiet)
+    come.then(tab.take_ours, parts.chosen, parts.outputs, **quiet)
+    parts.go_on.click(tab.go_on, parts.chosen, parts.outputs, **quiet)
+    if not public:
+        parts.load.upload(tab.bring, {parts.load, *parts.chosen}, parts.outputs, **quiet)
     for verdict, button in parts.buttons.items():
-        button.click(tab.cast(verdict), [match_id, *settings], outputs, **quiet)
-    item.select(lambda: win_table(app_state.pairs.book.records()), None, parts.shown[3], **quiet)
-    return parts.players, parts.shown[3]
+        button.click(tab.cast(verdict), parts.chosen, parts.outputs, **quiet)
+    item.select(lambda: win_table(app_state.pairs.book.records()), None, parts.wins, **quiet)
+    parts.terminal.expand(lambda: vote_commands(app_state), None, parts.commands, queue=False, **quiet)
+    return parts
 
 
-def _layout(app_state: AppState) -> Parts:
+def _layout(app_state: AppState, *, public: bool) -> Parts:
     names = app_state.names()
     with gr.Row(elem_classes="bar"):
         players = gr.Dropdown(
@@ -80,11 +108,13 @@ def _layout(app_state: AppState) -> Parts:
             elem_id="vote-players",
             scale=3,
         )
+        ours = gr.Button("Use 20 of ours", size="md", elem_id="vote-ours", scale=1, min_width=150)
         load = gr.UploadButton(
-            "Import prompts", file_types=list(PROMPT_KINDS), size="md", elem_id="vote-import", scale=1, min_width=150
+            "Import prompts", size="md", elem_id="vote-import", scale=1, min_width=150, visible=not public
         )
+    refused = gr.HTML("", elem_id="vote-refused", elem_classes="refused")
     box = gr.Textbox(
-        placeholder="Write a prompt…",
+        placeholder="Write a prompt, or use some of ours…",
         show_label=False,
         lines=1,
         max_lines=8,
@@ -92,7 +122,7 @@ def _layout(app_state: AppState) -> Parts:
         max_length=32_000,
         elem_id="vote-box",
     )
-    asked = gr.HTML(_asked(None), elem_id="vote-asked")
+    asked = gr.HTML("", elem_id="vote-asked")
     cards = gr.HTML(_cards("", ""), elem_id="vote-cards")
     with gr.Row(elem_id="vote-buttons"):
         buttons = {
@@ -106,115 +136,185 @@ def _layout(app_state: AppState) -> Parts:
             for verdict, (label, place) in LABELS.items()
         }
     status = gr.HTML(note(""), elem_id="vote-status")
+    go_on = gr.Button("Next", size="md", visible=False, elem_id="vote-next")
     with gr.Accordion("Settings", open=False), gr.Row():
         temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
         longest = gr.Slider(8, 1024, 160, step=8, label="Longest answer (tokens)", elem_id="vote-longest")
     gr.Markdown("#### Who wins")
     wins = gr.HTML(win_table(app_state.pairs.book.records()), elem_id="vote-wins")
-    return Parts(players, load, box, (asked, cards, status, wins), buttons, (temperature, longest))
+    with gr.Accordion("The same in a terminal", open=False, visible=not public) as terminal:
+        commands = gr.Textbox(
+            show_label=False, interactive=False, buttons=["copy"], elem_id="vote-commands", elem_classes="code"
+        )
+    return Parts(
+        players=players,
+        ours=ours,
+        load=load,
+        refused=refused,
+        box=box,
+        asked=asked,
+        cards=cards,
+        buttons=buttons,
+        go_on=go_on,
+        status=status,
+        temperature=temperature,
+        longest=longest,
+        wins=wins,
+        terminal=terminal,
+        commands=commands,
+        match=gr.State(""),
+        queue=gr.State([]),
+    )
 
 
 class Tab:
-    """The tab's handlers. Each yields values for all `OUTPUTS`."""
+    """The tab's handlers. Each is given, and yields, values by their parts."""
 
-    def __init__(self, app_state: AppState) -> None:
-        self.app_state = app_state
+    def __init__(self, app_state: AppState, parts: Parts) -> None:
+        self.app_state, self.parts = app_state, parts
 
-    def ask(
-        self, text: str, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
-    ) -> Iterator[State]:
+    def ask(self, given: Given, request: gr.Request) -> Iterator[Update]:
         """Two answers to a prompt that was written."""
-        prompt = [Message(role="user", content=text.strip())]
-        try:
-            yield from self._play(prompt, who, (temp, most), left, client_of(request), note(""))
-        except LoraDPOError as error:
-            yield (gr.update(value=text, submit_btn="Ask"), *[gr.skip()] * (OUTPUTS - 1))
-            raise refusal(error) from None
+        text = given[self.parts.box]
+        typed = Prompt((Message(role="user", content=text.strip()),), TYPED, 0)
+        if text.strip() and self._unvoted(given):
+            yield {self.parts.box: "", **self._wait(given, [typed, *given[self.parts.queue]], "Your prompt is next.")}
+            return
+        yield from self._play_first([typed, *given[self.parts.queue]], given, request, "")
 
     @told
-    def bring(
-        self, file: str | None, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
-    ) -> Iterator[State]:
-        """The first of some imported prompts."""
+    def take_ours(self, given: Given, request: gr.Request) -> Iterator[Update]:
+        """Prompts of ours that have no vote yet."""
+        waiting = given[self.parts.queue]
+        known = [prompt.messages for prompt in waiting]
+        if (match := self._unvoted(given)) is not None:
+            known.append(match.prompt)
+        found = [prompt for prompt in starters(self.app_state.pairs.book) if prompt.messages not in known]
+        if not found and match is None and not waiting:
+            yield self._offer(note("All of ours have your votes. Write a prompt, or import some.", kind="good"))
+            return
+        yield from self._take([*waiting, *found], given, request, f"{counted(len(found), 'prompt')} of ours.")
+
+    def bring(self, given: Given, request: gr.Request) -> Iterator[Update]:
+        """Imported prompts."""
+        file = given[self.parts.load]
         if file is None:
             return
-        check_upload(Path(file), Path(file).name, PROMPT_KINDS)
-        read, report = prompts_with_report(file)
-        found = [_named(prompt, Path(file).name) for prompt in read]
-        said = note(f"{len(found)} prompts imported: {report.summary(Path(file).name)}.", kind="good")
-        yield from self._play_first(found, who, (temp, most), client_of(request), said)
+        try:
+            check_upload(Path(file), Path(file).name, PROMPT_KINDS)
+            read, report = prompts_with_report(file)
+        except LoraDPOError as error:
+            yield {self.parts.refused: red_line(error)}
+            return
+        found = [Prompt(prompt.messages, Path(file).name, prompt.row, prompt.accepted) for prompt in read]
+        said = f"{counted(len(found), 'prompt')} imported: {report.summary(Path(file).name)}."
+        yield {self.parts.refused: ""}
+        yield from self._take([*given[self.parts.queue], *found], given, request, said)
 
-    def cast(self, verdict: str) -> Callable[..., Iterator[State]]:
-        """The handler of one verdict: write it down, tell the names, go on with the next imported prompt."""
-        app_state = self.app_state
+    @told
+    def go_on(self, given: Given, request: gr.Request) -> Iterator[Update]:
+        """The next prompt: one that waits, or the one that was offered."""
+        queue = given[self.parts.queue] or starters(self.app_state.pairs.book)[:1]
+        if queue and self._unvoted(given) is None:
+            yield from self._play_first(queue, given, request, "")
+
+    def cast(self, verdict: str) -> Callable[..., Iterator[Update]]:
+        """The handler of one verdict: write it down, tell the names, go on with the next prompt that waits."""
 
         @told
-        def voted(
-            match: str, who: list[str], temp: float, most: float, left: list[Prompt], request: gr.Request
-        ) -> Iterator[State]:
-            done = app_state.arena.vote(match, verdict)
-            said = note(_told_after(app_state, done, verdict), kind="good")
-            names = _cards(*(answer.text for answer in done.answers if answer), names=done.players)
-            table = win_table(app_state.pairs.book.records())
-            rest = left[1:] if left and tuple(left[0].messages) == done.prompt else left
-            yield (gr.skip(), gr.skip(), names, said, table, "", rest, *_buttons(False))
-            if left:
-                yield from self._play_first(rest, who, (temp, most), client_of(request), said)
+        def voted(given: Given, request: gr.Request) -> Iterator[Update]:
+            done = self.app_state.arena.vote(given[self.parts.match], verdict)
+            said = note(_told_after(self.app_state, done, verdict), kind="good")
+            yield {
+                self.parts.cards: _cards_of(done, names=done.players),
+                self.parts.status: said,
+                self.parts.wins: win_table(self.app_state.pairs.book.records()),
+                self.parts.match: "",
+                **self._buttons(False),
+            }
+            if given[self.parts.queue]:
+                yield from self._play_first(given[self.parts.queue], given, request, said)
+            else:
+                yield self._offer(said)
 
         return voted
 
-    def _play_first(
-        self, queue: list[Prompt], who: list[str], numbers: tuple[float, float], client: str, said: str
-    ) -> Iterator[State]:
-        """Show the first imported prompt that the model takes; one that it refuses is left out, and said."""
+    def _take(self, queue: list[Prompt], given: Given, request: gr.Request, said: str) -> Iterator[Update]:
+        """Begin with prompts that came, or let them wait: a match without its vote is never replaced."""
+        if self._unvoted(given) is not None:
+            yield self._wait(given, queue, said)
+        else:
+            yield from self._play_first(queue, given, request, note(said, kind="good"))
+
+    def _unvoted(self, given: Given) -> Match | None:
+        return self.app_state.arena.unvoted(given[self.parts.match])
+
+    def _wait(self, given: Given, queue: list[Prompt], said: str) -> Update:
+        first = "Vote on these two first, or skip them."
+        return {
+            self.parts.queue: queue,
+            self.parts.asked: _asked(self._unvoted(given), len(queue)),
+            self.parts.status: note(f"{said} {first}", kind="good"),
+        }
+
+    def _offer(self, said: str) -> Update:
+        """Nothing is left to ask: offer a prompt of ours that is one key away."""
+        ours = starters(self.app_state.pairs.book)[:1]
+        label = f"Ask next: {one_line(ours[0].text, 60)}" if ours else ""
+        return {self.parts.status: said, self.parts.go_on: gr.update(visible=bool(ours), value=label)}
+
+    def _play_first(self, queue: list[Prompt], given: Given, request: gr.Request, said: str) -> Iterator[Update]:
+        """Show the first prompt that the model takes; one from a file that it refuses is left out, and said."""
+        parts = self.parts
         while queue:
+            first, *rest = queue
             try:
-                yield from self._play(queue[0].messages, who, numbers, queue, client, said)
+                yield from self._play(first, rest, given, client_of(request), said)
                 return
             except LoraDPOError as error:
+                stopped: Update = {parts.match: "", **self._buttons(False)}
+                if first.source == TYPED:
+                    box = gr.update(value=first.text, submit_btn="Ask")
+                    yield {**stopped, parts.box: box, parts.queue: rest}
+                    raise refusal(error) from None
                 if isinstance(error, Busy) and not isinstance(error, PromptTooLong):  # its turn comes again
-                    yield (gr.update(submit_btn="Ask"), *[gr.skip()] * (OUTPUTS - 1))
-                    raise
-                said += note(f"The prompt of {queue[0].source}, row {queue[0].row}, is left out: {error}", kind="bad")
-                queue = queue[1:]
-        said += note("That was the last imported prompt. Import more, or write one.", kind="good")
-        yield (gr.update(submit_btn="Ask"), gr.skip(), gr.skip(), said, gr.skip(), "", [], *_buttons(False))
+                    again = gr.update(visible=True, value=f"Go on with {counted(len(queue), 'prompt')}")
+                    yield {**stopped, parts.box: gr.update(submit_btn="Ask"), parts.queue: queue, parts.go_on: again}
+                    raise refusal(error) from None
+                said += note(f"The prompt of {first.source}, row {first.row}, is left out: {error}", kind="bad")
+                queue = rest
+        said += note("That was the last prompt. Import more, or write one.", kind="good")
+        shown = {parts.box: gr.update(submit_btn="Ask"), parts.match: "", parts.queue: [], **self._buttons(False)}
+        yield {**shown, **self._offer(said)}
 
-    def _play(
-        self,
-        prompt: Sequence[Message],
-        who: list[str],
-        numbers: tuple[float, float],
-        left: list[Prompt],
-        client: str,
-        was: str,
-    ) -> Iterator[State]:
+    def _play(self, prompt: Prompt, rest: list[Prompt], given: Given, client: str, said: str) -> Iterator[Update]:
         """Draw a match and show its answers as they are written; then the buttons work."""
-        arena = self.app_state.arena
-        source = f"{left[0].source}:{left[0].row}" if left and tuple(left[0].messages) == tuple(prompt) else None
-        match = arena.draw(prompt, who, sampling_of(numbers[0], 0.95, numbers[1], 0), source=source)
-        box = gr.update(value="", submit_btn=False)
-        empty = _cards("", "", writing=True)
-        yield (box, _asked(match, left), empty, was, gr.skip(), match.id, left, *_buttons(False))
+        arena, parts = self.app_state.arena, self.parts
+        source = f"{prompt.source}:{prompt.row}" if prompt.source else None
+        sampling = sampling_of(given[parts.temperature], 0.95, given[parts.longest], 0)
+        match = arena.draw(prompt.messages, given[parts.players], sampling, source=source)
+        yield {
+            parts.box: gr.update(submit_btn=False) | ({"value": ""} if prompt.source == TYPED else {}),
+            parts.asked: _asked(match, len(rest)),
+            parts.cards: _cards("", "", writing=True),
+            parts.status: said,
+            parts.go_on: gr.update(visible=False),
+            parts.match: match.id,
+            parts.queue: rest,
+            **self._buttons(False),
+        }
         for a, b in arena.answers(match, client=client):
-            yield (gr.skip(), gr.skip(), _cards(a, b, writing=True), *[gr.skip()] * (OUTPUTS - 3))
-        done = [said.text if said else "" for said in match.answers]
-        box = gr.update(submit_btn="Ask")
-        yield (box, gr.skip(), _cards(*done), *[gr.skip()] * 4, *_buttons(match.ready))
+            yield {parts.cards: _cards(a, b, writing=True)}
+        yield {parts.box: gr.update(submit_btn="Ask"), parts.cards: _cards_of(match), **self._buttons(match.ready)}
+
+    def _buttons(self, on: bool) -> Update:
+        return {button: gr.update(interactive=on) for button in self.parts.buttons.values()}
 
 
-def _buttons(on: bool) -> list[Any]:
-    return [gr.update(interactive=on)] * len(LABELS)
-
-
-def _named(prompt: Prompt, name: str) -> Prompt:
-    return Prompt(prompt.messages, name, prompt.row, prompt.accepted)
-
-
-def _asked(match: Match | None, left: Sequence[Prompt] = ()) -> str:
+def _asked(match: Match | None, waiting: int = 0) -> str:
     if match is None:
         return ""
-    more = f"<small>{len(left) - 1} more imported prompts after this one</small>" if len(left) > 1 else ""
+    more = f"<small>{counted(waiting, 'more prompt')} after this one</small>" if waiting else ""
     turns = "".join(
         f"<div><small>{escape(said['role'])}</small>{escape(said['content'])}</div>"
         if len(match.prompt) > 1
@@ -224,8 +324,22 @@ def _asked(match: Match | None, left: Sequence[Prompt] = ()) -> str:
     return f'<div class="asked text">{turns}{more}</div>'
 
 
-def _cards(a: str, b: str, *, writing: bool = False, names: Sequence[str | None] = (None, None)) -> str:
-    both = (answer_card("A", a, writing=writing, name=names[0]), answer_card("B", b, writing=writing, name=names[1]))
+def _cards_of(match: Match, *, names: Sequence[str | None] = (None, None)) -> str:
+    """Both whole answers, those marked that were cut at their longest."""
+    a, b = match.answers
+    return _cards(a.text if a else "", b.text if b else "", names=names, cut=(bool(a and a.cut), bool(b and b.cut)))
+
+
+def _cards(
+    a: str,
+    b: str,
+    *,
+    writing: bool = False,
+    names: Sequence[str | None] = (None, None),
+    cut: Sequence[bool] = (False, False),
+) -> str:
+    sides = zip("AB", (a, b), names, cut, strict=True)
+    both = (answer_card(letter, text, writing=writing, name=name, cut=short) for letter, text, name, short in sides)
     return f'<div class="cards">{"".join(both)}</div>'
 
 

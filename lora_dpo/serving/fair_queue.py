@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from lora_dpo.errors import Busy
 
 INTERNAL = ""
 """The client name of the host's own work, such as training: it has its turns, but is not counted or refused."""
+
+
+Result = TypeVar("Result")
 
 
 class Work(Protocol):
@@ -20,23 +23,32 @@ class Work(Protocol):
         """Do it; called by the one thread that computes."""
 
 
-class Task:
+class Task(Generic[Result]):
     """A function as a piece of work."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], Result]) -> None:
         self._work = work
+        self._results: list[Result] = []
+        self._error: Exception | None = None
         self.done = threading.Event()
 
     def run(self) -> None:
         """Call it."""
         try:
-            self._work()
+            self._results.append(self._work())
+        except Exception as error:  # for the one who waits
+            self._error = error
         finally:
             self.done.set()
 
-    def wait(self) -> None:
-        """Wait until it has had its turn, or there are no more."""
+    def outcome(self) -> Result:
+        """Wait for its turn; what it returned, or raise what it raised. Raises `Busy` if there are no more turns."""
         self.done.wait()
+        if self._error is not None:
+            raise self._error
+        if not self._results:
+            raise Busy("The model is being shut down.")
+        return self._results[0]
 
 
 class FairQueue:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_dpo import places
 from lora_dpo.adapters.folder import is_strict
@@ -33,23 +33,19 @@ from lora_dpo.files import refuse_existing
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Sampling, stream_from
 from lora_dpo.model.device import out_of_memory
+from lora_dpo.model.lora import share_weights
 from lora_dpo.serving.adapter_pool import AdapterPool
 from lora_dpo.serving.fair_queue import INTERNAL, FairQueue, Task
-from lora_dpo.serving.request import Completion, GenerationRequest, PendingRequest, Stream, StreamItem
+from lora_dpo.serving.request import Completion, GenerationRequest, PendingRequest, Stream, StreamItem, refuse_long
 from lora_dpo.serving.training_job import TrainingJob
 from lora_dpo.training.run import Look
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 MAX_PROMPT = 4096
 """Longest prompt, in tokens, where the model's context has room for it."""
-
-
-MESSAGE = 4
-"""Fewer tokens than that has no message in any chat template, an empty one neither: its role and its ends."""
-
-CHARACTERS = 32
-"""More characters than that a token, on average, are in no text that people write."""
 
 
 class Host:
@@ -59,8 +55,9 @@ class Host:
 
     Args:
         base: without an adapter on it; it stays so.
-        adapters_dir: adapters are the folders in it, by their names; by default `adapters/`. Within
-            `adapters.folder.strictness(True)`, those that are not quite as their passports say are left out.
+        adapters_dir: adapters are the folders in it, by their names; by default `adapters/`.
+        strict: leave out those that are not quite as their passports say; by default what `adapters.folder.strictness`
+            says.
         max_waiting: requests that may wait; one more is refused, or takes the place of one of whoever has most.
         max_prompt_tokens: longest prompt; by default three quarters of the model's context, at most 4,096.
     """
@@ -70,20 +67,26 @@ class Host:
         base: Base,
         adapters_dir: Path | None = None,
         *,
+        strict: bool | None = None,
         max_waiting: int = 32,
         max_prompt_tokens: int | None = None,
     ) -> None:
         self.base, self.adapters_dir = base, adapters_dir or places.adapters()
+        self.strict = is_strict() if strict is None else strict
         self.context = int(base.model.config.get_text_config().max_position_embeddings)
         """Tokens that prompt and answer may have together."""
         self.max_prompt_tokens = max_prompt_tokens or min(MAX_PROMPT, self.context * 3 // 4)
         self.job: TrainingJob | None = None
         """The training that goes on, or the last one."""
         self._fair_queue = FairQueue(max_waiting)
-        self._pool = AdapterPool(base, self.adapters_dir, strict=is_strict())
+        self._pool = AdapterPool(base, self.adapters_dir, strict=self.strict)
         self._lock = threading.Lock()
         self._closing = False
+        self._refusing: str | None = None
+        """Why no request and no training is taken, after `drain`."""
         self._warming = False
+        self._ahead: threading.Thread | None = None
+        """Puts adapters into memory ahead."""
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
         self._warm_up()
@@ -176,18 +179,10 @@ class Host:
         Args:
             deliver: as of a `PendingRequest`: called for every piece, then once for the end; it must not block.
         """
-        if len(conversation) > self.max_prompt_tokens // MESSAGE:
-            raise PromptTooLong(
-                f"The prompt has {len(conversation):,} messages; at most {self.max_prompt_tokens // MESSAGE:,} are "
-                "taken. Leave out older turns."
-            )
+        if self._refusing:
+            raise Busy(self._refusing)
+        refuse_long(conversation, most=self.max_prompt_tokens)
         self._pool.check(who)
-        characters = sum(len(said["content"]) for said in conversation)
-        if characters > CHARACTERS * self.max_prompt_tokens:  # before a tokenizer is kept busy with it
-            raise PromptTooLong(
-                f"The prompt has {characters:,} characters; at most {self.max_prompt_tokens} tokens are taken. Shorten "
-                "it, or leave out older turns."
-            )
         with self._lock:  # tokenizers are not made for two threads at once
             prompt = prompt_ids(self.base.tokenizer, conversation)
         if len(prompt) > self.max_prompt_tokens:
@@ -199,6 +194,19 @@ class Host:
             who=who, prompt=prompt, sampling=sampling or Sampling(), stop=tuple(stop), client=client
         )
         return PendingRequest(asked, self._fair_queue, deliver=deliver, compute=self._answer)
+
+    def take_turn(self, work: Callable[[Base], Result]) -> Result:
+        """Compute something else on the base, in a turn between the answers; returns, or raises, what it does.
+
+        Args:
+            work: is given another tree of modules over the same weights, so that it may put an adapter on it.
+
+        Raises:
+            Busy: this host is being shut down.
+        """
+        turn = Task(lambda: work(share_weights(self.base)))
+        self._fair_queue.put(INTERNAL, turn)
+        return turn.outcome()
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -231,6 +239,8 @@ class Host:
         refuse_existing(output)
         recipe = recipe if recipe.output else recipe.model_copy(update={"output": str(output)})
         with self._lock:
+            if self._refusing:
+                raise Busy(self._refusing)
             if self.job is not None and self.job.running:
                 raise Busy(f"The training of {self.job.name} goes on. Wait for its end, or stop it first.")
             self.job = TrainingJob(
@@ -240,6 +250,26 @@ class Host:
 
     # --- the end ----------------------------------------------------------------------------------
 
+    def drain(self, reason: str) -> None:
+        """Take nothing more, and return when those that were taken have their answers: then `close` cuts nobody off.
+
+        Args:
+            reason: what is said to whoever comes now.
+
+        Raises:
+            Busy: a training goes on; then all is as before.
+        """
+        with self._lock:
+            if self.job is not None and self.job.running:
+                raise Busy(f"The training of {self.job.name} goes on. Wait for its end, or stop it first.")
+            self._refusing = reason
+        while True:
+            turn: Task[None] = Task(lambda: None)
+            self._fair_queue.put(INTERNAL, turn)
+            turn.outcome()  # whatever was being written has ended by then
+            if not self.waiting():
+                return
+
     def close(self) -> None:
         """End: a training saves a checkpoint, an answer stops, those who wait are told."""
         if self.job is not None and self.job.running:
@@ -247,6 +277,8 @@ class Host:
             self.job.wait()
         self.stop_answering()
         self._thread.join()
+        if self._ahead is not None:
+            self._ahead.join()
 
     def stop_answering(self) -> None:
         """Take no more requests: those who wait are told, and an answer ends at its next token."""
@@ -280,8 +312,9 @@ class Host:
             if self._warming or self._closing:
                 return
             self._warming = True
-        # Not in the thread that computes: a large adapter takes a while to check.
-        threading.Thread(target=self._read_ahead, name="adapters", daemon=True).start()
+            # Not in the thread that computes: a large adapter takes a while to check.
+            self._ahead = threading.Thread(target=self._read_ahead, name="adapters", daemon=True)
+            self._ahead.start()
 
     def _read_ahead(self) -> None:
         try:
@@ -289,7 +322,7 @@ class Host:
                 turn = Task(functools.partial(self._pool.preload, waiting[0]))
                 with suppress(Busy):  # it is closing
                     self._fair_queue.put(INTERNAL, turn)
-                    turn.wait()
+                    turn.outcome()
         finally:
             self._warming = False
 
@@ -341,6 +374,7 @@ def open_host(
     revision: str | None = None,
     quantize: Quantize = "nf4",
     dtype: Dtype = "auto",
+    strict: bool | None = None,
     max_waiting: int = 32,
     max_prompt_tokens: int | None = None,
 ) -> Host:
@@ -350,9 +384,8 @@ def open_host(
         ModelError: the base cannot be loaded.
     """
     base = load_base(model, revision=revision, quantize=quantize, dtype=dtype)
-    return Host(
-        base, Path(adapters_dir or places.adapters()), max_waiting=max_waiting, max_prompt_tokens=max_prompt_tokens
-    )
+    settings: dict[str, Any] = {"max_waiting": max_waiting, "max_prompt_tokens": max_prompt_tokens}
+    return Host(base, Path(adapters_dir or places.adapters()), strict=strict, **settings)
 
 
 def _sentence(error: Exception) -> str:

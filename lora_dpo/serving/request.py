@@ -7,9 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_dpo.errors import Busy, LoraDPOError
+from lora_dpo.data import Message
+from lora_dpo.errors import Busy, LoraDPOError, PromptTooLong
 from lora_dpo.model.decoding import Sampling
 from lora_dpo.serving.fair_queue import FairQueue
+
+MESSAGE = 4
+"""Fewer tokens than that has no message in any chat template, an empty one neither: its role and its ends."""
+
+CHARACTERS = 32
+"""More characters than that a token, on average, are in no text that people write."""
 
 
 @dataclass(frozen=True)
@@ -117,3 +124,18 @@ class Stream(Iterator[str]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def refuse_long(conversation: Sequence[Message], *, most: int) -> None:
+    """Raise `PromptTooLong` for what cannot be within `most` tokens, before a tokenizer is kept busy with it."""
+    if len(conversation) > most // MESSAGE:
+        raise PromptTooLong(
+            f"The prompt has {len(conversation):,} messages; at most {most // MESSAGE:,} are taken. Leave out older "
+            "turns."
+        )
+    characters = sum(len(said["content"]) for said in conversation)
+    if characters > CHARACTERS * most:
+        raise PromptTooLong(
+            f"The prompt has {characters:,} characters; at most {most} tokens are taken. Shorten it, or leave out "
+            "older turns."
+        )

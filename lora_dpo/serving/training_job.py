@@ -62,6 +62,8 @@ class TrainingJob:
         """Why it failed, in a sentence."""
         self.folder: Path | None = None
         """The finished adapter."""
+        self.ended: float | None = None
+        """When it was over (monotonic); None while it goes on."""
         self._on_event, self._look, self._resumed = on_event, look, resume
         self._stop = StopSignal()
         self._slices = _Slices(fair_queue)
@@ -140,6 +142,7 @@ class TrainingJob:
         finally:
             gc.collect()  # optimiser and activations hang in cycles: the answers need their memory
             self._slices.leave()
+            self.ended = time.monotonic()
             self._end = end
 
     def _train(self, base: Base) -> State:

@@ -19,9 +19,9 @@ from lora_dpo.adapters.describe import describe, diff
 from lora_dpo.adapters.folder import attach_adapter, put_beside, strictness
 from lora_dpo.adapters.loading import attach_reference, load_policy
 from lora_dpo.adapters.passport import read_passport, write_passport
-from lora_dpo.adapters.store import find_adapter, list_adapters
+from lora_dpo.adapters.store import find_adapter, list_adapters, record_verified, rename
 from lora_dpo.cli.commands import main
-from lora_dpo.errors import AdapterError, BaseDiffers
+from lora_dpo.errors import AdapterError, BaseDiffers, OutputError, PackageError
 from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.model.base import load_base
 from lora_dpo.model.identity import weight_fingerprint
@@ -447,6 +447,55 @@ def test_odd_metrics_in_a_passport_stop_no_table(place, metrics):
     assert row.accuracy is None
     describe(adapter)
     diff(adapter, adapter)
+
+
+def test_measured_numbers_are_told_in_words_with_what_they_were_before(place):
+    adapter = place / "adapters" / "mine"
+    numbers = {"pairs": 61, "accuracy": 0.9508, "margin": 1.198, "chosen_logratio": 2.64, "new": 0.12345678}
+    answers = {"mean_tokens": 37.49, "finished": 0.9245, "questions": 0, "correct": None}
+    before = {"pairs": {"pairs": 61, "accuracy": 0.5, "margin": 0.0}, "answers": {"mean_tokens": 109.28}}
+    metrics = {"before": before, "after": {"pairs": numbers, "answers": answers}}
+    write_passport(adapter, replace(read_passport(adapter), metrics=metrics))
+    assert describe(adapter)[-7:] == [
+        ("held-out pairs", "61"),
+        ("held-out accuracy", "0.95 (before: 0.50)"),
+        ("held-out reward margin", "1.20 (before: 0.00)"),
+        ("log-ratio of the chosen answers", "+2.6 nats"),
+        ("pairs.new, after training", "0.1235"),
+        ("length of these answers", "37 tokens (before: 109 tokens)"),
+        ("answers that end by themselves", "92%"),
+    ]
+
+
+def test_an_adapter_gets_another_name_and_stays_verified(place):
+    root = place / "adapters"
+    record_verified(root / "mine", root)
+    assert rename("mine", "brief", root) == root / "brief"
+    [row] = list_adapters(root)
+    assert (row.name, row.state[:8]) == ("brief", "verified")
+
+
+@pytest.mark.parametrize(
+    ("name", "new", "error", "said"),
+    [
+        ("mine", "../mine", PackageError, "is no name for an adapter"),
+        ("mine", "base", PackageError, "cannot be called base"),
+        ("mine", "taken", OutputError, "already"),
+        ("mine", "going", OutputError, "already"),
+        ("none", "other", AdapterError, "There is no adapter none"),
+        ("adapters/mine", "other", None, ""),
+    ],
+)
+def test_a_name_that_is_taken_or_none_is_refused(place, name, new, error, said):
+    root = place / "adapters"
+    shutil.copytree(root / "mine", root / "taken")
+    (root / "going.partial").mkdir()
+    if error is None:
+        assert rename(name, new, root).resolve() == root / "other"
+        return
+    with pytest.raises(error, match=said):
+        rename(name, new, root)
+    assert [row.name for row in list_adapters(root)] == ["mine", "taken"]
 
 
 def test_an_empty_place_says_how_to_begin(tmp_path, monkeypatch, capsys):

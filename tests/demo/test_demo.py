@@ -552,25 +552,49 @@ def test_it_starts_beside_what_a_kill_left_and_ctrl_c_ends_it_without_a_tracebac
 # --- what a page sees of a run --------------------------------------------------------------------
 
 
-def test_a_run_that_ends_while_it_is_drawn_is_drawn_again(monkeypatch):
+def test_a_run_that_ends_while_it_is_drawn_is_drawn_again(app_state, monkeypatch):
     from types import SimpleNamespace
+
+    import gradio
 
     from lora_dpo.demo import tab_train
     from lora_dpo.demo.run_state import RunSnapshot
 
-    job = SimpleNamespace(state="stopping", name="new", error="", running=True)
+    job = SimpleNamespace(state="stopping", name="new", error="", running=True, ended=None)
     watch = SimpleNamespace(seen=RunSnapshot("new"))
-    app_state = SimpleNamespace(training=SimpleNamespace(began=0.0, job=job, beta=0.1, watch=watch))
+    with gradio.Blocks(), gradio.Tab() as item:
+        parts = tab_train.build(app_state, item)
+    tab = tab_train.Tab(app_state, parts)
+    monkeypatch.setattr(app_state, "training", SimpleNamespace(began=0.0, job=job, beta=0.1, watch=watch, planned=None))
 
-    def ends_meanwhile(training):
+    def ends_meanwhile(view):
         job.state, job.running = "done", False
         return ""
 
-    tab = tab_train.Tab(app_state)
     with monkeypatch.context() as once:
         once.setattr(tab_train, "outcome_view", ends_meanwhile)
-        text, *_, version = tab.follow(None)
-    assert "stopping" in text
-    text, *_, version = tab.follow(version)
-    assert "Done: new" in text
-    assert "__type__" in tab.follow(version)[0]  # nothing new: gradio leaves the page as it is
+        seen = tab.follow(None)
+    assert "stopping" in seen[parts.state]
+    seen = tab.follow(seen[parts.seen])
+    assert "Done" in seen[parts.state]
+    assert "__type__" in tab.follow(seen[parts.seen])[parts.state]  # nothing new: gradio leaves the page as it is
+
+
+def test_while_a_run_goes_on_its_time_is_told_at_every_look(app_state, monkeypatch):
+    from types import SimpleNamespace
+
+    import gradio
+
+    from lora_dpo.demo import tab_train
+    from lora_dpo.demo.run_state import RunSnapshot
+
+    job = SimpleNamespace(state="running", name="new", error="", running=True, ended=None)
+    now = SimpleNamespace(began=0.0, job=job, beta=0.1, watch=SimpleNamespace(seen=RunSnapshot("new")), planned=None)
+    with gradio.Blocks(), gradio.Tab() as item:
+        parts = tab_train.build(app_state, item)
+    monkeypatch.setattr(app_state, "training", now)
+    tab = tab_train.Tab(app_state, parts)
+    first = tab.follow(None)
+    monkeypatch.setattr(time, "monotonic", lambda: 125.0)
+    assert "2:05 so far" in tab.follow(first[parts.seen])[parts.state]
+    assert set(tab.follow(first[parts.seen])) == {parts.state}  # and nothing else is sent

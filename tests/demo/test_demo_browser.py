@@ -22,6 +22,7 @@ pytest.importorskip("gradio", reason="the demo's tests need Gradio: pip install 
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 from browsing import CHROMIUM, TABS, Visitor, chromium, playwright_timeout
 
+from lora_dpo.demo.starters import STARTERS
 from lora_dpo.model.decoding import Sampling
 
 if CHROMIUM is None:
@@ -77,76 +78,117 @@ def test_the_whole_loop(browser, served, loads, tmp_path):
     me = Visitor(browser, address)
     page = me.page
 
-    # chat, with one and side by side
-    me.choose("chat-left", "base")
-    me.say("Say it.")
-    assert "tokens" in me.text("chat-line-0")
-    me.choose("chat-right", "first")
+    # the first screen: base and adapter side by side, and an example is one click
+    assert [page.input_value(f"#chat-{side} input") for side in ("left", "right")] == ["base", "first"]
+    assert "the base and an adapter" in page.get_attribute("#way [data-tab=Chat]", "title")
+    assert "with no adapter on it" in page.get_attribute("#chat-who-0 .who", "title")
+    page.click("#chat-example-1")
+    me.answered()
+    assert not page.locator("#chat-examples").is_visible()
     me.say("And more.")
     assert len(me.answers(0)) == len(me.answers(1)) == 2
     assert me.answers(0)[1] != me.answers(1)[1]
     assert "tokens" in me.text("chat-line-1")
+    me.open("The same in a terminal")
+    page.wait_for_function("document.querySelector('#chat-command textarea').value.includes('--compare')")
 
-    # ten votes, by key, on imported prompts
-    me.tab("Vote")
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
-    for number in range(1, 11):
+    # a reload keeps the conversation, and it goes on
+    said = me.answers(0), me.answers(1)
+    page.reload()
+    page.wait_for_function("document.querySelectorAll('#chat-1 .bot').length === 2")
+    assert (me.answers(0), me.answers(1)) == said
+    me.say("Once more.")
+    assert len(me.answers(1)) == 3
+    page.click("#chat-new")
+    page.wait_for_function("() => !document.querySelector('#chat-0 .bot')")
+    page.reload()
+    page.wait_for_selector("#chat-to-vote:visible")
+
+    # the first vote is two clicks from here, and ten more are ten keys
+    page.click("#chat-to-vote")
+    page.wait_for_selector("#vote-a:not([disabled])")
+    page.click("#vote-a")
+    me.wait_for("vote-status", "Saved: 1 pair")
+    for number in range(2, 12):
         page.wait_for_selector("#vote-a:not([disabled])")
-        assert PROMPTS[number - 1] in me.text("vote-asked")
+        assert STARTERS[number - 1] in me.text("vote-asked")
         page.keyboard.press("1" if number % 2 else "ArrowRight")
-        me.wait_for("vote-status", f"Saved: {number} pair")
-    assert app_state.pairs.book.count() == (10, 0)
+        me.wait_for("vote-status", f"Saved: {number} pairs")
+
+    # a prompt that is written meanwhile waits for the vote, and the keys are the verdict's again
+    page.wait_for_selector("#vote-a:not([disabled])")
+    page.fill("#vote-box textarea", "Say it.")
+    page.press("#vote-box textarea", "Enter")
+    me.wait_for("vote-status", "Your prompt is next. Vote on these two first")
+    assert STARTERS[11] in me.text("vote-asked")
+    page.wait_for_function("document.activeElement.tagName !== 'TEXTAREA'")
+    page.keyboard.press("2")
+    me.wait_for("vote-asked", "Say it.")
+    page.wait_for_selector("#vote-a:not([disabled])")
+    page.keyboard.press("2")
+    me.wait_for("vote-status", "Saved: 13 pairs")
+    assert app_state.pairs.book.count() == (13, 0)
     assert "first against base" in me.text("vote-wins")
 
-    # the pairs, one of them mended
+    # the pairs, one of them mended; a refused upload is one line, and they stay
     me.tab("Data")
-    me.wait_for("data-doctor", "10 pairs read")
-    page.locator("#data-table [role=gridcell]", has_text=PROMPTS[2]).first.click()
+    me.wait_for("data-doctor", "13 pairs read")
+    page.set_input_files(UPLOAD_PAIRS, {"name": "pairs.exe", "mimeType": "text/plain", "buffer": b"no pairs"})
+    me.wait_for("data-refused", "pairs.exe is no file of a known kind")
+    assert page.locator("#data-refused .bad").count() == 1
+    assert str(tmp_path) not in me.text("data-refused")
+    page.locator("#data-table [role=gridcell]", has_text=STARTERS[2]).first.click()
     page.wait_for_selector("#data-editor:visible")
     page.fill("#data-chosen textarea", "Three words here.")
     page.click("#data-save")
     page.wait_for_selector("#data-editor", state="hidden")
-    assert app_state.pairs.entries("votes", "Three words here")[0].texts[0] == PROMPTS[2]
+    assert app_state.pairs.entries("votes", "Three words here")[0].texts[0] == STARTERS[2]
 
-    # train on them, with a learning rate that even a tiny model notices
+    # from the votes to an adapter in two clicks; what to expect is said before
     me.tab("Train")
-    page.fill("#train-prompts textarea", "Say it.")
-    me.open("Settings")
-    page.click("#train-plan")
-    page.wait_for_selector("#train-start:not([disabled])")
-    assert "It fits" in me.text("train-planned")
-    settings = page.input_value("#train-recipe textarea")
-    changed = settings.replace("max_steps: 10", "max_steps: 4").replace("learning_rate: 0.0001", "learning_rate: 0.02")
-    assert changed.count("max_steps: 4") == changed.count("learning_rate: 0.02") == 1
-    page.fill("#train-recipe textarea", changed)
-    page.click("#train-plan")
-    me.wait_for("train-planned", "4 of 4 pairs")
+    me.wait_for("train-expected", "It fits")
+    assert "11 pairs to learn from. Below 20 the difference is small." in me.text("train-expected")
+    assert "2 held-out pairs" in me.text("train-expected")
     page.click("#train-start")
-    me.wait_for("train-state", "Done: mine", 300)
+    me.wait_for("train-state", "so far")
+    assert page.locator("#train-state .phases .now").count() == 1
+    me.wait_for("train-state", "mine can be chosen in every tab", 300)
+    assert "The plan" in me.text("train-planned")
     assert page.locator("#train-curves svg").count() == 4
-    assert "after 4 steps" in me.text("train-samples")
+    me.open("The same in a terminal")
+    page.wait_for_function("document.querySelector('#train-commands textarea').value.includes('loss_type')")
 
-    # swap to it and see another answer to the same words
-    me.tab("Chat")
-    page.click("#chat-new")
-    page.wait_for_function("() => !document.querySelector('#chat-0 .bot')")
-    page.wait_for_timeout(2500)  # the pickers look every two seconds
-    me.choose("chat-left", "mine")
-    me.choose("chat-right", "base")
+    # beside the base
+    page.click("#train-compare")
+    page.wait_for_function("document.querySelector('#chat-right input').value === 'mine'")
     me.say("Say it.")
-    assert me.answers(0)[0] != me.answers(1)[0]
+    assert len(me.answers(0)) == len(me.answers(1)) == 1
 
-    # pack and download it
+    # its report; verified; under another name; packed and downloaded
     me.tab("Adapters")
     me.choose("adapters-name", "mine")
     me.wait_for("adapters-passport", "rank 4")
+    assert "held-out accuracy" in me.text("adapters-passport")
+    page.click("#adapters-report")
+    report = page.frame_locator("#adapters-page iframe")
+    report.get_by_text("Run mine").first.wait_for()
+    page.click("#adapters-verify")
+    me.wait_for("adapters-status", "Verified. It scores its")
+    me.open("Rename or remove")
+    page.fill("#adapters-new-name textarea, #adapters-new-name input", "brief")
+    page.click("#adapters-rename")
+    me.wait_for("adapters-status", "mine is called brief now")
+    me.wait_for("adapters-table", "verified")
     page.click("#adapters-pack")
     page.wait_for_selector("#adapters-file a[download], #adapters-file a")
     with page.expect_download() as coming:
         page.locator("#adapters-file a").first.click()
-    coming.value.save_as(tmp_path / "mine.lora.zip")
-    assert "mine/adapter_model.safetensors" in zipfile.ZipFile(tmp_path / "mine.lora.zip").namelist()
+    coming.value.save_as(tmp_path / "brief.lora.zip")
+    assert "brief/adapter_model.safetensors" in zipfile.ZipFile(tmp_path / "brief.lora.zip").namelist()
+    page.click("#adapters-remove")
+    page.click("#adapters-yes")
+    me.wait_for("adapters-status", "Removed brief")
+    assert app_state.adapters() == ["first"]
 
     assert me.errors == []
     assert me.elsewhere == []

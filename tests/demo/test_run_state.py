@@ -14,6 +14,7 @@ from lora_dpo.config.reading import check_recipe
 from lora_dpo.demo import html
 from lora_dpo.demo.run_state import RunSnapshot, RunState, Sample, logratios
 from lora_dpo.demo.session import AppState, looks_of
+from lora_dpo.demo.train_view import STAGES, state_view, time_left
 from lora_dpo.errors import ConfigError
 from lora_dpo.evaluation.report import svg
 from lora_dpo.events import Answered, Compared, Note, Progress, Resolved, Saved, StepLogged
@@ -31,40 +32,104 @@ def test_a_watch_keeps_what_was_told_and_counts_versions():
     before = watch.seen
     for event in (
         Resolved((("model", "tiny"),)), Progress("tokenising", 1, 4), step(1), Note("odd", warning=True),
-        StepLogged(1, 10, {"eval_loss": 1.0}), Compared((("accuracy", "0.5", "1.0"),)), Answered((("p", "a", "b"),)),
-        Saved(Path("adapters/mine")),
+        StepLogged(1, 10, {"eval_loss": 1.0}), Answered((("p", "a", "b"),)), Saved(Path("adapters/mine")),
     ):  # fmt: skip
         watch(event)
     watch.sampled(Sample(0, "p", "text"))
     seen = watch.seen
     assert before.version == 0
     assert before.steps == ()
-    assert seen.version == 8  # an evaluation on the way is no training step
+    assert seen.version == 7  # an evaluation on the way is no training step
     assert (seen.stage, seen.done, seen.total, seen.step, seen.all_steps) == ("tokenising", 1, 4, 1, 10)
     assert seen.steps == ((1, {"loss": 0.5}),)
     assert (seen.resolved, seen.notes[0].text, seen.saved) == ((("model", "tiny"),), "odd", "adapters/mine")
-    assert (seen.compared[0][2], seen.answered[0][2], seen.samples[0].text) == ("1.0", "b", "text")
+    assert (seen.answered[0][2], seen.samples[0].text) == ("b", "text")
+    watch(Compared((("accuracy", "0.5", "1.0"),)))
+    assert (watch.seen.compared[0][2], watch.seen.stage) == ("1.0", "saving")  # what a run does next
 
 
-def test_time_left_is_at_the_pace_so_far(monkeypatch):
+def at(watch, monkeypatch, moments):
+    """Let a run log its steps at these moments; returns what was seen of it."""
+    for number, moment in moments.items():
+        monkeypatch.setattr(time, "monotonic", lambda moment=moment: moment)
+        watch(step(number))
+    return watch.seen
+
+
+def test_time_left_is_at_the_pace_of_the_last_steps(monkeypatch):
     watch = RunState("mine")
-    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    watch(step(1))
-    assert watch.seen.seconds_left(105.0) is None
-    watch(step(2))
-    watch(step(3))
-    assert watch.seen.seconds_left(110.0) == pytest.approx(10 / 2 * 7)
+    assert at(watch, monkeypatch, {1: 100.0}).seconds_left(105.0) is None
+    # Steps of 5, 5, 45 (a pause) and 5 seconds: the pace is 5, and 2 of the next step's are over.
+    seen = at(watch, monkeypatch, {2: 105.0, 3: 110.0, 4: 155.0, 5: 160.0})
+    assert seen.pace == 5
+    assert seen.seconds_left(162.0) == 5 * 5 - 2
+    # Slower from then on: of the last eight gaps more than half are 20 seconds.
+    assert at(watch, monkeypatch, {number: 160.0 + 20 * (number - 5) for number in range(6, 11)}).pace == 20
+    assert watch.seen.seconds_left(261.0) is None  # it was the last step
+
+
+def test_an_estimate_is_taken_back_when_a_step_takes_far_longer(monkeypatch):
+    seen = at(RunState("mine"), monkeypatch, {1: 100.0, 2: 105.0})
+    assert seen.seconds_left(106.0) == 5 * 8 - 1
+    assert seen.seconds_left(120.0) == 5 * 8 - 5  # it must end some time: not more than a step is taken off
+    assert seen.seconds_left(126.0) is None
+    assert time_left(seen, 126.0, None) == ["this step takes long: no estimate"]
+
+
+def test_a_plan_that_was_wrong_is_taken_back(monkeypatch):
+    seen = at(RunState("mine"), monkeypatch, {1: 100.0, 2: 110.0})
+    assert time_left(seen, 110.0, 90.0) == ["about 80 s left"]  # 100 seconds for all steps: not far from 90
+    assert time_left(seen, 110.0, 50.0)[1] == "slower than planned: 2 min for all steps, not 50 s"
 
 
 def test_a_run_that_goes_on_has_its_past_and_its_own_pace(monkeypatch):
     watch = RunState("mine")
     watch.restore([{"step": 1, "loss": 0.7}, {"step": 2, "eval_loss": 1.0}, {"step": 2, "loss": 0.6}])
     assert [number for number, _ in watch.seen.steps] == [1, 2]
-    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    watch(step(3))
-    assert watch.seen.seconds_left(150.0) is None
-    watch(step(4))
-    assert watch.seen.seconds_left(110.0) == pytest.approx(10 / 1 * 6)
+    assert at(watch, monkeypatch, {3: 100.0}).seconds_left(101.0) is None
+    assert at(watch, monkeypatch, {4: 110.0}).seconds_left(110.0) == pytest.approx(10 * 6)
+
+
+def shown(stage="", state="running", now=142.0, notes=(), ended=None, **seen):
+    """The line of a run that began at 100."""
+    from types import SimpleNamespace
+
+    job = SimpleNamespace(state=state, name="mine", error="The disk of /home/ann/x is full.", ended=ended)
+    watch = SimpleNamespace(seen=RunSnapshot("mine", stage=stage, notes=notes, **seen))
+    return state_view(SimpleNamespace(job=job, watch=watch, began=100.0, planned=None), now)
+
+
+@pytest.mark.parametrize(
+    ("stage", "phase", "line"),
+    [
+        ("", "reading the pairs", "getting ready · 0:42 so far"),
+        ("tokenising train pairs", "reading the pairs", "reading the pairs: 3 of 7 · 0:42"),
+        ("held-out pairs, reference", "measuring before", "measuring the held-out pairs: 3 of 7 · 0:42"),
+        ("answers before training", "measuring before", "answering the held-out prompts: 3 of 7"),
+        ("answering your prompts", "training", "answering your prompts: 3 of 7"),
+        ("training", "training", "step 2 of 7 · 0:42 so far"),
+        ("held-out pairs, adapter", "measuring after", "measuring the held-out pairs: 3 of 7"),
+        ("answers after training", "measuring after", "answering the held-out prompts: 3 of 7"),
+        ("saving", "saving", "saving: 3 of 7"),
+        ("something new", "training", "something new: 3 of 7"),
+    ],
+)
+def test_each_stage_of_a_run_is_in_a_phase_with_a_name(stage, phase, line):
+    drawn = shown(stage, done=3 if stage else 0, total=7 if stage else 0, step=2, all_steps=7)
+    assert f'<li class="now" aria-current=step>{phase}</li>' in drawn
+    assert line in drawn
+
+
+def test_every_stage_that_a_training_tells_of_has_its_name(host, recipe):
+    seen = []
+    train(recipe, base=host.base, on_event=lambda event: seen.append(getattr(event, "stage", "")))
+    assert {"training", "answers after training", "held-out pairs, adapter"} <= set(seen) <= set(STAGES)
+
+
+def test_an_end_says_how_long_it_took_and_names_no_folder():
+    assert "Done after 1:01:05: mine can be chosen" in shown(state="done", ended=100.0 + 3665, now=9999.0)
+    assert "The disk of …/x is full." in shown(state="failed")
+    assert "paused at step 2 of 7" in shown("training", "paused", step=2, all_steps=7)
 
 
 def test_rewards_become_log_ratios():

@@ -86,6 +86,11 @@ class Visitor:
                 break
         else:
             raise AssertionError("the message was never sent")
+        self.answered(seconds)
+
+    def answered(self, seconds=120):
+        """Wait for the whole answer to what was just sent."""
+        self.page.wait_for_function("document.querySelector('#chat-0 .user')")
         self.page.get_by_role("button", name="Send", exact=True).wait_for(timeout=1000 * seconds)
         self.page.wait_for_timeout(200)
 

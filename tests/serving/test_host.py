@@ -18,6 +18,7 @@ from lora_dpo.adapters.folder import strictness
 from lora_dpo.adapters.passport import read_passport, write_passport
 from lora_dpo.adapters.store import list_adapters
 from lora_dpo.config.reading import check_recipe
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.demo.session import AppState
 from lora_dpo.errors import AdapterError, Busy, ConfigError, ModelError, OutputError, PackageError, PromptTooLong
 from lora_dpo.events import Progress
@@ -95,8 +96,6 @@ def test_a_second_tree_has_the_same_weights_and_a_life_of_its_own(tiny_model_fol
     mine, theirs = dict(base.model.named_parameters()), dict(other.model.named_parameters())
     assert mine.keys() == theirs.keys()
     assert all(mine[name] is theirs[name] for name in mine)
-    from lora_dpo.config.recipe import LoraSection
-
     policy = attach_lora(other.model, LoraSection(rank=2), seed=0)
     policy.enable_input_require_grads()
     other.model.gradient_checkpointing_enable()
@@ -352,6 +351,47 @@ def test_closing_tells_those_who_wait(base, adapters, monkeypatch):
             list(stream)
     with pytest.raises(Busy, match="shut down"):
         host.stream("base", ask("late"), SHORT, client="a")
+
+
+def test_something_else_is_computed_in_a_turn_on_a_tree_of_its_own(host):
+    before = host.answer("base", ask("Say it."), SHORT, client="x").text
+
+    def work(base):
+        attach_lora(base.model, LoraSection(rank=2), seed=0)
+        return base.name, threading.current_thread().name
+
+    assert host.take_turn(work) == (host.base.name, "answers")
+    assert host.answer("base", ask("Say it."), SHORT, client="x").text == before
+    with pytest.raises(KeyError, match="nothing"):
+        host.take_turn(lambda base: {}["nothing"])
+    host.close()
+    with pytest.raises(Busy, match="shut down"):
+        host.take_turn(lambda base: None)
+
+
+def test_a_drained_host_has_answered_all_and_takes_nothing_more(host, recipe, monkeypatch):
+    gate = Gate(host, monkeypatch)
+    streams = [host.stream("base", ask(str(n)), SHORT, client=str(n)) for n in range(3)]
+    assert gate.reached.wait(20)
+    threading.Timer(0.2, gate.open.set).start()
+    host.drain("Closed for a moment.")
+    assert host.waiting() == 0
+    assert all("".join(stream) == stream.reply.text for stream in streams)
+    for late in (
+        lambda: host.stream("base", ask("late"), SHORT, client="a"),
+        lambda: host.start_training(recipe(), "x"),
+    ):
+        with pytest.raises(Busy, match="Closed for a moment"):
+            late()
+
+
+def test_a_host_that_trains_is_not_drained(host, recipe):
+    job = host.start_training(recipe(), "mine")
+    with pytest.raises(Busy, match="The training of mine goes on"):
+        host.drain("Closed.")
+    job.stop(keep=False)
+    assert job.wait(60)
+    assert host.answer("base", ask("Hi"), SHORT, client="a").tokens
 
 
 def test_an_answer_that_breaks_is_told_and_the_next_one_is_given(host, monkeypatch):

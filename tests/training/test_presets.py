@@ -9,6 +9,7 @@ import pytest
 
 from lora_dpo.config.reading import read_recipe
 from lora_dpo.config.recipe import ModelSection
+from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import read_pairs, tokenize_pairs
 from lora_dpo.errors import ConfigError
 from lora_dpo.training.drafting.lengths import Lengths, estimated_lengths, measured_lengths
@@ -49,6 +50,13 @@ def test_steps_are_passes_over_the_pairs_up_to_a_limit():
     assert steps_of(PRESETS["balanced"], 10) == 10
     assert steps_of(PRESETS["balanced"], 1000) == 36
     assert steps_of(PRESETS["quick"], 1) == 1
+
+
+@pytest.mark.parametrize(("count", "steps", "warmup"), [(3, 3, 0), (10, 10, 1), (40, 30, 3)])
+def test_the_warm_up_is_at_most_a_tenth_of_the_steps(drafted, count, steps, warmup):
+    trainer = drafted(count).recipe.trainer
+    assert (trainer["max_steps"], trainer["warmup_steps"]) == (steps, warmup)
+    assert trainer_config(trainer, output_dir=Path("x"), dtype="float32").get_warmup_steps(steps) == warmup
 
 
 def test_of_few_prompts_nothing_is_held_out_and_of_many_some(drafted):
@@ -171,6 +179,9 @@ def test_settings_can_be_changed_and_come_back_as_they_are(drafted):
     assert changed.trainer["beta"] == 0.3
     assert changed.data == recipe.data
     assert with_settings(recipe, "lora: {rank: 2}").lora == recipe.lora.model_copy(update={"rank": 2})
+    fewer = with_settings(recipe, text.replace("max_steps: 30", "max_steps: 4")).trainer
+    assert (recipe.trainer["warmup_steps"], fewer["max_steps"], fewer["warmup_steps"]) == (3, 4, 0)
+    assert with_settings(recipe, "trainer: {max_steps: 4, warmup_steps: 2}").trainer["warmup_steps"] == 2
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,10 @@ def _texts(facts: Facts) -> dict[str, tuple[str, str]]:
             "Too few change nothing, too many learn the pairs by heart. In its place, num_train_epochs: 1 uses each "
             "pair once.",
         ),
+        "trainer.warmup_steps": (
+            "Steps in which the learning rate rises to its height.",
+            "At most a tenth of them: a short run has none to give away.",
+        ),
         "trainer.per_device_train_batch_size": (
             "Pairs of a step.",
             "More make a step surer and slower. Memory hardly changes: how many run at once is found out.",

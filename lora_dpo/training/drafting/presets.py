@@ -166,6 +166,7 @@ def choices(
         parameters: of the base; None if that is not known: a small one.
     """
     size = next(size for size in SIZES if (parameters or 0) < size.below)
+    steps = steps_of(preset, train)
     fits = next((length for length in MAX_LENGTHS if length >= lengths.longest), MAX_LENGTHS[-1])
     evaluation: dict[str, Any] = {"max_new_tokens": next((n for n in ANSWER_LENGTHS if n >= lengths.answer), 512)}
     if held_out:
@@ -174,7 +175,9 @@ def choices(
         "lora": {"rank": size.rank, "alpha": 32},
         "evaluation": evaluation,
         "trainer": {
-            "max_steps": steps_of(preset, train),
+            "max_steps": steps,
+            # A tenth of the steps, rounded up, is a third of three: a run that short has none to give away.
+            "warmup_steps": steps // 10,
             "per_device_train_batch_size": BATCH,
             "learning_rate": round(preset.learning_rate * size.rate, 12),
             "beta": 0.1,
@@ -216,7 +219,8 @@ def settings_text(recipe: Recipe) -> str:
 def with_settings(recipe: Recipe, text: str) -> Recipe:
     """A recipe with sections changed as a text of YAML says.
 
-    Only what a run computes can be changed: model, data, output and everything else that names a file stay.
+    Only what a run computes can be changed: model, data, output and everything else that names a file stay. A warm-up
+    that is left as it was stays at most a tenth of the steps when these are made fewer.
 
     Raises:
         ConfigError: broken YAML, an unknown setting, or one that is for recipe files alone.
@@ -241,4 +245,7 @@ def with_settings(recipe: Recipe, text: str) -> Recipe:
                     f"{nearest(str(key), known)}"
                 )
         settings[section] = {**settings[section], **values}
+    trainer, before = settings["trainer"], recipe.trainer
+    if isinstance(trainer.get("max_steps"), int) and trainer.get("warmup_steps") == before.get("warmup_steps"):
+        trainer["warmup_steps"] = min(before.get("warmup_steps", 0), max(0, trainer["max_steps"]) // 10)
     return check_recipe(settings, where=where)
