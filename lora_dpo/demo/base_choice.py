@@ -52,7 +52,8 @@ def bases(loaded: str) -> list[str]:
     folders = (str(path.parent) for models in places.models() for path in sorted(models.glob("[!.]*/config.json")))
     known = {loaded, *PACKAGED_MODELS}
     known_places = {_place(name) for name in known}
-    return [*sorted(known, key=lambda name: name != loaded), *(path for path in folders if _place(path) not in known_places)]
+    others = [path for path in folders if _place(path) not in known_places]
+    return [*sorted(known, key=lambda name: name != loaded), *others]
 
 
 def fit(name: str, present: Base) -> Fit | None:

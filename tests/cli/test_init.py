@@ -25,8 +25,9 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run a command; returns its exit status and what it says, on lines as long as they are."""
+def run(capsys, monkeypatch):
+    """Run a command; returns its exit status and what it says, on lines as long as they are. Nothing is fetched."""
+    monkeypatch.setattr("lora_dpo.cli.commands.have_model", lambda name: None)
 
     def type_it(*words):
         status = main([str(word) for word in words])
@@ -68,6 +69,7 @@ def test_sixty_pairs_become_a_recipe_beside_them_that_reads_and_explains_itself(
         "data": {"train": "pairs.csv", "hold_out": 12},
         "trainer": {
             "max_steps": 36,
+            "warmup_steps": 3,
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-4,
             "beta": 0.1,
@@ -388,10 +390,10 @@ def test_json_may_be_pairs_or_a_recipe(run, write_pairs, monkeypatch):
     monkeypatch.setattr("lora_dpo.training.run.train", lambda recipe, **more: seen.append(recipe))
     rows = [json.loads(line) for line in write_pairs("x.jsonl").read_text().splitlines()]
     Path("rows.json").write_text(json.dumps(rows))
-    Path("recipe.json").write_text(json.dumps({"model": {"name": "m"}, "data": {"train": "rows.json"}}))
+    Path("recipe.json").write_text(json.dumps({"model": {"name": "owner/m"}, "data": {"train": "rows.json"}}))
     assert run("train", "recipe.json")[0] == 0
     assert run("train", "rows.json")[0] == 0
-    assert [recipe.model.name for recipe in seen] == ["m", "smollm2-135m"]
+    assert [recipe.model.name for recipe in seen] == ["owner/m", "smollm2-135m"]
     assert Path("rows.yaml").is_file()
 
 

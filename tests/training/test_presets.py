@@ -92,6 +92,7 @@ def test_prompts_are_counted_once_however_often_they_come(write_pairs):
 BASE = {
     "trainer": {
         "max_steps": 36,
+        "warmup_steps": 3,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-4,
         "beta": 0.1,
