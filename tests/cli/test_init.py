@@ -334,6 +334,7 @@ def test_pairs_in_place_of_a_recipe_are_trained_on_and_the_next_time_by_the_reci
     recipe = read_recipe("pairs.yaml")  # it says everything that was typed
     assert recipe.model.name == str(tiny_model_folder)
     assert (recipe.trainer["max_steps"], recipe.evaluation.max_new_tokens) == (1, 4)
+    assert recipe.trainer["warmup_steps"] == 0  # three of 36 steps would be more than all of one
     assert "Given on the command line." in Path("pairs.yaml").read_text()
     before = Path("pairs.yaml").read_bytes()
     spreadsheet(count=64)

@@ -27,6 +27,7 @@ from lora_dpo.training.drafting.presets import (
     held_out_prompts,
     preset_named,
     prompts_of,
+    shorten_warm_up,
 )
 from lora_dpo.training.drafting.recipe_text import recipe_text
 from lora_dpo.training.planning.lines import time_line, verdict
@@ -92,6 +93,8 @@ def begin(
         del settings["evaluation"]  # nothing is asked of prompts of its own
     for override in overrides:
         set_override(settings, override)
+    if "trainer.warmup_steps" not in given:
+        shorten_warm_up(settings["trainer"])
     planned = None if named is None else plan(_checked(settings, source, given))
     if planned and planned.fix:
         facts = replace(facts, fitted=tuple(set_override(settings, one) for one in planned.fix.overrides))

@@ -193,6 +193,13 @@ def steps_of(preset: Preset, pairs: int) -> int:
     return max(1, min(preset.most_steps, ceil(preset.passes * pairs / BATCH)))
 
 
+def shorten_warm_up(trainer: dict[str, Any]) -> None:
+    """Keep the warm-up of a `trainer` section within a tenth of its steps, after these were made fewer."""
+    steps = trainer.get("max_steps")
+    if isinstance(steps, int) and "warmup_steps" in trainer:
+        trainer["warmup_steps"] = min(trainer["warmup_steps"], max(0, steps) // 10)
+
+
 def hold_out(pairs: Sequence[PreferencePair], *, seed: int = 0) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Train and held-out pairs, no prompt in both; nothing is held out of few prompts."""
     held_out = held_out_prompts(prompts_of(pairs))
@@ -245,7 +252,7 @@ def with_settings(recipe: Recipe, text: str) -> Recipe:
                     f"{nearest(str(key), known)}"
                 )
         settings[section] = {**settings[section], **values}
-    trainer, before = settings["trainer"], recipe.trainer
-    if isinstance(trainer.get("max_steps"), int) and trainer.get("warmup_steps") == before.get("warmup_steps"):
-        trainer["warmup_steps"] = min(before.get("warmup_steps", 0), max(0, trainer["max_steps"]) // 10)
+    trainer = settings["trainer"]
+    if trainer.get("warmup_steps") == recipe.trainer.get("warmup_steps"):
+        shorten_warm_up(trainer)
     return check_recipe(settings, where=where)
