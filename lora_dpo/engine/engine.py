@@ -28,6 +28,7 @@ from lora_dpo.engine.whole_step import WholeStep
 from lora_dpo.model.base import steady
 from lora_dpo.model.device import free_bytes, give_back_memory, out_of_memory
 from lora_dpo.model.lora import base_of, is_reference, reference
+from lora_dpo.systems import nearest_existing
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ def _trunk_cache(objective: Objective, settings: EngineSection) -> TrunkCache:
     if settings.trunk_cache == "memory":
         return TrunkCache(memory_bytes=memory)
     folder = Path(objective.args.output_dir).absolute() / "trunk"
-    room = shutil.disk_usage(next(parent for parent in folder.parents if parent.is_dir())).free // 2
+    room = shutil.disk_usage(nearest_existing(folder)).free // 2
     return TrunkCache(memory_bytes=memory, folder=folder, disk_bytes=room)
 
 

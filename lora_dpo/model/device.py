@@ -52,12 +52,12 @@ def free_bytes(device: Any) -> int:
 
 def peak_of_process() -> int:
     """Most bytes that this process has held so far."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

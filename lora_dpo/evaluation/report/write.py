@@ -56,5 +56,5 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     places = map(REPORTS.joinpath, numbered(stem, ".html"))
     target = output or next(place for place in places if not place.exists())
     with atomic_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return target
