@@ -41,7 +41,7 @@ def write_crash(error: BaseException, arguments: Sequence[str]) -> Path | None:
     name = f"lora-dpo-crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     try:
         path = Path(tempfile.gettempdir()) / name
-        with open(path, "x", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
+        with open(path, "x", encoding="utf-8", errors="backslashreplace", newline="\n", opener=_private) as file:
             file.write(_SECRET.sub(r"\1…", "\n".join(lines)))
     except OSError:
         return None  # the disk may be what broke

@@ -309,6 +309,7 @@ def test_release_gives_up_the_own_lock_only(another_process):
     assert sorted(path.name for path in theirs.glob("running.*")) == ["running.json", "running.lock"]
 
 
+@pytest.mark.posix
 def test_only_one_process_at_a_time_owns_a_run():
     """Each would find the other's mark if both owned the folder, which comes and goes with its lock."""
 
