@@ -18,6 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_dpo.errors import ConfigError
+from lora_dpo.text import shown
+
 DAY = 86_400.0
 WAITS = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 """Seconds between tries to rename what Windows holds for a moment."""
@@ -155,6 +158,22 @@ def is_old(path: Path) -> bool:
         newest: float = max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
         return time.time() - newest > DAY
     return False
+
+
+# --- Apple's GPU ----------------------------------------------------------------------------------
+
+DEVICE = "LORA_DPO_DEVICE"
+
+
+def wants_apple_gpu() -> bool:
+    """Whether LORA_DPO_DEVICE asks for it: not by itself, since nobody has measured it. Raises `ConfigError`."""
+    asked = os.environ.get(DEVICE) or "auto"
+    if asked not in ("auto", "mps"):
+        raise ConfigError(
+            f"{DEVICE} is {shown(asked)}: allowed are auto and mps. auto takes an NVIDIA GPU if there is one; "
+            "CUDA_VISIBLE_DEVICES= before the command hides it."
+        )
+    return asked == "mps"
 
 
 # --- the terminal ---------------------------------------------------------------------------------

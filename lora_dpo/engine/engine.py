@@ -120,11 +120,11 @@ class Engine:
         call.update({name: call[name][:, :longest] for name in ("input_ids", "attention_mask", "labels")})
         autocast_off = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), steady(base), autocast_off, self.forward.log(False):
-            ours_RT = base(**call).log_probs.double()
+            ours_RT = base(**call).log_probs.cpu().double()  # Apple's GPUs have no float64
             with self.forward.passed_on():
-                theirs_RT = base(**call).log_probs.double()
-        sums = torch.stack([(ours_RT - theirs_RT).abs().sum(), (call["labels"][:, 1:] != -100).sum()])
-        off, tokens = self.objective.accelerator.gather(sums[None].float()).sum(dim=0).tolist()
+                theirs_RT = base(**call).log_probs.cpu().double()
+        sums = torch.stack([(ours_RT - theirs_RT).abs().sum(), (call["labels"][:, 1:] != -100).sum().cpu()])
+        off, tokens = self.objective.accelerator.gather(sums[None].float().to(self.device)).sum(dim=0).tolist()
         found = off / max(1.0, tokens)
         if found <= largest_difference(base):
             return None
@@ -186,7 +186,7 @@ class Engine:
 
     def _joined(self, batch: PairBatch, logps: list[PairLogps]) -> PairBatch:
         sums = torch.tensor([pair.sums(self.objective.ld_alpha) for pair in logps], dtype=torch.float64)
-        sums = sums.to(batch.inputs["input_ids"].device, torch.float32)
+        sums = sums.float().to(batch.inputs["input_ids"].device)
         return batch.replaced(ref_chosen_logps=sums[:, 0], ref_rejected_logps=sums[:, 1])
 
     def _score(self, batch: PairBatch, pairs: list[int]) -> dict[int, PairLogps]:
