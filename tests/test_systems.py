@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from elsewhere import as_windows, is_in_use
 
@@ -51,7 +50,6 @@ from lora_dpo.files import (
 )
 from lora_dpo.journal import Journal, alone, append_durably, rewrite_durably
 from lora_dpo.leftovers import discard, scratch, settle, temporary_file
-from lora_dpo.model.device import peak_of_process
 from lora_dpo.serving.connections import MOST, most_connections
 
 PACKAGE = Path(__file__).parent.parent / "lora_dpo"
@@ -542,14 +540,7 @@ def test_limits_that_windows_has_not_are_not_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setattr(sys, "platform", "win32")
-
-    class Process:
-        def memory_info(self):
-            return type("Info", (), {"peak_wset": 5})
-
-    monkeypatch.setattr(psutil, "Process", Process)
     assert most_connections() == MOST
-    assert peak_of_process() == 5
     with temporary_file(Path("a")), scratch("fetch"):
         pass
 
