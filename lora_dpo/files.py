@@ -12,12 +12,14 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lora_dpo.errors import LoraDPOError, OutputError
-from lora_dpo.leftovers import put_together, settle, sync_folder, temporary_file, temporary_folder
+from lora_dpo.leftovers import put_together, settle, temporary_file, temporary_folder
+from lora_dpo.systems import flush, nearest_existing, rename, replace, sync, sync_folder
 
 
 def sha256_of(path: Path) -> str:
@@ -55,11 +57,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 sync_folder(path)
         sync_folder(temporary)
         try:
-            temporary.rename(target)
+            rename(temporary, target)
         except OSError as error:
             if not target.exists():
                 raise
-            kept = temporary.rename(temporary.with_suffix(""))  # a name that is never swept
+            kept = rename(temporary, temporary.with_suffix(""))  # a name that is never swept
             raise OutputError(
                 f"{target} already exists: it appeared while its content was made. The finished result is kept "
                 f"in {kept}: give that folder another name."
@@ -111,8 +113,8 @@ def replace_file(path: Path, content: str | bytes) -> None:
         with temporary.open("wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            flush(file.fileno())
+        replace(temporary, path)
         sync_folder(path.parent)
 
 
@@ -140,7 +142,7 @@ def refuse_unwritable(target: Path) -> None:
     For work that takes long before it writes: folders are not made yet, so the nearest one that exists is tried.
     """
     with disk_errors(target):
-        folder = next(folder for folder in target.absolute().parents if folder.exists())
+        folder = nearest_existing(target)
         if len(os.fsencode(target.name)) > 255:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(target))
         try:
@@ -162,12 +164,6 @@ def _settle_name(target: Path) -> None:
     """Wait for a result's new name. Power lost before that leaves no result, which is whole or nothing, too."""
     with contextlib.suppress(OSError):
         sync_folder(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 # --- what the disk refuses ------------------------------------------------------------------------
@@ -194,12 +190,15 @@ def refusal(error: BaseException, target: Path | None = None) -> str | None:
         target: what is being written, for errors that name no file.
     """
     number, named = _number(error), getattr(error, "filename", None)
+    path = Path(named) if isinstance(named, str | os.PathLike) else None
+    elsewhere = path is not None and (target is None or not _belongs(path, target))
+    if windows := _WINDOWS.get(getattr(error, "winerror", None) or 0):
+        return f"Cannot write {(path if elsewhere else target) or 'a file'}: {windows}"
     if number is None:
         return None
-    path = Path(named) if isinstance(named, str | os.PathLike) else None
     if number == errno.ENOENT and not _on_the_way(path, target):
         return None  # a file that is missing elsewhere is no matter of this disk
-    if path is not None and (target is None or not _belongs(path, target)):
+    if elsewhere:
         if number == errno.EEXIST:
             return f"Cannot make {path}: a file of that name is there. Move it away."
         return f"Cannot open or write {path}: {os.strerror(number)}. {_DISK_ADVICE[number]}"
@@ -215,12 +214,33 @@ def _number(error: BaseException | None) -> int | None:
         return error.errno if error.errno in _DISK_ADVICE else None
     text = str(error)
     if found := re.search(r"os error (\d+)", text):  # Rust: safetensors, tokenizers
-        return int(found[1]) if int(found[1]) in _DISK_ADVICE else None
+        code = int(found[1])
+        number = _RUST_ON_WINDOWS.get(code, 0) if sys.platform == "win32" else code
+        return number if number in _DISK_ADVICE else None
     if isinstance(error, RuntimeError) and _TORCH_WRITES.search(text):
         below = error.__cause__ or error.__context__
         return (_number(below) if isinstance(below, OSError) else None) or errno.ENOSPC
     return None
 
+
+_OPEN = "another program has it open. Close it there and try again."
+_WINDOWS = {
+    32: _OPEN,
+    33: _OPEN,
+    123: "a name may not hold any of : ? * < > | and quotes there. Choose another one.",
+    206: "the name is too long there. Choose a shorter one.",
+}
+"""Windows' own numbers of errors whose usual ones say less."""
+_RUST_ON_WINDOWS = {
+    2: errno.ENOENT,
+    3: errno.ENOENT,
+    5: errno.EACCES,
+    19: errno.EROFS,
+    32: errno.EACCES,
+    39: errno.ENOSPC,
+    112: errno.ENOSPC,
+}
+"""Rust names Windows' own numbers alone."""
 
 _TORCH_WRITES = re.compile(r"No space left|failed writing file|enforce fail at inline_container|unexpected pos \d+")
 """torch.save when a write fails: it does not say why, and that is nearly always a full disk."""
@@ -281,6 +301,8 @@ def looks_local(name: str) -> bool:
     return (
         not slash  # a model of the hub is written owner/name
         or name.startswith((".", "/", "~"))
+        or "\\" in name
+        or re.match("[A-Za-z]:", name) is not None  # a drive of Windows
         or name.count("/") > 1
         or len(name) > 2 * 96 + 1  # longer than any hub id
         or os.path.exists(name)

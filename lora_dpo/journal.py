@@ -16,7 +16,8 @@ from typing import Any
 
 from lora_dpo.errors import OutputError
 from lora_dpo.files import atomic_file, disk_errors, replace_file
-from lora_dpo.leftovers import settle, sync_folder
+from lora_dpo.leftovers import settle
+from lora_dpo.systems import flush, sync_folder
 from lora_dpo.text import shown
 
 Row = dict[str, Any]
@@ -62,12 +63,12 @@ class Journal:
         self.rows.extend(rows)
 
     def _write(self, text: str, *, mode: str) -> None:
-        with self.path.open(mode, encoding="utf-8") as file:
+        with self.path.open(mode, encoding="utf-8", newline="\n") as file:
             size = file.seek(0, os.SEEK_END)
             try:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
                 if size == 0:
                     sync_folder(self.path.parent)
             except OSError:
@@ -83,7 +84,7 @@ def write_new(path: Path, text: str) -> None:
         OutputError: it exists, or the disk refuses.
     """
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -145,7 +146,7 @@ def append_durably(path: Path, row: Row, *, ours: bool = True) -> None:
             try:
                 file.write(line)
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
                 if new:
                     sync_folder(path.parent)
             except OSError:

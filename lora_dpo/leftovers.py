@@ -6,7 +6,8 @@
 lora-dpo-WHAT-1a2b3c4d      a scratch folder, in the system's folder for temporary files
 
 Whoever makes one holds a lock on it, which the system drops when the process ends, however it ends. What nobody
-holds is rubbish: the next command that writes into the same folder removes it.
+holds is rubbish: the next command that writes into the same folder removes it. Windows knows no such locks: there
+nothing is removed by itself, and `lora-dpo clean` removes what is a day old.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from lora_dpo.systems import flush, is_mine, is_old, knows_locks, lock, rename, sync_folder, unlock
+
 UNFINISHED, REMOVED, TOGETHER = "unfinished", "removed", "together"
 _OURS = re.compile(rf"\..*\.[0-9a-f]{{8}}\.({UNFINISHED}|{REMOVED}|{TOGETHER})", re.DOTALL)
 _SCRATCH = re.compile(r"lora-dpo-[a-z]+-[0-9a-f]{8}")
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_LINKS = {
+    getattr(errno, name, errno.EPERM)  # not every system has every number
+    for name in ("EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EINVAL")  # EINVAL: exFAT on Windows
+}
 """How file systems without hard links say so."""
 
 _held: dict[Path, int] = {}
@@ -44,27 +49,27 @@ def temporary_file(target: Path) -> Iterator[Path]:
     while True:
         path = temporary_name(target)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        lock = _lock(path, wait=True)
+        held = lock(path, wait=True)
         if os.path.exists(path):
             break
-        _unlock(lock)  # swept in the moment before it was held
+        unlock(held)  # swept in the moment before it was held
     try:
         yield path
     finally:
         with contextlib.suppress(OSError):  # what cannot be removed now is swept later
             path.unlink(missing_ok=True)
-        _unlock(lock)
+        unlock(held)
 
 
 @contextlib.contextmanager
 def temporary_folder(path_of: Path, *, mode: int = 0o777) -> Iterator[Path]:
     """An empty folder beside `path_of`, held by this process and removed, with what is in it, when the block ends."""
-    path, lock = _make_folder(lambda: temporary_name(path_of), mode)
+    path, held = _make_folder(lambda: temporary_name(path_of), mode)
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        _unlock(lock)
+        unlock(held)
 
 
 @contextlib.contextmanager
@@ -87,16 +92,16 @@ def scratch_folder(what: str, folder: Path | None = None) -> Path:
     place = folder or Path(tempfile.gettempdir())
     for left in scratch_folders(place):
         sweep_one(left)
-    path, lock = _make_folder(lambda: place / f"lora-dpo-{what}-{secrets.token_hex(4)}", 0o700)
-    if lock is not None:
-        _held[path] = lock
+    path, held = _make_folder(lambda: place / f"lora-dpo-{what}-{secrets.token_hex(4)}", 0o700)
+    if held is not None:
+        _held[path] = held
     return path
 
 
 def give_up(path: Path) -> None:
     """Remove a folder of `scratch_folder`."""
     shutil.rmtree(path, ignore_errors=True)
-    _unlock(_held.pop(path, None))
+    unlock(_held.pop(path, None))
 
 
 def discard(path: Path) -> None:
@@ -106,7 +111,7 @@ def discard(path: Path) -> None:
     """
     grave = temporary_name(path, REMOVED)
     try:
-        path.rename(grave)
+        rename(path, grave)
     except FileNotFoundError:
         return
     _delete(grave)
@@ -124,7 +129,7 @@ def put(temporary: Path, target: Path) -> None:
             raise
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        temporary.rename(target)
+        rename(temporary, target)
 
 
 def put_together(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
@@ -158,11 +163,11 @@ def _intention(folder: Path, temporaries: Sequence[Path], targets: Sequence[Path
     """Keep a note of what is to be named in a folder, for the length of the block."""
     steps = [[os.path.relpath(old, folder), new.name] for old, new in zip(temporaries, targets, strict=True)]
     with temporary_file(folder / targets[0].name) as path:
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(steps))
             file.flush()
-            os.fsync(file.fileno())
-        note = path.rename(path.with_suffix(f".{TOGETHER}"))
+            flush(file.fileno())
+        note = rename(path, path.with_suffix(f".{TOGETHER}"))
         sync_folder(folder)
         try:
             yield
@@ -217,53 +222,44 @@ def scratch_folders(folder: Path) -> list[Path]:
     """This user's scratch folders in the place for temporary files, whoever holds them."""
     with contextlib.suppress(OSError):
         entries = [entry for entry in os.scandir(folder) if _SCRATCH.fullmatch(entry.name)]
-        mine = [entry for entry in entries if entry.stat(follow_symlinks=False).st_uid == _user()]
+        mine = [entry for entry in entries if is_mine(entry.stat(follow_symlinks=False))]
         return sorted(Path(entry.path) for entry in mine if entry.is_dir(follow_symlinks=False))
     return []
 
 
-def sweep_one(path: Path) -> bool:
-    """Remove (or finish) one leftover, unless a process holds it or it cannot be removed; True if it is gone."""
+def sweep_one(path: Path, *, asked: bool = False) -> bool:
+    """Remove (or finish) one leftover, unless a process holds it or it cannot be removed; True if it is gone.
+
+    Args:
+        asked: somebody asked for it: where the system knows no locks, what is a day old goes as well.
+    """
     if path.name.endswith(f".{REMOVED}"):
         _delete(path)
         return not os.path.lexists(path)
     with contextlib.suppress(OSError, ValueError):  # a note that came from elsewhere may name anything
-        lock = _lock(path, wait=False)
-        if lock is not None:
+        held = lock(path, wait=False)
+        if held is not None or (asked and not is_held(path)):
             try:
                 if path.name.endswith(f".{TOGETHER}"):
                     _finish(path)
                 else:
                     _delete(path)
             finally:
-                _unlock(lock)
+                unlock(held)
     return not os.path.lexists(path)
 
 
 def is_held(path: Path) -> bool:
-    """True if a process may still be at work on a leftover."""
+    """True if a process may still be at work on a leftover: for a day, where the system knows no locks."""
     if path.name.endswith(f".{REMOVED}"):
         return False
-    lock = None
+    if not knows_locks():
+        return not is_old(path)
+    held = None
     with contextlib.suppress(OSError):
-        lock = _lock(path, wait=False)
-    _unlock(lock)
-    return lock is None
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    try:
-        number = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return  # Windows opens no folders
-    try:
-        os.fsync(number)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that knows no such thing
-            raise
-    finally:
-        os.close(number)
+        held = lock(path, wait=False)
+    unlock(held)
+    return held is None
 
 
 def _delete(path: Path) -> None:
@@ -279,36 +275,7 @@ def _make_folder(name: Callable[[], Path], mode: int) -> tuple[Path, int | None]
     while True:
         path = name()
         path.mkdir(mode=mode)
-        lock = _lock(path, wait=True)
+        held = lock(path, wait=True)
         if path.is_dir():
-            return path, lock
-        _unlock(lock)  # swept in the moment before it was held
-
-
-def _lock(path: Path, *, wait: bool) -> int | None:
-    """Hold a file or folder: the descriptor, or None if another holds it or the system cannot say.
-
-    Where there are no such locks (Windows, some network disks) nothing counts as abandoned, so nothing is swept.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    try:
-        if stat.S_IFMT(os.fstat(number).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-            raise OSError(errno.EINVAL, "neither file nor folder")
-        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(number)
-        return None
-    return number
-
-
-def _unlock(number: int | None) -> None:
-    if number is not None:
-        os.close(number)
-
-
-def _user() -> int | None:
-    return os.getuid() if hasattr(os, "getuid") else None
+            return path, held
+        unlock(held)  # swept in the moment before it was held

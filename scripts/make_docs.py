@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
     if not parser.parse_args(arguments).check:
-        PAGE.write_text(page(), encoding="utf-8")
+        PAGE.write_text(page(), encoding="utf-8", newline="\n")
     elif not is_fresh():
         print(f"{PAGE.name} is stale. Make it again with: python scripts/make_docs.py", file=sys.stderr)
         return 1

@@ -80,7 +80,7 @@ def sample(questions: list[Question], batch_size: int = 64) -> None:
             chats = [[*turns, {"role": "user", "content": prompt}] for prompt in prompts]
             how = Sampling(max_new_tokens=longest, temperature=temperature, top_p=0.95, seed=start)
             answers = generate(model, tokenizer, chats, sampling=how, batch_size=batch_size)
-            with SAMPLES.open("a", encoding="utf-8") as file:
+            with SAMPLES.open("a", encoding="utf-8", newline="\n") as file:
                 for prompt, answer in zip(prompts, answers, strict=True):
                     row = Sample(prompt, style, answer.text, answer.tokens, answer.finished)
                     file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
@@ -195,7 +195,7 @@ def write(questions: list[Question]) -> None:
 
 def write_jsonl(name: str, rows: list[dict]) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (DATA / name).write_text("".join(lines), encoding="utf-8")
+    (DATA / name).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

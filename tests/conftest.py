@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ def byte_alphabet() -> dict[str, int]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}
+
+
+ELSEWHERE = {"posix": sys.platform != "win32", "linux": sys.platform == "linux"}
+"""Markers of tests that not every system can run, and whether this one can."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, can in ELSEWHERE.items():
+        if not can and item.get_closest_marker(marker):
+            pytest.skip(f"not on this system: marked {marker}")
 
 
 @pytest.fixture(autouse=True)

@@ -318,7 +318,8 @@ def test_reports_beside_odd_checkpoints(parts, tmp_path):
     @FUZZ
     @given(name=st.sampled_from(["checkpoint-3", "checkpoint-x", "checkpoint-" + "9" * 200]), state=values, lock=values)
     def run(name: str, state: Any, lock: Any) -> None:
-        folder = rewritten(tmp_path / "run.partial", {**files, "running.json": to_json({"process": lock, "host": "h"})})
+        held = {"running.lock": b"", "running.json": to_json({"process": lock, "host": "h"})}
+        folder = rewritten(tmp_path / "run.partial", {**files, **held})
         (folder / "checkpoints" / name).mkdir(parents=True)
         (folder / "checkpoints" / name / "trainer_state.json").write_bytes(to_json(state))
         (folder / "health-before.json").write_bytes(to_json({"checkup": state}))

@@ -166,6 +166,7 @@ def test_a_link_that_leads_nowhere_is_not_written_over():
         pytest.fail("it is there")
 
 
+@pytest.mark.posix
 def test_the_umask_is_never_touched(monkeypatch):
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("other threads would make files that anyone may write"))
     with atomic_file(Path("a")) as temporary:
@@ -318,6 +319,7 @@ def test_clean_shows_what_is_left_and_removes_it_when_told_so(tmp_path, capsys):
 # --- locks, journals, homes -----------------------------------------------------------------------
 
 
+@pytest.mark.posix
 def test_only_one_process_at_a_time_holds_a_place():
     """Each would find the other's mark if both held it. The lock's file goes whenever it is given up."""
 

@@ -17,8 +17,9 @@ from typing import Any
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
 from lora_dpo.config.reading import read_recipe
 from lora_dpo.errors import LoraDPOError
-from lora_dpo.files import replace_file, sha256_of, sync
-from lora_dpo.leftovers import discard, sync_folder
+from lora_dpo.files import replace_file, sha256_of
+from lora_dpo.leftovers import discard
+from lora_dpo.systems import sync, sync_folder
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 MOST_SECONDS = 120.0
@@ -86,7 +87,9 @@ def seal(folder: Path, **facts: Any) -> None:
     for path in files:
         sync(path)
     sync_folder(folder)
-    said = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
+    said = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+    }
     replace_file(folder / MANIFEST, json.dumps({"format": 1, **facts, "files": said}, indent=1) + "\n")
     sync_folder(folder.parent)
 

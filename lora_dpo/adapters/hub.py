@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def paths_told(folder: Path) -> list[str]:
     base, _ = open_adapter(folder).named_base
     home = os.path.expanduser("~")  # itself, for a user without a home folder
     places = [*([] if home == "~" else [home]), *([] if is_public_name(base) else [base])]
+    places += [json.dumps(place)[1:-1] for place in places]  # in JSON Windows' backslashes are two
     texts = [name for name in KNOWN if name != WEIGHTS and (folder / name).is_file()]
     return [name for name in texts if any(place in (folder / name).read_text("utf-8", "replace") for place in places)]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
 from lora_dpo.errors import PackageError
+from lora_dpo.systems import is_reserved
 from lora_dpo.text import plain, revealed
 
 SUFFIX = ".lora.zip"
@@ -55,6 +56,10 @@ def check_name(name: str) -> str:
         raise PackageError(
             f"An adapter cannot be called {name}: in serve and demo that is the model without one. Choose another with "
             "--name."
+        )
+    if is_reserved(name):
+        raise PackageError(
+            f"An adapter cannot be called {name}: Windows keeps that name for a device. Choose another with --name."
         )
     return name
 

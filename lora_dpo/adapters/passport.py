@@ -88,7 +88,7 @@ def write_passport(folder: Path, passport: Passport) -> None:
     """Write `passport.json` into an adapter folder that has its weights already."""
     passport = replace(passport, adapter_sha256=sha256_of(folder / WEIGHTS))
     text = json.dumps(asdict(passport), indent=2, ensure_ascii=False)
-    (folder / PASSPORT).write_text(text + "\n", encoding="utf-8")
+    (folder / PASSPORT).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def read_passport(folder: Path) -> Passport | None:

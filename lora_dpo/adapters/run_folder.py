@@ -3,8 +3,9 @@
 adapters/quickstart            the result: appears whole, at the end
 adapters/quickstart.partial    a run that goes on or was interrupted: recipe, checkpoints, metrics
 
-While a run goes on it holds a lock on `running.json` in its unfinished folder, so that no other run clears or
-continues the folder under its feet; what the file says, the process, is for people.
+While a run goes on it holds a lock on `running.lock` in its unfinished folder, so that no other run clears or
+continues the folder under its feet; `running.json` says which process that is, for people. Two files, since on Windows
+nobody can read or write what is locked.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import itertools
 import json
 import os
 import platform
-import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,14 @@ from lora_dpo.adapters.package import BASE
 from lora_dpo.config.reading import dump_recipe, read_recipe
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import ConfigError, OutputError
-from lora_dpo.files import disk_errors, numbered, refuse_existing, replace_file, sync
+from lora_dpo.files import disk_errors, numbered, refuse_existing, replace_file
 from lora_dpo.leftovers import discard, settle
+from lora_dpo.systems import command_line, nearest_existing, sync
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-LOCK = "running.json"
+LOCK, OWNER = "running.lock", "running.json"
 METRICS = "metrics.jsonl"
 
 _held: dict[tuple[int, Path], tuple[BaseFileLock, int]] = {}
@@ -141,8 +143,16 @@ def release(partial: Path) -> None:
         # Removed while it is held: whoever waits for this file sees that it has no name any more. It may be gone with
         # its folder, and the next run's be there.
         if path.stat().st_ino == inode:
-            path.unlink()
+            (partial / OWNER).unlink(missing_ok=True)
+            path.unlink()  # Windows refuses; filelock removes it there when it is let go
     lock.release()
+
+
+def discard_own(partial: Path) -> None:
+    """Remove the unfinished run that this process holds, if it is there. Raises `OSError`."""
+    if sys.platform == "win32":
+        release(partial)  # an open file there keeps the folder; a run that begins this moment keeps it, too
+    discard(partial)
 
 
 def discard_run(output: Path) -> None:
@@ -155,15 +165,16 @@ def discard_run(output: Path) -> None:
             raise OutputError(f"The run in {partial} goes on in this process. Stop it first.")
         _claim(output)
         try:
-            discard(partial)
+            discard_own(partial)
         finally:
             release(partial)
 
 
 def check_space(output: Path, needed: int) -> None:
     """Raise `OutputError` if the disk cannot hold `needed` bytes."""
-    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
+    folder = nearest_existing(output)
+    with disk_errors(output):
+        free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
             f"The disk of {folder} has {free / 1e6:.0f} MB free; this run writes up to {needed / 1e6:.0f} MB "
@@ -173,7 +184,7 @@ def check_space(output: Path, needed: int) -> None:
 
 def resume_command(output: Path) -> str:
     """The command that continues an interrupted run."""
-    return f"lora-dpo train {shlex.quote(str(partial_of(output) / 'recipe.yaml'))} --resume"
+    return command_line(["lora-dpo", "train", str(partial_of(output) / "recipe.yaml"), "--resume"])
 
 
 class RunLog:
@@ -188,7 +199,7 @@ class RunLog:
     def append(self, row: dict[str, Any]) -> None:
         """Add a row and write it at once."""
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
@@ -246,17 +257,17 @@ def running(output: Path) -> int | None:
     try:
         lock.acquire(timeout=0)
     except TimeoutError:
-        return _process_in(partial / LOCK) or 0
+        return _process_in(partial / OWNER) or 0
     except OSError:
         return None  # not ours to write to, or gone this moment: whoever claims it will be told
     lock.release()
     return None
 
 
-def _process_in(lock: Path) -> int | None:
-    """The process that a lock's file names; None if it names none, or it was cut off."""
+def _process_in(owner: Path) -> int | None:
+    """The process that the file beside a lock names; None if it names none, or it was cut off."""
     try:
-        return int(json.loads(lock.read_text(encoding="utf-8"))["process"])
+        return int(json.loads(owner.read_text(encoding="utf-8"))["process"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -284,15 +295,15 @@ def _claim(output: Path) -> None:
         if partial.parent.is_dir():  # the folder went in between: another run ended in this moment
             raise taken from None
         raise
-    path = partial / LOCK
-    path.write_text(json.dumps({"process": os.getpid(), "host": platform.node()}), encoding="utf-8")
-    _held[key] = lock, path.stat().st_ino
+    said = json.dumps({"process": os.getpid(), "host": platform.node()})
+    (partial / OWNER).write_text(said, encoding="utf-8", newline="\n")
+    _held[key] = lock, (partial / LOCK).stat().st_ino
 
 
 def _clear(partial: Path) -> None:
     """Remove what a run left that cannot be resumed; the lock is ours."""
     for path in list(partial.iterdir()):
-        if path.name != LOCK:
+        if path.name not in (LOCK, OWNER):
             discard(path)
 
 

@@ -48,7 +48,7 @@ def save_stored_pairs(folder: Path, stored: StoredPairs) -> None:
         for i, pair in enumerate(stored.pairs)
     ]
     lines = ",\n".join(json.dumps(row) for row in rows)
-    (folder / STORED_PAIRS).write_text(f'{{"format": 1, "pairs": [\n{lines}\n]}}\n', encoding="utf-8")
+    (folder / STORED_PAIRS).write_text(f'{{"format": 1, "pairs": [\n{lines}\n]}}\n', encoding="utf-8", newline="\n")
 
 
 def read_stored_pairs(folder: Path) -> StoredPairs | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dpo.adapters.checkpoints import checkpoints, torn
-from lora_dpo.adapters.run_folder import LOCK, discard_run, partial_of, running
+from lora_dpo.adapters.run_folder import LOCK, OWNER, discard_run, partial_of, running
 from lora_dpo.cli.crash import crash_reports
 from lora_dpo.config.reading import read_recipe
 from lora_dpo.errors import LoraDPOError
@@ -51,7 +51,7 @@ def remove(left: Leftover) -> bool:
         elif left.what == TORN:
             discard(left.path)
         else:
-            sweep_one(left.path)
+            sweep_one(left.path, asked=True)
     return not os.path.lexists(left.path)
 
 
@@ -59,7 +59,7 @@ NO_CHECKPOINT = "a run without a checkpoint to go on from"
 FINISHED = "an unfinished run whose adapter is there"
 TORN = "a checkpoint that was cut off"
 _RUNS = (NO_CHECKPOINT, FINISHED, TORN)
-OF_A_RUN = {"recipe.yaml", LOCK, "checkpoints", "metrics.jsonl", "before.json", "health-before.json"}
+OF_A_RUN = {"recipe.yaml", LOCK, OWNER, "checkpoints", "metrics.jsonl", "before.json", "health-before.json"}
 """Names of what a run writes into its folder; whoever keeps more there keeps it."""
 _KINDS = {
     "unfinished": "a result that was cut off",

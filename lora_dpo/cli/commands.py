@@ -35,6 +35,7 @@ from lora_dpo.cli.ready import have_model
 from lora_dpo.cli.serve import serve
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.files import refusal
+from lora_dpo.systems import make_writable, nobody_reads
 
 
 class InOrder(TyperGroup):
@@ -183,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that has no β shows \u03b2
+            make_writable(stream)  # a terminal that has no β shows \u03b2
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", BaseDiffers)
@@ -198,15 +199,15 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         err.print("Interrupted.")
         return 130
-    except BrokenPipeError:
-        quiet_exit()
-        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except MemoryError:
         if debug:
             raise
         err.print("[red]error:[/] Memory ran out. Close other programs, or give less at once.", soft_wrap=True)
         return 1
     except Exception as error:  # the last net: whatever else a user meets is a fault of ours
+        if isinstance(error, OSError) and nobody_reads(error):
+            quiet_exit()
+            return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
         said = refusal(error) if isinstance(error, OSError) else None
         if said is None or debug:
             return _usage_error(error, arguments, debug=debug)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from lora_dpo.systems import is_mine
+
 PACKAGES = ("lora-dpo", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "gradio")
 _REPORT = re.compile(r"lora-dpo-crash-\d{8}-\d{6}-\d+\.txt")
 _SECRET_OPTION = re.compile(r"--[a-z-]*(key|auth|token|password)[a-z-]*")
@@ -39,7 +41,7 @@ def write_crash(error: BaseException, arguments: Sequence[str]) -> Path | None:
     name = f"lora-dpo-crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     try:
         path = Path(tempfile.gettempdir()) / name
-        with open(path, "x", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
+        with open(path, "x", encoding="utf-8", errors="backslashreplace", newline="\n", opener=_private) as file:
             file.write(_SECRET.sub(r"\1…", "\n".join(lines)))
     except OSError:
         return None  # the disk may be what broke
@@ -48,11 +50,10 @@ def write_crash(error: BaseException, arguments: Sequence[str]) -> Path | None:
 
 def crash_reports(folder: Path) -> list[Path]:
     """This user's crash reports in a folder."""
-    user = getattr(os, "getuid", lambda: None)()
     found = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            mine = entry.is_file(follow_symlinks=False) and user in (None, entry.stat(follow_symlinks=False).st_uid)
+            mine = entry.is_file(follow_symlinks=False) and is_mine(entry.stat(follow_symlinks=False))
             if mine and _REPORT.fullmatch(entry.name):
                 found.append(Path(entry.path))
     return sorted(found)
@@ -91,5 +92,5 @@ def quiet_exit() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 
 from lora_dpo.cli.merge import BASES
 from lora_dpo.cli.options import BaseElsewhere, Strict
+from lora_dpo.systems import command_line
 
 out = Console()
 err = Console(stderr=True)
@@ -93,4 +93,4 @@ def export(
         out.print(f"  {_NOT_ITS_BASE[to]}", highlight=False, soft_wrap=True)
     if to == "ollama":
         words = ["ollama", "create", path.name, "-f", str(path / "Modelfile")]
-        out.print(f"  {escape(shlex.join(words))}", soft_wrap=True)
+        out.print(f"  {escape(command_line(words))}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -34,6 +33,7 @@ from lora_dpo.events import (
     StepLogged,
 )
 from lora_dpo.events import Progress as ProgressEvent
+from lora_dpo.systems import command_line
 from lora_dpo.text import harmless
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ class RunView:
                 self._rounds(rows)
             case Saved(folder):
                 self.console.print(f"\n[green]saved[/] [bold]{escape(str(folder))}[/]   talk to it:", soft_wrap=True)
-                command = f"  lora-dpo chat {shlex.quote(str(folder))} --compare"
-                self.console.print(command, markup=False, highlight=False, soft_wrap=True)
+                command = command_line(["lora-dpo", "chat", str(folder), "--compare"])
+                self.console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
     def _stage(self, text: str, done: int, total: int, key: str | None = None) -> None:
         key = key or text

@@ -42,7 +42,9 @@ def read_settings(path: str | Path, overrides: Sequence[str] = (), kind: type[Se
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"There is no recipe at {path}.{_nearby(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The recipe {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
         raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
     settings = parse_settings(text, where=str(path))
     for override in overrides:

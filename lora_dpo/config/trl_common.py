@@ -16,6 +16,7 @@ from lora_dpo.config.reading import nearest
 from lora_dpo.config.trl_kinds import fields_of, known_trackers
 from lora_dpo.errors import ConfigError
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.systems import wants_apple_gpu
 from lora_dpo.text import shown
 
 NO_UPLOADS = "a run uploads nothing; share the adapter folder yourself when training is done"
@@ -102,7 +103,7 @@ def build_config(kind: type, settings: dict[str, Any], *, output_dir: Path, dtyp
             output_dir=str(output_dir),
             bf16=cuda and dtype == "bfloat16",
             fp16=cuda and dtype == "float16",
-            use_cpu=not cuda,
+            use_cpu=not (cuda or wants_apple_gpu()),
             disable_tqdm=True,
             **{"dataloader_pin_memory": cuda, **settings},
         )

@@ -29,7 +29,9 @@ def parse_yaml(text: str, *, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+        problem = str(getattr(error, "problem", error))
+        hint = " In double quotes \\ begins an escape: write paths with /." if "escape" in problem else ""
+        raise ConfigError(f"{where}{line}: not valid YAML ({problem}).{hint}") from None
     except (ValueError, RecursionError) as error:  # such as the date 2020-99-99
         raise ConfigError(f"{where}: a value is not valid YAML ({error}). Quote it if it is meant as text.") from None
 

@@ -33,6 +33,7 @@ from lora_dpo.errors import DataError
 from lora_dpo.files import numbered
 from lora_dpo.journal import rewrite_durably
 from lora_dpo.model.tensor_file import State, state_of
+from lora_dpo.systems import is_reserved
 from lora_dpo.text import plain
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ class PairStore:
         # The place that an upload lay in for a moment says nothing to anyone.
         pairs = [replace(pair, origin=replace(pair.origin, source=Path(name).name)) for pair in found]
         with self.book.held():  # two uploads of one name must not take the same place
-            taken = self.names()
-            kept = next(free for free in numbered(clean_name(name)) if free not in taken)
+            taken = set(map(str.casefold, self.names()))  # many disks do not tell A from a
+            kept = next(free for free in numbered(clean_name(name)) if free.casefold() not in taken)
             write_pairs(pairs, self.uploads / f"{kept}.jsonl")
         return Import(kept, diagnosis.report, diagnosis)
 
@@ -227,7 +228,7 @@ def clean_name(name: str) -> str:
     while Path(stem).suffix.lower() in PROMPT_KINDS:
         stem = stem[: -len(Path(stem).suffix)]
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:60].strip("-._")
-    return "upload" if word.casefold() in ("", VOTES) else word
+    return "upload" if word.casefold() in ("", VOTES) or is_reserved(word) else word
 
 
 def mark_of(row: Row) -> str:

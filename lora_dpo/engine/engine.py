@@ -29,6 +29,7 @@ from lora_dpo.engine.whole_step import WholeStep
 from lora_dpo.model.base import steady
 from lora_dpo.model.device import free_bytes, give_back_memory, out_of_memory
 from lora_dpo.model.lora import base_of, is_reference, reference
+from lora_dpo.systems import nearest_existing
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +121,11 @@ class Engine:
         call.update({name: call[name][:, :longest] for name in ("input_ids", "attention_mask", "labels")})
         autocast_off = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), steady(base), autocast_off, self.forward.log(False):
-            ours_RT = base(**call).log_probs.double()
+            ours_RT = base(**call).log_probs.cpu().double()  # Apple's GPUs have no float64
             with self.forward.passed_on():
-                theirs_RT = base(**call).log_probs.double()
-        sums = torch.stack([(ours_RT - theirs_RT).abs().sum(), (call["labels"][:, 1:] != -100).sum()])
-        off, tokens = self.objective.accelerator.gather(sums[None].float()).sum(dim=0).tolist()
+                theirs_RT = base(**call).log_probs.cpu().double()
+        sums = torch.stack([(ours_RT - theirs_RT).abs().sum(), (call["labels"][:, 1:] != -100).sum().cpu()])
+        off, tokens = self.objective.accelerator.gather(sums[None].float().to(self.device)).sum(dim=0).tolist()
         found = off / max(1.0, tokens)
         if found <= largest_difference(base):
             return None
@@ -186,7 +187,7 @@ class Engine:
 
     def _joined(self, batch: PairBatch, logps: list[PairLogps]) -> PairBatch:
         sums = torch.tensor([pair.sums(self.objective.ld_alpha) for pair in logps], dtype=torch.float64)
-        sums = sums.to(batch.inputs["input_ids"].device, torch.float32)
+        sums = sums.float().to(batch.inputs["input_ids"].device)
         return batch.replaced(ref_chosen_logps=sums[:, 0], ref_rejected_logps=sums[:, 1])
 
     def _score(self, batch: PairBatch, pairs: list[int]) -> dict[int, PairLogps]:
@@ -247,7 +248,7 @@ def _trunk_cache(objective: Objective, settings: EngineSection) -> TrunkCache:
     if settings.trunk_cache == "memory":
         return TrunkCache(memory_bytes=memory)
     folder = Path(objective.args.output_dir).absolute() / "trunk"
-    room = shutil.disk_usage(next(parent for parent in folder.parents if parent.is_dir())).free // 2
+    room = shutil.disk_usage(nearest_existing(folder)).free // 2
     return TrunkCache(memory_bytes=memory, folder=folder, disk_bytes=room)
 
 

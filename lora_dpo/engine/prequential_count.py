@@ -53,7 +53,7 @@ class PrequentialCount:
         """Put the state into a checkpoint."""
         if self.seen is not None:
             state = {"seen": sorted(self.seen), "right": self.right, "prompts": self.prompts}
-            (checkpoint / STATE).write_text(json.dumps(state), encoding="utf-8")
+            (checkpoint / STATE).write_text(json.dumps(state), encoding="utf-8", newline="\n")
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint; one of an older version has no state, and ends the count."""

@@ -46,7 +46,7 @@ def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairL
         log_probs_RT: `[R, T-1]` per-token values.
         mask_RT: `[R, T]`, 1 on answer tokens.
     """
-    mask_RT = mask_RT[:, 1:]
+    mask_RT, log_probs_RT = mask_RT[:, 1:].cpu(), log_probs_RT.detach().cpu()  # Apple's GPUs have no float64
     place_RT = mask_RT.cumsum(dim=1)
     shorter_B = torch.minimum(*mask_RT.sum(dim=1).chunk(2))
     head_RT = place_RT <= torch.cat([shorter_B, shorter_B])[:, None]

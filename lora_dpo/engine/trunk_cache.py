@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lora_dpo.engine.layout import Layout
+from lora_dpo.model.tensor_file import read_tensors
 
 
 def lowest_adapted_layer(model: Any) -> int:
@@ -51,9 +52,7 @@ class TrunkCache:
     def get(self, key: bytes) -> torch.Tensor | None:
         """The output noted for a pair, or None."""
         if key in self._stored:
-            from safetensors.torch import load_file
-
-            hidden_SE: torch.Tensor = load_file(self._stored[key])["hidden"]
+            hidden_SE: torch.Tensor = read_tensors(self._stored[key])["hidden"]
             return hidden_SE
         return self._held.get(key)
 

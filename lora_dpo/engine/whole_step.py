@@ -167,11 +167,20 @@ def _synced(model: Any, last: bool) -> Iterator[None]:
             yield
 
 
-def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+RandomState = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]
+"""Of the CPU, of each NVIDIA GPU, and of Apple's."""
 
 
-def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
+def _random_state() -> RandomState:
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    return torch.get_rng_state(), cards, apple
+
+
+def _set_random_state(state: RandomState) -> None:
+    own, cards, apple = state
+    torch.set_rng_state(own)
+    if cards:
+        torch.cuda.set_rng_state_all(cards)
+    if apple is not None:
+        torch.mps.set_rng_state(apple)

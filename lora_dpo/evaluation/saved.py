@@ -28,5 +28,7 @@ def save_evaluation(folder: Path, found: Assessment) -> None:
     """Write `eval.json` and `report.html`: both or nothing. Raises `OutputError`."""
     stored = found.to_json()
     with atomic_folder(folder) as place:
-        (place / NUMBERS).write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (place / PAGE).write_text(evaluation_page(stored), encoding="utf-8")
+        (place / NUMBERS).write_text(
+            json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+        )
+        (place / PAGE).write_text(evaluation_page(stored), encoding="utf-8", newline="\n")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_dpo import places
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.data.chat_template import check_default
-from lora_dpo.errors import ModelError
+from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.files import looks_local
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
@@ -74,10 +74,11 @@ def load_base(
         quantize: "nf4" (4-bit NormalFloat, double quantisation; Dettmers et al. 2023, section 3) or "none".
         packed: keep 4-bit weights packed, or dequantised once at load: the same function.
         dtype: compute dtype; "auto" is what the hardware does fast.
-        device: "auto" is the GPU if there is one; else "cpu" or "cuda".
+        device: "auto" is what `pick_device` says; else "cpu", "cuda" or "mps".
 
     Raises:
         ModelError: the model is not there, cannot be loaded, or has no chat template.
+        ConfigError: packed weights on an Apple GPU, or one where there is none.
     """
     path = resolve_model(name)  # before torch is loaded to say that it is not there
     import torch
@@ -93,13 +94,17 @@ def load_base(
             packed = quantize == "nf4" and decide_packed(load_skeleton(name, **common), place, compute)
         if quantize == "nf4" and not packed:
             _refuse_quantised(name, path, **common)
-        arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
+        if packed and place.type == "mps":
+            raise ConfigError("model.packed is true, but no 4-bit kernels are known for Apple GPUs: set it to false.")
+        quantised_here = torch.device("cpu") if quantize == "nf4" and place.type == "mps" else place
+        arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": quantised_here}}
         if quantize == "nf4" and packed:
             arguments["quantization_config"] = _nf4_config(compute)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=here_alone, **arguments, **common)
     if quantize == "nf4" and not packed:
         with quiet_libraries():
             hold_dequantized(model)
+            model.to(place)
     keep_packed_weights_differentiable(model)  # also those that the model's files hold in 4 bits
     model.requires_grad_(False)
     model.eval()
@@ -244,11 +249,14 @@ def _nf4_config(compute: torch.dtype) -> Any:
 
 
 def decide_packed(skeleton: PreTrainedModel, device: torch.device, compute: torch.dtype) -> bool:
-    """For `packed: auto`: on a CPU hold the weights dequantised if they take at most half of the free memory."""
+    """For `packed: auto`: on a CPU hold the weights dequantised if they take at most half of the free memory.
+
+    On a GPU they are packed; on Apple's never, since there are no kernels for it.
+    """
     import psutil
 
-    if device.type == "cuda":
-        return True
+    if device.type != "cpu":
+        return device.type == "cuda"
     weights = sum(parameter.numel() for parameter in skeleton.parameters()) * compute.itemsize
     return bool(weights > psutil.virtual_memory().available / 2)
 

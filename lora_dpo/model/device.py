@@ -10,22 +10,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.recipe import Dtype
+from lora_dpo.errors import ConfigError
+from lora_dpo.systems import DEVICE, wants_apple_gpu
 
 if TYPE_CHECKING:
     import torch
 
 
 def pick_device() -> torch.device:
-    """The GPU if there is one."""
+    """The NVIDIA GPU if there is one, or Apple's if it is asked for (LORA_DPO_DEVICE=mps). Raises `ConfigError`."""
     import torch
 
+    if wants_apple_gpu():
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"{DEVICE} is mps, but torch offers no Apple GPU here. Unset it to compute on the CPU.")
+        return torch.device("mps")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Apple GPU (untested)" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> str:
     """The compute dtype for "auto": what the hardware multiplies fast without losing the adapter's signal.
 
-    bfloat16 on Ampere and newer, float16 on older GPUs. float32 on every CPU: without AMX or
+    bfloat16 on Ampere and newer and on Apple's GPUs, float16 on older ones. float32 on every CPU: without AMX or
     AVX512-BF16 a bf16 product runs 4 to 7 times slower, and with them the whole step gained less
     than a half (docs/decisions.md), at the price of log-probabilities good to 2 digits.
     """
@@ -33,6 +48,8 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> str:
 
     if dtype != "auto":
         return dtype
+    if device.type == "mps":
+        return "bfloat16" if torch.backends.mps.is_macos_or_newer(14, 0) else "float32"
     if device.type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -52,12 +69,12 @@ def free_bytes(device: Any) -> int:
 
 def peak_of_process() -> int:
     """Most bytes that this process has held so far."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
@@ -82,6 +99,8 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -95,6 +114,6 @@ def out_of_memory(error: BaseException) -> bool:
 _OUT_OF_MEMORY = (
     "can't allocate memory",  # torch on a CPU, under a limit
     "not enough memory",  # the same on Windows
-    "out of memory",  # the CUDA driver, outside torch's allocator; bitsandbytes
+    "out of memory",  # the CUDA driver, outside torch's allocator; bitsandbytes; Apple's GPU
     "ALLOC_FAILED",  # cuBLAS and cuDNN, for their working space
 )

@@ -144,7 +144,9 @@ def _pip_download(requirement: str, folder: Path, on_bytes: OnBytes | None) -> N
     tells = tuple(map(int, re.findall(r"\d+", version("pip"))[:2])) >= (24, 1)
     command += ["--progress-bar", "raw"] if tells else ["--quiet"]
     said = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    ) as pip:
         for line in pip.stdout or ():
             if found := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line):
                 if on_bytes:

@@ -1,7 +1,8 @@
 """safetensors files that others may write to while they are read here.
 
 They are read with plain reads and never mapped into memory: a process that touches a mapped page that another one has
-cut off is killed (SIGBUS), and with it everyone whom it serves. A plain read ends in an error.
+cut off is killed (SIGBUS), and with it everyone whom it serves. A plain read ends in an error. And Windows neither
+renames nor removes what is mapped, as long as any tensor of it is held.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ def open_tensors(path: Path, framework: str = "pt") -> Any:
     from safetensors import safe_open
 
     return safe_open(path, framework=framework, backend="pread")
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """All tensors of a safetensors file by name, in memory of their own."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def state_of(path: Path) -> State:

@@ -123,7 +123,9 @@ def _write_weights(plan: Merged, folder: Path, stored: torch.dtype, shard: int, 
         tick(number)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": place}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n"
+        )
 
 
 def shard_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:

@@ -279,7 +279,7 @@ def _write_card(
         for of, found in scores.items():
             cells = " | ".join(f"{found[label].accuracy:.2f}, {found[label].margin:+.2f}" for label in labels)
             lines.append(f"| {of} | {cells} |")
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8", newline="\n")
 
 
 def plot_sweep(path: Path, sweep: dict[float, dict[str, Score]], method: str, first: str) -> None:

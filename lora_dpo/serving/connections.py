@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import sys
 import time
 from typing import Any
 
@@ -39,10 +40,10 @@ def server_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
 
 def most_connections() -> int:
     """Connections that this process may have: half of the files that it may open, the rest is for everything else."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return MOST
+    if sys.platform == "win32":
+        return MOST  # no such limit there
+    import resource
+
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST if files == resource.RLIM_INFINITY else min(MOST, max(8, files // 2))
 

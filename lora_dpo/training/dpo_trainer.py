@@ -94,7 +94,7 @@ class DPOTrainer(trl.DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             cuda = torch.cuda.is_available()
-            args = trl.DPOConfig(f"{name.rpartition('/')[2]}-DPO", bf16=cuda, use_cpu=not cuda)
+            args = trl.DPOConfig(f"{name.rpartition('/')[2]}-DPO", bf16=cuda, use_cpu=pick_device().type == "cpu")
         fast = pick_dtype("auto", pick_device())
         if args.bf16 and fast != "bfloat16":
             logger.info("bf16 is slow on this machine: training with %s instead.", fast)

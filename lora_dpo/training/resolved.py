@@ -10,7 +10,7 @@ from lora_dpo.config.recipe import Recipe
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import TokenAnswer
 from lora_dpo.model.base import decide_packed
-from lora_dpo.model.device import pick_device, pick_dtype
+from lora_dpo.model.device import device_name, pick_device, pick_dtype
 from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 def model_lines(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """What is loaded, on what, in which precision, and what stands for the reference."""
-    import torch
 
     device = pick_device()
     dtype = pick_dtype(recipe.model.dtype, device)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     yield "model", f"{recipe.model.name}, {total / 1e6:,.0f} M parameters"
-    yield "device", torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    yield "device", device_name(device)
     yield "weights", _weights_line(recipe, skeleton, device, dtype)
     yield _reference_line(recipe)
 

@@ -18,7 +18,7 @@ from lora_dpo import places
 from lora_dpo.adapters.checkpoints import checkpoint_callback, checkpoints, clear_torn, read_state, tokens_seen
 from lora_dpo.adapters.folder import attach_adapter, restore_adapter
 from lora_dpo.adapters.passport import make_passport, write_passport
-from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, open_run, release, resume_command
+from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, discard_own, open_run, release, resume_command
 from lora_dpo.adapters.stored_pairs import HELD_OUT
 from lora_dpo.config.reading import dump_recipe
 from lora_dpo.config.recipe import Recipe
@@ -36,7 +36,6 @@ from lora_dpo.evaluation.report.write import PAGE, report_of
 from lora_dpo.evaluation.verify_adapter import write_stored_pairs
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged, Stopped, StopSignal
 from lora_dpo.files import atomic_folder, disk_errors
-from lora_dpo.leftovers import discard
 from lora_dpo.model.base import Base, load_base, resolve_model
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.identity import commit_of
@@ -98,7 +97,7 @@ def train(
     recipe = with_reference(recipe)
     output = choose_output(recipe, name, resume=resume)
     changed = changed_data(recipe, name, output)
-    recipe = recipe.model_copy(update={"output": str(output)})
+    recipe = recipe.model_copy(update={"output": output.as_posix()})
     check_health(recipe)
     check_early(recipe)
     emit = Stopwatch(on_event or (lambda event: None))
@@ -132,7 +131,7 @@ def _leave(partial: Path) -> None:
             if checkpoints(partial):
                 clear_torn(partial)
             else:
-                discard(partial)
+                discard_own(partial)
     finally:
         release(partial)
 
@@ -379,12 +378,12 @@ def _save(
         write_stored_pairs(folder, model, run.held_out or run.train or crossed(run.answers), tokenizer=run.tokenizer)
         if run.apart:
             write_pairs(run.apart, folder / HELD_OUT)
-        (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8", newline="\n")
         shutil.copyfile(log.path, folder / METRICS)
         write_curves(folder / "curves.png", log.rows, beta=run.beta, method=run.recipe.method)
         write_card(folder / "README.md", run.recipe, passport, compared, samples, stopped=found["health"]["sentence"])
         write_record(folder, found)
-        (folder / PAGE).write_text(report_of([folder], name=run.output.name), encoding="utf-8")
+        (folder / PAGE).write_text(report_of([folder], name=run.output.name), encoding="utf-8", newline="\n")
     with contextlib.suppress(OSError):  # the adapter is there; what cannot be removed is a leftover
-        discard(run.partial)
+        discard_own(run.partial)
     run.emit(Saved(run.output))

@@ -140,4 +140,6 @@ def peak_memory() -> dict[str, int]:
 
 def write_record(folder: Path, found: Mapping[str, Any]) -> None:
     """Write `measured.json`."""
-    (folder / MEASURED).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MEASURED).write_text(
+        json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+    )

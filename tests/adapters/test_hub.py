@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from lora_dpo.adapters.hub import pull, push
+from lora_dpo.adapters.hub import paths_told, pull, push
 from lora_dpo.adapters.package import KNOWN
 from lora_dpo.adapters.passport import licence_of
 from lora_dpo.cli.commands import main
@@ -164,6 +165,14 @@ def test_push_says_which_files_name_a_place_of_this_machine(hub, tiny_adapter, t
     (tmp_path / "mine" / "README.md").write_text("# mine")
     assert main(["adapters", "push", "./mine", "me/mine"]) == 0
     assert "adapter_config.json, passport.json name a place on this machine" in capsys.readouterr().err
+
+
+def test_a_windows_home_folder_is_seen_in_json(tiny_adapter, tmp_path, monkeypatch):
+    shutil.copytree(tiny_adapter, tmp_path / "mine")
+    monkeypatch.setenv("HOME", "C:\\Users\\me")
+    (tmp_path / "mine" / "recipe.yaml").write_text("output: C:\\Users\\me\\mine\n")
+    (tmp_path / "mine" / "metrics.jsonl").write_text(json.dumps({"step": 1, "place": "C:\\Users\\me\\mine"}))
+    assert {"recipe.yaml", "metrics.jsonl"} <= set(paths_told(tmp_path / "mine"))
 
 
 def test_the_licence_of_a_hub_base_is_read_from_its_card(tmp_path, monkeypatch):

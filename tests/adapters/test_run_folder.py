@@ -137,7 +137,12 @@ def test_a_fresh_run_clears_what_cannot_be_resumed():
     partial.mkdir()
     (partial / "metrics.jsonl").write_text("{}")
     open_run(recipe(), Path("out"), resume=False)
-    assert sorted(path.name for path in partial.iterdir()) == ["checkpoints", "recipe.yaml", "running.json"]
+    assert sorted(path.name for path in partial.iterdir()) == [
+        "checkpoints",
+        "recipe.yaml",
+        "running.json",
+        "running.lock",
+    ]
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -280,7 +285,7 @@ def test_the_lock_of_a_process_that_died_is_no_lock(another_process):
     run_of(another_process, Path("out"))
     another_process.kill()
     another_process.wait()
-    assert (partial_of(Path("out")) / "running.json").exists()
+    assert (partial_of(Path("out")) / "running.lock").exists()
     interrupt(Path("out"), 50)
     assert open_run(recipe(), Path("out"), resume=True) == Path("out.partial/checkpoints/checkpoint-50")
 
@@ -289,6 +294,7 @@ def test_the_lock_of_a_process_that_died_is_no_lock(another_process):
 def test_a_lock_that_names_no_process_here_is_no_lock(text):
     partial = partial_of(Path("out"))
     partial.mkdir()
+    (partial / "running.lock").touch()
     (partial / "running.json").write_text(text)
     assert open_run(recipe(), Path("out"), resume=False) is None
 
@@ -297,12 +303,13 @@ def test_release_gives_up_the_own_lock_only(another_process):
     open_run(recipe(), Path("mine"), resume=False)
     release(partial_of(Path("mine")))
     release(partial_of(Path("mine")))
-    assert not (partial_of(Path("mine")) / "running.json").exists()
+    assert list(partial_of(Path("mine")).glob("running.*")) == []
     theirs = run_of(another_process, Path("theirs"))
     release(theirs)
-    assert (theirs / "running.json").exists()
+    assert sorted(path.name for path in theirs.glob("running.*")) == ["running.json", "running.lock"]
 
 
+@pytest.mark.posix
 def test_only_one_process_at_a_time_owns_a_run():
     """Each would find the other's mark if both owned the folder, which comes and goes with its lock."""
 

@@ -219,6 +219,7 @@ def test_a_terminal_without_greek_letters_shows_their_numbers(encoding):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.posix
 def test_nobody_who_reads_on_is_no_error():
     command = f"{sys.executable} -m lora_dpo recipe | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, check=False)

@@ -424,6 +424,7 @@ def test_shares_of_any_size_are_shares(run):
         mix([(sides[0], 1e308), (sides[1], 1e-308)])
 
 
+@pytest.mark.linux
 def test_a_place_for_clean_rows_is_tried_before_the_report(run):
     _, said, _ = run("check", write("a.jsonl", *ORCA), "--fix", "/proc/x/y.jsonl")
     assert said == ""

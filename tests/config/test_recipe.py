@@ -175,7 +175,7 @@ def test_any_unreadable_yaml_is_a_config_error(read, text):
 def test_a_recipe_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"model:\n  name: caf\xe9\n")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text \(byte 18\)\. Save it as UTF-8"):
         read_recipe(path)
 
 

@@ -101,6 +101,7 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
     assert [path.name for path in target.iterdir()] == ["theirs.txt"]
 
 
+@pytest.mark.posix
 def test_a_killed_process_leaves_no_target(tmp_path):
     target = tmp_path / "result"
     code = (
@@ -242,6 +243,7 @@ def test_refuse_existing_says_what_to_do(tmp_path):
 
 
 @pytest.mark.usefixtures("umask")
+@pytest.mark.posix
 def test_results_are_as_readable_as_any_other_file(tmp_path):
     with atomic_folder(tmp_path / "result") as folder:
         (folder / "a.txt").write_text("a")
@@ -252,6 +254,7 @@ def test_results_are_as_readable_as_any_other_file(tmp_path):
 
 
 @pytest.mark.usefixtures("umask")
+@pytest.mark.posix
 def test_weights_are_as_readable_as_any_other_file(tmp_path):
     import numpy
     from safetensors.numpy import save_file
@@ -262,6 +265,7 @@ def test_weights_are_as_readable_as_any_other_file(tmp_path):
 
 
 @pytest.mark.usefixtures("umask")
+@pytest.mark.posix
 def test_a_private_umask_is_respected(tmp_path):
     os.umask(0o077)
     with atomic_folder(tmp_path / "result") as folder:
@@ -281,6 +285,7 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
 # --- single files ---------------------------------------------------------------------------------
 
 
+@pytest.mark.posix
 def test_a_finished_file_is_whole_alone_and_ordinary(tmp_path):
     target = tmp_path / "deep" / "pairs.jsonl"
     with atomic_file(target) as temporary:
@@ -320,6 +325,7 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+@pytest.mark.linux
 def test_a_place_where_no_file_can_be_made_is_an_output_error():
     for make, place in ((atomic_file, "/proc/x"), (atomic_file, "/proc/x/y"), (atomic_folder, "/proc/x/y")):
         with pytest.raises(OutputError, match="Nothing can be made there"), make(Path(place)):
@@ -335,6 +341,7 @@ def test_a_place_where_no_file_can_be_made_is_an_output_error():
         ("x" * 300 + ".jsonl", "File name too long. Choose a shorter name"),
     ],
 )
+@pytest.mark.linux
 def test_what_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, place, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match=says):

@@ -97,6 +97,7 @@ def got(port, host):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [[sys.executable, "demo/app.py"], [sys.executable, "-m", "gradio", "demo/app.py"]])
+@pytest.mark.posix
 def test_the_app_runs_as_a_script_as_a_space_and_under_gradios_reload(command, tiny_model_folder, tmp_path):
     port = free_port()
     environment = {

@@ -483,6 +483,7 @@ def start(tiny_model_folder, folder, port):
 
 
 @pytest.mark.slow
+@pytest.mark.posix
 def test_a_kill_while_people_vote_and_train_loses_no_vote_and_leaves_no_adapter(
     tiny_model_folder, tiny_adapter, tmp_path
 ):

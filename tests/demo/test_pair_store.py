@@ -61,6 +61,12 @@ def test_a_second_upload_of_the_same_name_takes_another(collection, taken, tmp_p
     assert again.name == "My-pairs-1-2"
 
 
+def test_an_upload_whose_name_differs_in_capitals_alone_takes_another(collection, taken, tmp_path):
+    again = collection.take_in(upload(tmp_path, json.dumps(ROWS[0])), "MY pairs (1).jsonl")
+    assert again.name == "MY-pairs-1-2"  # most disks of Windows and macOS would say that the file is there
+    assert len(collection.names()) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "clean"),
     [

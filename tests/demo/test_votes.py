@@ -137,6 +137,7 @@ for number in range(100_000):
 """
 
 
+@pytest.mark.posix
 def test_a_kill_loses_no_acknowledged_vote(tmp_path):
     draws, acknowledged = random.Random(1), 0
     book = VoteLog(tmp_path / "votes.jsonl")
@@ -156,6 +157,7 @@ def test_a_kill_loses_no_acknowledged_vote(tmp_path):
     assert report.dropped == []
 
 
+@pytest.mark.posix
 def test_many_threads_and_processes_lose_nothing(tmp_path):
     path = tmp_path / "votes.jsonl"
     books = [VoteLog(path), VoteLog(path)]

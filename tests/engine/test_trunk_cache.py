@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from elsewhere import as_windows
 from peft import LoraConfig
 from tiny import PAIRS, Stock, assert_close, build, columns, gradients_of, tiny
 
@@ -101,3 +102,14 @@ def test_the_cache_keeps_to_its_limits(tmp_path):
     assert torch.equal(cache.get(b"b"), part)
     assert cache.get(b"c") is None
     assert len(list((tmp_path / "trunk").iterdir())) == 1
+
+
+@pytest.mark.linux
+def test_what_was_read_from_the_disk_does_not_keep_its_file(tmp_path, monkeypatch):
+    cache = TrunkCache(memory_bytes=0, folder=tmp_path / "trunk", disk_bytes=100)
+    cache.put(b"pair", torch.arange(4.0).reshape(2, 2))
+    hidden_SE = cache.get(b"pair")
+    as_windows(monkeypatch)  # a mapped file cannot be removed there
+    cache.close()
+    assert not (tmp_path / "trunk").exists()
+    assert hidden_SE.tolist() == [[0, 1], [2, 3]]

@@ -509,7 +509,8 @@ def test_two_processes_have_the_gradient_of_one(tiny_model_folder, tmp_path):
 
 def test_the_peak_of_the_process_is_known_without_the_resource_module(monkeypatch):
     assert peak_of_process() > 1 << 20
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(sys, "platform", "win32")
     info = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123))
     monkeypatch.setattr("psutil.Process", lambda: info)
     assert peak_of_process() == 123

@@ -8,6 +8,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+import pytest
+
 
 def in_a_child(
     work: Callable[[], object], *, kill_after: float | None = None, begun: Callable[[], bool] = lambda: True
@@ -17,6 +19,8 @@ def in_a_child(
     Args:
         kill_after: send SIGKILL so many seconds after `begun` says true.
     """
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
     import torch
 
     child = os.fork()

@@ -656,6 +656,7 @@ def test_the_command_writes_pairs_and_accounts_for_every_prompt(tiny_model_folde
         (["--adapter", "nowhere"], "There is no adapter folder at nowhere"),
     ],
 )
+@pytest.mark.linux
 def test_a_mistake_is_one_line_and_leaves_nothing(tiny_model_folder, prompts, capsys, more, says):
     assert main(command(tiny_model_folder, *more)) == 1
     error = capsys.readouterr().err
@@ -686,6 +687,7 @@ def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(prompts, c
 
 
 @pytest.mark.slow
+@pytest.mark.posix
 def test_a_killed_command_goes_on_where_it_was(tiny_model_folder, tmp_path):
     """SIGKILL in the middle of sampling, in a real process; the same command then samples only the rest."""
     Path("prompts.txt").write_text("".join(f"Say {number}.\n" for number in range(40)), encoding="utf-8")

@@ -1,7 +1,6 @@
 """Who connects and sends nothing, or half of something, keeps nobody else waiting."""
 
 import contextlib
-import resource
 import socket
 import subprocess
 import sys
@@ -138,6 +137,7 @@ HALF_OPEN = """
 
 
 def test_more_half_open_connections_than_files_leave_the_others_answered(tmp_path):
+    resource = pytest.importorskip("resource")  # Windows has no such limits
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2048:
         pytest.skip("this process may not open that many files")

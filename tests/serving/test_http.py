@@ -635,6 +635,7 @@ def test_help_teaches():
     assert "lora-dpo serve --model" in text
 
 
+@pytest.mark.posix
 def test_the_command_serves_until_it_is_interrupted(tiny_model_folder, adapters, tmp_path):
     import os
     import re

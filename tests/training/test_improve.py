@@ -396,6 +396,7 @@ def test_a_missing_file_of_prompts_is_all_that_is_said(tmp_path):
     assert done.stderr == "error: no.txt does not exist. Give a file of prompts.\n"
 
 
+@pytest.mark.linux
 def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(recipe):
     with pytest.raises(OutputError, match=r"Cannot write .*Nothing can be made there: choose another folder"):
         rounds.improve(recipe(output="/proc/x/y", model={"name": "no-such-model"}))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import COMMIT, OLD_COMMIT
+from elsewhere import as_windows
 from peft import PeftModel
 from run_logs import logged
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -88,6 +89,27 @@ def test_resumed_losses_equal_uninterrupted_ones(recipe):
         assert torch.allclose(resumed.model.state_dict()[name], value, atol=1e-7), name
     assert resumed.after.pairs == whole.after.pairs
     assert not resumed.folder.with_name("cut.partial").exists()
+
+
+@pytest.mark.linux
+def test_where_open_files_keep_their_folders_a_run_is_resumed_and_leaves_the_adapter_alone(recipe, monkeypatch):
+    """As on Windows: what the guard and the trainer read from a checkpoint may not keep it from being removed."""
+    import matplotlib.font_manager  # noqa: F401 - libraries look at the platform when they are imported
+
+    stop, some = StopSignal(), {"trainer__max_steps": 4, "trainer__save_steps": 1, "trainer__save_total_limit": 1}
+
+    def stop_after_two(event):
+        if isinstance(event, Progress) and event.stage == "training" and event.done == 2:
+            stop.requested = True
+
+    with pytest.raises(Stopped) as stopped:
+        train(recipe(**some), name="cut", on_event=stop_after_two, stop=stop)
+    kept = [path.name for path in (stopped.value.output.with_name("cut.partial") / "checkpoints").glob("checkpoint-*")]
+    assert kept == ["checkpoint-2"]
+    as_windows(monkeypatch)
+    done = train(recipe(**some), name="cut", resume=True)
+    assert list(logged(done.folder)) == [1, 2, 3, 4]
+    assert [path.name for path in done.folder.parent.iterdir()] == ["cut"]
 
 
 def test_stopped_before_the_first_step_leaves_nothing(recipe, tmp_path):

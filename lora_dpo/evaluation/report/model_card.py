@@ -68,7 +68,7 @@ def write_card(
         "or with plain `peft`: `PeftModel.from_pretrained(base_model, folder)`.",
         "",
     ]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text("\n".join(lines), encoding="utf-8", newline="\n")
 
 
 def front_matter(base: str, tags: Sequence[str]) -> list[str]:

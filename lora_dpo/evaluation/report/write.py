@@ -67,5 +67,5 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     free = (place for place in map(places.reports().joinpath, numbered(stem, ".html")) if not place.exists())
     target = output or next(free)
     with atomic_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return target

@@ -154,7 +154,7 @@ def _ollama(merged: Merged, output: Path, kind: str, name: str, on_tensor: OnTen
     text = modelfile("model.gguf", tokenizer, [str(tokenizer.convert_ids_to_tokens(stop)) for stop in stops])
     with atomic_folder(output) as folder:
         _gguf_model(merged, folder / "model.gguf", kind, name, on_tensor)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        (folder / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
     return output
 
 
@@ -173,5 +173,5 @@ def _peft_folder(adapter: Path, output: Path) -> Path:
         shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
         if (adapter / CARD).is_file():
             (folder / CARD).write_bytes(without_picture((adapter / CARD).read_bytes()))
-        (folder / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
     return output

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.model.tensor_file import read_tensors
+
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
@@ -54,10 +56,8 @@ class Snapshots:
     @classmethod
     def load(cls, folder: Path, stored: Mapping[str, Any]) -> Snapshots:
         """Read back what `save` wrote and returned."""
-        from safetensors.torch import load_file
-
         by_step: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(folder / TENSORS).items():
+        for name, tensor in read_tensors(folder / TENSORS).items():
             step, _, parameter = name.partition("/")
             by_step.setdefault(int(step), {})[parameter] = tensor
         return cls(**{name: Kept(one["step"], by_step[one["step"]], one["score"]) for name, one in stored.items()})

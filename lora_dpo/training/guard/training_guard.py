@@ -187,7 +187,7 @@ class Guard:
             "halved": self.halved,
             "step": self.step,
         }
-        (folder / STATE).write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        (folder / STATE).write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8", newline="\n")
 
     # --- after the last step ------------------------------------------------------------------------
 

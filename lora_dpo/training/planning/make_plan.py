@@ -21,7 +21,7 @@ from lora_dpo.engine.cost_model import PairShape, pair_shape
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
 from lora_dpo.model.base import decide_packed, load_skeleton
-from lora_dpo.model.device import free_bytes, pick_device, pick_dtype
+from lora_dpo.model.device import device_name, free_bytes, pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
@@ -194,7 +194,7 @@ def _machine(recipe: Recipe, sizes: dict[str, int]) -> Machine:
             "cuda", name, sizes.get("memory", free), 0 if "memory" not in sizes else CUDA_CONTEXT, dtype, True
         )
     own = psutil.Process().memory_info().rss
-    name = f"CPU, {torch.get_num_threads()} threads"
+    name = device_name(device)
     return Machine("cpu", name, sizes.get("memory", free_bytes(device) + own), own, dtype, here=True)
 
 
