@@ -8,8 +8,9 @@ files       writing so that a reader sees the whole or nothing
 leftovers   temporary files, and what killed commands left of them
 journal     rows that are on the disk, one by one, before they count
 text        text from elsewhere made safe for a terminal; counting words; JSON
-quiet       what other libraries may say
-telemetry   nothing is sent to anyone
+quiet       what other libraries may say, and that nothing is sent to anyone
+places      where adapters, models, collected pairs and evaluations lie
+systems     what Windows and macOS do otherwise
 
 The rooms, each importing those above it (docs/architecture.md):
 
