@@ -1,5 +1,31 @@
 """Preference-tuning of open chat models with LoRA and DPO, on one loaded base model.
 
+What every room may use:
+
+errors      what goes wrong, as classes whose message says what to do
+events      what a run tells while it goes on, and how it is asked to stop
+files       writing so that a reader sees the whole or nothing
+leftovers   temporary files, and what killed commands left of them
+journal     rows that are on the disk, one by one, before they count
+text        text from elsewhere made safe for a terminal; counting words; JSON
+quiet       what other libraries may say
+telemetry   nothing is sent to anyone
+
+The rooms, each importing those above it (docs/architecture.md):
+
+config      what a user writes: the recipe, and TRL's settings in it
+data        rows of a file to pairs of messages to token ids; the doctor
+model       one base in memory, LoRA on it, decoding
+engine      exact DPO passes: a stream of pairs, a step as one batch, references kept
+adapters    the adapter folder: written, read, checked, shared
+judging     who says which answer is better; pairs from that
+evaluation  is it better? numbers, intervals, pages
+training    one run: prepared, trained under a guard, measured, saved; its plan
+release     merged, mixed, exported
+serving     one base for many who ask, and a training beside
+demo        the browser
+cli         the terminal
+
 Importing this package loads nothing but its settings of other libraries: each name below brings in its room when it is
 first looked up, and torch when it is called.
 """

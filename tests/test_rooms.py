@@ -51,7 +51,7 @@ EAGER = {
         "engine.whole_step",
     ),
     *("training.dpo_trainer", "training.pair_weights", "training.reference_guard", "training.score_ahead"),
-    *("training.sft_kto_trainers", "training.step_aside"),
+    *("training.sft_kto_trainers", "training.engine_fallback"),
 }
 """A class on top of TRL's, what it is made of, and pure tensors: imported only when a training or a score begins."""
 

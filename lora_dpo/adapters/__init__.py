@@ -4,19 +4,19 @@ module_names     which modules a PEFT config means, found in linear time
 lora_config      `adapter_config.json`, read and checked without a model
 peft_files       its weights, read and checked alike
 peft_config      what PEFT is told about an adapter: checked fields alone
-passport         what an adapter was made from
+passport         its provenance: base, data, settings, what was measured
 adapter          one folder, opened once, and whether it fits a base by names and shapes
-folder           all that is checked before an adapter goes onto a base, and putting it there
+folder           an adapter is checked against the base in memory, then attached to it
 stored_pairs     held-out pairs with their scores, which travel with an adapter
 loading          the model that answers: a base, with an adapter or without
 run_folder       where a run writes, finished and unfinished
-checkpoints      when a checkpoint counts
+checkpoints      checkpoints: sealed with a manifest of hashes, judged whole or torn
 stored_schema    what a reader of runs and evaluations may find in their files
 stored_run       a run's or an evaluation's folder, read for a report
-package          a packed adapter, checked before it is used
+package          the `.lora.zip` format: its limits, and what is refused
 describe         what an adapter was made from, and in what two differ
 store            the adapters on this machine: list, find, remove
-exchange         packed for others, and taken in from elsewhere
+exchange         pack and install: an adapter from elsewhere is checked here
 hub              adapters on the Hugging Face hub
 """
 

@@ -3,8 +3,8 @@
 yaml             YAML as recipes hold it, read within limits
 recipe           the recipe of a run, section by section; `lora-dpo recipe` prints its fields
 reading          recipes from files and options, with an error for what is none
-trl_common       what every method's `trainer:` section has in common
-trl_dpo          that section for DPO, with nothing ignored in silence
+trl_common       which of TRL's fields are refused for every method; types and ranges
+trl_dpo          the `trainer:` section for DPO: defaults, losses, refusals; and the entry point for all methods
 trl_sft_kto      the same for SFT and KTO
 improve_recipe   the recipe of `lora-dpo improve`: rounds, and where prompts come from
 """

@@ -1,6 +1,6 @@
 """Preference data: rows of files and hub data sets to pairs of messages, and these to token ids.
 
-unpacked         gzip and zip, unpacked within bounds
+unpacked         the unpacked size of gzip and Parquet, for the limits of uploads
 row_reading      what every reader of rows shares
 json_rows        rows of JSON and JSONL files
 hub_rows         rows of data sets on the hub

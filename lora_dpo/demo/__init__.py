@@ -1,9 +1,9 @@
 """The demo: chat, vote, data, train and adapters in one window. Needs Gradio (`pip install 'lora-dpo[demo]'`).
 
-votes          blind votes, each on the disk before it is acknowledged
+votes          blind votes, each on the disk before it is acknowledged; win rates from them
 pair_store     the pairs that someone collected
 presets        from a choice of pairs and one word to a whole recipe
-arena          blind matches
+arena          blind battles of two models
 conversation   a conversation with one model, or with two side by side
 run_state      what a run has told so far
 session        what everyone at the demo shares
@@ -13,6 +13,6 @@ theme          colours, style and keys
 handlers       what every handler of the page does
 tab_chat, tab_vote, tab_data, tab_train, tab_adapters
 api            the same for scripts
-server         who may call it
-app            the page
+server         Gradio on a socket of ours
+app            the page put together, and which requests are let in
 """

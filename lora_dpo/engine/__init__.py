@@ -1,22 +1,22 @@
 """Exact DPO passes: each pair's prompt once, nothing padded, references kept, a step as one batch.
 
-layout            pairs to one flat stream of tokens in which both answers share their prompt
-attention         attention over that stream, without a mask over the whole of it
-logprobs          hidden states of the stream to per-token log-probabilities
-rematerialise     cheap results are made again in the backward pass
-trunk_cache       layers below the lowest adapted one run once for policy and reference
-pair_batch        a step's pairs: TRL's padded batch, and its rows without the padding
-pair_forward      a transformers model on a stream of pairs, and when that cannot be done
-scoring           log-probabilities of both answers of each pair, outside training
-objective         what the engine asks of who trains with it
-preference_loss   DPO's own loss, to read and for the check at step 0; what trains is TRL's
-reference_cache   the reference's log-probabilities on disk
-token_budget      how much of a step fits into memory at once
-first_sight       pairs counted when they are scored before they are learnt from
-step_record       a step as it was run: its pairs, and the policy's log-probabilities of them
-whole_step        one optimiser step over its whole batch
-engine            all of it, bound to one trainer
-cost_model        bytes and FLOPs of a step, from the architecture alone
+layout              pairs to one flat stream of tokens in which both answers share their prompt
+attention           attention over that stream, without a mask over the whole of it
+logprobs            hidden states of the stream to per-token log-probabilities
+rematerialise       activation recomputation: cheap results are made again in the backward pass
+trunk_cache         hidden states of the frozen layers below the lowest adapted one, kept for policy and reference
+pair_batch          a step's pairs: gradient-accumulation batches as one, and its rows without the padding
+pair_forward        a transformers model on a stream of pairs, and when that cannot be done
+scoring             log-probabilities of both answers of each pair, outside training
+objective           the protocol that `DPOTrainer` implements: the model, and the loss of log-probabilities
+preference_loss     DPO's own loss, to read and for the check at step 0; what trains is TRL's (`DPOTrainer.loss_of`)
+reference_cache     the reference's log-probabilities on disk, by weights and by a pair's token ids
+token_budget        how much of a step fits into memory at once
+prequential_count   accuracy on each prompt before its first update, counted in a run
+step_record         a step as it was run: its pairs, and the policy's log-probabilities of them
+whole_step          forward and backward of that batch, in as many parts as fit
+engine              the entry point (`Engine.step`), bound to one trainer
+cost_model          bytes and FLOPs of a step, from the architecture alone
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ import torch
 
 from lora_dpo.config.recipe import EngineSection
 from lora_dpo.engine import PairForward
-from lora_dpo.engine.first_sight import PrequentialCount
 from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs
 from lora_dpo.engine.pair_forward import largest_difference
+from lora_dpo.engine.prequential_count import PrequentialCount
 from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, default_folder, reference_name
 from lora_dpo.engine.step_record import StepRecord, answer_sums
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, TokenBudget

@@ -4,8 +4,8 @@ intervals        95% intervals of what is counted and averaged
 metrics          accuracy, margin, log-ratios; length and ends of answers
 prequential      accuracy on training pairs, scored before they were trained on
 kl               how far the policy is from its reference, token by token
-win_rate         who answers better, judged in both orders or voted
-result           what an evaluation found, and the call that it allows
+win_rate         win rate with its 95% interval, from a judge in both orders or from votes
+result           what an evaluation found, and the verdict that it allows
 requirements     bounds on it, as a user writes them
 evaluate         all of it, with one base in memory
 saved            where evaluations are kept

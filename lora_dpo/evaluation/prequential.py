@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_dpo.adapters.stored_run import StoredRun, read_run
 from lora_dpo.config.trl_dpo import DEFAULTS
-from lora_dpo.engine.first_sight import PROMPTS, RIGHT
+from lora_dpo.engine.prequential_count import PROMPTS, RIGHT
 from lora_dpo.evaluation.intervals import Interval, rate
 
 FEWEST = 8

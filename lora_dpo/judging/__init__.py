@@ -1,15 +1,15 @@
 """Who says which answer is better, and preference pairs made from that.
 
-judge              what a judge is: one score an answer
+judge              the protocol of a judge: a prompt and answers in, scores out
 rules              judges that need no model
 implicit_reward    the margin of an adapter over its reference
 reward_model       a sequence classifier as the judge
 endpoint           an OpenAI-compatible server, asked with patience
 llm                a chat model behind it as the judge, in both orders
-specs              judges as a user writes them
+specs              `rules:…`, `llm:…` and so on to a judge: the table of kinds, where a new one is added
 policy_and_judge   the model that answers and the judge, both in memory
 samples            answers to every prompt, kept in a journal
-pair_making        pairs out of judged answers
+pair_making        preference pairs out of judged answers
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One run: prepared, trained under a guard, measured before and after, saved; and its plan.
 
-prepared            what is known of a run before weights are loaded
-resolved            that, line by line
+prepared            the value that holds what is known of a run before weights are loaded
+resolved            the resolved settings, as lines of text
 prepare             from a recipe to everything that is known before weights are loaded
-step_aside          when TRL's own passes must run instead of the engine
+engine_fallback     when TRL's own passes must run instead of the engine
 reference_guard     step 0: is the policy still what it is held to?
 pair_weights        pairs that count more or less
 score_ahead         the references of a whole dataset before the first step

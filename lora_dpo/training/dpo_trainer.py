@@ -24,10 +24,10 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import keep_packed_weights_differentiable
 from lora_dpo.model.device import give_back_memory, pick_device, pick_dtype
 from lora_dpo.model.lora import POLICY, REFERENCE, base_of, to_fp32_masters
+from lora_dpo.training.engine_fallback import no_engine_because, unsupported_batch
 from lora_dpo.training.pair_weights import ScaledGradient, WithWeights
 from lora_dpo.training.reference_guard import compare
 from lora_dpo.training.score_ahead import progress_bar, scored_references
-from lora_dpo.training.step_aside import no_engine_because, unsupported_batch
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class DPOTrainer(trl.DPOTrainer):
 
     Where a set-up, a data collator or a model cannot be run so, TRL's own passes run, and a warning says why: the
     settings are looked at when the trainer is made, each batch's form when it comes, and before the first step two
-    pairs are run both ways and compared (`lora_dpo.training.step_aside`).
+    pairs are run both ways and compared (`lora_dpo.training.engine_fallback`).
 
     Set `reference_guard = False` on the class or instance to train against a reference that is meant
     to differ from the starting policy.

@@ -18,7 +18,7 @@ from lora_dpo.engine.preference_loss import preference_loss
 from lora_dpo.errors import ReferenceMismatch
 from lora_dpo.model.base import steady
 from lora_dpo.model.lora import REFERENCE, base_of
-from lora_dpo.training.step_aside import TOLERANCE
+from lora_dpo.training.engine_fallback import TOLERANCE
 
 if TYPE_CHECKING:
     import trl

@@ -18,7 +18,7 @@ from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.errors import ReferenceMismatch
 from lora_dpo.model.lora import POLICY, REFERENCE
-from lora_dpo.training.step_aside import TOLERANCE
+from lora_dpo.training.engine_fallback import TOLERANCE
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_dpo.config.reading import check_recipe
-from lora_dpo.engine.first_sight import PrequentialCount
+from lora_dpo.engine.prequential_count import PrequentialCount
 from lora_dpo.evaluation.prequential import at_first_sight
 from lora_dpo.events import Progress, Stopped, StopSignal
 from lora_dpo.training.run import train

@@ -19,7 +19,7 @@ from lora_dpo.errors import ConfigError, ModelError, ReferenceMismatch
 from lora_dpo.model.base import keep_packed_weights_differentiable
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.lora import is_reference
-from lora_dpo.training.step_aside import no_engine_because, unsupported_batch
+from lora_dpo.training.engine_fallback import no_engine_because, unsupported_batch
 
 OPTIONS = dict(max_steps=3, learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=2, optim="sgd")
 LONG = [pair([1, *range(20, 40)], [8, 9, 2], [10, 2]), *PAIRS]
