@@ -31,7 +31,7 @@ def stored_size(name: str, skeleton: PreTrainedModel, *, revision: str | None = 
 
     Args:
         name: as `load_base` takes it.
-        skeleton: its structure, for a hub model of which nothing but that is here.
+        skeleton: its structure without an adapter, for a hub model of which nothing but that is here.
 
     Raises:
         ModelError: a packaged model that is not here, or no model folder.

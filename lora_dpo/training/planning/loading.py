@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_dpo.model.lora import base_of
-from lora_dpo.model.stored_size import StoredSize, stored_itemsize, stored_size
+from lora_dpo.model.stored_size import StoredSize, stored_itemsize
 from lora_dpo.training.planning.memory_plan import Choice, Costs
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ class Loading:
 
 def loading_of(costs: Costs, cost: CostModel, choice: Choice) -> Loading:
     """What loading a run's base takes."""
-    section = costs.run.recipe.model
-    base = base_of(costs.model)
-    weights = stored_size(section.name, base, revision=section.revision)
+    base, weights = base_of(costs.model), costs.stored
     largest = max(parameter.numel() for parameter in base.parameters() if not parameter.requires_grad)
     states = STATES * cost.trainable * 4 if costs.run.recipe.health.action != "none" else 0
     if costs.machine.kind == "cpu":

@@ -23,6 +23,7 @@ from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
 from lora_dpo.model.base import decide_packed, load_skeleton
 from lora_dpo.model.device import free_bytes, pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
+from lora_dpo.model.stored_size import stored_size
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
 from lora_dpo.training.planning.cards import GB, Card, find_cards, unknown_card
@@ -167,9 +168,11 @@ def _costs(run: Run, sizes: dict[str, int], named: Sequence[Card]) -> Costs:
 
     section = run.recipe.model
     skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    stored = stored_size(section.name, skeleton, revision=section.revision)  # before an adapter is counted with it
     model = _with_adapter(run.recipe, skeleton)
     shapes = [pair_shape(pair.prompt, pair.chosen, pair.rejected) for pair in run.train]
-    return Costs(model, _machine(run.recipe, sizes, named), shapes, run, unsupported_reason(base_of(model)))
+    machine = _machine(run.recipe, sizes, named)
+    return Costs(model, machine, shapes, run, unsupported_reason(base_of(model)), stored)
 
 
 def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:

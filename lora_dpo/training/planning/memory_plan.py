@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.engine.cost_model import CostModel, PairShape, footprint
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
+from lora_dpo.model.stored_size import StoredSize
 from lora_dpo.training.planning.answer_memory import Asked, answer_bytes, asked_in
 from lora_dpo.training.planning.cards import Card
 from lora_dpo.training.prepared import Run
@@ -83,6 +84,7 @@ class Costs:
     shapes: Sequence[PairShape]
     run: Run
     unsupported: str | None
+    stored: StoredSize
 
     def footprint(self, choice: Choice) -> CostModel:
         """The model's costs as `choice` holds it."""
