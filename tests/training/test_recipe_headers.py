@@ -49,7 +49,7 @@ def test_a_header_says_what_the_plan_says(name, tmp_path, tokenizer):
     assert said(name, r"Download +([\d.]+) GB") == (f"{loading.download / GB:.1f}",)
     (enough,) = said(name, r"(\d+) GB of main memory")
     assert 0.3 < loading.main_memory / GB / float(enough) < 0.6  # the rest for the system and whatever else runs
-    hours, on, steps, batch = said(name, r"Time +at most ([\d.]+) hours on an (RTX .+?) for (\d+) steps of (\d+) pairs")
+    hours, on, steps, batch = said(name, r"Time +([\d.]+) hours on an (RTX .+?) for (\d+) steps of (\d+) pairs")
     assert on == card
     (count,) = re.search(r"\[:(\d+)\]", recipe.data.train).groups()
     assert int(steps) * int(batch) == int(count)

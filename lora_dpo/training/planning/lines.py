@@ -10,7 +10,7 @@ from lora_dpo.training.planning.cards import GB
 from lora_dpo.training.planning.memory_plan import TIGHT
 
 if TYPE_CHECKING:
-    from lora_dpo.training.planning.memory_plan import Machine
+    from lora_dpo.training.planning.memory_plan import Fix, Machine
     from lora_dpo.training.planning.plan_values import Plan
 
 
@@ -65,7 +65,7 @@ def memory_lines(planned: Plan) -> Iterator[tuple[str, str]]:
     elif machine.kind == "cpu":
         yield "  libraries", size(memory.libraries)
     if memory.desktop:
-        yield "  desktop", f"{size(memory.desktop)} for one that shows on the same card (assumed)"
+        yield "  desktop", f"{size(memory.desktop)}, if one shows on this card (assumed)"
     yield "  weights", size(memory.weights)
     yield "  adapter", f"{size(memory.adapter)} with its gradient and Adam's moments"
     if memory.activations is not None:
@@ -77,7 +77,7 @@ def memory_lines(planned: Plan) -> Iterator[tuple[str, str]]:
         yield "  gaps", f"{size(memory.gaps)} between these two, as on the quickstart"
     if memory.answers:
         what = f"{size(memory.answers)} for keys and values of {counted(memory.answered, 'prompt')} at once"
-        yield "  answers", f"{what}, before and after training and at looks, while no activations are kept"
+        yield "  answers", f"{what}: before, after and at the guard's looks, when no activations are kept"
 
 
 def loading_lines(planned: Plan) -> Iterator[tuple[str, str]]:
@@ -90,13 +90,16 @@ def loading_lines(planned: Plan) -> Iterator[tuple[str, str]]:
         yield "download", f"{size(loading.download)} of {size(weights.total)}, once, by the hub's index"
     else:
         yield "download", f"{size(loading.download)}, once, by the model's parameters: its files are not here"
-    libraries = f"{size(loading.libraries)} of libraries{' (assumed)' if kind == 'cuda' else ''}"
-    beside = f"{size(loading.tensors)} of tensors on their way, read one by one from safetensors files"
+    libraries, tensors = size(loading.libraries), size(loading.tensors)
     if kind == "cuda":
-        states = f" or, later, {size(loading.states)} of the guard's states" if loading.states else ""
-        yield "main memory", f"about {size(loading.main_memory)} to load: {libraries}, {beside}{states}"
+        states = f", later {size(loading.states)} of the guard's states" if loading.states else ""
+        yield (
+            "main memory",
+            f"about {size(loading.main_memory)}: {libraries} for libraries (assumed), and while it loads {tensors} of "
+            f"tensors on their way to the card, since files are read tensor by tensor{states}",
+        )
     else:
-        yield "to load", f"{size(loading.main_memory)}: {libraries}, the weights, {beside}"
+        yield "to load", f"{size(loading.main_memory)}: libraries, weights, and {tensors} of a tensor on its way"
 
 
 def time_line(planned: Plan) -> str:
@@ -108,10 +111,10 @@ def time_line(planned: Plan) -> str:
             return f"{flops}; how fast that card is in such steps, is not known here"
         return f"{flops}; a card's speed is known by its name, such as --card 'RTX 4090' (--cards lists them)"
     if cost.published is not None:
-        part = f"{cost.flops_per_second / cost.published:.0%} of the {cost.published / 1e12:,.0f} TFLOP/s"
+        part = f"{cost.flops_per_second / cost.published:.0%} of the published {cost.published / 1e12:,.0f} TFLOP/s"
         return (
-            f"about {duration(cost.seconds)} for the steps, half or twice that is possible: {flops} at {part} that are "
-            "published; that share is assumed, not measured (evaluation before and after comes on top)"
+            f"about {duration(cost.seconds)} for the steps, half or twice that is possible: {flops} at {part} (that "
+            "share is assumed, not measured; evaluation before and after comes on top)"
         )
     rate = cost.flops_per_second / 1e9
     return (
@@ -130,10 +133,7 @@ def verdict(planned: Plan) -> str:
     if memory.verdict == "fits":
         return f"It fits: {of}."
     if memory.verdict == "tight":
-        return (
-            f"It is tight: {of}. Gaps that the allocator leaves, or another program, may take the rest. A shorter "
-            "trainer.max_length, engine.split_pairs=true or a smaller lora.rank make room."
-        )
+        return f"It is tight: {of}. {_way_out(planned)}"
     into = f"It does not fit into {size(memory.available)}"
     headless = " It would if no desktop showed on the card." if planned.fits_without_desktop else ""
     if planned.fix is None:
@@ -144,8 +144,30 @@ def verdict(planned: Plan) -> str:
     fix = planned.fix
     taken = fix.total / memory.available
     tight = ", tightly" if taken > TIGHT else ""
-    costs = f", {fix.pairs_cut} more pairs cut and {fix.pairs_lost} dropped" if fix.pairs_cut or fix.pairs_lost else ""
-    return f"{into}.{headless} It does{tight} ({size(fix.total)}, {taken:.0%}{costs}; {where}) with:"
+    return f"{into}.{headless} It does{tight} ({size(fix.total)}, {taken:.0%}{_cut(fix)}; {where}) with:"
+
+
+def _way_out(planned: Plan) -> str:
+    """What to do where it is tight."""
+    memory, fix = planned.memory, planned.roomier
+    if memory.least is not None and memory.least <= TIGHT * memory.available:
+        return (
+            f"Training fills what is free, and takes smaller parts by itself if that runs out: {size(memory.least)} do."
+        )
+    lost = "Gaps that the allocator leaves, or another program, may take the rest."
+    if fix is None or not fix.overrides:
+        return (
+            f"{lost} A smaller model would leave room, or adapting less of it: a smaller lora.rank, lora.layers=top-8."
+        )
+    settings = " ".join(fix.overrides)
+    return f"{lost} With {settings} it takes {size(fix.total)} ({fix.total / memory.available:.0%}{_cut(fix)})."
+
+
+def _cut(fix: Fix) -> str:
+    """What settings cost in pairs."""
+    if not fix.pairs_cut and not fix.pairs_lost:
+        return ""
+    return f", {fix.pairs_cut} more pairs cut and {fix.pairs_lost} dropped"
 
 
 def dry_run_lines(planned: Plan) -> Iterator[tuple[str, str]]:

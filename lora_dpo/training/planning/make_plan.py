@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -214,8 +213,7 @@ def _machine(recipe: Recipe, sizes: dict[str, int], named: Sequence[Card]) -> Ma
         )
     own = psutil.Process().memory_info().rss
     name = f"CPU, {torch.get_num_threads()} threads"
-    libraries = own + (0 if "trl" in sys.modules else LATER)
-    return Machine("cpu", name, sizes.get("memory", free_bytes(device) + own), libraries, dtype, here=True)
+    return Machine("cpu", name, sizes.get("memory", free_bytes(device) + own), own + LATER, dtype, here=True)
 
 
 def _choice(costs: Costs) -> Choice:
@@ -255,6 +253,7 @@ def _plan(costs: Costs, choice: Choice, notes: list[str]) -> Plan:
         loading=loading_of(costs, cost, choice),
         time=time_of(costs, cost, choice, batches, memory, tokens, steps),
         fix=find_fix(costs, choice) if memory.fits is False else None,
+        roomier=find_fix(costs, choice, roomy=True) if memory.verdict == "tight" else None,
         fits_without_desktop=memory.fits is False and fits_without_desktop(costs, cost, choice),
         notes=tuple(notes),
     )

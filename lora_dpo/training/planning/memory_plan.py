@@ -29,7 +29,7 @@ DESKTOP = 600 << 20
 
 LATER = 512 << 20
 """What a process on a CPU grew by between a plan and its first step, beside the weights: libraries that are loaded
-later. Measured on the quickstart (docs/plan.md)."""
+later, and what was not explained. Measured on the quickstart (docs/plan.md)."""
 
 GAPS = 0.6
 """What a CPU's allocator lost between tensors there, as a share of activations and working space. A card's allocator
@@ -278,22 +278,29 @@ def bytes_per_trainable(run: Run) -> int:
     return 4 + 4 + moments + (4 if run.recipe.reference_adapter else 0)
 
 
-def find_fix(costs: Costs, choice: Choice) -> Fix | None:
+def find_fix(costs: Costs, choice: Choice, *, roomy: bool = False) -> Fix | None:
     """The first settings that fit.
 
     In this order: what changes no number (smaller parts are no setting: training makes them by itself), shorter
     answers, a 4-bit base.
+
+    Args:
+        roomy: the first that do not only fit, but are not tight either.
     """
     bases = [choice]
     if choice.quantize == "nf4" and not choice.packed:  # the same function in a quarter of the memory or less
         bases.append(replace(choice, packed=True, overrides=("model.packed=true",)))
-    if (found := _first_fit(costs, bases)) is not None:
+    if (found := _first_fit(costs, bases, roomy)) is not None:
         return found
-    if (found := _shorten(costs, list(_savers(bases[-1]))[-1])) is not None or choice.quantize == "nf4":
+    if (found := _shorten(costs, list(_savers(bases[-1]))[-1], roomy)) is not None or choice.quantize == "nf4":
         return found
     held = ("model.quantize=nf4",) if costs.machine.kind == "cuda" else ("model.quantize=nf4", "model.packed=true")
     small = replace(choice, quantize="nf4", packed=True, overrides=held)
-    return _first_fit(costs, [small]) or _shorten(costs, list(_savers(small))[-1])
+    return _first_fit(costs, [small], roomy) or _shorten(costs, list(_savers(small))[-1], roomy)
+
+
+def _enough(memory: Memory, roomy: bool) -> bool:
+    return memory.verdict == "fits" if roomy else bool(memory.fits)
 
 
 def fits_without_desktop(costs: Costs, cost: CostModel, choice: Choice) -> bool:
@@ -304,12 +311,12 @@ def fits_without_desktop(costs: Costs, cost: CostModel, choice: Choice) -> bool:
     return bool(memory_of(headless, cost, choice, costs.shapes).fits)
 
 
-def _first_fit(costs: Costs, bases: Sequence[Choice]) -> Fix | None:
+def _first_fit(costs: Costs, bases: Sequence[Choice], roomy: bool) -> Fix | None:
     for base in bases:
         cost = costs.footprint(base)
         for tried in _savers(base):
             found = memory_of(costs, cost, tried, costs.shapes)
-            if found.fits:
+            if _enough(found, roomy):
                 return Fix(tried.overrides, found.total, pairs_lost=0, pairs_cut=0)
     return None
 
@@ -326,7 +333,7 @@ def _savers(choice: Choice) -> Iterator[Choice]:
         yield replace(choice, split_pairs=True, overrides=(*choice.overrides, "engine.split_pairs=true"))
 
 
-def _shorten(costs: Costs, choice: Choice) -> Fix | None:
+def _shorten(costs: Costs, choice: Choice, roomy: bool) -> Fix | None:
     """The longest `max_length`, in steps of 64, that fits beside `choice` and keeps half of the pairs."""
     cost = costs.footprint(choice)
     longest = max(max(shape.first, shape.second) for shape in costs.shapes)
@@ -337,7 +344,7 @@ def _shorten(costs: Costs, choice: Choice) -> Fix | None:
         memory = memory_of(costs, cost, choice, kept) if 2 * len(kept) >= len(costs.shapes) else None
         if memory is None:
             low = middle + 1
-        elif memory.fits:
+        elif _enough(memory, roomy):
             cut = sum(max(shape.first, shape.second) > middle * 64 for shape in costs.shapes)
             lost = len(costs.shapes) - len(kept)
             found = Fix((*choice.overrides, f"trainer.max_length={middle * 64}"), memory.total, lost, cut - lost)

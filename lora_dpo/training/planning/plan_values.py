@@ -84,6 +84,8 @@ class Plan:
     time: Time
     fix: Fix | None = None
     """Set where the recipe does not fit; None there means that nothing was found."""
+    roomier: Fix | None = None
+    """Set where it is tight: the first settings under which it is not."""
     fits_without_desktop: bool = False
     """It does not fit, and would if no desktop showed on the card."""
     dry_run: DryRun | None = None
