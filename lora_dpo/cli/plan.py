@@ -21,12 +21,40 @@ BAR = 10
 """Characters of the longest bar of a histogram."""
 
 
+def _list_cards(asked: bool) -> None:
+    """Print the table of cards and end the command: no recipe is needed for it."""
+    if not asked:
+        return
+    from lora_dpo.training.planning.cards import CARDS
+
+    table = Table("card", box=None, padding=(0, 2, 0, 0))
+    for name in ("GB", "GB/s", "TFLOP/s"):
+        table.add_column(name, justify="right")
+    table.add_column("in")
+    for card in CARDS:
+        tflops = "" if card.kind == "amd" else f"{card.tflops:g}"
+        table.add_row(card.name, f"{card.gigabytes:g}", f"{card.bandwidth:,.0f}", tflops, card.dtype)
+    out = Console()
+    out.print(table)
+    out.print("Published by the makers, of dense products in 16 bits; of a laptop's card at its lowest clock.")
+    raise typer.Exit
+
+
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     card: Annotated[
-        str | None, typer.Option("--card", help="Plan for an NVIDIA card with so much memory, such as 12GB.")
+        str | None,
+        typer.Option(
+            "--card", help="Plan for a card: 'RTX 4090', 3060, or an NVIDIA card by its memory, such as 12GB."
+        ),
     ] = None,
+    cards: Annotated[
+        bool,
+        typer.Option(
+            "--cards", help="List the cards that are known by name, and stop.", is_eager=True, callback=_list_cards
+        ),
+    ] = False,
     memory: Annotated[
         str | None, typer.Option("--memory", help="Plan for this machine with so much memory, such as 8GB.")
     ] = None,
@@ -46,6 +74,8 @@ def plan(
         lora-dpo plan configs/quickstart.yaml
 
         lora-dpo plan configs/quickstart.yaml --measure
+
+        lora-dpo plan configs/quickstart.yaml --card "RTX 4090"
 
         lora-dpo plan configs/8gb-3b.yaml --card 12GB trainer.max_length=2048
     """
@@ -117,7 +147,7 @@ def draw(planned: Plan, out: Console) -> None:
     for note in planned.notes:
         out.print(f"[yellow]warning:[/] {escape(note)}", soft_wrap=True)
     out.print()
-    style = {True: "green", False: "red", None: "yellow"}[planned.memory.fits]
+    style = {"fits": "green", "does not fit": "red"}.get(planned.memory.verdict, "yellow")
     out.print(f"[{style}]{escape(verdict(planned))}[/]", soft_wrap=True, highlight=False)
     if planned.fix:
         out.print(f"  {escape(' '.join(planned.fix.overrides))}", soft_wrap=True, highlight=False)

@@ -5,6 +5,7 @@ tensor_file   safetensors files that others may write to meanwhile
 packaged      base models that come from a package index
 identity      what a base is: fingerprint, commit, tokenizer and template
 base          loading it, once, in 4 bits or as stored
+stored_size   how many bytes its weights have, and how many are here
 lora          adapters on it: policy with them on, reference with them off
 decoding      answers from it: one loop for chat, evaluation and sampling
 """

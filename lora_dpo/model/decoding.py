@@ -121,8 +121,14 @@ def rows_that_fit(model: PreTrainedModel, tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weight = model.get_input_embeddings().weight
-    row_bytes = 2 * config.num_hidden_layers * heads * size * weight.element_size() * tokens
-    return int(max(1, min(128, free_bytes(weight.device) // 4 // row_bytes)))
+    return rows_in(
+        free_bytes(weight.device), 2 * config.num_hidden_layers * heads * size * weight.element_size() * tokens
+    )
+
+
+def rows_in(free: float, row_bytes: int) -> int:
+    """Rows that are written at once with so much free memory, if each keeps `row_bytes` of keys and values."""
+    return int(max(1, min(128, free // 4 // row_bytes)))
 
 
 def stream(

@@ -268,7 +268,7 @@ def test_what_does_not_fit_gets_settings_that_fit(recipe_dict):
     changes = dict(lora={"rank": 64}, trainer={"gradient_checkpointing": False, "per_device_train_batch_size": 6})
     recipe = check_recipe(recipe_dict(**changes))
     whole = plan(recipe, card="40GB").memory
-    held = whole.libraries + whole.weights + whole.adapter
+    held = whole.libraries + whole.desktop + whole.weights + whole.adapter
     seen = set()
     for share in (0.9, 0.7, 0.5, 0.35, 0.25, 0.2):
         planned = plan(recipe, card=f"{(held + share * (whole.total - held)) / (1 << 20)}MB")
@@ -390,8 +390,8 @@ def test_json_is_for_scripts(recipe_dict, tmp_path, capsys):
 
 
 def test_a_size_that_is_none_is_said(recipe_dict, tmp_path, capsys):
-    assert main(["plan", write(tmp_path, recipe_dict()), "--card", "big"]) == 1
-    assert "--card is 'big': write a size such as 12GB or 512MB." in capsys.readouterr().err
+    assert main(["plan", write(tmp_path, recipe_dict()), "--memory", "big"]) == 1
+    assert "--memory is 'big': write a size such as 12GB or 512MB." in capsys.readouterr().err
 
 
 # --- the real model -------------------------------------------------------------------------------

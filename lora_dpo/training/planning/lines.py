@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_dpo.text import counted, reasons_text
+from lora_dpo.training.planning.cards import GB
+from lora_dpo.training.planning.memory_plan import TIGHT
 
 if TYPE_CHECKING:
+    from lora_dpo.training.planning.memory_plan import Fix, Machine
     from lora_dpo.training.planning.plan_values import Plan
 
 
@@ -15,7 +18,7 @@ def lines(planned: Plan) -> Iterator[tuple[str, str]]:
     """Rows `(label, value)` of what is predicted."""
     tokens, steps, memory = planned.tokens, planned.steps, planned.memory
     yield "model", planned.model
-    yield "machine", f"{planned.machine.name}, computing in {planned.machine.dtype}"
+    yield "machine", f"{machine_name(planned.machine)}, computing in {planned.machine.dtype}"
     for which, rows in planned.data.items():
         why = reasons_text(rows.dropped.items())
         dropped = sum(rows.dropped.values())
@@ -37,16 +40,66 @@ def lines(planned: Plan) -> Iterator[tuple[str, str]]:
         f"{steps.steps} of {steps.pairs} pairs ({steps.passes:.2f} passes over the data), about {steps.tokens:,.0f} "
         f"tokens each, run in {parts}",
     )
-    yield "memory", f"{size(memory.total)} at the peak, of {size(memory.available)}"
-    yield (
-        "",
-        f"{size(memory.libraries)} libraries, {size(memory.weights)} weights, {size(memory.adapter)} adapter and Adam",
-    )
+    yield from memory_lines(planned)
+    yield from loading_lines(planned)
+    yield "time", time_line(planned)
+
+
+def machine_name(machine: Machine) -> str:
+    """What is planned for, with the published values of a card that was named."""
+    card = machine.card
+    if card is None:
+        return machine.name
+    less = f", of which error correction takes {size(card.gigabytes * GB - card.memory)}" if card.ecc else ""
+    others = f" (not {' or '.join(machine.others)})" if machine.others else ""
+    return f"{card.name}{others}: {card.gigabytes:g} GB{less}, {card.bandwidth:,.0f} GB/s, {card.tflops:g} TFLOP/s"
+
+
+def memory_lines(planned: Plan) -> Iterator[tuple[str, str]]:
+    """The peak of memory, and what it is made of."""
+    memory, machine = planned.memory, planned.machine
+    least = f"; {size(memory.least)} is the least it fits into" if memory.least is not None and memory.fits else ""
+    yield "memory", f"{size(memory.total)} at the peak, of {size(memory.available)}{least}"
+    if machine.kind == "cuda" and memory.libraries:
+        yield "  CUDA", f"{size(memory.libraries)} for its context and libraries (assumed)"
+    elif machine.kind == "cpu":
+        yield "  libraries", size(memory.libraries)
+    if memory.desktop:
+        yield "  desktop", f"{size(memory.desktop)}, if one shows on this card (assumed)"
+    yield "  weights", size(memory.weights)
+    yield "  adapter", f"{size(memory.adapter)} with its gradient and Adam's moments"
     if memory.activations is not None:
         again = f", {memory.checkpointed} of {memory.layers} layers computed again" if memory.checkpointed else ""
-        yield "", f"{size(memory.activations)} activations of {memory.part_tokens:,} tokens{again}"
-    yield "", f"{size(memory.working)} working space (logits, or one layer's temporaries)"
-    yield "time", time_line(planned)
+        kept = f"kept for the backward pass of {memory.part_tokens:,} tokens"
+        yield "  activations", f"{size(memory.activations)} {kept}{again}"
+    yield "  working", f"{size(memory.working)} for logits or one layer's temporaries"
+    if memory.gaps:
+        yield "  gaps", f"{size(memory.gaps)} between these two, as on the quickstart"
+    if memory.answers:
+        what = f"{size(memory.answers)} for keys and values of {counted(memory.answered, 'prompt')} at once"
+        yield "  answers", f"{what}: before, after and at the guard's looks, when no activations are kept"
+
+
+def loading_lines(planned: Plan) -> Iterator[tuple[str, str]]:
+    """The download, and main memory while weights are loaded."""
+    loading, kind = planned.loading, planned.machine.kind
+    weights = loading.weights
+    if not loading.download:
+        yield "download", f"none: {size(weights.total)} of weights are here"
+    elif weights.source == "index":
+        yield "download", f"{size(loading.download)} of {size(weights.total)}, once, by the hub's index"
+    else:
+        yield "download", f"{size(loading.download)}, once, by the model's parameters: its files are not here"
+    libraries, tensors = size(loading.libraries), size(loading.tensors)
+    if kind == "cuda":
+        states = f", later {size(loading.states)} of the guard's states" if loading.states else ""
+        yield (
+            "main memory",
+            f"about {size(loading.main_memory)}: {libraries} for libraries (assumed), and while it loads {tensors} of "
+            f"tensors on their way to the card, since files are read tensor by tensor{states}",
+        )
+    else:
+        yield "to load", f"{size(loading.main_memory)}: libraries, weights, and {tensors} of a tensor on its way"
 
 
 def time_line(planned: Plan) -> str:
@@ -54,7 +107,15 @@ def time_line(planned: Plan) -> str:
     cost = planned.time
     flops = f"{cost.flops / 1e12:,.1f} TFLOP"
     if cost.seconds is None or cost.flops_per_second is None:
-        return f"{flops}; how fast that card is, is not known here"
+        if planned.machine.card is not None:
+            return f"{flops}; how fast that card is in such steps, is not known here"
+        return f"{flops}; a card's speed is known by its name, such as --card 'RTX 4090' (--cards lists them)"
+    if cost.published is not None:
+        part = f"{cost.flops_per_second / cost.published:.0%} of the published {cost.published / 1e12:,.0f} TFLOP/s"
+        return (
+            f"about {duration(cost.seconds)} for the steps, half or twice that is possible: {flops} at {part} (that "
+            "share is assumed, not measured; evaluation before and after comes on top)"
+        )
     rate = cost.flops_per_second / 1e9
     return (
         f"about {duration(cost.seconds)} for the steps: {flops} at {rate:,.0f} GFLOP/s, the speed of one matrix "
@@ -63,20 +124,50 @@ def time_line(planned: Plan) -> str:
 
 
 def verdict(planned: Plan) -> str:
-    """One sentence: does it fit, and what makes it fit."""
+    """One or two sentences: does it fit, how sure is that, and what makes it fit."""
     memory = planned.memory
+    where = "computed, not measured on a card" if planned.machine.kind == "cuda" else "computed, not measured"
     if memory.fits is None:
         return "Whether it fits is not predicted for TRL's own passes; --measure tries it."
-    if memory.fits:
-        return f"It fits: {size(memory.total)} of {size(memory.available)}."
+    of = f"{size(memory.total)} of {size(memory.available)} ({memory.total / memory.available:.0%}), {where}"
+    if memory.verdict == "fits":
+        return f"It fits: {of}."
+    if memory.verdict == "tight":
+        return f"It is tight: {of}. {_way_out(planned)}"
+    into = f"It does not fit into {size(memory.available)}"
+    headless = " It would if no desktop showed on the card." if planned.fits_without_desktop else ""
     if planned.fix is None:
         return (
-            f"It does not fit into {size(memory.available)}, and no setting tried here makes it fit. Take a smaller "
-            "model or a smaller lora.rank."
+            f"{into}, and no setting tried here makes it fit ({where}).{headless} "
+            "Take a smaller model, or adapt less of it: a smaller lora.rank, fewer lora.targets, or lora.layers=top-8."
         )
     fix = planned.fix
-    costs = f", {fix.pairs_cut} more pairs cut and {fix.pairs_lost} dropped" if fix.pairs_cut or fix.pairs_lost else ""
-    return f"It does not fit into {size(memory.available)}. It does ({size(fix.total)}{costs}) with:"
+    taken = fix.total / memory.available
+    tight = ", tightly" if taken > TIGHT else ""
+    return f"{into}.{headless} It does{tight} ({size(fix.total)}, {taken:.0%}{_cut(fix)}; {where}) with:"
+
+
+def _way_out(planned: Plan) -> str:
+    """What to do where it is tight."""
+    memory, fix = planned.memory, planned.roomier
+    if memory.least is not None and memory.least <= TIGHT * memory.available:
+        return (
+            f"Training fills what is free, and takes smaller parts by itself if that runs out: {size(memory.least)} do."
+        )
+    lost = "Gaps that the allocator leaves, or another program, may take the rest."
+    if fix is None or not fix.overrides:
+        return (
+            f"{lost} A smaller model would leave room, or adapting less of it: a smaller lora.rank, lora.layers=top-8."
+        )
+    settings = " ".join(fix.overrides)
+    return f"{lost} With {settings} it takes {size(fix.total)} ({fix.total / memory.available:.0%}{_cut(fix)})."
+
+
+def _cut(fix: Fix) -> str:
+    """What settings cost in pairs."""
+    if not fix.pairs_cut and not fix.pairs_lost:
+        return ""
+    return f", {fix.pairs_cut} more pairs cut and {fix.pairs_lost} dropped"
 
 
 def dry_run_lines(planned: Plan) -> Iterator[tuple[str, str]]:
@@ -102,7 +193,7 @@ def share(part: int, whole: int) -> str:
 
 def size(number: float) -> str:
     """Bytes in GB of 2^30, as memory is sold, or MB."""
-    return f"{number / (1 << 30):.1f} GB" if number >= 0.95 * (1 << 30) else f"{number / (1 << 20):.0f} MB"
+    return f"{number / GB:.1f} GB" if number >= 0.95 * GB else f"{number / (1 << 20):.0f} MB"
 
 
 def duration(seconds: float) -> str:

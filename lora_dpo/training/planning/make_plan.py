@@ -23,17 +23,22 @@ from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
 from lora_dpo.model.base import decide_packed, load_skeleton
 from lora_dpo.model.device import device_name, free_bytes, pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
+from lora_dpo.model.stored_size import stored_size
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
+from lora_dpo.training.planning.cards import GB, Card, find_cards, unknown_card
+from lora_dpo.training.planning.loading import loading_of
 from lora_dpo.training.planning.memory_plan import (
     CUDA_CONTEXT,
-    GB,
+    DESKTOP,
+    LATER,
     Choice,
     Costs,
     Machine,
     Memory,
     bytes_per_trainable,
     find_fix,
+    fits_without_desktop,
     memory_of,
     parts_of,
     run_apart,
@@ -45,6 +50,10 @@ from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+MOST_GIGABYTES = 999
+"""A larger number without a unit is the name of a card."""
 
 
 def plan_answers(recipe: Recipe, *, on_event: OnEvent | None = None) -> AnswersPlan:
@@ -68,7 +77,7 @@ def plan_answers(recipe: Recipe, *, on_event: OnEvent | None = None) -> AnswersP
     check_early(recipe)
     with quiet_libraries():
         run = prepare(recipe, Path(recipe.output or places.adapters() / "plan"), emit, StopSignal())
-        costs = _costs(run, {})
+        costs = _costs(run, {}, ())
         cost = costs.footprint(_choice(costs))
     data = {which: Rows(report.rows, report.kept, dict(report.reasons())) for which, report in run.reports.items()}
     adapter = cost.trainable * bytes_per_trainable(run)
@@ -95,7 +104,8 @@ def plan(
     """What training with a recipe will read, compute, need and take.
 
     Args:
-        card: plan for an NVIDIA card with so much memory, such as "12GB", in place of this machine.
+        card: plan for a card by its name, such as "RTX 4090" (`planning.cards`), or for an NVIDIA card with so much
+            memory, such as "12GB", in place of this machine.
         memory: plan for this machine with so much memory.
         measure: load the model, run two optimiser steps on the longest pairs, and report the real peak and time.
         on_event: receives progress and warnings (`lora_dpo.events`).
@@ -119,9 +129,10 @@ def plan(
 
     recipe = with_reference(recipe)
     check_early(recipe)
+    named = find_cards(card) if card else ()
     with quiet_libraries():
         run = read_run(recipe, Path(recipe.output or places.adapters() / "plan"), emit, StopSignal())
-        costs = _costs(run, sizes)
+        costs = _costs(run, sizes, named)
         choice = _choice(costs)
         planned = _plan(costs, choice, notes)
         if measure:
@@ -145,21 +156,31 @@ def parse_size(text: str) -> int | None:
 
 
 def _bytes(option: str, text: str) -> int:
+    """Bytes of a size, or of a card that is named."""
+    if option == "--card":
+        if named := find_cards(text):
+            return named[0].memory
+        if text.strip().isdigit() and int(text) > MOST_GIGABYTES:  # "3061" is a name, "24" a size
+            raise unknown_card(text)
     size = parse_size(text)
+    if size is None and option == "--card":
+        raise unknown_card(text)
     if size is None:
         raise ConfigError(f"{option} is {shown(text)}: write a size such as 12GB or 512MB.")
     return size
 
 
-def _costs(run: Run, sizes: dict[str, int]) -> Costs:
+def _costs(run: Run, sizes: dict[str, int], named: Sequence[Card]) -> Costs:
     from lora_dpo.engine import unsupported_reason
     from lora_dpo.model.lora import base_of
 
     section = run.recipe.model
     skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    stored = stored_size(section.name, skeleton, revision=section.revision)  # before an adapter is counted with it
     model = _with_adapter(run.recipe, skeleton)
     shapes = [pair_shape(pair.prompt, pair.chosen, pair.rejected) for pair in run.train]
-    return Costs(model, _machine(run.recipe, sizes), shapes, run, unsupported_reason(base_of(model)))
+    machine = _machine(run.recipe, sizes, named)
+    return Costs(model, machine, shapes, run, unsupported_reason(base_of(model)), stored)
 
 
 def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:
@@ -177,14 +198,20 @@ def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:
         return get_peft_model(skeleton, live_config(read_config(folder), skeleton))
 
 
-def _machine(recipe: Recipe, sizes: dict[str, int]) -> Machine:
+def _machine(recipe: Recipe, sizes: dict[str, int], named: Sequence[Card]) -> Machine:
     import psutil
     import torch
 
+    if named:
+        card = named[0]
+        dtype: str = card.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
+        desktop = 0 if card.kind == "server" else DESKTOP
+        others = tuple(other.name for other in named[1:])
+        return Machine("cuda", card.name, card.memory, CUDA_CONTEXT, dtype, False, desktop, card, others)
     if "card" in sizes:
-        dtype: str = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
+        dtype = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
         name = f"an NVIDIA card with {sizes['card'] / GB:g} GB, Ampere or newer"
-        return Machine("cuda", name, sizes["card"], CUDA_CONTEXT, dtype, here=False)
+        return Machine("cuda", name, sizes["card"], CUDA_CONTEXT, dtype, here=False, desktop=DESKTOP)
     device = pick_device()
     dtype = pick_dtype(recipe.model.dtype, device)
     if device.type == "cuda":
@@ -195,7 +222,7 @@ def _machine(recipe: Recipe, sizes: dict[str, int]) -> Machine:
         )
     own = psutil.Process().memory_info().rss
     name = device_name(device)
-    return Machine("cpu", name, sizes.get("memory", free_bytes(device) + own), own, dtype, here=True)
+    return Machine("cpu", name, sizes.get("memory", free_bytes(device) + own), own + LATER, dtype, here=True)
 
 
 def _choice(costs: Costs) -> Choice:
@@ -223,16 +250,20 @@ def _plan(costs: Costs, choice: Choice, notes: list[str]) -> Plan:
     batches = list(_batches(costs.shapes, run.batch, run.steps, seed=run.settings["seed"]))
     memory = memory_of(costs, cost, choice, costs.shapes, batches)
     tokens = _tokens(run, costs.shapes, batches)
+    steps = _steps(costs, batches, memory, choice)
     notes += _notes(costs)
     return Plan(
         model=run.recipe.model.name,
         machine=costs.machine,
         data={which: Rows(report.rows, report.kept, dict(report.reasons())) for which, report in run.reports.items()},
         tokens=tokens,
-        steps=_steps(costs, batches, memory, choice),
+        steps=steps,
         memory=memory,
-        time=time_of(costs, cost, choice, batches, memory, tokens),
+        loading=loading_of(costs, cost, choice),
+        time=time_of(costs, cost, choice, batches, memory, tokens, steps),
         fix=find_fix(costs, choice) if memory.fits is False else None,
+        roomier=find_fix(costs, choice, roomy=True) if memory.verdict == "tight" else None,
+        fits_without_desktop=memory.fits is False and fits_without_desktop(costs, cost, choice),
         notes=tuple(notes),
     )
 
@@ -252,8 +283,8 @@ def _measured(planned: Plan, costs: Costs, choice: Choice, emit: OnEvent) -> Pla
 
 def _notes(costs: Costs) -> Iterator[str]:
     recipe = costs.run.recipe
-    if costs.machine.kind == "cpu":
-        yield "On a CPU the peak is predicted too low: up to twice as much was measured. --measure shows yours."
+    if costs.machine.card and costs.machine.card.kind == "amd":
+        yield "Nothing here was tried on AMD's cards: that it runs there, and in this memory, is not claimed."
     if costs.unsupported:
         yield f"TRL's own passes will run ({costs.unsupported}): what they keep is not predicted. Use --measure."
     if recipe.lora.dora:

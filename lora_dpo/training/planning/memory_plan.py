@@ -8,20 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.engine.cost_model import CostModel, PairShape, footprint
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
+from lora_dpo.model.stored_size import StoredSize
+from lora_dpo.training.planning.answer_memory import Asked, answer_bytes, asked_in
+from lora_dpo.training.planning.cards import Card
 from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 CUDA_CONTEXT = 1 << 29
-"""Allowance for what CUDA and its libraries take of a card's memory; not measured."""
+"""Allowance for what CUDA and its libraries take of a card's memory; assumed, not measured."""
 
-GB = 1 << 30
-"""As cards and memory are sold: a 12 GB card has 12 · 2^30 bytes."""
+DESKTOP = 600 << 20
+"""Allowance for a desktop that shows on the same card, with a browser: between 0.3 and 0.8 GB are usual; assumed."""
+
+LATER = 512 << 20
+"""What a process on a CPU grew by between a plan and its first step, beside the weights: libraries that are loaded
+later, and what was not explained. Measured on the quickstart (docs/plan.md)."""
+
+GAPS = 0.6
+"""What a CPU's allocator lost between tensors there, as a share of activations and working space. A card's allocator
+loses something too, how much was not measured: hence `TIGHT`."""
+
+TIGHT = 0.85
+"""Share of the memory above which a plan is called tight."""
+
+Verdict = Literal["fits", "tight", "does not fit", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,13 @@ class Machine:
     dtype: str
     """What is computed in."""
     here: bool
-    """Whether it is this machine: another one's speed is not known."""
+    """Whether it is this machine, whose speed can be measured."""
+    desktop: int = 0
+    """Bytes that are left to a desktop on the same card."""
+    card: Card | None = None
+    """Set where it was named: its published speed is known."""
+    others: tuple[str, ...] = ()
+    """Cards that share its name."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,7 @@ class Costs:
     shapes: Sequence[PairShape]
     run: Run
     unsupported: str | None
+    stored: StoredSize
 
     def footprint(self, choice: Choice) -> CostModel:
         """The model's costs as `choice` holds it."""
@@ -68,6 +92,11 @@ class Costs:
 
         itemsize = getattr(torch, self.machine.dtype).itemsize
         return footprint(self.model, itemsize=itemsize, packed=choice.packed)
+
+    @cached_property
+    def asked(self) -> tuple[Asked, ...]:
+        """The prompts that are answered beside the training."""
+        return asked_in(self.run)
 
     @property
     def cap(self) -> int:
@@ -82,6 +111,7 @@ class Memory:
     """Predicted bytes at the peak of training. `activations` is None where TRL's own passes run."""
 
     libraries: int
+    desktop: int
     weights: int
     adapter: int
     """Adapter, its gradient, and the optimiser's state."""
@@ -89,10 +119,19 @@ class Memory:
     """Kept for the backward pass by the largest part of a step."""
     working: int
     """The larger of: a tile of logits, one layer's temporaries in its backward pass."""
+    gaps: int
+    """Lost between the tensors of these two."""
+    answers: int
+    """Keys and values, and the working space, while prompts are answered: not at the same time as these three."""
+    answered: int
+    """Prompts that are answered at once."""
     total: int
     available: int
     fits: bool | None
     """Whether the longest pair can be run, as training decides it; None where that is not known."""
+    verdict: Verdict
+    least: int | None
+    """The least memory in which it fits; None where that is not known."""
     budget: int
     """Most stream tokens that may run at once."""
     part_tokens: int
@@ -137,58 +176,82 @@ def memory_of(
     batches: Sequence[Sequence[PairShape]] = (),
 ) -> Memory:
     """The peak of a run over `batches`; without them, of its longest pair alone."""
-    machine, layers = costs.machine, len(cost.layers) - cost.depth
-    adapter = cost.trainable * bytes_per_trainable(costs.run)
-    held = machine.libraries + cost.weight_bytes + adapter
     longest = max(shapes, key=lambda shape: shape.stream)
-    free = max(1, machine.memory - held) * SHARE
-    may = layers if choice.checkpointing else 0
+    known = _beside_the_passes(costs, cost, longest)
+    if costs.unsupported:
+        return known
+    held = known.libraries + known.desktop + known.weights + known.adapter
+    free = max(1, costs.machine.memory - held) * SHARE
+    may = known.layers if choice.checkpointing else 0
     tokens, checkpointed = fit(
         token_bytes=cost.kept_bytes(longest) / longest.stream,
         checkpoint_bytes=cost.hidden * cost.itemsize,
-        layers=layers,
+        layers=known.layers,
         may_checkpoint=may,
         free=free,
         longest=longest.stream,
         cap=costs.cap,
     )
-    if costs.unsupported:
-        total = held + _head_bytes(cost, longest.labels)
-        return Memory(
-            machine.libraries,
-            cost.weight_bytes,
-            adapter,
-            None,
-            total - held,
-            total,
-            machine.memory,
-            None,
-            0,
-            0,
-            0,
-            layers,
-        )
+    lost = GAPS if costs.machine.kind == "cpu" else 0.0
     parts = [part for pairs in (*batches, [longest]) for part in parts_of(pairs, tokens, choice)]
-    needed = [_part_bytes(cost, part, checkpointed) for part in parts]
-    kept, working = (max(values) for values in zip(*needed, strict=True))
+    kept, working = _most(cost, parts, checkpointed)
+    total = round(held + max((kept + working) * (1 + lost), known.answers))
     # The longest pair cannot be parted: it alone decides. Larger parts are made only where there is room.
-    alone = [_part_bytes(cost, part, checkpointed) for part in parts_of([longest], tokens, choice)]
-    room = checkpointed < may or max(kept for kept, _ in alone) <= free
-    total = round(held + kept + working)
-    return Memory(
-        libraries=machine.libraries,
-        weights=cost.weight_bytes,
-        adapter=adapter,
+    alone = parts_of([longest], tokens, choice)
+    one_row, _ = answer_bytes(costs.asked, cost, free=0)
+    least_kept, least_working = _most(cost, alone, may)
+    least = held + max(least_kept / SHARE, (least_kept + least_working) * (1 + lost), one_row)
+    alone_kept, alone_working = _most(cost, alone, checkpointed)
+    room = checkpointed < may or alone_kept <= free
+    fits = room and held + max((alone_kept + alone_working) * (1 + lost), one_row) <= costs.machine.memory
+    return replace(
+        known,
         activations=round(kept),
         working=round(working),
+        gaps=round((kept + working) * lost),
         total=total,
-        available=machine.memory,
-        fits=room and held + max(map(sum, alone)) <= machine.memory,
+        fits=fits,
+        verdict="does not fit" if not fits else "tight" if total > TIGHT * costs.machine.memory else "fits",
+        least=round(least),
         budget=tokens,
         part_tokens=max(sum(pair.stream for pair in part) for part in parts),
         checkpointed=checkpointed,
-        layers=layers,
     )
+
+
+def _beside_the_passes(costs: Costs, cost: CostModel, longest: PairShape) -> Memory:
+    """All but what forward and backward passes keep, which is not known of TRL's own."""
+    machine = costs.machine
+    adapter = cost.trainable * bytes_per_trainable(costs.run)
+    held = machine.libraries + machine.desktop + cost.weight_bytes + adapter
+    answers, answered = answer_bytes(costs.asked, cost, free=machine.memory - held)
+    logits = _head_bytes(cost, longest.labels)
+    return Memory(
+        libraries=machine.libraries,
+        desktop=machine.desktop,
+        weights=cost.weight_bytes,
+        adapter=adapter,
+        activations=None,
+        working=logits,
+        gaps=0,
+        answers=answers,
+        answered=answered,
+        total=held + max(answers, logits),
+        available=machine.memory,
+        fits=None,
+        verdict="unknown",
+        least=None,
+        budget=0,
+        part_tokens=0,
+        checkpointed=0,
+        layers=len(cost.layers) - cost.depth,
+    )
+
+
+def _most(cost: CostModel, parts: Sequence[Sequence[PairShape]], checkpointed: int) -> tuple[float, float]:
+    """The most that any of these parts keeps, and the most that any works in."""
+    kept, working = zip(*(_part_bytes(cost, part, checkpointed) for part in parts), strict=True)
+    return max(kept), max(working)
 
 
 def _part_bytes(cost: CostModel, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
@@ -215,30 +278,45 @@ def bytes_per_trainable(run: Run) -> int:
     return 4 + 4 + moments + (4 if run.recipe.reference_adapter else 0)
 
 
-def find_fix(costs: Costs, choice: Choice) -> Fix | None:
+def find_fix(costs: Costs, choice: Choice, *, roomy: bool = False) -> Fix | None:
     """The first settings that fit.
 
     In this order: what changes no number (smaller parts are no setting: training makes them by itself), shorter
     answers, a 4-bit base.
+
+    Args:
+        roomy: the first that do not only fit, but are not tight either.
     """
     bases = [choice]
     if choice.quantize == "nf4" and not choice.packed:  # the same function in a quarter of the memory or less
         bases.append(replace(choice, packed=True, overrides=("model.packed=true",)))
-    if (found := _first_fit(costs, bases)) is not None:
+    if (found := _first_fit(costs, bases, roomy)) is not None:
         return found
-    if (found := _shorten(costs, list(_savers(bases[-1]))[-1])) is not None or choice.quantize == "nf4":
+    if (found := _shorten(costs, list(_savers(bases[-1]))[-1], roomy)) is not None or choice.quantize == "nf4":
         return found
     held = ("model.quantize=nf4",) if costs.machine.kind == "cuda" else ("model.quantize=nf4", "model.packed=true")
     small = replace(choice, quantize="nf4", packed=True, overrides=held)
-    return _first_fit(costs, [small]) or _shorten(costs, list(_savers(small))[-1])
+    return _first_fit(costs, [small], roomy) or _shorten(costs, list(_savers(small))[-1], roomy)
 
 
-def _first_fit(costs: Costs, bases: Sequence[Choice]) -> Fix | None:
+def _enough(memory: Memory, roomy: bool) -> bool:
+    return memory.verdict == "fits" if roomy else bool(memory.fits)
+
+
+def fits_without_desktop(costs: Costs, cost: CostModel, choice: Choice) -> bool:
+    """Whether a run fits on a card that no desktop shows on."""
+    if not costs.machine.desktop:
+        return False
+    headless = replace(costs, machine=replace(costs.machine, desktop=0))
+    return bool(memory_of(headless, cost, choice, costs.shapes).fits)
+
+
+def _first_fit(costs: Costs, bases: Sequence[Choice], roomy: bool) -> Fix | None:
     for base in bases:
         cost = costs.footprint(base)
         for tried in _savers(base):
             found = memory_of(costs, cost, tried, costs.shapes)
-            if found.fits:
+            if _enough(found, roomy):
                 return Fix(tried.overrides, found.total, pairs_lost=0, pairs_cut=0)
     return None
 
@@ -255,7 +333,7 @@ def _savers(choice: Choice) -> Iterator[Choice]:
         yield replace(choice, split_pairs=True, overrides=(*choice.overrides, "engine.split_pairs=true"))
 
 
-def _shorten(costs: Costs, choice: Choice) -> Fix | None:
+def _shorten(costs: Costs, choice: Choice, roomy: bool) -> Fix | None:
     """The longest `max_length`, in steps of 64, that fits beside `choice` and keeps half of the pairs."""
     cost = costs.footprint(choice)
     longest = max(max(shape.first, shape.second) for shape in costs.shapes)
@@ -266,7 +344,7 @@ def _shorten(costs: Costs, choice: Choice) -> Fix | None:
         memory = memory_of(costs, cost, choice, kept) if 2 * len(kept) >= len(costs.shapes) else None
         if memory is None:
             low = middle + 1
-        elif memory.fits:
+        elif _enough(memory, roomy):
             cut = sum(max(shape.first, shape.second) > middle * 64 for shape in costs.shapes)
             lost = len(costs.shapes) - len(kept)
             found = Fix((*choice.overrides, f"trainer.max_length={middle * 64}"), memory.total, lost, cut - lost)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.training.planning.memory_plan import (
-    Fix,
-    Machine,
-    Memory,
-)
+from lora_dpo.training.planning.loading import Loading
+from lora_dpo.training.planning.memory_plan import Fix, Machine, Memory
 
 if TYPE_CHECKING:
     from lora_dpo.training.planning.dry_run import DryRun
@@ -67,8 +64,10 @@ class Time:
     flops: float
     flops_per_step: float
     flops_per_second: float | None
-    """Of a matrix product of the model's size, measured here; None for another machine."""
+    """Of the steps: on a CPU that of a matrix product, measured; None for a card that was not named."""
     seconds: float | None
+    published: float | None = None
+    """FLOP/s that the maker of a card that was named publishes: which share the steps reach is assumed."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,14 @@ class Plan:
     tokens: Tokens
     steps: Steps
     memory: Memory
+    loading: Loading
     time: Time
     fix: Fix | None = None
     """Set where the recipe does not fit; None there means that nothing was found."""
+    roomier: Fix | None = None
+    """Set where it is tight: the first settings under which it is not."""
+    fits_without_desktop: bool = False
+    """It does not fit, and would if no desktop showed on the card."""
     dry_run: DryRun | None = None
     notes: tuple[str, ...] = ()
 
