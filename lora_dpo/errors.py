@@ -20,6 +20,8 @@ command line prints it as it is and exits with status 1. Whatever a message repe
 request, it stays one line of bounded length.
 """
 
+from collections.abc import Mapping
+
 from lora_dpo.text import one_line
 
 
@@ -40,6 +42,19 @@ class ConfigError(LoraDPOError):
 
 class DataError(LoraDPOError):
     """A preference file is missing, unreadable or holds no usable pair."""
+
+
+class UnclearColumns(DataError):
+    """Which column of a file is the prompt, and which are the answers, cannot be told.
+
+    Args:
+        columns: the columns that there are.
+        guess: those that may be meant, by what they would be; for a person to correct.
+    """
+
+    def __init__(self, message: str, *, columns: tuple[str, ...] = (), guess: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.columns, self.guess = columns, dict(guess or {})
 
 
 class NoPairs(DataError):

@@ -83,6 +83,8 @@ class ReadReport:
     """Pairs made less rows used: above 0 if rows hold several pairs, below if two votes make one."""
     formats: Counter[str] = field(default_factory=Counter)
     """Rows by the format that they were read as."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """What a person should know of how a file was read, by the file: its encoding, its sheet, which column was what."""
 
     @property
     def kept(self) -> int:
@@ -95,6 +97,15 @@ class ReadReport:
         if len(self.formats) == 1:
             return next(iter(self.formats))
         return ", ".join(f"{title} ({count})" for title, count in self.formats.most_common())
+
+    def note(self, file: str, text: str) -> None:
+        """Enter what a person should know of how a file was read."""
+        self.notes.setdefault(file, []).append(text)
+
+    def noted(self) -> list[str]:
+        """The notes, a line for each file that has some, with its name if there is another one."""
+        several = len(self.notes) > 1
+        return [f"{file}: {'; '.join(notes)}" if several else "; ".join(notes) for file, notes in self.notes.items()]
 
     def reasons(self) -> list[tuple[str, int]]:
         """Reasons with their counts, the most frequent first."""

@@ -37,7 +37,7 @@ _CHECKS = (
         "error",
         "rows with missing or malformed fields",
         "They are left out of training; many of them mean that the format was not recognised.",
-        "Compare the columns with docs/data.md, or name the format with --format.",
+        "Compare the columns with docs/data.md; name them with --columns, or the format with --format.",
         removes=True,
     ),
     Check(
