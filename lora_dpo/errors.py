@@ -3,6 +3,7 @@
     LoraDPOError
     ├── ConfigError        the recipe or a command-line option
     ├── DataError          a preference file or a row in it
+    │   ├── UnclearColumns which column of a file is the prompt, and which are the answers, cannot be told
     │   └── NoPairs        answers were sampled and judged, and none is better than another
     ├── ModelError         loading, fetching or describing a base model
     ├── AdapterError       an adapter folder: missing, broken, made for another base
@@ -55,6 +56,11 @@ class UnclearColumns(DataError):
     def __init__(self, message: str, *, columns: tuple[str, ...] = (), guess: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.columns, self.guess = columns, dict(guess or {})
+
+    @property
+    def problem(self) -> str:
+        """The message without the options that mend it, for a place that has others."""
+        return str(self).partition(" Name them: ")[0]
 
 
 class NoPairs(DataError):

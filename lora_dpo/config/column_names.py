@@ -68,7 +68,8 @@ def parse_columns(text: str) -> dict[str, str]:
     try:
         named = checked_columns(dict(pairs))
     except ValueError as error:
-        raise ConfigError(f"--columns is {shown(text)}: {str(error).removesuffix('.')}.") from None
+        said = str(error)
+        raise ConfigError(f"--columns is {shown(text)}: {said}{'' if said.endswith(('.', '?')) else '.'}") from None
     if len(named) < len(pairs):
         raise ConfigError(f"--columns is {shown(text)}: something is named twice.")
     return named

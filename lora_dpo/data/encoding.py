@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -87,9 +87,11 @@ _COMMON = {
 }
 """What every text in an East Asian page is full of, and which share of its letters beyond ASCII that is at least."""
 _LEGIBLE = 0.95
-"""Share of cells whose letters one alphabet of the page must have together; a foreign name has others."""
+"""Share of words whose letters one alphabet of the page must have together; a foreign name has others."""
 _AS_GOOD = 0.005
-"""By how much that share may be less than that of the best page."""
+"""By how much the share of such cells may be less than that of the best page."""
+_PART = 400
+"""Characters of a part of a text whose language is told."""
 _ODD = 0.02
 """Share of characters beyond ASCII that may stand where they do in no word."""
 _CELL = re.compile(r"[\r\n\t;,|\"]+")
@@ -181,11 +183,12 @@ def guess(sample: bytes, path: Path, plain: str = "") -> str:
     """
     read = {page: text for page in _PAGES if (text := _decoded(sample, page)) is not None}
     legible = {page: _legible(text, page) for page, text in read.items()}
-    least = max(_LEGIBLE, max(legible.values(), default=0) - _AS_GOOD)
-    texts = {page: text for page, text in read.items() if legible[page] >= least}
+    least = max(legible.values(), default=0.0) - _AS_GOOD
+    texts = {page: text for page, text in read.items() if legible[page] and legible[page] >= least}
     if any(page.startswith("cp12") for page in texts):  # whatever DOS wrote is legible in none of Windows' pages
         texts.pop("cp850", None)
-    pages = _apart(texts)
+    # Capitals and vowels of Russian and Greek are none of Hebrew's letters; the other way round they are no bar.
+    pages = ["cp1255"] if "cp1255" in texts else _apart(texts)
     for choice in (_without_letters, _by_language):
         if len(pages) > 1:
             pages = choice({page: texts[page] for page in pages}, plain) or pages
@@ -215,9 +218,15 @@ def _legible(text: str, page: str) -> float:
     if _oddities(text) + mixed > _ODD * len(beyond):
         return 0.0
     alphabets = [{*letters, *letters.upper()} for letters in _PAGES[page][1]]
-    cells = [{letter for letter in _BEYOND.findall(cell) if _is_letter(letter)} for cell in _CELL.split(text)]
-    seen = [cell for cell in cells if cell]
-    return sum(any(cell <= alphabet for alphabet in alphabets) for cell in seen) / len(seen) if seen else 1.0
+    if _spelt(_WORD.findall(text), alphabets) < _LEGIBLE:
+        return 0.0
+    return _spelt(_CELL.split(text), alphabets)
+
+
+def _spelt(parts: Sequence[str], alphabets: Sequence[set[str]]) -> float:
+    """The share of words or cells with letters beyond ASCII whose such letters all stand in one alphabet."""
+    seen = [letters for part in parts if (letters := set(filter(_is_letter, _BEYOND.findall(part))))]
+    return sum(any(letters <= alphabet for alphabet in alphabets) for letters in seen) / len(seen) if seen else 1.0
 
 
 def _is_letter(character: str) -> bool:
@@ -261,9 +270,9 @@ def _without_letters(texts: Mapping[str, str], plain: str) -> list[str]:
 
 
 def _by_language(texts: Mapping[str, str], plain: str) -> list[str]:
-    """The Western page, if lines tell their language and all of them a Western one."""
-    lines = {line for text in (*texts.values(), plain) for line in text.splitlines()}
-    told = {language for line in lines if (language := language_of(line)) in LANGUAGES}
+    """The Western page, if parts of the text tell their language and all of them a Western one."""
+    parts = {text[start : start + _PART] for text in (*texts.values(), plain) for start in range(0, len(text), _PART)}
+    told = {language for part in parts if (language := language_of(part)) in LANGUAGES}
     return ["cp1252"] if "cp1252" in texts and told and "Polish" not in told else []
 
 

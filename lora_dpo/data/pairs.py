@@ -103,9 +103,10 @@ class ReadReport:
         self.notes.setdefault(file, []).append(text)
 
     def noted(self) -> list[str]:
-        """The notes, a line for each file that has some, with its name if there is another one."""
-        several = len(self.notes) > 1
-        return [f"{file}: {'; '.join(notes)}" if several else "; ".join(notes) for file, notes in self.notes.items()]
+        """The notes as lines; of several files, a line a file with its name."""
+        if len(self.notes) > 1:
+            return [f"{file}: {'; '.join(notes)}" for file, notes in self.notes.items()]
+        return [note for notes in self.notes.values() for note in notes]
 
     def reasons(self) -> list[tuple[str, int]]:
         """Reasons with their counts, the most frequent first."""

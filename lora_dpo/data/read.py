@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from lora_dpo.data.columns import Columns, OnNote
+from lora_dpo.data.columns import Columns, OnNote, Wanted
 from lora_dpo.data.formats.feedback import Ballot
 from lora_dpo.data.formats.registry import Format, format_named, format_of
 from lora_dpo.data.messages import BadRow, Messages
@@ -148,6 +148,7 @@ def outcomes(
     format: str | None = None,
     min_gap: float | None = None,
     columns: Mapping[str, str] | None = None,
+    wanted: Wanted = "pairs",
     tolerant: bool = False,
     on_note: OnNote | None = None,
 ) -> Iterator[Outcome[PreferencePair]]:
@@ -155,6 +156,7 @@ def outcomes(
 
     Args:
         columns: names of columns by what they are, for files with names of their own.
+        wanted: "answers" if rows with one answer are no mistake: they make no pairs, and need no columns of such.
         tolerant: what `read_rows` finds broken is dropped, in place of an error.
         on_note: told of what a person should know of how a file was read, as `ReadReport.note`.
 
@@ -166,7 +168,7 @@ def outcomes(
     forced = format_named(format) if format is not None else None
     ballot, vote_titles = Ballot(), dict[Origin, str]()
     for file in all_files(sources):
-        told = Columns(file, columns, recognise=forced is None)
+        told = Columns(file, columns, wanted=wanted, recognise=forced is None)
         for item in _of_file(file, told, forced, min_gap, tolerant=tolerant):
             told.tell(on_note)
             if isinstance(item, Outcome):

@@ -160,19 +160,22 @@ def _xlsx(file: IO[bytes], stack: ExitStack) -> Book:
     def rows_of(name: str) -> Cells:
         sheet = book[name]
         sheet.reset_dimensions()  # what a file says of its size is often wrong
-        start = itertools.islice(_xlsx_rows(sheet, MOST_COLUMNS), _LOOKED_AT)
-        width = max((len(row) for _, row in start), default=0)
-        return _xlsx_rows(sheet, width) if width else iter(())
+        first = next(_xlsx_rows(sheet, MOST_COLUMNS), None)
+        if first is None:
+            return iter(())
+        looked_at = _xlsx_rows(sheet, MOST_COLUMNS, last=first[0] + _LOOKED_AT)
+        return _xlsx_rows(sheet, max(len(row) for _, row in looked_at))
 
     return [(sheet.title, sheet.sheet_state == "visible") for sheet in book.worksheets], rows_of
 
 
-def _xlsx_rows(sheet: Any, width: int) -> Cells:
+def _xlsx_rows(sheet: Any, width: int, last: int = MOST_ROWS) -> Cells:
     """The rows of a sheet, as many cells of each as asked for: openpyxl fills every row up to there."""
-    for number, values in enumerate(sheet.iter_rows(max_row=MOST_ROWS, max_col=width, values_only=True), start=1):
-        row = _written([_as_text(value) for value in values])
-        if row:
-            yield number, row
+    for number, values in enumerate(sheet.iter_rows(max_row=last, max_col=width, values_only=True), start=1):
+        if values.count(None) < len(values):
+            row = _written([_as_text(value) for value in values])
+            if row:
+                yield number, row
 
 
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")

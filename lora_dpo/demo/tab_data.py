@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from lora_dpo.demo import column_pickers
 from lora_dpo.demo.downloads import exported_pairs
 from lora_dpo.demo.handlers import told
 from lora_dpo.demo.html import findings, note, text_block
 from lora_dpo.demo.pair_store import KINDS, Entry
 from lora_dpo.demo.session import AppState
-from lora_dpo.errors import DataError
+from lora_dpo.errors import DataError, UnclearColumns
 
 SHOWN = 200
 """Pairs in the list; the search finds the others."""
@@ -32,6 +34,7 @@ class Parts:
     name: gr.Dropdown
     load: gr.UploadButton
     take: gr.Button
+    columns: column_pickers.Pickers
     file: gr.File
     doctor: gr.HTML
     search: gr.Textbox
@@ -55,7 +58,9 @@ def build(app_state: AppState, item: gr.Tab) -> gr.Dropdown:
     parts.name.change(tab.show, at, everything, **private)
     item.select(tab.show, at, everything, **private)  # others may have voted meanwhile
     parts.search.submit(tab.find, at, [*parts.listed, *editing], **private)
-    parts.load.upload(tab.bring, parts.load, [parts.name, *everything], **private)
+    brought, columns = [parts.name, *everything, *parts.columns.outputs], parts.columns
+    parts.load.upload(tab.bring, parts.load, brought, **private)
+    columns.read.click(tab.bring_as, [columns.waiting, *columns.choices], brought, **private)
     parts.take.click(tab.export, parts.name, parts.file, **private)
     parts.listed[0].select(
         tab.pick, parts.name, [*editing, parts.earlier, *parts.texts], show_progress="hidden", **private
@@ -75,6 +80,7 @@ def _layout(app_state: AppState) -> Parts:
             "Upload pairs", file_types=list(KINDS), size="md", elem_id="data-upload", scale=1, min_width=140
         )
         take = gr.Button("Export", size="md", elem_id="data-export", scale=1, min_width=110)
+    columns = column_pickers.build()
     file = gr.File(label="Exported, in the canonical form", visible=False, elem_id="data-file", interactive=False)
     with gr.Accordion("What the doctor says", open=True):
         doctor = gr.HTML(note("Vote, or upload pairs, and they are looked through here."), elem_id="data-doctor")
@@ -95,7 +101,7 @@ def _layout(app_state: AppState) -> Parts:
         elem_id="data-table",
     )
     count = gr.HTML(note(""), elem_id="data-count")
-    return Parts(name, load, take, file, doctor, search, (table, count), *_editor())
+    return Parts(name, load, take, columns, file, doctor, search, (table, count), *_editor())
 
 
 Editor = tuple[gr.Column, gr.HTML, tuple[gr.Textbox, gr.Textbox, gr.Textbox], tuple[gr.Button, gr.Button, gr.Button]]
@@ -152,7 +158,20 @@ class Tab:
         """Take an upload in."""
         if path is None:
             raise DataError("No file came. Choose one.")
-        taken = self.app_state.pairs.take_in(Path(path), Path(path).name, self.app_state.tokenizer)
+        try:
+            return *self._taken(path, None), *column_pickers.hidden()
+        except UnclearColumns as unclear:  # the list and what the doctor says of it stay as they are
+            return *[gr.skip()] * 6, *column_pickers.asked(path, unclear)
+
+    @told
+    def bring_as(self, path: str | None, *choices: str | None) -> State:
+        """Take the upload in that waits for its columns."""
+        if path is None:
+            raise DataError("No file waits for its columns. Upload one.")
+        return *self._taken(path, column_pickers.picked(choices)), *column_pickers.hidden()
+
+    def _taken(self, path: str, columns: Mapping[str, str] | None) -> State:
+        taken = self.app_state.pairs.take_in(Path(path), Path(path).name, self.app_state.tokenizer, columns)
         said = findings(taken.diagnosis, taken.report)
         self.first_look[taken.name] = (self.app_state.pairs.path_of(taken.name).stat().st_mtime_ns, said)
         choices = gr.update(choices=self.app_state.pairs.names(), value=taken.name)

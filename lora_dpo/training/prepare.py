@@ -133,7 +133,8 @@ def _read_answers(run: Run) -> list[tuple[Message, ...]]:
     _warn_of_leaks(run, votes, held_out)
     run.held_out_answers = _tokenize_votes(run, "eval", held_out)
     if data.format != DEMONSTRATIONS:
-        found = [pair for outcome in outcomes(data.eval, format=data.format) for pair in outcome.pairs]
+        read = outcomes(data.eval, format=data.format, columns=data.columns, wanted="answers")
+        found = [pair for outcome in read for pair in outcome.pairs]
         run.held_out, _ = tokenize_pairs(run.tokenizer, found, max_length=run.settings.get("max_length", 1024))
     return [vote.prompt for vote in held_out]
 
@@ -141,7 +142,9 @@ def _read_answers(run: Run) -> list[tuple[Message, ...]]:
 def _read_votes(run: Run, which: str, sources: str | list[str]) -> list[UnpairedAnswer]:
     data = run.recipe.data
     good_only = run.recipe.method == "sft"
-    votes, report = read_answers(sources, good_only=good_only, on_bad_row=data.on_bad_row, format=data.format)
+    votes, report = read_answers(
+        sources, good_only=good_only, on_bad_row=data.on_bad_row, format=data.format, columns=data.columns
+    )
     run.reports[which] = report
     kinds = {vote.up for vote in votes}
     if not good_only and which == "train" and len(kinds) == 1:
@@ -164,7 +167,9 @@ def _tokenize_votes(run: Run, which: str, votes: Sequence[UnpairedAnswer]) -> li
 def _read(run: Run, which: str, sources: str | list[str]) -> list[PreferencePair]:
     data = run.recipe.data
     min_gap = data.min_gap if which == "train" else None  # held-out pairs may have no scores
-    pairs, report = read_pairs(sources, on_bad_row=data.on_bad_row, format=data.format, min_gap=min_gap)
+    pairs, report = read_pairs(
+        sources, on_bad_row=data.on_bad_row, format=data.format, min_gap=min_gap, columns=data.columns
+    )
     run.reports[which] = report
     return pairs
 

@@ -46,6 +46,7 @@ def run_lines(run: Run) -> Iterator[tuple[str, str]]:
     settings = run.settings
     for which, report in run.reports.items():
         yield f"{which} data", f"{report.summary(run.unit)}, read as {report.read_as}"
+        yield from (("", line) for line in report.noted())
     if run.train:
         yield "tokens", _token_line(run.train)
         lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in run.train]

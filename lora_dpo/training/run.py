@@ -25,6 +25,7 @@ from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import crossed
 from lora_dpo.data.pairs import evenly_spaced
+from lora_dpo.data.rows import file_of
 from lora_dpo.engine.token_budget import memory_advice
 from lora_dpo.errors import ConfigError, ModelError, OutputError
 from lora_dpo.evaluation.metrics import to_json
@@ -131,8 +132,7 @@ def _leave(partial: Path) -> None:
 
 
 def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
-    data, method = run.recipe.data, run.recipe.method
-    odd = findings(data.train, run.reports["train"].rows, data.format, method)
+    odd = findings(run.recipe.data, run.reports["train"].rows, run.recipe.method)
     base = base or _load(run)
     model = _attach(base, run.recipe, seed=run.settings["seed"])
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
@@ -385,7 +385,7 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
 
 def _data_record(run: Run, which: str, sources: list[str]) -> dict[str, Any]:
     report = run.reports[which]
-    hashes = {source: sha256_of(Path(source)) if Path(source).is_file() else None for source in sources}
+    hashes = {source: sha256_of(file_of(source)) if file_of(source).is_file() else None for source in sources}
     rows = {"train": run.train or run.answers, "eval": run.held_out_answers or run.held_out}[which]
     return {
         "sha256": hashes,

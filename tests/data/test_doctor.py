@@ -17,9 +17,9 @@ from lora_dpo.data.doctor import checks
 from lora_dpo.data.doctor.catalogue import CHECKS
 from lora_dpo.data.doctor.checks import Texts, text_findings
 from lora_dpo.data.doctor.examination import _OF_KIND, examine
-from lora_dpo.data.language import differ, language_of, script_of
 from lora_dpo.data.doctor.near_duplicates import HASHES, NearDuplicates, signature_of
 from lora_dpo.data.doctor.statistics import LengthBias, Noise, length_bias, percentiles
+from lora_dpo.data.language import differ, language_of, script_of
 from lora_dpo.data.messages import Kind
 from lora_dpo.data.write import write_fixed
 from lora_dpo.errors import ConfigError, DataError, OutputError

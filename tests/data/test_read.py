@@ -320,7 +320,11 @@ def test_a_mistyped_form_is_answered_with_the_nearest(tmp_path):
         ("a.csv", b"prompt\r\n\xc3\xa9t\xc3\xa9\xff\r\n", "a.csv is not UTF-8 text (byte 13). Save it as UTF-8"),
         ("a.doc", b"x", "a.doc: unknown kind of file. Known are .csv, .json, .jsonl, .ndjson, .ods, .parquet, .tsv"),
         ("a.xls", b"x", "a.xls: unknown kind of file. Save it as .xlsx, .ods or .csv."),
-        ("a.txt", b"a\tb\n", "a.txt: unknown kind of file. If it is a table, as Excel's Unicode text is, give it a name"),
+        (
+            "a.txt",
+            b"a\tb\n",
+            "a.txt: unknown kind of file. If it is a table, as Excel's Unicode text is, give it a name",
+        ),
         ("a", b"text", "a: unknown kind of file"),
         ("a.jsonl", b"[" * 200_000 + b"\n", "a.jsonl, line 1: JSON nested too deeply"),
         ("a.jsonl", b"\n \n", "a.jsonl holds no usable pair: no rows"),

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.chat_template import Message, prompt_ids
+from lora_dpo.data.columns import Wanted
 from lora_dpo.data.doctor.catalogue import CHECKS, Check
 from lora_dpo.data.doctor.checks import Texts, ends_with_marker, prompt_text, special_findings, text_findings
 from lora_dpo.data.doctor.near_duplicates import NearDuplicates
@@ -141,6 +142,7 @@ def examine(
     format: str | None = None,
     min_gap: float | None = None,
     columns: Mapping[str, str] | None = None,
+    wanted: Wanted = "pairs",
     held_out: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = 1024,
@@ -150,6 +152,7 @@ def examine(
 
     Args:
         columns: names of columns by what they are, as for `read_pairs`.
+        wanted: "answers" if rows with one answer are no mistake.
         held_out: data whose prompts must not be among those of `sources`.
         tokenizer: also look at pairs as the model will read them; lengths are in tokens then.
         max_length: longest sequence in tokens; used with a tokenizer.
@@ -162,8 +165,9 @@ def examine(
     """
     doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, format, columns))
     report = doctor.found.report
-    read = outcomes(sources, format=format, min_gap=min_gap, columns=columns, tolerant=True, on_note=report.note)
-    for outcome in read:
+    for outcome in outcomes(
+        sources, format=format, min_gap=min_gap, columns=columns, wanted=wanted, tolerant=True, on_note=report.note
+    ):
         account(report, outcome)
         for dropped in outcome.dropped:
             doctor.note(_OF_KIND.get(dropped.kind, dropped.kind), dropped.origin, dropped.reason)
