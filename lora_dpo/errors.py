@@ -50,7 +50,7 @@ class UnclearColumns(DataError):
 
     Args:
         columns: the columns that there are.
-        guess: those that may be meant, by what they would be; for a person to correct.
+        guess: those that are told by their words, by what they are; the others are for a person to choose.
     """
 
     def __init__(self, message: str, *, columns: tuple[str, ...] = (), guess: Mapping[str, str] | None = None) -> None:

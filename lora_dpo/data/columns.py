@@ -216,20 +216,19 @@ class Columns:
 
     def _refuse(self, problem: str, header: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
         """Refuse columns that cannot be told, with the line that mends it: what is known of them, and a guess."""
-        known = {role: names[0] for role, names in said.items()}
-        left = [name for name in header if name not in known.values()]
         if len(header) < len(_NEEDED[self.wanted]):
             error = self._unclear(f"{problem} A pair needs a prompt and two answers, each in its column.", header)
         else:
-            line = {role: known.get(role) or (left.pop(0) if left else "…") for role in _NEEDED[self.wanted]}
-            line = {role: name for role, name in line.items() if role not in header}
-            error = self._unclear(f"{problem} Name them: {as_option(line)}.", header, line)
+            line = {role: said.get(role, ["…"])[0] for role in _NEEDED[self.wanted] if role not in header}
+            error = self._unclear(f"{problem} Name them: {as_option(line)}.", header, said)
         if self.facts.table:
             raise error
         raise BadRow(str(error).removeprefix(f"{self.source}: ").removesuffix("."), "missing")
 
-    def _unclear(self, text: str, header: Sequence[str], guess: Mapping[str, str] | None = None) -> UnclearColumns:
-        known = {role: name for role, name in (guess or {}).items() if name in header}
+    def _unclear(
+        self, text: str, header: Sequence[str], said: Mapping[str, Sequence[str]] | None = None
+    ) -> UnclearColumns:
+        known = {role: names[0] for role, names in (said or {}).items() if len(names) == 1}
         return UnclearColumns(f"{self.source}: {text}", columns=tuple(header), guess=known)
 
     def _say(self, roles: Mapping[str, str], columns: Sequence[str] | Row) -> None:

@@ -12,7 +12,7 @@ from lora_dpo.demo.html import note
 from lora_dpo.errors import DataError, UnclearColumns
 
 ASKED = {"prompt": "Prompt", "chosen": "Better answer", "rejected": "Worse answer"}
-OPTIONAL = {"chosen_score": "Its score", "rejected_score": "Its score (worse)", "system": "System turn"}
+OPTIONAL = {"chosen_score": "Score of the better", "rejected_score": "Score of the worse", "system": "System turn"}
 NONE = "(none)"
 
 
