@@ -3,6 +3,7 @@
     LoraDPOError
     ├── ConfigError        the recipe or a command-line option
     ├── DataError          a preference file or a row in it
+    │   ├── UnclearColumns which column of a file is the prompt, and which are the answers, cannot be told
     │   └── NoPairs        answers were sampled and judged, and none is better than another
     ├── ModelError         loading, fetching or describing a base model
     ├── AdapterError       an adapter folder: missing, broken, made for another base
@@ -19,6 +20,8 @@ A message says what is wrong, the value seen and the next step, in one or two se
 command line prints it as it is and exits with status 1. Whatever a message repeats from a file or a
 request, it stays one line of bounded length.
 """
+
+from collections.abc import Mapping
 
 from lora_dpo.text import one_line
 
@@ -40,6 +43,24 @@ class ConfigError(LoraDPOError):
 
 class DataError(LoraDPOError):
     """A preference file is missing, unreadable or holds no usable pair."""
+
+
+class UnclearColumns(DataError):
+    """Which column of a file is the prompt, and which are the answers, cannot be told.
+
+    Args:
+        columns: the columns that there are.
+        guess: those that are told by their words, by what they are; the others are for a person to choose.
+    """
+
+    def __init__(self, message: str, *, columns: tuple[str, ...] = (), guess: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.columns, self.guess = columns, dict(guess or {})
+
+    @property
+    def problem(self) -> str:
+        """The message without the options that mend it, for a place that has others."""
+        return str(self).partition(" Name them: ")[0]
 
 
 class NoPairs(DataError):

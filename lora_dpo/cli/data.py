@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lora_dpo.cli.options import FormatOption, Seed
+from lora_dpo.cli.options import ColumnsOption, FormatOption, Seed
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.text import counted, harmless, json_text, shown
 
@@ -46,6 +46,7 @@ def check(
     model: Model = None,
     max_length: MaxLength = 1024,
     format: FormatOption = None,
+    columns: ColumnsOption = None,
     min_gap: MinGap = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON, all row numbers included.")
@@ -69,6 +70,8 @@ def check(
         lora-dpo data check data/quickstart.jsonl --eval data/quickstart-eval.jsonl
 
         lora-dpo data check pairs.csv --model smollm2-135m --fix clean.jsonl
+
+        lora-dpo data check pairs.xlsx:Sheet2 --columns 'prompt=Question,chosen=Good answer,rejected=Bad answer'
     """
     from lora_dpo.cli.data_views import diagnosis_view, fixed_view
     from lora_dpo.data.doctor.examination import examine
@@ -88,6 +91,7 @@ def check(
             files,
             format=format,
             min_gap=min_gap,
+            columns=columns,
             held_out=held_out or (),
             tokenizer=_tokenizer(model),
             max_length=max_length,
@@ -101,7 +105,7 @@ def check(
         raise DataError(f"{', '.join(files)}: no rows, so nothing was checked. Is it the right file?")
     if fix is not None:
         with err.status(f"writing {fix}"):
-            fixed = write_fixed(files, diagnosis, fix, format=format, min_gap=min_gap)
+            fixed = write_fixed(files, diagnosis, fix, format=format, min_gap=min_gap, columns=columns)
         fixed_view(fixed, err if as_json else out)
     if strict and not diagnosis.pairs:
         raise DataError(
@@ -118,6 +122,7 @@ def show(
     model: Model = None,
     max_length: MaxLength = 1024,
     format: FormatOption = None,
+    columns: ColumnsOption = None,
 ) -> None:
     """Show one pair as the model will see it.
 
@@ -136,7 +141,7 @@ def show(
     from lora_dpo.data.read import pair_at
     from lora_dpo.data.token_view import view_pair
 
-    pair = pair_at(file, number, format=format)
+    pair = pair_at(file, number, format=format, columns=columns)
     tokenizer = _tokenizer(model)
     if tokenizer is None:
         messages_view(pair, out)
@@ -149,6 +154,7 @@ def convert(
     file: Source,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .jsonl or .jsonl.gz. Must not exist.")],
     format: FormatOption = None,
+    columns: ColumnsOption = None,
     min_gap: MinGap = None,
 ) -> None:
     """Write pairs of any format in the canonical one: TRL's conversational JSONL, with scores and origin.
@@ -165,7 +171,7 @@ def convert(
 
     check_name(output)
     with err.status(f"reading {file}"):
-        pairs, report = read_pairs(file, format=format, min_gap=min_gap)
+        pairs, report = read_pairs(file, format=format, min_gap=min_gap, columns=columns)
         count = write_pairs(pairs, output)
     read_view(report, out)
     _warn_of_templates(pairs)
@@ -180,6 +186,7 @@ def split(
     share: Annotated[float, typer.Option("--share", min=0.0001, max=0.9999, help="Share of prompts held out.")] = 0.1,
     seed: Seed = 0,
     format: FormatOption = None,
+    columns: ColumnsOption = None,
     min_gap: MinGap = None,
 ) -> None:
     """Divide pairs into training and held-out data, so that no prompt is in both.
@@ -195,7 +202,7 @@ def split(
     from lora_dpo.data.write import split_by_prompt, write_both
 
     with err.status(f"reading {file}"):
-        pairs, report = read_pairs(file, format=format, min_gap=min_gap)
+        pairs, report = read_pairs(file, format=format, min_gap=min_gap, columns=columns)
         sides = split_by_prompt(pairs, share, seed=seed)
         write_both(sides, (train, held_out))
     read_view(report, out)
@@ -210,6 +217,7 @@ def stats(
     model: Model = None,
     max_length: MaxLength = 1024,
     format: FormatOption = None,
+    columns: ColumnsOption = None,
     min_gap: MinGap = None,
 ) -> None:
     """Describe preference data in numbers: rows, formats, lengths, languages, repeated prompts.
@@ -228,7 +236,13 @@ def stats(
     refuse_missing(files)
     with _counting() as count:
         diagnosis = examine(
-            files, format=format, min_gap=min_gap, tokenizer=_tokenizer(model), max_length=max_length, on_rows=count
+            files,
+            format=format,
+            min_gap=min_gap,
+            columns=columns,
+            tokenizer=_tokenizer(model),
+            max_length=max_length,
+            on_rows=count,
         )
     stats_view(diagnosis, out)
 
@@ -240,6 +254,7 @@ def mix_files(
     size: Annotated[int | None, typer.Option("--size", min=1, help="Pairs in all; default as many as fit.")] = None,
     seed: Seed = 0,
     format: FormatOption = None,
+    columns: ColumnsOption = None,
     min_gap: MinGap = None,
 ) -> None:
     """Mix sources in given shares, without repeating a pair, shuffled.
@@ -259,7 +274,9 @@ def mix_files(
     named = [_share(part) for part in parts]
     refuse_twice([source for source, _ in named])
     with err.status("reading"):
-        read = [(*read_pairs(source, format=format, min_gap=min_gap), share) for source, share in named]
+        read = [
+            (*read_pairs(source, format=format, min_gap=min_gap, columns=columns), share) for source, share in named
+        ]
         count = write_pairs(mix([(pairs, share) for pairs, _, share in read], size=size, seed=seed), output)
     for (source, _), (_, report, _) in zip(named, read, strict=True):
         out.print(f"\n{harmless(source)}", highlight=False, markup=False, soft_wrap=True)

@@ -105,6 +105,8 @@ def read_view(report: ReadReport, console: Console) -> None:
         f"[bold cyan]{'read':<14}[/]{counted(report.rows, 'row')}, as {escape(report.read_as or 'no format')}",
         highlight=False,
     )
+    for line in report.noted():
+        console.print(f"[bold cyan]{'':<14}[/]{escape(harmless(line))}", highlight=False)
     console.print(f"[bold cyan]{'pairs':<14}[/]{escape(harmless(report.summary()))}", highlight=False)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from lora_dpo.cli.options import (
     AdapterName,
     BaseElsewhere,
+    ColumnsOption,
     Criterion,
     HeldAsTrained,
     Json,
@@ -39,6 +40,7 @@ err = Console(stderr=True)
 def evaluate(
     adapter: AdapterName,
     data: Annotated[list[str], typer.Option("--data", help="Held-out preference pairs; several add up.")],
+    columns: ColumnsOption = None,
     judge: Annotated[list[str] | None, typer.Option("--judge", help=f"Who compares answers: {JUDGE_HELP}")] = None,
     votes: Annotated[
         Path | None, typer.Option(help="Blind votes of the demo, in place of a judge (its votes.jsonl).")
@@ -123,6 +125,7 @@ def evaluate(
         against=other,
         votes=str(votes) if votes else None,
         text=str(text) if text else None,
+        columns=columns or {},
     )
     view = RunView(err)  # progress beside the result, so that the result can be piped
     with strictness(strict):

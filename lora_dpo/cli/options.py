@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lora_dpo.config.column_names import parse_columns
+
 STRICT = "Refuse a base that differs from the adapter's passport in any way; otherwise that is a warning."
 
 FORMAT_HELP = (
@@ -20,6 +22,16 @@ BaseElsewhere = Annotated[
 ]
 BaseModel = Annotated[
     str, typer.Option("--model", help="The base model: a name of `lora-dpo models list`, a folder, or a hub id.")
+]
+ColumnsOption = Annotated[
+    dict | None,  # type: ignore[type-arg]  # typer reads a bare type alone
+    typer.Option(
+        "--columns",
+        parser=parse_columns,
+        metavar="WHAT=COLUMN,...",
+        help="What columns are, where the file has names of its own: 'prompt=Question,chosen=Good answer,rejected=Bad "
+        "answer' (docs/data.md#a-spreadsheet).",
+    ),
 ]
 Criterion = Annotated[str | None, typer.Option(help="What an LLM judge is to look at.")]
 FormatOption = Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)]

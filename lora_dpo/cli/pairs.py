@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_dpo.cli.options import (
+    ColumnsOption,
     Criterion,
     FormatOption,
     HeldAsTrained,
@@ -53,6 +54,7 @@ def pairs(
         int | None, typer.Option(min=1, help="Use this many prompts, spread evenly over the file.")
     ] = None,
     format: FormatOption = None,
+    columns: ColumnsOption = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Higher is more varied.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this share.")] = 0.95,
     max_new_tokens: MaxNewTokens = 256,
@@ -125,7 +127,7 @@ def pairs(
     check_specs(judge)
     folder = find_adapter(adapter) if adapter else None
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
-    asked, read = prompts_with_report(prompts, limit=limit, format=format)
+    asked, read = prompts_with_report(prompts, limit=limit, format=format, columns=columns)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     plan = SamplePlan(answers=answers, sampling=sampling, system=system, batch_size=batch_size)
     if folder is not None:

@@ -1,6 +1,7 @@
 """What a user writes: recipes, and TRL's settings within them, checked before anything is loaded.
 
 yaml             YAML as recipes hold it, read within limits
+column_names     what columns of a data file can be named as
 recipe           the recipe of a run, section by section; `lora-dpo recipe` prints its fields
 reading          recipes from files and options, with an error for what is none
 trl_fields       the fields of TRL's config classes, as a table

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from lora_dpo.config.column_names import checked_columns
+
 Quantize = Literal["nf4", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -101,8 +103,8 @@ class DataSection(Section):
     train: Annotated[
         str | list[str],
         Field(
-            description="Preference pairs: a file (.jsonl, .json, .csv, .parquet, or gzip of these), a folder of such "
-            "files, a hub id, or a list of these."
+            description="Preference pairs: a file (.jsonl, .json, .csv, .tsv, .xlsx, .ods, .parquet, or gzip of "
+            "these), a folder of such files, a hub id, or a list of these."
         ),
     ]
     eval: Annotated[
@@ -127,6 +129,14 @@ class DataSection(Section):
             "Without it each row is looked at."
         ),
     ] = None
+    columns: Annotated[
+        dict[str, str],
+        Field(
+            description="Columns by what they are, where a file has names of its own: {prompt: Question, chosen: Good "
+            "answer, rejected: Bad answer}. Also chosen_score, rejected_score, system and history; for single answers "
+            "completion and label. Every file must have them."
+        ),
+    ] = {}
     min_gap: Annotated[
         float | None,
         Field(gt=0, description="Drop training pairs whose two scores are closer than this, or that have none."),
@@ -140,6 +150,7 @@ class DataSection(Section):
     ] = "equal"
 
     _home = field_validator("train", "eval")(_at_home)
+    _known_columns = field_validator("columns")(checked_columns)
 
     @field_validator("hold_out")
     @classmethod

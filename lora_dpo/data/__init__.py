@@ -3,11 +3,18 @@
 unpacked         the unpacked size of gzip and Parquet, for the limits of uploads
 row_reading      what every reader of rows shares
 json_rows        rows of JSON and JSONL files
+table            a header above rows of cells, and how both are told
+language         the language of a text, silent when unsure
+encoding         the encoding that a table was saved in
+csv_rows         rows of tables that are text
+sheet_rows       rows of spreadsheets: .xlsx and .ods
 hub_rows         rows of data sets on the hub
-rows             the rows of any source; CSV and Parquet are read here
+rows             the rows of any source; Parquet is read here
 messages         chat messages out of whatever a cell holds
 pairs            what a preference pair is, and how reading accounts for every row
 formats/         what a row means: one function a published format, and the table that chooses
+column_words     the words by which a column says what it is
+columns          what each column of a file is: named, known to a format, or told by its words
 read             sources to pairs, with an account of every row
 answers          single answers, good or bad, for SFT and KTO
 prompts          prompts to sample answers to

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.data.formats.published import ANSWERS, prompt_and_answer
+from lora_dpo.data.columns import Columns, OnNote
+from lora_dpo.data.formats.published import is_demonstration, prompt_and_answer
 from lora_dpo.data.formats.registry import Format, format_named, format_of
 from lora_dpo.data.formats.trl import check_answer, check_prompt
 from lora_dpo.data.messages import BadRow, tools_of
@@ -44,6 +45,7 @@ def read_answers(
     good_only: bool,
     on_bad_row: str = "drop",
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[UnpairedAnswer], ReadReport]:
     """Read single answers from files, folders or hub data sets, in order.
 
@@ -55,34 +57,59 @@ def read_answers(
             prompt and an answer, or whole conversations, that nobody judged). Else demonstrations are no usable rows.
         on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" raises at the first.
         format: name of the format of all rows; None looks at each row.
+        columns: names of columns by what they are, as for `read_pairs`; also `completion` and `label`.
 
     Raises:
         DataError: a source cannot be read, or no row of it is usable.
+        UnclearColumns: what a table's columns are cannot be told, or one that is named is not there.
         ConfigError: there is no format of that name.
     """
     return gather(
         sources,
-        lambda named: _outcomes(named, good_only=good_only, format=format),
+        lambda named, on_note: _outcomes(named, on_note, good_only=good_only, format=format, columns=columns),
         on_bad_row=on_bad_row,
         nothing="holds no usable answer: {why}. What is read: lora-dpo docs methods",
     )
 
 
-def _outcomes(sources: Sequence[str], *, good_only: bool, format: str | None) -> Iterator[Outcome[UnpairedAnswer]]:
+def _outcomes(
+    sources: Sequence[str],
+    on_note: OnNote,
+    *,
+    good_only: bool,
+    format: str | None,
+    columns: Mapping[str, str] | None,
+) -> Iterator[Outcome[UnpairedAnswer]]:
     """What each row of the sources became: its answers, or a reason."""
     forced = format_named(format) if format not in (None, DEMONSTRATIONS) else None
     for file in all_files(sources):
-        for number, row in read_rows(file):
-            origin = Origin(file, number)
-            fits = forced or format_of(row)
-            shown = format == DEMONSTRATIONS or (format is None and not fits.name and _is_demonstration(row))
-            title = DEMONSTRATIONS if shown else fits.title
+        told = Columns(file, columns, wanted="answers", recognise=forced is None)
+        for number, row in told.over(read_rows(file, facts=told.facts)):
+            origin, meant = Origin(file, number), row
             try:
-                answers = _shown(row, origin, good_only) if shown else _judged(fits, row, origin, good_only)
+                meant = told.meant(row)
+                answers = _answers_of(meant, origin, forced, format, good_only)
             except BadRow as bad:
-                yield left_out(origin, bad, title, row)
+                outcome = left_out(origin, bad, _title_of(meant, forced, format), row)
             else:
-                yield Outcome(((origin, row),), tuple(answers), title=title)
+                outcome = Outcome(((origin, row),), tuple(answers), title=_title_of(meant, forced, format))
+            told.tell(on_note)
+            yield outcome
+
+
+def _answers_of(
+    row: Row, origin: Origin, forced: Format | None, format: str | None, good_only: bool
+) -> list[UnpairedAnswer]:
+    """The answers of a row. Raises `BadRow`."""
+    if _title_of(row, forced, format) == DEMONSTRATIONS:
+        return _shown(row, origin, good_only)
+    return _judged(forced or format_of(row), row, origin, good_only)
+
+
+def _title_of(row: Row, forced: Format | None, format: str | None) -> str:
+    fits = forced or format_of(row)
+    shown = format == DEMONSTRATIONS or (format is None and not fits.name and is_demonstration(row))
+    return DEMONSTRATIONS if shown else fits.title
 
 
 def _shown(row: Row, origin: Origin, good_only: bool) -> list[UnpairedAnswer]:
@@ -110,13 +137,6 @@ def _halves(pairs: Sequence[PreferencePair]) -> Iterator[UnpairedAnswer]:
             if (answer, up) not in seen:
                 seen.append((answer, up))
                 yield UnpairedAnswer(pair.prompt, answer, up, pair.origin, pair.tools)
-
-
-def _is_demonstration(row: Row) -> bool:
-    if row.get("messages") is not None or row.get("conversations") is not None:
-        return True
-    asked = any(row.get(name) is not None for name in ("prompt", "instruction"))
-    return asked and any(row.get(name) is not None for name in ANSWERS)
 
 
 def _demonstration(row: Row, origin: Origin) -> UnpairedAnswer:

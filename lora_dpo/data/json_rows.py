@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lora_dpo.data.row_reading import COLUMNS, TABLE, OnBroken, Row, as_row, is_a_table, tell_broken
+from lora_dpo.data.row_reading import COLUMNS, TABLE, Reading, Row, as_row, is_a_table
 from lora_dpo.errors import DataError
 from lora_dpo.text import shown
 
 
-def read_jsonl(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
-    """Rows of a JSONL file by line number. Broken lines go to `on_broken`, or end the reading as `DataError`."""
-    start = 0
+def read_jsonl(file: IO[bytes], reading: Reading) -> Iterator[tuple[int, Row]]:
+    """Rows of a JSONL file by line number. Whoever listens is told of broken lines; else they are a `DataError`."""
+    start, path = 0, reading.path
     for number, content in enumerate(file, start=1):  # bytes are split at line feeds alone
         mark = len(codecs.BOM_UTF8) if number == 1 and content.startswith(codecs.BOM_UTF8) else 0
         try:
             line = _decoded(content[mark:], path, number, start + mark).rstrip("\r\n")
             row = as_row(_parse_json(line, path, number), path, number) if line.strip() else None
         except DataError as error:
-            tell_broken(on_broken, error, path, number, content.decode("utf-8", "backslashreplace").rstrip("\r\n"))
+            reading.broken(error, number, content.decode("utf-8", "backslashreplace").rstrip("\r\n"))
         else:
             if row is not None:
                 yield number, row
@@ -41,18 +41,18 @@ def _decoded(content: bytes, path: Path, line: int, start: int) -> str:
         ) from error
 
 
-def read_json(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
+def read_json(file: IO[bytes], reading: Reading) -> Iterator[tuple[int, Row]]:
     """Rows of a JSON file: a list of objects, or one object that holds such a list."""
-    content = file.read()
+    content, path = file.read(), reading.path
     if _is_json_lines(content):
-        yield from read_jsonl(io.BytesIO(content), path, on_broken)
+        yield from read_jsonl(io.BytesIO(content), reading)
         return
     parsed = _parse_json(content.decode("utf-8-sig"), path, None)
     for number, item in enumerate(_listed(parsed, path), start=1):
         try:
             row = as_row(item, path, number)
         except DataError as error:
-            tell_broken(on_broken, error, path, number, json.dumps(item))
+            reading.broken(error, number, json.dumps(item))
         else:
             yield number, row
 

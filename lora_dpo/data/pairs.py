@@ -85,6 +85,8 @@ class ReadReport:
     """Pairs that were set apart, to be measured and not trained on."""
     formats: Counter[str] = field(default_factory=Counter)
     """Rows by the format that they were read as."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """What a person should know of how a file was read, by the file: its encoding, its sheet, which column was what."""
 
     @property
     def kept(self) -> int:
@@ -97,6 +99,16 @@ class ReadReport:
         if len(self.formats) == 1:
             return next(iter(self.formats))
         return ", ".join(f"{title} ({count})" for title, count in self.formats.most_common())
+
+    def note(self, file: str, text: str) -> None:
+        """Enter what a person should know of how a file was read."""
+        self.notes.setdefault(file, []).append(text)
+
+    def noted(self) -> list[str]:
+        """The notes as lines; of several files, a line a file with its name."""
+        if len(self.notes) > 1:
+            return [f"{file}: {'; '.join(notes)}" for file, notes in self.notes.items()]
+        return [note for notes in self.notes.values() for note in notes]
 
     def reasons(self) -> list[tuple[str, int]]:
         """Reasons with their counts, the most frequent first."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_dpo.data import Message, Origin
+from lora_dpo.data.columns import Columns
 from lora_dpo.data.formats.registry import Format, format_named, format_of
 from lora_dpo.data.formats.trl import check_prompt
 from lora_dpo.data.messages import BadRow, asked_in_transcript, is_transcript, prompt_of, tools_of, with_system
@@ -47,6 +48,8 @@ class PromptReport:
     """Rows, or lines of a text that are not empty."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Rows that gave no prompt of their own, by reason."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of how files were read."""
 
     @property
     def kept(self) -> int:
@@ -56,10 +59,14 @@ class PromptReport:
     def summary(self, source: str) -> str:
         """`2 of 4 rows of p.jsonl; left out: 1 without 'prompt', 1 a repeated prompt`."""
         why = reasons_text(self.left_out.items())
-        return f"{self.kept:,} of {counted(self.rows, 'row')} of {source}" + (f"; left out: {why}" if why else "")
+        said = "".join(f"; {note}" for note in self.notes)
+        left_out = f"; left out: {why}" if why else ""
+        return f"{self.kept:,} of {counted(self.rows, 'row')} of {source}{left_out}{said}"
 
 
-def read_prompts(source: str, *, limit: int | None = None, format: str | None = None) -> list[Prompt]:
+def read_prompts(
+    source: str, *, limit: int | None = None, format: str | None = None, columns: Mapping[str, str] | None = None
+) -> list[Prompt]:
     """Read prompts in order, each once.
 
     - `.txt`: one prompt a line; empty lines are skipped.
@@ -67,22 +74,24 @@ def read_prompts(source: str, *, limit: int | None = None, format: str | None = 
     - other rows with `prompt` (text or messages) or `messages`, and perhaps `system`.
 
     Rows come from any file that preference data may have, a folder, or a hub data set. They may have `accepted` (a text
-    or a list of them; in CSV a list is JSON); rows with the same prompt add theirs up. Rows without a prompt that can
-    be asked are left out: `prompts_with_report` says how many.
+    or a list of them; in a table a list is JSON); rows with the same prompt add theirs up. Rows without a prompt that
+    can be asked are left out: `prompts_with_report` says how many.
 
     Args:
         limit: keep this many prompts, spread evenly over the source.
         format: name of the format of all rows; None looks at each row.
+        columns: names of columns by what they are: `{"prompt": "Question", "accepted": "Solution"}`.
 
     Raises:
         DataError: the source cannot be read or has no prompt, or an `accepted` is no text.
+        UnclearColumns: what a table's columns are cannot be told, or one that is named is not there.
         ConfigError: there is no format of that name, or it would change nothing.
     """
-    return prompts_with_report(source, limit=limit, format=format)[0]
+    return prompts_with_report(source, limit=limit, format=format, columns=columns)[0]
 
 
 def prompts_with_report(
-    source: str, *, limit: int | None = None, format: str | None = None
+    source: str, *, limit: int | None = None, format: str | None = None, columns: Mapping[str, str] | None = None
 ) -> tuple[list[Prompt], PromptReport]:
     """As `read_prompts`, with an account of every row."""
     report = PromptReport()
@@ -91,10 +100,12 @@ def prompts_with_report(
             raise ConfigError(
                 f"A format ({format}) changes nothing with {source}: a .txt holds one prompt a line. Remove it."
             )
+        if columns:
+            raise ConfigError(f"{source} has no columns: a .txt holds one prompt a line. Remove --columns.")
         found = _text_prompts(Path(source))
         report.rows = len(found)
     else:
-        found = _row_prompts(source, format_named(format) if format is not None else None, report)
+        found = _row_prompts(source, format_named(format) if format is not None else None, columns, report)
     first: dict[str, Prompt] = {}
     for prompt in found:
         same = first.setdefault(json.dumps(prompt.messages), prompt)
@@ -137,19 +148,25 @@ def _text_prompts(path: Path) -> list[Prompt]:
     ]
 
 
-def _row_prompts(source: str, forced: Format | None, report: PromptReport) -> list[Prompt]:
+def _row_prompts(
+    source: str, forced: Format | None, columns: Mapping[str, str] | None, report: PromptReport
+) -> list[Prompt]:
     found: list[Prompt] = []
     problem = ""
     for file in files_of(source):
-        for number, row in read_rows(file):
+        told = Columns(file, columns, wanted="prompts", recognise=forced is None)
+        for number, row in told.over(read_rows(file, facts=told.facts)):
             report.rows += 1
             try:
-                messages = _prompt_of(row, Origin(file, number), forced or format_of(row))
+                meant = told.meant(row)
+                messages = _prompt_of(meant, Origin(file, number), forced or format_of(meant))
             except BadRow as bad:
                 report.left_out[str(bad)] += 1
                 problem = problem or f"{file}, row {number}: {bad}"
             else:
-                found.append(Prompt(messages, file, number, _accepted(row.get("accepted"), file, number)))
+                known = _accepted(meant.get("accepted"), file, number, in_table=told.facts.table)
+                found.append(Prompt(messages, file, number, known))
+            told.tell(lambda _, text: report.notes.append(text))
     if not found and problem:
         raise DataError(
             f"{source} holds no prompt: {problem}. A prompt is text, or messages that end where an answer is to follow."
@@ -194,17 +211,17 @@ def _prompt_of_format(format: Format, row: Row, origin: Origin) -> tuple[Message
     return (made[0] if isinstance(made, list) else made).prompt  # several pairs of one row follow one prompt
 
 
-def _accepted(value: Any, source: str, number: int) -> tuple[str, ...]:
-    """Known answers of a row. A CSV cell is always text, so one that stands in brackets is a list as JSON."""
+def _accepted(value: Any, source: str, number: int, *, in_table: bool) -> tuple[str, ...]:
+    """Known answers of a row. The cell of a table is always text, so one that stands in brackets is a list as JSON."""
     where = f"{source}, row {number}: 'accepted' must be a text or a list of texts"
-    if isinstance(value, str) and source.lower().endswith((".csv", ".csv.gz")):
+    if isinstance(value, str) and in_table:
         cell = value.strip()
         if cell.startswith("[") and cell.endswith("]"):
             try:
                 value = json.loads(cell)
             except ValueError:
                 raise DataError(
-                    f'{where}, in CSV a list as JSON, such as ["4", "four"]; it is {shown(cell[:60])}.'
+                    f'{where}, in a table a list as JSON, such as ["4", "four"]; it is {shown(cell[:60])}.'
                 ) from None
         elif not cell:
             value = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from lora_dpo.data.columns import Columns, OnNote, Wanted
 from lora_dpo.data.formats.feedback import Ballot
 from lora_dpo.data.formats.registry import Format, format_named, format_of
 from lora_dpo.data.messages import BadRow, Messages
@@ -45,6 +46,7 @@ def read_pairs(
     on_bad_row: str = "drop",
     format: str | None = None,
     min_gap: float | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[PreferencePair], ReadReport]:
     """Read preference pairs from files, folders or hub data sets, in order; those made of votes come last.
 
@@ -53,14 +55,16 @@ def read_pairs(
         on_bad_row: "drop" leaves unusable rows out and counts them by reason; "error" raises at the first.
         format: name of the format of all rows; None looks at each row.
         min_gap: drop pairs whose scores are closer than this, or that have none.
+        columns: names of columns by what they are: `{"prompt": "Question", "chosen": "Good", "rejected": "Bad"}`.
 
     Raises:
         DataError: a source cannot be read, or no row of it is usable.
+        UnclearColumns: what a table's columns are cannot be told, or one that is named is not there.
         ConfigError: there is no format of that name.
     """
     return gather(
         sources,
-        lambda named: outcomes(named, format=format, min_gap=min_gap),
+        lambda named, on_note: outcomes(named, format=format, min_gap=min_gap, columns=columns, on_note=on_note),
         on_bad_row=on_bad_row,
         nothing="holds no usable pair: {why}. The formats that are read: lora-dpo docs data",
     )
@@ -68,7 +72,7 @@ def read_pairs(
 
 def gather(
     sources: str | Sequence[str],
-    outcomes_of: Callable[[Sequence[str]], Iterable[Outcome[Made]]],
+    outcomes_of: Callable[[Sequence[str], OnNote], Iterable[Outcome[Made]]],
     *,
     on_bad_row: str,
     nothing: str,
@@ -84,7 +88,7 @@ def gather(
     made: list[Made] = []
     report = ReadReport()
     used: set[str] = set()
-    for outcome in outcomes_of(named):
+    for outcome in outcomes_of(named, report.note):
         if outcome.dropped and on_bad_row == "error":
             bad = outcome.dropped[0]
             raise DataError(f"{bad.origin.source}, row {bad.origin.row}: {bad.reason}.")
@@ -100,14 +104,16 @@ def gather(
     return made, report
 
 
-def pair_at(source: str, row: int | None, *, format: str | None = None) -> PreferencePair:
+def pair_at(
+    source: str, row: int | None, *, format: str | None = None, columns: Mapping[str, str] | None = None
+) -> PreferencePair:
     """The first pair of a row (a line in JSONL); with None the first pair of all.
 
     Raises:
         DataError: there is no such row, or it is no pair; the message says why.
     """
     rows, files = 0, set[str]()
-    for outcome in outcomes(source, format=format, tolerant=True):
+    for outcome in outcomes(source, format=format, columns=columns, tolerant=True):
         rows += outcome.rows
         files.update(origin.source for origin, _ in outcome.read)
         for pair in outcome.pairs:
@@ -137,44 +143,39 @@ def account(report: ReadReport, outcome: Outcome[Made]) -> None:
 
 
 def outcomes(
-    sources: str | Sequence[str], *, format: str | None = None, min_gap: float | None = None, tolerant: bool = False
+    sources: str | Sequence[str],
+    *,
+    format: str | None = None,
+    min_gap: float | None = None,
+    columns: Mapping[str, str] | None = None,
+    wanted: Wanted = "pairs",
+    tolerant: bool = False,
+    on_note: OnNote | None = None,
 ) -> Iterator[Outcome[PreferencePair]]:
     """What each row of the sources became; votes come at the end, when all are known, paired across the sources.
 
     Args:
+        columns: names of columns by what they are, for files with names of their own.
+        wanted: "answers" if rows with one answer are no mistake: they make no pairs, and need no columns of such.
         tolerant: what `read_rows` finds broken is dropped, in place of an error.
+        on_note: told of what a person should know of how a file was read, as `ReadReport.note`.
 
     Raises:
         DataError: a file cannot be read.
+        UnclearColumns: what a table's columns are cannot be told, or one that is named is not there.
         ConfigError: there is no format of that name.
     """
     forced = format_named(format) if format is not None else None
     ballot, vote_titles = Ballot(), dict[Origin, str]()
     for file in all_files(sources):
-        broken: list[Outcome[PreferencePair]] = []
-
-        def on_broken(
-            line: int, reason: str, text: str, file: str = file, broken: list[Outcome[PreferencePair]] = broken
-        ) -> None:
-            dropped = Dropped(Origin(file, line), f"unreadable: {reason}", "unreadable")
-            broken.append(Outcome(((dropped.origin, text),), dropped=(dropped,)))
-
-        for number, row in read_rows(file, on_broken=on_broken if tolerant else None):
-            yield from broken
-            broken.clear()
-            fits = forced or format_of(row)
-            origin = Origin(file, number)
-            try:
-                made = fits.read(row, origin)
-            except BadRow as bad:
-                yield left_out(origin, bad, fits.title, row)
-                continue
-            if isinstance(made, UnpairedAnswer):
-                ballot.add(made)
-                vote_titles[origin] = fits.title
+        told = Columns(file, columns, wanted=wanted, recognise=forced is None)
+        for item in _of_file(file, told, forced, min_gap, tolerant=tolerant):
+            told.tell(on_note)
+            if isinstance(item, Outcome):
+                yield item
             else:
-                yield _pairs(made if isinstance(made, list) else [made], origin, fits, min_gap, row)
-        yield from broken
+                ballot.add(item[0])
+                vote_titles[item[0].origin] = item[1]
     for votes, result in ballot.count():
         title = vote_titles[votes[0].origin]
         problem = result if isinstance(result, BadRow) else _gap_problem(result, min_gap)
@@ -183,6 +184,35 @@ def outcomes(
                 yield left_out(vote.origin, problem, title, vote_row(vote), asked=(vote.prompt,))
         elif isinstance(result, PreferencePair):
             yield Outcome(tuple((vote.origin, vote_row(vote)) for vote in votes), (result,), title=title)
+
+
+def _of_file(
+    file: str, told: Columns, forced: Format | None, min_gap: float | None, *, tolerant: bool
+) -> Iterator[Outcome[PreferencePair] | tuple[UnpairedAnswer, str]]:
+    """What each row of a file became, or the vote that it is with the title of its format."""
+    broken: list[Outcome[PreferencePair]] = []
+
+    def on_broken(line: int, reason: str, text: str) -> None:
+        dropped = Dropped(Origin(file, line), f"unreadable: {reason}", "unreadable")
+        broken.append(Outcome(((dropped.origin, text),), dropped=(dropped,)))
+
+    rows = read_rows(file, on_broken=on_broken if tolerant else None, facts=told.facts)
+    for number, row in told.over(rows):
+        yield from broken
+        broken.clear()
+        origin, fits = Origin(file, number), forced
+        try:
+            meant = told.meant(row)
+            fits = forced or format_of(meant)
+            made = fits.read(meant, origin)
+        except BadRow as bad:
+            yield left_out(origin, bad, (fits or format_of(row)).title, row)
+            continue
+        if isinstance(made, UnpairedAnswer):
+            yield made, fits.title
+        else:
+            yield _pairs(made if isinstance(made, list) else [made], origin, fits, min_gap, row)
+    yield from broken
 
 
 def all_files(sources: str | Sequence[str]) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import io
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,36 @@ Row = dict[str, Any]
 
 OnBroken = Callable[[int, str, str], None]
 """Called with the row number, the reason and the row's text."""
+
+
+@dataclass
+class FileFacts:
+    """What a reader saw of a file beside its rows; it is all there when the first row is."""
+
+    table: bool = False
+    """True if one header stands above all rows and every cell is text; rows have the numbers of a spreadsheet."""
+    decimal_comma: bool = False
+    """True if the numbers of a table are written as 4,5."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of how it was read: its encoding, its separator, its sheet."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading of a file: where it is, who is told of broken rows, and what is seen of it beside its rows."""
+
+    path: Path
+    on_broken: OnBroken | None = None
+    facts: FileFacts = field(default_factory=FileFacts)
+    sheet: str | None = None
+    """Of a file with several sheets, the one to read; None for the first."""
+
+    def broken(self, error: DataError, number: int, text: str) -> None:
+        """Tell of a broken row if somebody listens; else the error stands."""
+        if self.on_broken is None:
+            raise error
+        self.on_broken(number, str(error).removeprefix(f"{self.path}, ").partition(": ")[2].rstrip("."), text)
+
 
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside the rows."""
@@ -44,18 +74,6 @@ COLUMNS = frozenset(
 def open_unpacked(path: Path) -> IO[bytes]:
     """Open a file, unpacked if it is gzip."""
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def as_text(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
-    """The text of a file in UTF-8, without a byte order mark."""
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
-
-
-def tell_broken(on_broken: OnBroken | None, error: DataError, path: Path, number: int, text: str) -> None:
-    """Tell of a broken row if somebody listens; else the error stands."""
-    if on_broken is None:
-        raise error
-    on_broken(number, str(error).removeprefix(f"{path}, ").partition(": ")[2].rstrip("."), text)
 
 
 def first_bad_byte(path: Path) -> int:

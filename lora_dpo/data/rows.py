@@ -1,30 +1,34 @@
-"""The rows of any source, before anyone asks what they mean: which reader it needs, and those of CSV and Parquet."""
+"""The rows of any source, before anyone asks what they mean: which reader it needs, and that of Parquet."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import gzip
 import io
-import itertools
-import json
 import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from lora_dpo.data.csv_rows import read_csv
 from lora_dpo.data.hub_rows import is_hub_source, read_hub, without_padding
 from lora_dpo.data.json_rows import read_json, read_jsonl
-from lora_dpo.data.row_reading import NO_DATA, OnBroken, Row, as_text, first_bad_byte, open_unpacked, tell_broken
+from lora_dpo.data.row_reading import NO_DATA, FileFacts, OnBroken, Reading, Row, first_bad_byte, open_unpacked
+from lora_dpo.data.sheet_rows import read_ods, read_xlsx
+from lora_dpo.data.table import refuse_twice_named
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.leftovers import settle
-from lora_dpo.text import shown
 
 _BESIDE = re.compile(r"\.jsonl(\.gz)?\.(dropped|samples|scores)\.jsonl(\.gz)?$", re.IGNORECASE)
 """What lora-dpo itself writes beside pairs: no pairs."""
+_SHEET = re.compile(r"(?P<file>.*\.(?:xlsx|xlsm|ods)(?:\.gz)?):(?P<sheet>.+)", re.IGNORECASE | re.DOTALL)
+_BY_HAND = {
+    **dict.fromkeys((".xls", ".xlsb", ".numbers", ".gsheet"), "Save it as .xlsx, .ods or .csv."),
+    ".txt": "If it is a table, as Excel's Unicode text is, give it a name that ends in .tsv.",
+}
+"""What to do with kinds of tables that are not read."""
 
 
 def files_of(source: str) -> list[str]:
@@ -42,15 +46,30 @@ def files_of(source: str) -> list[str]:
         return [source]
     inside = sorted(item for item in path.rglob("*") if item.is_file() and _kind(item) in _READERS)
     rows = [item for item in inside if item.name not in NO_DATA and not _BESIDE.search(item.name)]
-    found = [str(item) for item in rows if not any(part.startswith(".") for part in item.relative_to(path).parts)]
+    # ~$pairs.xlsx is what Excel puts beside a file that it has open
+    found = [str(item) for item in rows if not any(part[:2] == "~$" or part[0] == "." for part in _parts(item, path))]
     if not found:
         raise DataError(f"{source} is a folder without a preference file in it. Known are {_known()}.")
     return found
 
 
+def _parts(item: Path, folder: Path) -> tuple[str, ...]:
+    return item.relative_to(folder).parts
+
+
 def is_readable(source: str) -> bool:
     """True for the name of a kind of file that rows are read from, and for a folder."""
-    return Path(source).is_dir() or _kind(Path(source)) in _READERS
+    return Path(source).is_dir() or _kind(file_of(source)) in _READERS
+
+
+def file_of(source: str) -> Path:
+    """The file of a source: `pairs.xlsx` of `pairs.xlsx:Sheet2`."""
+    return Path(_split_sheet(source)[0])
+
+
+def _split_sheet(source: str) -> tuple[str, str | None]:
+    found = _SHEET.fullmatch(source)
+    return (found["file"], found["sheet"]) if found else (source, None)
 
 
 def refuse_twice(sources: Sequence[str]) -> None:
@@ -66,7 +85,7 @@ def refuse_twice(sources: Sequence[str]) -> None:
 def refuse_missing(sources: Sequence[str]) -> None:
     """Raise `DataError` for a file that is missing, empty or of an unknown kind. No file is read, and no hub asked."""
     for file in (file for source in sources for file in files_of(source)):
-        path = Path(file)
+        path = file_of(file)
         known = _kind(path) in _READERS
         if known and path.is_file() and path.stat().st_size:
             continue
@@ -74,17 +93,23 @@ def refuse_missing(sources: Sequence[str]) -> None:
             next(read_rows(file), None)  # says what is wrong before it reads anything
 
 
-def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
-    """Yield `(row number, row)` of a file or a hub data set, numbered from 1 (lines in JSONL).
+def read_rows(
+    source: str, *, on_broken: OnBroken | None = None, facts: FileFacts | None = None
+) -> Iterator[tuple[int, Row]]:
+    """Yield `(row number, row)` of a file or a hub data set, numbered from 1.
+
+    In JSONL that is the line; in a table the row as a spreadsheet shows it, where the header is a row, too.
 
     Args:
         on_broken: told of each row that is none, in place of an error: a line that is no JSON object or no UTF-8, an
             item of a JSON list that is no object, a CSV row with more cells than columns.
+        facts: filled in with what is seen of the file beside its rows, all of it before the first row.
 
     Raises:
         DataError: the file is missing, empty or broken (with file and line), or the hub refuses.
     """
-    path = Path(source)
+    name, sheet = _split_sheet(source)
+    path = Path(name)
     reader = _READERS.get(_kind(path))
     there = _looked_at(source, path.exists)
     if not there and reader is None and is_hub_source(source):
@@ -95,23 +120,23 @@ def read_rows(source: str, *, on_broken: OnBroken | None = None) -> Iterator[tup
         there = _looked_at(source, path.exists)
     if not there:
         hint = near_file(path) or " Give the path of a preference file, or owner/name of the hub."
-        raise DataError(f"{source} does not exist.{hint}")
+        raise DataError(f"{name} does not exist.{hint}")
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is no ordinary file"
-        raise DataError(f"{source} {problem}. Give the path of a preference file.")
+        raise DataError(f"{name} {problem}. Give the path of a preference file.")
     if reader is None:
-        raise DataError(f"{source}: unknown kind of file. Known are {_known()}.")
+        raise DataError(f"{name}: unknown kind of file. {_BY_HAND.get(_kind(path), f'Known are {_known()}.')}")
     if path.stat().st_size == 0:
-        raise DataError(f"{source} is empty. It should hold rows with prompt, chosen and rejected.")
+        raise DataError(f"{name} is empty. It should hold rows with prompt, chosen and rejected.")
     try:
         with open_unpacked(path) as file:
-            yield from reader(file, path, on_broken)
+            yield from reader(file, Reading(path, on_broken, facts or FileFacts(), sheet))
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8 text (byte {first_bad_byte(path)}). Save it as UTF-8.") from error
+        raise DataError(f"{name} is not UTF-8 text (byte {first_bad_byte(path)}). Save it as UTF-8.") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{source}: broken gzip ({error}). Copy or download it again.") from error
+        raise DataError(f"{name}: broken gzip ({error}). Copy or download it again.") from error
     except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+        raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
 
 
 def near_file(path: Path) -> str:
@@ -151,60 +176,15 @@ def _known() -> str:
     return f"{', '.join(sorted(_READERS))}, and gzip of each"
 
 
-def _csv_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
-    csv.field_size_limit(1 << 30)  # answers are longer than the 128 KiB that the module allows
-    try:
-        text = as_text(file, newline="")
-        head = _header(text)
-        _refuse_other_separator(head, path)
-        header = [name.strip().strip('"') for name in head]
-        _refuse_twice_named(header, path)
-        # Written by hand, with a space after each comma: quotes begin behind it.
-        spaced = len(head) > 1 and all(name.startswith(" ") for name in head[1:])
-        cells = csv.reader(text, strict=True, skipinitialspace=spaced)
-        for number, row in enumerate(filter(None, cells), start=1):
-            if any(cell.strip() for cell in row[len(header) :]):  # a comma at the line's end alone is nobody's cell
-                error = DataError(f"{path}, row {number}: more cells than columns: quote texts that hold commas.")
-                tell_broken(on_broken, error, path, number, json.dumps(row, ensure_ascii=False))
-            else:
-                yield number, dict(itertools.zip_longest(header, row[: len(header)]))
-    except csv.Error as error:
-        raise DataError(f"{path}: broken CSV ({error}).") from error
-
-
-def _header(text: io.TextIOWrapper) -> list[str]:
-    """The names of the columns: the first line that is neither blank nor Excel's `sep=,`."""
-    for row in csv.reader(text, strict=True, skipinitialspace=False):
-        if any(cell.strip() for cell in row) and not (row[0].startswith("sep=") and not any(row[1:])):
-            return row
-    return []
-
-
-def _refuse_twice_named(columns: Sequence[str], path: Path) -> None:
-    """Raise `DataError` if two columns have one name: one of them would be lost."""
-    twice = [name for name, count in Counter(columns).items() if name and count > 1]
-    if twice:
-        raise DataError(f"{path} has two columns named {shown(twice[0])}. Rename or remove one of them.")
-
-
-def _refuse_other_separator(header: Sequence[str], path: Path) -> None:
-    """Raise `DataError` if the whole header is one column in which other separators stand: spreadsheets write those."""
-    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(header) == 1 and separator in header[0]:
-            raise DataError(
-                f"{path}: its header is one column, {shown(header[0][:80])}: its cells seem to stand between {name}. "
-                "Save it with commas between them."
-            )
-
-
-def _parquet_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(file: IO[bytes], reading: Reading) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.parquet
 
+    path = reading.path
     source = io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file  # its index is at the end
     try:
         number, stored = 0, pyarrow.parquet.ParquetFile(source)
-        _refuse_twice_named(stored.schema_arrow.names, path)
+        refuse_twice_named(stored.schema_arrow.names, path)
         for batch in stored.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
@@ -213,10 +193,14 @@ def _parquet_rows(file: IO[bytes], path: Path, on_broken: OnBroken | None = None
         raise DataError(f"{path}: broken Parquet ({(str(error).splitlines() or ['no detail'])[0]}).") from error
 
 
-_READERS: dict[str, Callable[[IO[bytes], Path, OnBroken | None], Iterator[tuple[int, Row]]]] = {
+_READERS: dict[str, Callable[[IO[bytes], Reading], Iterator[tuple[int, Row]]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,
-    ".csv": _csv_rows,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".xlsx": read_xlsx,
+    ".xlsm": read_xlsx,
+    ".ods": read_ods,
     ".parquet": _parquet_rows,
 }

@@ -8,23 +8,36 @@ import zlib
 from pathlib import Path
 from typing import IO, Any
 
+from lora_dpo.data.sheet_rows import sheet_size
+
+SHEETS = (".xlsx", ".xlsm", ".ods")
 ROW = 64
 """Bytes that a row counts beside its values: about what braces, names and quotes take as a line of JSON."""
 
 
 def unpacked_size(path: Path, limit: int) -> int:
-    """Bytes of a file's rows as they are when nothing is packed any more: gzip, and Parquet with its dictionaries.
+    """Bytes of a file's rows as they are when nothing is packed any more: gzip, Parquet with its dictionaries, sheets.
 
     Counting ends above `limit`. What is broken counts as far as it can be read: the reader says what is wrong.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = suffixes[-1:] == [".gz"]
-    parquet = ".parquet" in (suffixes[:-1] if packed else suffixes[-1:])
-    if not packed:
-        return _parquet_size(path, limit) if parquet else path.stat().st_size
-    content = io.BytesIO() if parquet else None
-    size = _gzip_size(path, limit, content)
-    return size if content is None or size > limit else _parquet_size(content, limit)
+    kind = "".join((suffixes[:-1] if packed else suffixes)[-1:])
+    inner = kind == ".parquet" or kind in SHEETS
+    if not packed and not inner:
+        return path.stat().st_size
+    content: IO[bytes] | None = io.BytesIO() if inner else None
+    if packed:
+        size = _gzip_size(path, limit, content)
+        if content is None or size > limit:
+            return size
+        return _inner_size(content, kind, limit)
+    with path.open("rb") as file:
+        return _inner_size(file, kind, limit)
+
+
+def _inner_size(content: IO[bytes], kind: str, limit: int) -> int:
+    return _parquet_size(content, limit) if kind == ".parquet" else sheet_size(content, kind, limit, ROW)
 
 
 def _gzip_size(path: Path, limit: int, content: IO[bytes] | None) -> int:
@@ -40,7 +53,7 @@ def _gzip_size(path: Path, limit: int, content: IO[bytes] | None) -> int:
     return size
 
 
-def _parquet_size(source: Path | IO[bytes], limit: int) -> int:
+def _parquet_size(source: IO[bytes], limit: int) -> int:
     """Parquet stores a text that repeats once, and a million rows of it in a few bytes: its own sizes say little."""
     import pyarrow
     import pyarrow.parquet

@@ -87,7 +87,13 @@ def write_both(sides: Sequence[Sequence[PreferencePair]], outs: Sequence[Path]) 
 
 
 def write_fixed(
-    sources: Sequence[str], diagnosis: Diagnosis, out: Path, *, format: str | None = None, min_gap: float | None = None
+    sources: Sequence[str],
+    diagnosis: Diagnosis,
+    out: Path,
+    *,
+    format: str | None = None,
+    min_gap: float | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Fixed:
     """Write what the doctor would keep to `out`, and every removed row with its reason to `out.dropped.jsonl`.
 
@@ -102,7 +108,7 @@ def write_fixed(
     dropped = dropped_of(out)
     rows = kept = removed = 0
     with _writers([out, dropped]) as (clean, rest):
-        for outcome in outcomes(sources, format=format, min_gap=min_gap, tolerant=True):
+        for outcome in outcomes(sources, format=format, min_gap=min_gap, columns=columns, tolerant=True):
             rows += outcome.rows
             reason = _reason(outcome, removals)
             if reason is None:

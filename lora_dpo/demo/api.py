@@ -16,6 +16,7 @@ from gradio.events import api as endpoint
 from lora_dpo.adapters.describe import describe
 from lora_dpo.adapters.exchange import install
 from lora_dpo.adapters.store import list_adapters
+from lora_dpo.config.column_names import parse_columns
 from lora_dpo.data import Message
 from lora_dpo.demo import downloads
 from lora_dpo.demo.conversation import ask, conversation_of
@@ -224,8 +225,9 @@ def _adapters(app_state: AppState) -> list[Any]:
 def _files(app_state: AppState) -> None:
     """Endpoints that take or give a file: Gradio moves files only through components, so there are hidden ones."""
 
-    def upload_pairs(path: str) -> str:
-        return app_state.pairs.take_in(Path(path), Path(path).name, app_state.tokenizer).name
+    def upload_pairs(path: str, columns: str = "") -> str:
+        named = parse_columns(columns) if columns.strip() else None
+        return app_state.pairs.take_in(Path(path), Path(path).name, app_state.tokenizer, named).name
 
     def export_pairs(name: str) -> str:
         return str(downloads.exported_pairs(app_state, name))
@@ -242,9 +244,10 @@ def _files(app_state: AppState) -> None:
 
     with gr.Column(visible=False):
         name, form = gr.Textbox(label="name"), gr.Textbox("gguf-adapter", label="form")
+        columns = gr.Textbox("", label="columns")
         given, made, place = gr.File(label="package"), gr.File(label="file"), gr.Textbox(label="place")
         button = cast(Any, gr.Button())
-        button.click(told(upload_pairs), given, place, api_name="upload_pairs")
+        button.click(told(upload_pairs), [given, columns], place, api_name="upload_pairs")
         button.click(told(export_pairs), name, made, api_name="export_pairs")
         button.click(told(pack), name, made, api_name="pack")
         button.click(told(install_package), given, place, api_name="install")

@@ -123,6 +123,7 @@ def findings(diagnosis: Diagnosis | None, report: ReadReport | None = None) -> s
         return note("There is no pair in this file.")
     read = report or diagnosis.report
     shown = [note(f"{read.summary()}, read as {read.read_as or 'no format'}; {diagnosis.prompts} different prompts.")]
+    shown += map(note, read.noted())
     if not diagnosis.findings:
         shown.append(note("The doctor finds nothing that would spoil a run.", kind="good"))
     for finding in diagnosis.findings.values():

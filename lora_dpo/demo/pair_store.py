@@ -14,22 +14,25 @@ import json
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lora_dpo.config.column_names import checked_columns
 from lora_dpo.data import Message, PreferencePair, ReadReport, read_pairs
 from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.data.doctor.examination import Diagnosis, examine
+from lora_dpo.data.formats.registry import format_of
 from lora_dpo.data.formats.trl import checked_pair
 from lora_dpo.data.messages import BadRow
 from lora_dpo.data.read import outcomes
 from lora_dpo.data.row_reading import Row
+from lora_dpo.data.rows import read_rows
 from lora_dpo.data.unpacked import unpacked_size
 from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.demo.votes import VoteLog
-from lora_dpo.errors import DataError
+from lora_dpo.errors import DataError, UnclearColumns
 from lora_dpo.files import numbered
 from lora_dpo.journal import rewrite_durably
 from lora_dpo.model.tensor_file import State, state_of
@@ -44,7 +47,7 @@ MAX_UPLOAD = 64 << 20
 """Bytes of a file of pairs or prompts, unpacked. More is for the command line."""
 PLANNED = 3600.0
 """Seconds that a page may take from the plan of a run to its start."""
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".gz")
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".xlsm", ".ods", ".parquet", ".gz")
 PROMPT_KINDS = (*KINDS, ".txt")
 
 
@@ -95,23 +98,31 @@ class PairStore:
             raise DataError(f"There are no pairs called {plain(name)}. Vote, or upload some.")
         return self.book.path if name == VOTES else self.uploads / f"{name}.jsonl"
 
-    def take_in(self, path: Path, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Import:
+    def take_in(
+        self,
+        path: Path,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> Import:
         """Read an uploaded file in any known form and keep its pairs in the canonical form.
 
         Args:
             name: what the file is called by its owner; only letters, digits, `-`, `_` and dots of it are kept.
+            columns: names of columns by what they are, for a file with names of its own.
 
         Raises:
+            UnclearColumns: which column is what cannot be told.
             DataError: it is too large, of another kind, or holds no usable pair.
         """
         check_upload(path, name, KINDS)
-        with self._doctor:
-            diagnosis = examine([str(path)], tokenizer=tokenizer)
-        found = [pair for outcome in outcomes(str(path), tolerant=True) for pair in outcome.pairs]
-        if not found:
-            why = next((reason for reason, _ in diagnosis.report.reasons()), "no rows")
-            raise DataError(f"{plain(Path(name).name)} holds no usable pair: {why}.")
-        # The place that an upload lay in for a moment says nothing to anyone.
+        with self._doctor, _named_as_by_its_owner(path, name):
+            named = _checked(columns or {})
+            diagnosis = examine([str(path)], tokenizer=tokenizer, columns=named)
+            read = outcomes(str(path), columns=named, tolerant=True)
+            found = [pair for outcome in read for pair in outcome.pairs]
+            if not found:
+                _refuse_without_pairs(path, diagnosis)
         pairs = [replace(pair, origin=replace(pair.origin, source=Path(name).name)) for pair in found]
         with self.book.held():  # two uploads of one name must not take the same place
             taken = set(map(str.casefold, self.names()))  # many disks do not tell A from a
@@ -202,6 +213,36 @@ class PairStore:
             if any(now.get(line) != mark for line, mark in expected.items()):
                 raise DataError("This pair was changed or removed meanwhile. Look at the list again.")
             rewrite_durably(path, lambda line, row: new if line in expected else row)
+
+
+def _checked(columns: Mapping[str, str]) -> dict[str, str]:
+    try:
+        return checked_columns(columns)
+    except ValueError as error:
+        raise DataError(f"{str(error).removesuffix('.')}. Choose another column.") from None
+
+
+def _refuse_without_pairs(path: Path, diagnosis: Diagnosis) -> NoReturn:
+    """Say why a file holds no pair; where no format knew its rows, their columns can be named."""
+    report = diagnosis.report
+    why = next((reason for reason, _ in report.reasons()), "no rows")
+    text = f"{path} holds no usable pair: {why}."
+    if set(report.formats) == {format_of({}).title}:
+        _, row = next(read_rows(str(path), on_broken=lambda *broken: None))
+        raise UnclearColumns(text, columns=tuple(map(str, row)))
+    raise DataError(text)
+
+
+@contextlib.contextmanager
+def _named_as_by_its_owner(path: Path, name: str) -> Iterator[None]:
+    """The place that an upload lay in for a moment says nothing to anyone: errors name the file as it was called."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error).replace(str(path), plain(Path(name).name))
+        if isinstance(error, UnclearColumns):
+            raise UnclearColumns(text, columns=error.columns, guess=error.guess) from None
+        raise DataError(text) from None
 
 
 def check_upload(path: Path, name: str, kinds: Sequence[str]) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from lora_dpo.demo import column_pickers
 from lora_dpo.demo.downloads import exported_pairs
 from lora_dpo.demo.handlers import PRIVATE, Update, red_line, told
 from lora_dpo.demo.html import findings, note, text_block
 from lora_dpo.demo.pair_store import Entry
 from lora_dpo.demo.session import AppState
-from lora_dpo.errors import DataError, LoraDPOError
+from lora_dpo.errors import DataError, LoraDPOError, UnclearColumns
 
 SHOWN = 200
 """Pairs in the list; the search finds the others."""
@@ -34,6 +36,7 @@ class Parts:
     take: gr.Button
     refused: gr.HTML
     """Why an upload was refused."""
+    columns: column_pickers.Pickers
     file: gr.File
     doctor: gr.HTML
     search: gr.Textbox
@@ -48,7 +51,7 @@ class Parts:
 def build(app_state: AppState, item: gr.Tab) -> gr.Dropdown:
     """Lay the tab out and connect it; returns the picker of files."""
     parts = _layout(app_state)
-    tab = Tab(app_state, parts.refused)
+    tab = Tab(app_state, parts.refused, parts.columns)
     picked = gr.State(None)
     # Of an error Gradio writes over what shows the progress: that is not to be the pairs.
     private: dict[str, Any] = {"show_progress_on": parts.doctor, **PRIVATE}
@@ -60,7 +63,9 @@ def build(app_state: AppState, item: gr.Tab) -> gr.Dropdown:
     parts.name.change(tab.show, at, everything, **private)
     item.select(tab.show, at, everything, **private)  # others may have voted meanwhile
     parts.search.submit(tab.find, at, [*parts.listed, *editing], **quiet)
-    parts.load.upload(tab.bring, parts.load, [parts.name, *everything, parts.refused], **private)
+    brought, columns = [parts.name, *everything, parts.refused, *parts.columns.outputs], parts.columns
+    parts.load.upload(tab.bring, parts.load, brought, **private)
+    columns.read.click(tab.bring_as, [columns.waiting, *columns.choices], brought, **private)
     parts.take.click(tab.export, parts.name, parts.file, **quiet)
     parts.listed[0].select(tab.pick, parts.name, [*editing, parts.earlier, *parts.texts], **quiet)
     save.click(tab.mend, [*at, picked, *parts.texts], everything, **private)
@@ -77,6 +82,7 @@ def _layout(app_state: AppState) -> Parts:
         load = gr.UploadButton("Upload pairs", size="md", elem_id="data-upload", scale=1, min_width=140)
         take = gr.Button("Export", size="md", elem_id="data-export", scale=1, min_width=110)
     refused = gr.HTML("", elem_id="data-refused", elem_classes="refused")
+    columns = column_pickers.build()
     file = gr.File(label="Exported, in the canonical form", visible=False, elem_id="data-file", interactive=False)
     with gr.Accordion("What the doctor says", open=True):
         doctor = gr.HTML(note("Vote, or upload pairs, and they are looked through here."), elem_id="data-doctor")
@@ -97,7 +103,7 @@ def _layout(app_state: AppState) -> Parts:
         elem_id="data-table",
     )
     count = gr.HTML(note(""), elem_id="data-count")
-    return Parts(name, load, take, refused, file, doctor, search, (table, count), *_editor())
+    return Parts(name, load, take, refused, columns, file, doctor, search, (table, count), *_editor())
 
 
 Editor = tuple[gr.Column, gr.HTML, tuple[gr.Textbox, gr.Textbox, gr.Textbox], tuple[gr.Button, gr.Button, gr.Button]]
@@ -120,8 +126,8 @@ def _editor() -> Editor:
 class Tab:
     """The tab's handlers."""
 
-    def __init__(self, app_state: AppState, refused: gr.HTML) -> None:
-        self.app_state, self.refused = app_state, refused
+    def __init__(self, app_state: AppState, refused: gr.HTML, columns: column_pickers.Pickers) -> None:
+        self.app_state, self.refused, self.columns = app_state, refused, columns
         self.first_look: dict[str, tuple[int, str]] = {}
         """What the doctor said of an upload as it came, rows that are no pairs included, until the file is changed."""
 
@@ -155,9 +161,27 @@ class Tab:
         if path is None:
             raise DataError("No file came. Choose one.")
         try:
-            taken = self.app_state.pairs.take_in(Path(path), Path(path).name, self.app_state.tokenizer)
+            return *self._taken(path, None), *column_pickers.hidden()
+        except UnclearColumns as unclear:  # the list and what the doctor says of it stay as they are
+            return {self.refused: "", **self._asked(path, unclear)}
         except LoraDPOError as error:
             return {self.refused: red_line(error)}
+
+    @told
+    def bring_as(self, path: str | None, *choices: str | None) -> State | Update:
+        """Take the upload in that waits for its columns."""
+        if path is None:
+            raise DataError("No file waits for its columns. Upload one.")
+        try:
+            return *self._taken(path, column_pickers.picked(choices)), *column_pickers.hidden()
+        except LoraDPOError as error:
+            return {self.refused: red_line(error)}
+
+    def _asked(self, path: str, unclear: UnclearColumns) -> Update:
+        return dict(zip(self.columns.outputs, column_pickers.asked(path, unclear), strict=True))
+
+    def _taken(self, path: str, columns: Mapping[str, str] | None) -> State:
+        taken = self.app_state.pairs.take_in(Path(path), Path(path).name, self.app_state.tokenizer, columns)
         said = findings(taken.diagnosis, taken.report)
         self.first_look[taken.name] = (self.app_state.pairs.path_of(taken.name).stat().st_mtime_ns, said)
         choices = gr.update(choices=self.app_state.pairs.names(), value=taken.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from lora_dpo.adapters.passport import check_folder, read_passport
 from lora_dpo.data import PreferencePair, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.data.prompts import Prompt
+from lora_dpo.data.rows import file_of
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.evaluation.intervals import Interval, length_controlled, mean, rate
@@ -56,6 +57,8 @@ class AssessPlan:
     votes: str | None = None
     text: str | None = None
     """A file of plain text, for perplexity."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Columns of the data by what they are, as for `read_pairs`."""
 
 
 def assess(
@@ -123,8 +126,11 @@ def trained_on(adapter: Path, data: Sequence[str]) -> tuple[str, ...]:
     passport = read_passport(adapter)
     hashes = passport.data.get("train", {}).get("sha256", {}) if passport else {}
     known = {sha for sha in hashes.values() if sha}
+    files = {one: file_of(one) for one in data}
     return tuple(
-        one for one in data if (sha256_of(Path(one)) in known if Path(one).is_file() else hashes.get(one, "") is None)
+        one
+        for one, file in files.items()
+        if (sha256_of(file) in known if file.is_file() else hashes.get(one, "") is None)
     )
 
 
@@ -145,7 +151,9 @@ class _Work:
         return lambda done: self.emit(Progress(stage, min(done, total), total))
 
     def read(self, data: Sequence[str]) -> tuple[list[PreferencePair], list[TokenPair]]:
-        pairs, report = read_pairs(list(data))
+        pairs, report = read_pairs(list(data), columns=self.plan.columns)
+        for line in report.noted():
+            self.emit(Note(f"held-out data: {line}"))
         tokenizer = self.policy.base.tokenizer
         tokens, dropped = tokenize_pairs(tokenizer, pairs, max_length=self.plan.max_length)
         report.dropped.extend(dropped)

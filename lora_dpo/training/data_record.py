@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo import places
 from lora_dpo.adapters.passport import PASSPORT, Passport, parse_passport
 from lora_dpo.config.recipe import Recipe
+from lora_dpo.data.rows import file_of
 from lora_dpo.errors import AdapterError
 from lora_dpo.files import numbered, sha256_of
 
@@ -43,7 +44,7 @@ def _record(run: Run, which: str, sources: list[str]) -> dict[str, Any]:
 
 def _sha256(source: str) -> str | None:
     """Of a file; None for a folder and a hub data set."""
-    return sha256_of(Path(source)) if Path(source).is_file() else None
+    return sha256_of(file_of(source)) if file_of(source).is_file() else None
 
 
 def changed_data(recipe: Recipe, name: str, output: Path) -> tuple[str, str] | None:

@@ -180,7 +180,7 @@ def _read_answers(run: Run) -> list[tuple[Message, ...]]:
     _warn_of_leaks(run, votes, held_out)
     run.held_out_answers = _tokenize_votes(run, "eval", held_out)
     if data.format != DEMONSTRATIONS:
-        made = outcomes(data.eval or data.train, format=data.format)
+        made = outcomes(data.eval or data.train, format=data.format, columns=data.columns, wanted="answers")
         asked = {prompt_text(vote.prompt) for vote in held_out}
         found = [pair for outcome in made for pair in outcome.pairs if prompt_text(pair.prompt) in asked]
         run.apart = found if apart else []
@@ -206,7 +206,9 @@ def _set_apart(run: Run, rows: list[Made]) -> tuple[list[Made], list[Made]]:
 def _read_votes(run: Run, which: str, sources: str | list[str]) -> list[UnpairedAnswer]:
     data = run.recipe.data
     good_only = run.recipe.method == "sft"
-    votes, report = read_answers(sources, good_only=good_only, on_bad_row=data.on_bad_row, format=data.format)
+    votes, report = read_answers(
+        sources, good_only=good_only, on_bad_row=data.on_bad_row, format=data.format, columns=data.columns
+    )
     run.reports[which] = report
     return votes
 
@@ -232,7 +234,9 @@ def _tokenize_votes(run: Run, which: str, votes: Sequence[UnpairedAnswer]) -> li
 def _read(run: Run, which: str, sources: str | list[str]) -> list[PreferencePair]:
     data = run.recipe.data
     min_gap = data.min_gap if which == "train" else None  # held-out pairs may have no scores
-    pairs, report = read_pairs(sources, on_bad_row=data.on_bad_row, format=data.format, min_gap=min_gap)
+    pairs, report = read_pairs(
+        sources, on_bad_row=data.on_bad_row, format=data.format, min_gap=min_gap, columns=data.columns
+    )
     run.reports[which] = report
     return pairs
 

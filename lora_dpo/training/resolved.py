@@ -47,6 +47,8 @@ def run_lines(run: Run) -> Iterator[tuple[str, str]]:
         apart = which == "eval" and run.recipe.data.hold_out is not None
         how = "held out of the training data" if apart else f"read as {report.read_as}"
         yield f"{which} data", f"{report.summary(run.unit)}, {how}"
+        if not apart:
+            yield from (("", line) for line in report.noted())
     if run.train:
         yield "tokens", _token_line(run.train)
         lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in run.train]

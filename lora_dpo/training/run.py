@@ -137,8 +137,7 @@ def _leave(partial: Path) -> None:
 
 
 def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
-    data, method = run.recipe.data, run.recipe.method
-    odd = findings(data.train, run.reports["train"].rows, data.format, method)
+    odd = findings(run.recipe.data, run.reports["train"].rows, run.recipe.method)
     base = base or _load(run)
     model = _attach(base, run.recipe, seed=run.settings["seed"])
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id

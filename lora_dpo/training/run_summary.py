@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.stored_run import MEASURED
+from lora_dpo.config.recipe import DataSection
+from lora_dpo.data.columns import Wanted
 from lora_dpo.data.doctor.examination import examine
 from lora_dpo.events import Event, OnEvent, Progress
 from lora_dpo.model.device import peak_of_process
@@ -113,13 +115,13 @@ OF_VOTES: dict[str, dict[str, str]] = {
 """The same with bad answers beside the good ones."""
 
 
-def findings(
-    sources: str | Sequence[str], rows: int, format: str | None, method: str = "dpo"
-) -> list[dict[str, Any]] | None:
+def findings(data: DataSection, rows: int, method: str = "dpo") -> list[dict[str, Any]] | None:
     """What the doctor finds in the training data; None if there is too much of it to look at again."""
     if rows > MOST_ROWS:
         return None
-    diagnosis = examine([sources] if isinstance(sources, str) else list(sources), format=format)
+    sources = [data.train] if isinstance(data.train, str) else data.train
+    wanted: Wanted = "pairs" if method == "dpo" else "answers"
+    diagnosis = examine(sources, format=data.format, columns=data.columns, wanted=wanted)
     kept = ("check", "severity", "title", "count", "meaning", "advice")
     found = [{key: one[key] for key in kept} for one in diagnosis.as_json()["findings"]]
     if method == "dpo":

@@ -830,7 +830,7 @@ def test_a_forced_form_says_what_a_row_lacks(tmp_path):
 
 
 def test_another_text_column_is_never_taken_for_no_prompt(tmp_path):
-    row = {"my_prompt": "Why?", "chosen": "It is so.", "rejected": "It is not."}
+    row = {"my_text": "Why?", "chosen": "It is so.", "rejected": "It is not."}
     with pytest.raises(DataError, match="without 'prompt'"):
         read_pairs(write(tmp_path / "a.jsonl", row))
 
@@ -921,7 +921,7 @@ def test_a_gzip_of_each_kind_reads_like_the_file(tmp_path):
         ("a.jsonl.gz", gzip.compress(b'{"prompt": \n', mtime=0), "line 1: broken JSON"),
         ("a.txt.gz", gzip.compress(b"x", mtime=0), "unknown kind of file"),
         ("a.parquet.gz", gzip.compress(b"x", mtime=0), "broken Parquet"),
-        ("a.csv.gz", gzip.compress(b"caf\xe9", mtime=0), "is not UTF-8 text (byte 3)"),
+        ("a.csv.gz", gzip.compress("é,é,é\n".encode() + b"\xe9", mtime=0), "is not UTF-8 text (byte 9)"),
     ],
 )
 def test_a_broken_gzip_says_so(tmp_path, name, content, message):

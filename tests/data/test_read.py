@@ -93,7 +93,8 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, suffix, row):
     pairs, report = read_pairs(str(path))
     assert [list(pairs[0].prompt), list(pairs[0].chosen), list(pairs[0].rejected)] == list(EXPECTED)
     assert pairs[1].chosen[0]["content"] in ('Ünï, "quoted"\nand 🙂', "Ü\n🙂")
-    assert [pair.origin.row for pair in pairs] == [1, 2]
+    first = 2 if suffix == ".csv" else 1  # of a table as a spreadsheet shows it, below the header
+    assert [pair.origin.row for pair in pairs] == [first, first + 1]
     assert (report.rows, report.kept) == (2, 2)
 
 
@@ -139,12 +140,12 @@ def test_a_short_csv_row_is_dropped_for_what_it_lacks(tmp_path):
 def test_a_csv_row_with_an_unquoted_comma_is_never_read_as_other_answers(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected\nHi,Yes,No\nWhy?,Yes, of course,No\nHo,Yes,No\n")
-    with pytest.raises(DataError, match=r"pairs\.csv, row 2: more cells than columns: quote texts that hold commas"):
+    with pytest.raises(DataError, match=r"pairs\.csv, row 3: more cells than columns: quote texts that hold commas"):
         read_pairs(str(path))
     told = []
     rows = list(read_rows(str(path), on_broken=lambda *broken: told.append(broken)))
-    assert [number for number, _ in rows] == [1, 3]
-    assert told == [(2, "more cells than columns: quote texts that hold commas", '["Why?", "Yes", " of course", "No"]')]
+    assert [number for number, _ in rows] == [2, 4]
+    assert told == [(3, "more cells than columns: quote texts that hold commas", '["Why?", "Yes", " of course", "No"]')]
 
 
 def test_items_of_a_json_list_that_are_no_objects_are_told(tmp_path):
@@ -310,27 +311,30 @@ def test_a_mistyped_form_is_answered_with_the_nearest(tmp_path):
             b'{"version": 1, "data": [{"prompt": "Hi"}, {}]}',
             "a.json holds one object, not a list of rows. Its 'data' is a list of 2: save that list alone.",
         ),
-        ("a.csv", b"prompt;chosen;rejected\nHi;a;b\n", "a.csv: its header is one column, 'prompt;chosen;rejected'"),
-        ("a.csv", b"prompt;chosen;rejected\nHi;a, or c;b\n", "its cells seem to stand between semicolons."),
-        ("a.csv", b"prompt\tchosen\trejected\n", "its cells seem to stand between tabs. Save it with commas"),
         ("a.jsonl", b"[1]\n", "a.jsonl, row 1: expected an object, found list"),
         ("a.json", b'[{"prompt": "Hi"}, null]', "a.json, row 2: expected an object, found NoneType"),
         ("a.csv", b'prompt,chosen,rejected\n"a,b\n', "a.csv: broken CSV"),
         ("a.parquet", b"PAR1 but not really", "a.parquet: broken Parquet"),
         ("a.jsonl", b'{"prompt": "caf\xe9"}\n', "a.jsonl, line 1: not UTF-8 text (byte 15 of the file)"),
-        ("a.csv", "prompt,chosen\n".encode("utf-16"), "a.csv is not UTF-8"),
-        ("a.tsv", b"prompt\tchosen\n", "a.tsv: unknown kind of file. Known are .csv, .json, .jsonl, .ndjson, .parquet"),
+        ("a.csv", "prompt,chosen\n".encode("utf-16")[:-1], "a.csv: its text is no whole UTF-16 (truncated data)"),
+        ("a.csv", b"prompt\r\n\xc3\xa9t\xc3\xa9\xff\r\n", "a.csv is not UTF-8 text (byte 13). Save it as UTF-8"),
+        ("a.doc", b"x", "a.doc: unknown kind of file. Known are .csv, .json, .jsonl, .ndjson, .ods, .parquet, .tsv"),
+        ("a.xls", b"x", "a.xls: unknown kind of file. Save it as .xlsx, .ods or .csv."),
+        (
+            "a.txt",
+            b"a\tb\n",
+            "a.txt: unknown kind of file. If it is a table, as Excel's Unicode text is, give it a name",
+        ),
         ("a", b"text", "a: unknown kind of file"),
         ("a.jsonl", b"[" * 200_000 + b"\n", "a.jsonl, line 1: JSON nested too deeply"),
         ("a.jsonl", b"\n \n", "a.jsonl holds no usable pair: no rows"),
         ("a.json", b"[]", "a.json holds no usable pair: no rows"),
         ("a.csv", b"prompt,chosen,rejected\n", "a.csv holds no usable pair: no rows"),
-        ("a.csv", b"text\nHi,surplus\n", "a.csv, row 1: more cells than columns"),
-        ("a.csv", b"text\nHi\n", "a.csv holds no usable pair: without 'chosen' (columns: text)"),
+        ("a.csv", b"text\nHi,surplus\n", "a.csv, row 2: more cells than columns"),
+        ("a.csv", b"text\nHi\n", "a.csv: no column says that it is prompt or chosen or rejected. Its columns are"),
         ("a.jsonl", b'{"question": "Hi"}\n', "a.jsonl holds no usable pair: without 'chosen' (columns: question)"),
         ("a.csv", b"prompt,chosen,rejected,chosen\nHi,a,b,c\n", "a.csv has two columns named 'chosen'. Rename or"),
         ("a.csv", b"prompt,chosen, chosen,rejected\nHi,a,b,c\n", "a.csv has two columns named 'chosen'"),
-        ("a.csv", b"sep=;\nprompt;chosen;rejected\nHi;a;b\n", "its cells seem to stand between semicolons."),
         (
             "a.jsonl",
             b'\n{"prompt": "Hi", "chosen": "a", "chosen": "b"}\n',
@@ -339,8 +343,8 @@ def test_a_mistyped_form_is_answered_with_the_nearest(tmp_path):
         ("a.json", b'[{"prompt": [{"role": "user", "role": "system"}]}]', "an object has the key 'role' twice"),
         (
             "a.jsonl",
-            b'{"query": "Hi", "chosen_response": "a", "rejected_response": "b"}\n',
-            "without 'input', 'instruction' or 'prompt' (columns: chosen_response, query, rejected_response)",
+            b'{"text": "Hi", "chosen_response": "a", "rejected_response": "b"}\n',
+            "without 'input', 'instruction' or 'prompt' (columns: chosen_response, rejected_response, text)",
         ),
         (
             "a.jsonl",
@@ -374,19 +378,19 @@ def test_a_whole_table_in_one_object_is_said_to_be_one(tmp_path, name, orient, r
 
 
 @pytest.mark.parametrize(
-    "start",
+    ("start", "header"),
     [
-        b"sep=,\nprompt,chosen,rejected\n",
-        b"sep=,\r\nprompt,chosen,rejected\n",
-        b"\nprompt,chosen,rejected\n",
-        b"\r\n \nprompt,chosen,rejected\n",
-        b",,\nprompt,chosen,rejected\n",
-        b"\xef\xbb\xbfsep=,\nprompt,chosen,rejected\n",
-        b"prompt , chosen , rejected\n",
-        b'"prompt", "chosen", "rejected"\n',
+        (b"sep=,\nprompt,chosen,rejected\n", 1),
+        (b"sep=,\r\nprompt,chosen,rejected\n", 1),
+        (b"\nprompt,chosen,rejected\n", 2),
+        (b"\r\n \nprompt,chosen,rejected\n", 3),
+        (b",,\nprompt,chosen,rejected\n", 2),
+        (b"\xef\xbb\xbfsep=,\nprompt,chosen,rejected\n", 1),
+        (b"prompt , chosen , rejected\n", 1),
+        (b'"prompt", "chosen", "rejected"\n', 1),
     ],
 )
-def test_a_csv_as_spreadsheets_and_hands_write_it(tmp_path, start):
+def test_a_csv_as_spreadsheets_and_hands_write_it(tmp_path, start, header):
     path = tmp_path / "a.csv"
     after = b" " if b", " in start else b""
     path.write_bytes(start + b'Hi,%s"Hello, you",%sGo\n\nYo,%sHey,%s"No, ""you"""\n' % ((after,) * 4))
@@ -395,7 +399,7 @@ def test_a_csv_as_spreadsheets_and_hands_write_it(tmp_path, start):
         ("Hi", "Hello, you", "Go"),
         ("Yo", "Hey", 'No, "you"'),
     ]
-    assert [one.origin.row for one in read] == [1, 2]
+    assert [one.origin.row for one in read] == [header + 1, header + 3]  # as a spreadsheet shows them
 
 
 def test_a_space_that_a_cell_begins_with_stays_where_the_header_has_none(tmp_path):

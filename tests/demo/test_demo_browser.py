@@ -316,6 +316,26 @@ def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
     assert time.monotonic() - began < 20  # the abandoned answer would go on for a minute
 
 
+def test_the_columns_of_an_upload_are_picked_where_nobody_can_tell_them(browser, served, tmp_path):
+    app_state, address = served
+    me = Visitor(browser, address)
+    page = me.page
+    me.tab("Data")
+    (tmp_path / "mine.csv").write_text("Topic;Text one;Text two\nSay it.;Yes.;No.\nAgain.;Yes!;No!\n")
+    page.set_input_files(UPLOAD_PAIRS, tmp_path / "mine.csv")
+    me.wait_for("data-columns-said", "mine.csv: no column says that it is prompt or chosen or rejected.")
+    assert "--columns" not in me.text("data-columns-said")
+    assert str(tmp_path) not in me.text("data-columns-said")
+    for role, column in (("prompt", "Topic"), ("chosen", "Text two"), ("rejected", "Text one")):
+        page.fill(f"#data-column-{role} input", column)
+        page.press(f"#data-column-{role} input", "Enter")
+    page.click("#data-columns-read")
+    me.wait_for("data-doctor", "2 pairs read")
+    assert "read 'Topic' as prompt, 'Text two' as chosen, 'Text one' as rejected" in me.text("data-doctor")
+    assert not page.locator("#data-columns").is_visible()
+    assert app_state.pairs.entries("mine")[0].texts == ("Say it.", "No.", "Yes.")
+
+
 @pytest.mark.slow
 def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
     app_state, address = served

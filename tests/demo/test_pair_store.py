@@ -6,17 +6,21 @@ import gzip
 import io
 import json
 import os
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from bounded import within
+from spreadsheets import as_ods, as_xlsx
 
 from lora_dpo.data import read_pairs
 from lora_dpo.data.unpacked import unpacked_size
+from lora_dpo.demo import column_pickers
+from lora_dpo.demo.html import findings
 from lora_dpo.demo.pair_store import KINDS, PairStore, check_upload, clean_name
 from lora_dpo.demo.votes import ShownAnswer
-from lora_dpo.errors import DataError
+from lora_dpo.errors import DataError, UnclearColumns
 
 
 @pytest.fixture
@@ -54,6 +58,64 @@ def test_an_upload_becomes_canonical_with_its_account(collection, taken):
     assert pairs[1].prompt[0] == {"role": "system", "content": "Be brief."}
     assert pairs[0].provenance == {"file": "My pairs (1).jsonl", "row": 1}  # never the path of a temporary folder
     assert str(path.parent) not in path.read_text()
+
+
+def test_a_spreadsheet_is_an_upload_like_others(collection, tmp_path):
+    rows = [
+        ("Frage", "besser", "schlechter", "Notiz"),
+        ("Wie?", "So.", "Weiß nicht.", "x"),
+        ("Wo?", "Hier.", "#NV", ""),
+    ]
+    for name, writer in (("a.xlsx", as_xlsx), ("b.ods", as_ods)):
+        taken = collection.take_in(Path(writer(tmp_path / name, {"S": rows})), f"Meine {name}")
+        assert taken.report.noted() == [
+            "read 'Frage' as prompt, 'besser' as chosen, 'schlechter' as rejected; not read: 'Notiz'"
+        ]
+        (entry,) = collection.entries(taken.name)
+        assert entry.texts == ("Wie?", "So.", "Weiß nicht.")
+        assert entry.pair.provenance == {"file": f"Meine {name}", "row": 2}
+        shown = findings(taken.diagnosis, taken.report)
+        assert "read &#x27;Frage&#x27; as prompt" in shown
+        assert "chosen is an error of the spreadsheet" not in shown  # it is the rejected one
+        assert "rejected is an error of the spreadsheet (#NV)" in shown
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_upload_whose_columns_cannot_be_told_says_which_there_are_and_takes_them_by_name(collection, tmp_path, kind):
+    text = "Q,A,B\nWhy?,So.,Not so.\n" if kind == "csv" else json.dumps({"Q": "Why?", "A": "So.", "B": "Not so."})
+    path = upload(tmp_path, text, f"0123.{kind}")
+    with pytest.raises(UnclearColumns) as caught:
+        collection.take_in(path, f"mine.{kind}")
+    assert caught.value.columns == ("Q", "A", "B")
+    assert str(caught.value).startswith(f"mine.{kind}")
+    assert str(tmp_path) not in str(caught.value)
+    assert "--columns" not in caught.value.problem
+    assert collection.names() == []
+    for named, says in (
+        ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "'A' cannot be both chosen and rejected. Choose another"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "C"}, "there is no column 'C', which is to be rejected."),
+    ):
+        with pytest.raises(DataError, match=says):
+            collection.take_in(path, f"mine.{kind}", columns=named)
+    taken = collection.take_in(path, f"mine.{kind}", columns={"prompt": "Q", "chosen": "B", "rejected": "A"})
+    assert collection.entries(taken.name)[0].texts == ("Why?", "Not so.", "So.")
+
+
+def test_the_pickers_are_filled_with_what_may_be_meant_and_what_is_picked_is_named():
+    unclear = UnclearColumns("a.csv: unclear. Name them: …", columns=("Q", "Good", "Best"), guess={"chosen": "Good"})
+    shown = column_pickers.asked("/place/a.csv", unclear)
+    assert [pick["value"] for pick in shown[2:5]] == [None, "Good", None]
+    assert [pick["choices"] for pick in shown[2:8:5]] == [["Q", "Good", "Best"], ["(none)", "Q", "Good", "Best"]]
+    assert len(shown) == len(column_pickers.hidden())
+    none = column_pickers.NONE
+    assert column_pickers.picked(["Q", "Good", "Best", none, none, "Q2"]) == {
+        "prompt": "Q",
+        "chosen": "Good",
+        "rejected": "Best",
+        "system": "Q2",
+    }
+    with pytest.raises(DataError, match="No column is chosen for: Worse answer"):
+        column_pickers.picked(["Q", "Good", None, none, none, none])
 
 
 def test_a_second_upload_of_the_same_name_takes_another(collection, taken, tmp_path):
@@ -203,6 +265,19 @@ def test_what_is_counted_of_parquet_is_about_its_values(tmp_path):
     assert 0.9 * as_json < counted < 1.6 * as_json
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "pairs.parquet").read_bytes()[:-50])
     assert unpacked_size(tmp_path / "broken.parquet", 64 << 20) == 0  # the reader says what is wrong
+
+
+@pytest.mark.parametrize("kind", [".xlsx", ".ods"])
+def test_a_small_spreadsheet_that_holds_much_is_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_dpo.demo.pair_store.MAX_UPLOAD", 1 << 20)
+    rows = [("prompt", "chosen", "rejected"), *[("x" * 20_000, "a", "b")] * (200 if kind == ".xlsx" else 1)]
+    cell = f"<table:table-cell><text:p>{'x' * 20_000}</text:p></table:table-cell>"
+    many = f'<table:table-row table:number-rows-repeated="999999">{cell}</table:table-row>'
+    path = tmp_path / f"pairs{kind}"
+    as_xlsx(path, {"S": rows}) if kind == ".xlsx" else as_ods(path, {"S": rows}, tail=many)
+    assert path.stat().st_size < 20_000
+    with within(2), pytest.raises(DataError, match="unpacks to more than that; at most 1 MB"):
+        check_upload(path, path.name, KINDS)
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_a_prompt_is_asked_although_its_answers_make_no_pair(row):
 def test_rows_without_a_prompt_are_left_out_and_counted():
     rows = [
         {"question": "yes?", "chosen": "yes", "rejected": "no"},
-        {"question": "b?"},
+        {"text": "b?"},
         {"prompt": " "},
         {"chosen": "a", "rejected": "a"},
         {"prompt": "yes?"},
@@ -259,7 +259,7 @@ def test_a_limit_is_spread_over_the_file():
         (
             "p.csv",
             b"prompt,accepted\na,\"['b', 'c']\"\n",
-            "row 1: 'accepted' must be a text or a list of texts, in CSV a",
+            "row 2: 'accepted' must be a text or a list of texts, in a table a",
         ),
     ],
 )

@@ -2,7 +2,6 @@
 
 catalogue         what each finding does to DPO, and what to do about it
 checks            how each of them is looked for
-language          the language of a text, silent when unsure
 near_duplicates   pairs with almost the same words, in one pass
 statistics        lengths, length bias, label noise
 examination       one pass over the data that puts all of it together

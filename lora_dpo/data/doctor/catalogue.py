@@ -37,7 +37,7 @@ _CHECKS = (
         "error",
         "rows with missing or malformed fields",
         "They are left out of training; many of them mean that the format was not recognised.",
-        "Compare the columns with those of: lora-dpo docs data, or name the format with --format.",
+        "Compare the columns with those of: lora-dpo docs data; name them with --columns, or the format with --format.",
         removes=True,
     ),
     Check(

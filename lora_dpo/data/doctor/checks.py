@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_dpo.data.chat_template import Message
-from lora_dpo.data.doctor.language import differ
+from lora_dpo.data.language import differ
 from lora_dpo.data.pairs import PreferencePair
 
 _BOS = (

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.chat_template import Message, prompt_ids
+from lora_dpo.data.columns import Wanted
 from lora_dpo.data.doctor.catalogue import CHECKS, Check
 from lora_dpo.data.doctor.checks import Texts, ends_with_marker, prompt_text, special_findings, text_findings
-from lora_dpo.data.doctor.language import language_of
 from lora_dpo.data.doctor.near_duplicates import NearDuplicates
 from lora_dpo.data.doctor.statistics import LengthBias, Noise, length_bias, percentiles
+from lora_dpo.data.language import language_of
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.read import account, outcomes
 from lora_dpo.data.tokenize import special_tokens, tokenize_pair
@@ -102,6 +103,7 @@ class Diagnosis:
             "dropped": len(self.report.dropped),
             "dropped_reasons": dict(self.report.reasons()),
             "read_as": dict(self.report.formats),
+            "notes": self.report.notes,
             "different_prompts": self.prompts,
             "pairs_with_scores": self.scored,
             "findings": [_finding_as_json(finding) for finding in self.findings.values()],
@@ -139,6 +141,8 @@ def examine(
     *,
     format: str | None = None,
     min_gap: float | None = None,
+    columns: Mapping[str, str] | None = None,
+    wanted: Wanted = "pairs",
     held_out: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = 1024,
@@ -147,6 +151,8 @@ def examine(
     """Look at preference data as a run would read it.
 
     Args:
+        columns: names of columns by what they are, as for `read_pairs`.
+        wanted: "answers" if rows with one answer are no mistake.
         held_out: data whose prompts must not be among those of `sources`.
         tokenizer: also look at pairs as the model will read them; lengths are in tokens then.
         max_length: longest sequence in tokens; used with a tokenizer.
@@ -154,11 +160,14 @@ def examine(
 
     Raises:
         DataError: a source cannot be read at all.
+        UnclearColumns: what a table's columns are cannot be told, or one that is named is not there.
         ConfigError: there is no format of that name.
     """
-    doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, format))
+    doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, format, columns))
     report = doctor.found.report
-    for outcome in outcomes(sources, format=format, min_gap=min_gap, tolerant=True):
+    for outcome in outcomes(
+        sources, format=format, min_gap=min_gap, columns=columns, wanted=wanted, tolerant=True, on_note=report.note
+    ):
         account(report, outcome)
         for dropped in outcome.dropped:
             doctor.note(_OF_KIND.get(dropped.kind, dropped.kind), dropped.origin, dropped.reason)
@@ -174,13 +183,13 @@ def prompt_key(prompt: Sequence[Message]) -> int:
     return hash(prompt_text(prompt))
 
 
-def _prompts_of(sources: Sequence[str], format: str | None) -> set[int]:
+def _prompts_of(sources: Sequence[str], format: str | None, columns: Mapping[str, str] | None) -> set[int]:
     """Keys of all prompts: of pairs, and of votes that made none, since these too are measured on."""
     found: set[int] = set()
     for source in sources:
         asked = [
             prompt_key(prompt)
-            for outcome in outcomes(source, format=format, tolerant=True)
+            for outcome in outcomes(source, format=format, columns=columns, tolerant=True)
             for prompt in (*(pair.prompt for pair in outcome.pairs), *outcome.asked)
         ]
         if not asked:

@@ -46,6 +46,14 @@ ANSWERS = ("completion", "output", "response", "answer")
 """Columns that hold one answer."""
 
 
+def is_demonstration(row: Row) -> bool:
+    """True for a row with one answer: a conversation, or a prompt beside it."""
+    if row.get("messages") is not None or row.get("conversations") is not None:
+        return True
+    asked = any(row.get(name) is not None for name in ("prompt", "instruction"))
+    return asked and any(row.get(name) is not None for name in ANSWERS)
+
+
 def prompt_and_answer(row: Row) -> tuple[Messages, Messages]:
     """The two parts of a row with one answer: `prompt` or `instruction` with an answer column, or a conversation.
 

@@ -23,6 +23,7 @@ def lines(planned: Plan) -> Iterator[tuple[str, str]]:
         why = reasons_text(rows.dropped.items())
         dropped = sum(rows.dropped.values())
         yield f"{which} data", f"{counted(rows.pairs, 'pair')} read, {dropped:,} dropped" + (f" ({why})" if why else "")
+        yield from (("", note) for note in rows.notes)
     if memory.activations is None:
         yield "tokens", f"{tokens.padded:,} in the run, padded"
     else:

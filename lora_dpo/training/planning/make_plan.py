@@ -79,7 +79,7 @@ def plan_answers(recipe: Recipe, *, on_event: OnEvent | None = None) -> AnswersP
         run = prepare(recipe, Path(recipe.output or places.adapters() / "plan"), emit, StopSignal())
         costs = _costs(run, {}, ())
         cost = costs.footprint(_choice(costs))
-    data = {which: Rows(report.rows, report.kept, dict(report.reasons())) for which, report in run.reports.items()}
+    data = {which: Rows.of(report) for which, report in run.reports.items()}
     adapter = cost.trainable * bytes_per_trainable(run)
     return AnswersPlan(
         method=recipe.method,
@@ -255,7 +255,7 @@ def _plan(costs: Costs, choice: Choice, notes: list[str]) -> Plan:
     return Plan(
         model=run.recipe.model.name,
         machine=costs.machine,
-        data={which: Rows(report.rows, report.kept, dict(report.reasons())) for which, report in run.reports.items()},
+        data={which: Rows.of(report) for which, report in run.reports.items()},
         tokens=tokens,
         steps=steps,
         memory=memory,

@@ -9,6 +9,7 @@ from lora_dpo.training.planning.loading import Loading
 from lora_dpo.training.planning.memory_plan import Fix, Machine, Memory
 
 if TYPE_CHECKING:
+    from lora_dpo.data import ReadReport
     from lora_dpo.training.planning.dry_run import DryRun
 
 
@@ -19,6 +20,13 @@ class Rows:
     rows: int
     pairs: int
     dropped: dict[str, int]
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the files were read."""
+
+    @classmethod
+    def of(cls, report: ReadReport) -> Rows:
+        """The account of one reading."""
+        return cls(report.rows, report.kept, dict(report.reasons()), tuple(report.noted()))
 
 
 @dataclass(frozen=True)

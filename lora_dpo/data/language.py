@@ -28,6 +28,8 @@ _SMALL_WORDS = {
     "Swedish": "och att det är som en på för med inte jag av till den har om",
     "Polish": "w nie na że się jest z jak dla ale po przez od są tym ze już lub przy tak",
 }
+LANGUAGES = tuple(_SMALL_WORDS)
+"""The languages that are told by their words."""
 _LANGUAGES: dict[str, tuple[str, ...]] = {
     word: tuple(language for language, words in _SMALL_WORDS.items() if word in words.split())
     for words in _SMALL_WORDS.values()
