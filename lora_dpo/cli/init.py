@@ -83,8 +83,6 @@ def recipe_of(given: Path, overrides: Sequence[str] | None, model: str | None, p
     Raises:
         ConfigError: --model and --preset beside a recipe, which says that itself; or a folder of something else.
     """
-    from lora_dpo.training.drafting.from_pairs import begun
-
     if not _is_data(given):
         if model is not None or preset is not None:
             option = "--preset" if model is None else "--model"
@@ -93,6 +91,8 @@ def recipe_of(given: Path, overrides: Sequence[str] | None, model: str | None, p
             )
             raise ConfigError(f"{option} goes with a file of pairs. The recipe {given} says it itself: {instead}.")
         return given
+    from lora_dpo.training.drafting.from_pairs import begun
+
     there = begun(str(given))
     if there is None:
         made = _begin(str(given), model, preset, None, overrides or ())

@@ -217,6 +217,41 @@ def test_with_a_model_its_tokenizer_and_its_size_decide_and_it_is_planned(run, s
     assert "by the tokenizer of" in " ".join(Path("pairs.yaml").read_text().split())
 
 
+def test_what_does_not_fit_is_made_to_fit_in_the_recipe_and_said(run, spreadsheet, tiny_model_folder, monkeypatch):
+    from dataclasses import replace
+
+    from lora_dpo.training.drafting import from_pairs
+    from lora_dpo.training.planning.memory_plan import Fix
+
+    real = from_pairs.plan
+
+    def too_large(recipe):
+        planned = real(recipe)
+        fix = Fix(("engine.split_pairs=true", "trainer.max_length=256"), 1 << 30, pairs_lost=0, pairs_cut=2)
+        return replace(planned, memory=replace(planned.memory, fits=False), fix=fix)
+
+    monkeypatch.setattr(from_pairs, "plan", too_large)
+    status, said, _ = run("init", spreadsheet(), "--model", tiny_model_folder)
+    assert status == 0
+    recipe = read_recipe("pairs.yaml")
+    assert (recipe.engine.split_pairs, recipe.trainer["max_length"]) == (True, 256)
+    text = Path("pairs.yaml").read_text()
+    assert "  # So that it fits into memory here.\n  split_pairs: true\n" in text
+    assert "  # So that it fits into memory here. Memory goes with the longest pair" in text
+    assert "It does not fit into" in said
+    assert "with: engine.split_pairs=true trainer.max_length=256 (written into the recipe)" in said
+
+
+def test_pairs_that_are_longer_than_the_base_can_read_are_said_to_be_cut(run, tiny_model_folder):
+    rows = "".join(f"What is {number}?,{'so ' * 300}{number},no\n" for number in range(12))
+    Path("pairs.csv").write_text("prompt,chosen,rejected\n" + rows)
+    said = run("init", "pairs.csv", "--model", tiny_model_folder)[1]
+    assert read_recipe("pairs.yaml").trainer["max_length"] == 512  # its max_position_embeddings
+    assert (
+        "warning: Pairs of more than 512 tokens are cut at the end of their answers: lora-dpo plan pairs.yaml" in said
+    )
+
+
 def test_a_model_that_is_not_there_is_told_and_nothing_is_written(run, spreadsheet):
     status, _, said = run("init", spreadsheet(), "--model", "models/none")
     assert (status, files()) == (1, ["pairs.csv"])
@@ -331,6 +366,7 @@ def test_pairs_in_place_of_a_recipe_are_trained_on_and_the_next_time_by_the_reci
     status, said, err = run("train", spreadsheet(), named, *SMALL)
     assert status == 0, (said, err)
     assert "recipe pairs.yaml The next time: lora-dpo train pairs.yaml" in said
+    assert "36 steps" not in said  # one was asked for
     recipe = read_recipe("pairs.yaml")  # it says everything that was typed
     assert recipe.model.name == str(tiny_model_folder)
     assert (recipe.trainer["max_steps"], recipe.evaluation.max_new_tokens) == (1, 4)
@@ -351,6 +387,9 @@ def test_a_mistyped_setting_is_told_before_anything_is_written(run, spreadsheet)
     assert (status, files()) == (1, ["pairs.csv"])
     assert said.startswith("error: trainer.betta is not a field of TRL's DPOConfig. Did you mean beta?")
     assert run("train", "pairs.csv", "lora.rnak=1")[2].endswith("lora.rnak is not a setting. Did you mean lora.rank?\n")
+    assert run("train", "pairs.csv", "data.train=other.csv")[2] == (
+        "error: pairs.csv is what data.train names. Leave data.train= out, or give a recipe.\n"
+    )
     assert files() == ["pairs.csv"]
 
 

@@ -13,7 +13,7 @@ from lora_dpo.config.recipe import Recipe
 from lora_dpo.data import PreferencePair, read_pairs
 from lora_dpo.data.rows import is_readable
 from lora_dpo.data.write import hold_out_prompts
-from lora_dpo.errors import OutputError
+from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.files import atomic_file, refuse_existing, refuse_unwritable
 from lora_dpo.model.base import load_skeleton, load_tokenizer
 from lora_dpo.quiet import quiet_libraries
@@ -76,7 +76,9 @@ def begin(
     asked: dict[str, Any] = {"model": {"name": model or MODEL}, "data": {"train": source}}
     given = tuple(set_override(asked, override) for override in overrides)
     wished = check_recipe(asked, where=f"the recipe for {source}")
-    named = wished.model.name if "model.name" in given else model
+    if wished.data.train != source:
+        raise ConfigError(f"{source} is what data.train names. Leave data.train= out, or give a recipe.")
+    named = wished.model.name if model is not None or wished.model.name != MODEL else None
     pairs, report = read_pairs(source)
     prompts = prompts_of(pairs)
     hold_out = held_out_prompts(prompts) if not wished.data.has_held_out else wished.data.hold_out
@@ -86,9 +88,20 @@ def begin(
     settings = {"model": asked["model"], "data": data_section(source, hold_out=hold_out)}
     settings |= {name: made[name] for name in ("trainer", "lora", "evaluation")}
     facts = Facts(
-        source, path, named or MODEL, preset, len(pairs), prompts, len(train), prompts_of(apart), lengths, parameters,
-        has_held_out=bool(hold_out) or wished.data.has_held_out, trainer=settings["trainer"].copy(), given=given,
-    )  # fmt: skip
+        source=source,
+        path=path,
+        model=named or MODEL,
+        preset=preset,
+        pairs=len(pairs),
+        prompts=prompts,
+        train=len(train),
+        held_out=prompts_of(apart),
+        has_held_out=bool(apart) or wished.data.has_held_out,
+        lengths=lengths,
+        parameters=parameters,
+        trainer=dict(made["trainer"]),
+        given=given,
+    )
     if not apart:
         del settings["evaluation"]  # nothing is asked of prompts of its own
     for override in overrides:
@@ -176,7 +189,8 @@ def _lines(facts: Facts, planned: Plan | None) -> Iterator[tuple[str, str]]:
         yield "held out", f"{apart}: never trained on, it is measured on them"
     elif not facts.has_held_out:
         yield "held out", "nothing"
-    yield "training", f"{facts.run_line}, preset {facts.preset}"
+    if not {"trainer.max_steps", "trainer.num_train_epochs", "trainer.per_device_train_batch_size"} & set(facts.given):
+        yield "training", f"{facts.run_line}, preset {facts.preset}"
     yield "lengths", facts.length_line
     if planned is not None:
         fix = f" {' '.join(planned.fix.overrides)} (written into the recipe)" if planned.fix else ""
