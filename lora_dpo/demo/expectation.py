@@ -43,10 +43,15 @@ def before_the_click(*, pairs: int, prompts: int, held_out: int, answers: int) -
     return lines
 
 
-def what_it_takes(planned: Plan) -> Line:
-    """Steps, time and memory of a plan."""
+def what_it_takes(planned: Plan, *, measured: bool) -> Line:
+    """Steps, time and memory of a plan.
+
+    Args:
+        measured: whether something is measured before and after, which takes its own time.
+    """
     seconds = planned.time.seconds
     steps = counted(planned.steps.steps, "step")
-    time = f"about {duration(seconds)} for {steps}, and the measuring on top" if seconds else steps
+    time = f"about {duration(seconds)} for {steps}" if seconds else steps
+    time += ", and the measuring on top" if measured else ""
     fits = planned.memory.fits
     return f"{time[0].upper()}{time[1:]}. {verdict(planned)}", "bad" if fits is False else ""

@@ -62,6 +62,15 @@ def red_line(error: LoraDPOError) -> str:
     return note(str(error), kind="bad")
 
 
+def terminal(place: str, *, visible: bool = True) -> tuple[gr.Accordion, gr.Textbox]:
+    """A folded place for what does the same in a terminal, to copy."""
+    with gr.Accordion("The same in a terminal", open=False, visible=visible) as folded:
+        text = gr.Textbox(
+            show_label=False, interactive=False, buttons=["copy"], max_lines=24, elem_id=place, elem_classes="code"
+        )
+    return folded, text
+
+
 def markdown(text: str) -> str:
     """A model's or user's text as Markdown without HTML and pictures; code stays as it is written.
 

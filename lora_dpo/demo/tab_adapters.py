@@ -13,7 +13,6 @@ import gradio as gr
 
 from lora_dpo.adapters.describe import describe
 from lora_dpo.adapters.exchange import install
-from lora_dpo.adapters.package import SUFFIX
 from lora_dpo.adapters.store import list_adapters, record_verified, remove, rename
 from lora_dpo.demo import downloads
 from lora_dpo.demo.handlers import PRIVATE, Update, markdown, red_line, told
@@ -104,14 +103,14 @@ def build(app_state: AppState, page: gr.Blocks) -> Parts:
 def _layout(app_state: AppState) -> Parts:
     listed = gr.HTML(adapters_table(app_state), elem_id="adapters-table")
     names = app_state.adapters()
-    first = names[0] if names else None
+    first = app_state.newest() or (names[0] if names else None)
     with gr.Row(elem_classes="bar"):
         name = gr.Dropdown(names, value=first, label="Adapter", elem_id="adapters-name", scale=3, filterable=False)
         chat = _button("Chat with it", "chat", variant="primary")
         check = _button("Verify", "verify")
         report = _button("Report", "report")
         pack = _button("Pack", "pack")
-        load = gr.UploadButton(f"Install a {SUFFIX}", size="md", elem_id="adapters-install", scale=1, min_width=130)
+        load = gr.UploadButton("Install", size="md", elem_id="adapters-install", scale=1, min_width=130)
     refused = gr.HTML("", elem_id="adapters-refused", elem_classes="refused")
     status = gr.HTML(note(""), elem_id="adapters-status")
     package = gr.File(label="Packed", visible=False, interactive=False, elem_id="adapters-file")
@@ -191,11 +190,13 @@ class Tab:
         passport = incompatibility + facts(describe(folder))
         return {**folded, parts.passport: passport, parts.drawn: _curves_of(folder), parts.card: _card_of(folder)}
 
-    @told
     def verify(self, which: str | None) -> Update:
         """Score its stored pairs again, on the base in memory."""
-        folder = self.app_state.find(which or "")
-        found = self.app_state.host.take_turn(lambda base: verify(folder, base=base))
+        try:
+            folder = self.app_state.find(which or "")
+            found = self.app_state.host.take_turn(lambda base: verify(folder, base=base))
+        except LoraDPOError as error:
+            return {self.parts.status: red_line(error)}
         if not found.ok:
             return {self.parts.status: note(f"{which} is not verified. {found.reason}", kind="bad")}
         record_verified(folder, self.app_state.adapters_dir)

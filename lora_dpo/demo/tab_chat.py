@@ -21,6 +21,7 @@ from lora_dpo.demo.handlers import (
     plain_text,
     refusal,
     sampling_of,
+    terminal,
     told,
 )
 from lora_dpo.demo.html import said_line
@@ -144,10 +145,7 @@ def _layout(app_state: AppState, *, public: bool) -> Parts:
     )
     system, temperature, top_p, longest, seed = _settings()
     new = gr.Button("New chat", size="sm", elem_id="chat-new")
-    with gr.Accordion("The same in a terminal", open=False, visible=not public) as terminal:
-        command = gr.Textbox(
-            show_label=False, interactive=False, buttons=["copy"], elem_id="chat-command", elem_classes="code"
-        )
+    folded, command = terminal("chat-command", visible=not public)
     return Parts(
         left=left,
         right=right,
@@ -165,7 +163,7 @@ def _layout(app_state: AppState, *, public: bool) -> Parts:
         longest=longest,
         seed=seed,
         new=new,
-        terminal=terminal,
+        terminal=folded,
         command=command,
         conversation=gr.State(Conversation()),
         memory=gr.BrowserState(None, storage_key=STORED, secret=STORED),  # so that it outlives this server, too

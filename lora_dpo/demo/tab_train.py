@@ -11,7 +11,7 @@ import gradio as gr
 
 from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.demo.expectation import Line, before_the_click, what_it_takes
-from lora_dpo.demo.handlers import PRIVATE, Given, Update, red_line, refusal, told
+from lora_dpo.demo.handlers import PRIVATE, Given, Update, red_line, refusal, terminal, told
 from lora_dpo.demo.html import curves, facts, folded, note, samples_table
 from lora_dpo.demo.in_a_terminal import train_recipe
 from lora_dpo.demo.pair_store import VOTES
@@ -38,7 +38,7 @@ class Parts:
     prompts: gr.Textbox
     recipe: gr.Textbox
     """The settings, as text."""
-    look: gr.Button
+    see_plan: gr.Button
     start: gr.Button
     expected: gr.HTML
     planned: gr.HTML
@@ -56,8 +56,9 @@ class Parts:
     """The row of interrupted runs: which, go on, discard."""
     terminal: gr.Accordion
     commands: gr.Textbox
-    filled: gr.State
-    """The settings as they were filled in: others were changed by hand."""
+    filled: gr.Textbox
+    """The settings as they were filled in: others were changed by hand. Not shown; it is a box, and no state here, so
+    that it comes from the browser together with the settings."""
     refused: gr.State
     """Settings that do not fit by the plan; whoever starts them once more means it."""
     seen: gr.State
@@ -82,9 +83,12 @@ def build(app_state: AppState, item: gr.Tab) -> Parts:
     quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
     at_once: dict[str, Any] = {"queue": False, **quiet}
     expect = [parts.expected, parts.recipe, parts.filled]
-    item.select(tab.expect, parts.chosen, expect, **quiet)
-    gr.on([parts.sources.change, parts.preset.change], tab.choose, parts.chosen, expect, **quiet)
-    parts.look.click(tab.show_plan, parts.chosen, [*expect, parts.planned], **quiet)
+    # What fills the settings in comes at once, or it would come over what someone writes there meanwhile.
+    seen = item.select(tab.look, parts.chosen, expect, **at_once)
+    chosen = gr.on([parts.sources.change, parts.preset.change], tab.choose, parts.chosen, expect, **at_once)
+    for event in (seen, chosen):
+        event.then(tab.expect, parts.chosen, parts.expected, **quiet)
+    parts.see_plan.click(tab.show_plan, parts.chosen, [*expect, parts.planned], **quiet)
     begun = [parts.expected, parts.planned, parts.recipe, parts.filled, parts.refused, *parts.followed]
     parts.start.click(tab.begin, {*parts.chosen, parts.prompts, parts.refused}, begun, **quiet)
     gr.Timer(LOOK_EVERY).tick(tab.follow, parts.seen, parts.followed, **at_once)
@@ -132,22 +136,14 @@ def _layout(app_state: AppState) -> Parts:
             compare = gr.Button("Compare it with the base", visible=False, size="md", elem_id="train-compare")
             drawn = gr.HTML("", elem_id="train-curves")
     told_of = gr.HTML("", elem_id="train-samples")
-    with gr.Accordion("The same in a terminal", open=False) as terminal:
-        commands = gr.Textbox(
-            show_label=False,
-            interactive=False,
-            buttons=["copy"],
-            max_lines=24,
-            elem_id="train-commands",
-            elem_classes="code",
-        )
+    folded, commands = terminal("train-commands")
     return Parts(
         sources=sources,
         preset=preset,
         name=name,
         prompts=prompts,
         recipe=recipe,
-        look=look,
+        see_plan=look,
         start=start,
         expected=expected,
         planned=planned,
@@ -160,9 +156,9 @@ def _layout(app_state: AppState) -> Parts:
         drawn=drawn,
         told_of=told_of,
         left=left,
-        terminal=terminal,
+        terminal=folded,
         commands=commands,
-        filled=gr.State(""),
+        filled=gr.Textbox("", visible=False),
         refused=gr.State(""),
         seen=gr.State(None),
     )
@@ -213,32 +209,40 @@ class Tab:
     def __init__(self, app_state: AppState, parts: Parts) -> None:
         self.app_state, self.parts = app_state, parts
 
-    def expect(self, given: Given) -> Iterator[Update]:
-        """What to expect: first of the pairs, which is quick, then of time and memory, which takes a second."""
-        parts = self.parts
-        if not given[parts.sources]:
-            yield {parts.expected: note(NOTHING)}
-            return
+    def look(self, given: Given) -> Update:
+        """What to expect of these pairs, and the settings that they would be trained with."""
+        if not given[self.parts.sources]:
+            return {self.parts.expected: note(NOTHING)}
+        try:
+            made = self._drafted(given)
+            return {self.parts.expected: _notes(self._told_first(given, made)), **self._filled(made)}
+        except LoraDPOError as error:
+            return {self.parts.expected: red_line(error)}
+
+    def choose(self, given: Given) -> Update:
+        """Other pairs or another preset: settings of its own."""
+        fresh = {self.parts.recipe: "", self.parts.filled: ""}
+        return {**fresh, **self.look({**given, **fresh})}
+
+    def expect(self, given: Given) -> str:
+        """What to expect with time and memory, which take a second; not while a run goes on."""
+        if not given[self.parts.sources]:
+            return note(NOTHING)
         try:
             made = self._drafted(given)
             told_first = self._told_first(given, made)
-            yield {parts.expected: _notes(told_first), **self._filled(made)}
-            if self.app_state.training is None or not self.app_state.training.job.running:
-                yield {parts.expected: _notes([*told_first, what_it_takes(plan(made.recipe))])}
+            if self.app_state.training is not None and self.app_state.training.job.running:
+                return _notes(told_first)
+            return _notes([*told_first, what_it_takes(plan(made.recipe), measured=made.held_out > 0)])
         except LoraDPOError as error:
-            yield {parts.expected: red_line(error)}
-
-    def choose(self, given: Given) -> Iterator[Update]:
-        """Other pairs or another preset: settings of its own, and what to expect of them."""
-        yield {self.parts.recipe: "", self.parts.filled: ""}
-        yield from self.expect({**given, self.parts.recipe: "", self.parts.filled: ""})
+            return red_line(error)
 
     @told
     def show_plan(self, given: Given) -> Iterator[Update]:
         """Everything that the plan says."""
         made = self._drafted(given)
         planned = plan(made.recipe)
-        expected = _notes([*self._told_first(given, made), what_it_takes(planned)])
+        expected = _notes([*self._told_first(given, made), what_it_takes(planned, measured=made.held_out > 0)])
         yield {self.parts.expected: expected, self.parts.planned: _plan_view(planned, open=True), **self._filled(made)}
 
     def begin(self, given: Given) -> Iterator[Update]:
@@ -304,7 +308,7 @@ class Tab:
     def _drafted(self, given: Given) -> Draft:
         """The run of the page's choices; settings that were changed by hand are kept, others follow the preset."""
         parts = self.parts
-        text, filled = given[parts.recipe] or "", given[parts.filled]
+        text, filled = given[parts.recipe] or "", given[parts.filled] or ""
         changed = text.strip() and text.strip() != filled.strip()
         chosen = given[parts.sources], given[parts.preset], given[parts.name]
         return drafted(self.app_state, *chosen, text if changed else "")

@@ -10,10 +10,11 @@ from typing import Any
 
 import gradio as gr
 
+from lora_dpo.adapters.package import BASE
 from lora_dpo.data import Message
 from lora_dpo.data.prompts import Prompt, prompts_with_report
 from lora_dpo.demo.arena import Match
-from lora_dpo.demo.handlers import PRIVATE, Given, Update, client_of, red_line, refusal, sampling_of, told
+from lora_dpo.demo.handlers import PRIVATE, Given, Update, client_of, red_line, refusal, sampling_of, terminal, told
 from lora_dpo.demo.html import answer_card, note, win_table
 from lora_dpo.demo.in_a_terminal import vote_commands
 from lora_dpo.demo.pair_store import PROMPT_KINDS, check_upload
@@ -98,20 +99,7 @@ def build(app_state: AppState, item: gr.Tab, tabs: gr.Tabs, to_vote: gr.Button, 
 
 
 def _layout(app_state: AppState, *, public: bool) -> Parts:
-    names = app_state.names()
-    with gr.Row(elem_classes="bar"):
-        players = gr.Dropdown(
-            names,
-            value=names[:2],
-            multiselect=True,
-            label="Who answers: two of these, drawn each time; one alone twice",
-            elem_id="vote-players",
-            scale=3,
-        )
-        ours = gr.Button("Use 20 of ours", size="md", elem_id="vote-ours", scale=1, min_width=150)
-        load = gr.UploadButton(
-            "Import prompts", size="md", elem_id="vote-import", scale=1, min_width=150, visible=not public
-        )
+    players, ours, load = _who_and_what(app_state, public=public)
     refused = gr.HTML("", elem_id="vote-refused", elem_classes="refused")
     box = gr.Textbox(
         placeholder="Write a prompt, or use some of ours…",
@@ -142,10 +130,7 @@ def _layout(app_state: AppState, *, public: bool) -> Parts:
         longest = gr.Slider(8, 1024, 160, step=8, label="Longest answer (tokens)", elem_id="vote-longest")
     gr.Markdown("#### Who wins")
     wins = gr.HTML(win_table(app_state.pairs.book.records()), elem_id="vote-wins")
-    with gr.Accordion("The same in a terminal", open=False, visible=not public) as terminal:
-        commands = gr.Textbox(
-            show_label=False, interactive=False, buttons=["copy"], elem_id="vote-commands", elem_classes="code"
-        )
+    folded, commands = terminal("vote-commands", visible=not public)
     return Parts(
         players=players,
         ours=ours,
@@ -160,11 +145,28 @@ def _layout(app_state: AppState, *, public: bool) -> Parts:
         temperature=temperature,
         longest=longest,
         wins=wins,
-        terminal=terminal,
+        terminal=folded,
         commands=commands,
         match=gr.State(""),
         queue=gr.State([]),
     )
+
+
+def _who_and_what(app_state: AppState, *, public: bool) -> tuple[gr.Dropdown, gr.Button, gr.UploadButton]:
+    with gr.Row(elem_classes="bar"):
+        players = gr.Dropdown(
+            app_state.names(),
+            value=[BASE, *filter(None, [app_state.newest()])],
+            multiselect=True,
+            label="Who answers: two of these, drawn each time; one alone twice",
+            elem_id="vote-players",
+            scale=3,
+        )
+        ours = gr.Button("Use 20 of ours", size="md", elem_id="vote-ours", scale=1, min_width=150)
+        load = gr.UploadButton(
+            "Import prompts", size="md", elem_id="vote-import", scale=1, min_width=150, visible=not public
+        )
+    return players, ours, load
 
 
 class Tab:

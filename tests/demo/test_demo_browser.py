@@ -429,7 +429,30 @@ def test_nothing_is_cut_off(browser, served, width, dark):
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = os.environ.get("LORA_DPO_PICTURES")
-"""A folder: the pictures of the docs are made there, with a longer run. Otherwise they are looked at and let go."""
+"""A folder: the pictures of the docs are made there. Otherwise they are looked at and let go."""
+
+
+class Album:
+    """Pictures of the page, each in few colours: a third of the bytes, and nobody sees it."""
+
+    def __init__(self, me, folder):
+        self.me, self.folder = me, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name):
+        from PIL import Image
+
+        path = self.folder / f"{name}.png"
+        assert self.me.too_wide() == [], name
+        self.me.picture(path)
+        Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+
+    def of_every_tab(self, kind):
+        for name in TABS:
+            self.me.tab(name)
+            self.me.page.evaluate("window.scrollTo(0, 0)")
+            self.me.page.wait_for_timeout(700)
+            self.add(f"{kind}-{name.lower()}")
 
 
 @pytest.mark.slow
@@ -442,55 +465,38 @@ def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatc
     (tmp_path / "models").symlink_to(ROOT / "models")
     shutil.copytree(ROOT / "adapters/quickstart", "adapters/quickstart")
     app_state, address = serve("smollm2-135m", Path(), "nf4")
-    out = ROOT / PICTURES if PICTURES else tmp_path / "pictures"
-    out.mkdir(parents=True, exist_ok=True)
     me = Visitor(browser, address)
     page = me.page
+    album = Album(me, ROOT / PICTURES if PICTURES else tmp_path / "pictures")
     try:
-        use_it(me, tmp_path, *((6, 3, 267) if PICTURES else (2, 1, 24)))
-        for name in TABS:
-            me.tab(name)
-            page.wait_for_timeout(700)
-            assert me.too_wide() == [], name
-            me.picture(out / f"demo-{name.lower()}.png")
-        page.emulate_media(color_scheme="dark")
-        for name in TABS:
-            me.tab(name)
-            page.wait_for_timeout(300)
-            me.picture(out / f"dark-{name.lower()}.png")
-        page.set_viewport_size({"width": 390, "height": 844})
-        for scheme in ("dark", "light"):
+        page.wait_for_timeout(500)
+        album.add("first-screen")
+        use_it(me, tmp_path, album, *((6, 4, 267) if PICTURES else (1, 1, 24)))
+        for kind, width, height, scheme in (
+            ("demo", 1280, 800, "light"), ("dark", 1280, 800, "dark"),
+            ("phone-dark", 390, 844, "dark"), ("phone-light", 390, 844, "light"),
+        ):  # fmt: skip
+            page.set_viewport_size({"width": width, "height": height})
             page.emulate_media(color_scheme=scheme)
-            for name in TABS:
-                me.tab(name)
-                page.wait_for_timeout(500)
-                assert me.too_wide() == [], f"{name} on a phone"
-                me.picture(out / f"phone-{scheme}-{name.lower()}.png")
+            album.of_every_tab(kind)
         assert me.errors == []
         assert len(loads) == 1
     finally:
         gradio.close_all()
-        app_state.host.close()
+        app_state.close()
 
 
-def use_it(me, tmp_path, steps, votes, pairs):
-    """A chat side by side, some votes, an upload, a short run: so that every tab shows something."""
+def use_it(me, tmp_path, album, steps, votes, pairs):
+    """An example side by side, some votes, an upload, a short run: so that every tab shows something."""
     page = me.page
-    me.open("Settings")
-    page.locator("#chat-longest input[type=number]").fill("64")
-    page.locator("#chat-temperature input[type=number]").fill("0")
-    me.open("Settings")
-    me.choose("chat-left", "quickstart")
-    me.choose("chat-right", "base")
-    me.say("Why is the sky blue?", seconds=90)
+    page.click("#chat-example-1")
+    me.answered()
+    page.wait_for_timeout(500)
     me.tab("Vote")
-    asked = ["What is the capital of Portugal?", "Why should I wear a seat belt?", "What is a mortgage?"]
-    asked += ["Can I freeze milk?", "What is the opposite of wet?"]
-    (tmp_path / "prompts.txt").write_text("\n".join(asked[: votes + 1]))
     me.open("Settings")
-    page.locator("#vote-longest input[type=number]").fill("48")
+    page.locator("#vote-longest input[type=number]").fill("64")
     me.open("Settings")
-    page.set_input_files(UPLOAD_PROMPTS, tmp_path / "prompts.txt")
+    page.click("#vote-ours")
     for number in range(votes):
         page.wait_for_selector("#vote-a:not([disabled])", timeout=90_000)
         # Whoever votes here prefers the shorter answer.
@@ -507,9 +513,9 @@ def use_it(me, tmp_path, steps, votes, pairs):
     me.tab("Train")
     for box, on in (("votes", False), ("quickstart", True)):
         page.locator("#train-pairs label", has_text=box).locator("input").set_checked(on)
-    page.fill("#train-prompts textarea", "Why is the sky blue?")
-    page.click("#train-plan")
-    page.wait_for_selector("#train-start:not([disabled])", timeout=90_000)
+    page.fill("#train-prompts textarea", STARTERS[0])
+    me.wait_for("train-expected", "held-out pair" if pairs == 24 else "39 held-out pairs")
+    me.wait_for("train-expected", "It fits", 90)
     me.open("Settings")
     small = "trainer:\n  max_steps: %d\n  per_device_train_batch_size: 2\nevaluation:\n  answers: 2\n  show: 2\n"
     page.fill("#train-recipe textarea", small % steps + "  max_new_tokens: 32\n")
@@ -517,7 +523,10 @@ def use_it(me, tmp_path, steps, votes, pairs):
     me.wait_for("train-planned", f"{steps} of 2 pairs", 90)
     me.open("Settings")
     page.click("#train-start")
-    me.wait_for("train-state", "Done: mine", 240)
+    me.wait_for("train-state", "step 1 of", 240)
+    page.wait_for_timeout(300)
+    album.add("demo-training")
+    me.wait_for("train-state", "mine can be chosen in every tab", 240)
 
 
 # --- scripts --------------------------------------------------------------------------------------
@@ -606,8 +615,6 @@ def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
     page.fill("#train-name textarea, #train-name input", "fine")
     page.fill("#train-prompts textarea", EVIL)
     page.locator("#train-pairs input").first.check()
-    page.click("#train-plan")
-    page.wait_for_selector("#train-start:not([disabled])")
     page.click("#train-start")
     me.wait_for("train-state", "Done", 120)
 

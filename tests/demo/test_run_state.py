@@ -120,8 +120,9 @@ def test_each_stage_of_a_run_is_in_a_phase_with_a_name(stage, phase, line):
     assert line in drawn
 
 
-def test_every_stage_that_a_training_tells_of_has_its_name(host, recipe):
+def test_every_stage_that_a_training_tells_of_has_its_name(host, recipe, tmp_path):
     seen = []
+    recipe = recipe.model_copy(update={"output": str(tmp_path / "mine")})
     train(recipe, base=host.base, on_event=lambda event: seen.append(getattr(event, "stage", "")))
     assert {"training", "answers after training", "held-out pairs, adapter"} <= set(seen) <= set(STAGES)
 
