@@ -29,7 +29,7 @@ from lora_dpo.cli.help import make_readable
 from lora_dpo.cli.init import ModelToTune, Preset, init, recipe_of
 from lora_dpo.cli.merge import merge
 from lora_dpo.cli.models import app as models_app
-from lora_dpo.cli.options import Overrides, StrictAboutReference
+from lora_dpo.cli.options import ColumnsOption, Overrides, StrictAboutReference
 from lora_dpo.cli.plan import plan
 from lora_dpo.cli.ready import have_model
 from lora_dpo.cli.serve import serve
@@ -83,6 +83,7 @@ def train(
     overrides: Overrides = None,
     model: ModelToTune = None,
     preset: Preset = None,
+    columns: ColumnsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this recipe.")] = False,
     show_dropped: Annotated[
         bool, typer.Option("--show-dropped", help="List every data row that was left out, with its reason.")
@@ -113,7 +114,7 @@ def train(
     from lora_dpo.training.prepare import check_early, with_reference
     from lora_dpo.training.run import train as run_training
 
-    recipe = recipe_of(recipe, overrides, model, preset)
+    recipe = recipe_of(recipe, overrides, model, preset, columns)
     settings = with_reference(read_recipe(recipe, overrides or ()))
     check_early(settings)
     have_model(settings.model.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_dpo.cli.options import ColumnsOption
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import harmless
 
@@ -39,6 +40,7 @@ def init(
     ] = None,
     model: ModelToTune = None,
     preset: Preset = None,
+    columns: ColumnsOption = None,
     other: Annotated[
         Path | None,
         typer.Option("--from", help="Settings of LLaMA-Factory, Axolotl, Unsloth or TRL: a file, a command, a script."),
@@ -66,16 +68,22 @@ def init(
     if data is not None and other is not None:
         raise ConfigError(f"{data} and --from {other} are two beginnings. Give one; data.train names the pairs.")
     if data is not None:
-        show(_begin(data, model, preset, output))
+        show(_begin(data, model, preset, output, columns))
         return
-    _refuse_unused(model, preset, output if other is None else None)
+    _refuse_unused(model, preset, columns, output if other is None else None)
     if other is None:
         quickstart()
     else:
         translate(other, output)
 
 
-def recipe_of(given: Path, overrides: Sequence[str] | None, model: str | None, preset: str | None) -> Path:
+def recipe_of(
+    given: Path,
+    overrides: Sequence[str] | None,
+    model: str | None,
+    preset: str | None,
+    columns: Mapping[str, str] | None = None,
+) -> Path:
     """The recipe to train by: the one that was given, or for preference data the one beside them, written if need be.
 
     `overrides` are written into a new recipe, too: it says everything about the run.
@@ -84,10 +92,14 @@ def recipe_of(given: Path, overrides: Sequence[str] | None, model: str | None, p
         ConfigError: --model and --preset beside a recipe, which says that itself; or a folder of something else.
     """
     if not _is_data(given):
-        if model is not None or preset is not None:
-            option = "--preset" if model is None else "--model"
+        if model is not None or preset is not None or columns is not None:
+            option = "--model" if model is not None else "--preset" if preset is not None else "--columns"
             instead = (
-                f"set model.name={shlex.quote(model)}" if model else "set trainer.max_steps and what else you want"
+                f"set model.name={shlex.quote(model)}"
+                if model
+                else "set trainer.max_steps and what else you want"
+                if preset
+                else "set data.columns in it"
             )
             raise ConfigError(f"{option} goes with a file of pairs. The recipe {given} says it itself: {instead}.")
         return given
@@ -95,10 +107,10 @@ def recipe_of(given: Path, overrides: Sequence[str] | None, model: str | None, p
 
     there = begun(str(given))
     if there is None:
-        made = _begin(str(given), model, preset, None, overrides or ())
+        made = _begin(str(given), model, preset, None, columns, overrides or ())
         show(made, then=False)
         return made.path
-    if model is not None or preset is not None:
+    if model is not None or preset is not None or columns is not None:
         raise ConfigError(
             f"{there} is there already for {given}: change it, or write another with lora-dpo init {given} --output "
             "NAME.yaml."
@@ -159,12 +171,17 @@ def show(begun: Begun, *, then: bool = True) -> None:
 
 
 def _begin(
-    data: str, model: str | None, preset: str | None, output: Path | None, overrides: Sequence[str] = ()
+    data: str,
+    model: str | None,
+    preset: str | None,
+    output: Path | None,
+    columns: Mapping[str, str] | None,
+    overrides: Sequence[str] = (),
 ) -> Begun:
     from lora_dpo.training.drafting.from_pairs import begin
 
     with err.status(f"reading {harmless(data)}" + (f", and asking {harmless(model)}" if model else "")):
-        return begin(data, model=model, preset=preset or BALANCED, path=output, overrides=overrides)
+        return begin(data, model=model, preset=preset or BALANCED, path=output, columns=columns, overrides=overrides)
 
 
 def _is_data(given: Path) -> bool:
@@ -192,8 +209,15 @@ def _is_json_recipe(path: Path) -> bool:
     return isinstance(found, dict) and isinstance(found.get("model"), dict) and "data" in found
 
 
-def _refuse_unused(model: str | None, preset: str | None, output: Path | None) -> None:
-    options = {"--model": model, "--preset": preset, "--output": output}
+def _refuse_unused(
+    model: str | None, preset: str | None, columns: Mapping[str, str] | None, output: Path | None
+) -> None:
+    options = {
+        "--model": model,
+        "--preset": preset,
+        "--columns": columns and shlex.quote(",".join(f"{role}={name}" for role, name in columns.items())),
+        "--output": output,
+    }
     for option, value in options.items():
         if value is not None:
             raise ConfigError(f"{option} goes with a file of pairs: lora-dpo init DATA {option} {value}.")

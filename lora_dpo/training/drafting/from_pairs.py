@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.config.reading import check_recipe, read_recipe, set_override
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.data import PreferencePair, read_pairs
-from lora_dpo.data.rows import is_readable
+from lora_dpo.data.rows import file_of, is_readable
 from lora_dpo.data.write import hold_out_prompts
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.files import atomic_file, refuse_existing, refuse_unwritable
@@ -56,6 +56,7 @@ def begin(
     model: str | None = None,
     preset: str = "balanced",
     path: Path | None = None,
+    columns: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
 ) -> Begun:
     """Read pairs and write a recipe for them.
@@ -65,6 +66,7 @@ def begin(
         model: the base. Its tokenizer and template are asked how long the pairs are, and whether it fits is planned;
             with None it is `MODEL`, and lengths are estimated from the text, so that nothing has to be here.
         path: the recipe's file; default the name of the data with `.yaml`, beside it.
+        columns: what its columns are, where they have names of their own (`data.columns`).
         overrides: settings `key=value` that are written into the recipe, too.
 
     Raises:
@@ -73,19 +75,19 @@ def begin(
     chosen, path = preset_named(preset), path or recipe_path(source)
     _refuse_written(path)
     refuse_unwritable(path)
-    asked: dict[str, Any] = {"model": {"name": model or MODEL}, "data": {"train": source}}
+    asked: dict[str, Any] = {"model": {"name": model or MODEL}, "data": {"train": source, **_columns(columns)}}
     given = tuple(set_override(asked, override) for override in overrides)
     wished = check_recipe(asked, where=f"the recipe for {source}")
     if wished.data.train != source:
         raise ConfigError(f"{source} is what data.train names. Leave data.train= out, or give a recipe.")
     named = wished.model.name if model is not None or wished.model.name != MODEL else None
-    pairs, report = read_pairs(source)
+    pairs, report = read_pairs(source, format=wished.data.format, columns=wished.data.columns)
     prompts = prompts_of(pairs)
     hold_out = held_out_prompts(prompts) if not wished.data.has_held_out else wished.data.hold_out
     train, apart = hold_out_prompts(pairs, hold_out) if hold_out else (pairs, [])
     lengths, parameters = (estimated_lengths(pairs), None) if named is None else _looked_at(named, pairs)
     made = choices(chosen, len(train), prompts_of(apart), lengths, parameters=parameters)
-    settings = {"model": asked["model"], "data": data_section(source, hold_out=hold_out)}
+    settings = {"model": asked["model"], "data": data_section(source, hold_out=hold_out, columns=columns)}
     settings |= {name: made[name] for name in ("trainer", "lora", "evaluation")}
     facts = Facts(
         source=source,
@@ -115,7 +117,8 @@ def begin(
     text = recipe_text(settings, head=head(facts), above=explained(facts))
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    lines = [("pairs", f"{report.summary()}, read as {report.read_as}"), *_lines(facts, planned)]
+    read = [("pairs", f"{report.summary()}, read as {report.read_as}"), *(("", line) for line in report.noted())]
+    lines = [*read, *_lines(facts, planned)]
     return Begun(path, tuple(lines), tuple(_warnings(facts)))
 
 
@@ -145,7 +148,7 @@ def _checked(settings: dict[str, Any], source: str, given: Sequence[str]) -> Rec
 
 def recipe_path(source: str) -> Path:
     """Where the recipe for some data goes: beside it, by its name. Of a hub data set: into the current folder."""
-    path = Path(source)
+    path = file_of(source)
     if path.is_dir():
         inside = path.name in ("", "..")  # the current folder, or one above it
         return path / f"{path.resolve().name}.yaml" if inside else path.with_name(f"{path.name}.yaml")
@@ -155,9 +158,13 @@ def recipe_path(source: str) -> Path:
     return plain.with_suffix(".yaml")
 
 
-def data_section(source: str, *, hold_out: float | None) -> dict[str, Any]:
+def data_section(source: str, *, hold_out: float | None, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The section `data` of a recipe: everything about how its pairs are read."""
-    return {"train": source, **({"hold_out": hold_out} if hold_out else {})}
+    return {"train": source, **_columns(columns), **({"hold_out": hold_out} if hold_out else {})}
+
+
+def _columns(columns: Mapping[str, str] | None) -> dict[str, Any]:
+    return {"columns": dict(columns)} if columns else {}
 
 
 def _refuse_written(path: Path) -> None:
