@@ -64,7 +64,7 @@ setup: $(BIN)/lora-dpo $(MODEL)/config.json
 
 # Set-up is redone only when what it depends on changes.
 $(BIN)/lora-dpo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[serve]"
 	@touch $@
 
 $(BIN)/.demo: $(BIN)/lora-dpo
@@ -81,7 +81,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 $(MODEL)/config.json: | $(BIN)/lora-dpo
-	$(BIN)/lora-dpo models fetch smollm2-135m
+	$(BIN)/lora-dpo models fetch smollm2-135m --to $(MODEL)
 
 clean:
 	rm -rf .venv models build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

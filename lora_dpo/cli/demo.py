@@ -55,6 +55,7 @@ def demo(
 
         LORA_DPO_AUTH=me:secret lora-dpo demo --host 0.0.0.0
     """
+    from lora_dpo.cli.ready import have_model, need
     from lora_dpo.config.reading import one_of
 
     one_of("--quantize", quantize, ("nf4", "none"))
@@ -62,10 +63,9 @@ def demo(
     check_reach(host, share=share, auth=login is not None)
     if ":" in host:
         raise ConfigError(f"--host is {host}: Gradio listens on IPv4 addresses and names alone. Give 127.0.0.1.")
-    check_gradio()
+    need("demo", "demo", "gradio", "starlette", "uvicorn")
     from lora_dpo import places
     from lora_dpo.adapters.folder import strictness
-    from lora_dpo.cli.ready import have_model
     from lora_dpo.serving.address import listen
 
     # Before a model is loaded for nothing; and strict around the first look at the adapters, too.
@@ -108,11 +108,3 @@ def check_reach(host: str, *, share: bool, auth: bool) -> None:
         raise ConfigError("--share makes the page public: set --auth USER:PASSWORD as well.")
     if not is_loopback(host):
         raise ConfigError(f"--host {host} lets other machines in: set --auth USER:PASSWORD as well, or use 127.0.0.1.")
-
-
-def check_gradio() -> None:
-    """Raise `ConfigError` if Gradio is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("The demo needs Gradio, which is not installed. Get it: pip install 'lora-dpo[demo]'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def docs(
     if plain or not out.is_terminal:
         sys.stdout.write(text)
         return
-    with out.pager(styles=True):
+    os.environ.setdefault("LESS", "FRX")  # as git does: colours, and no pager for what fits
+    with out.pager(styles=os.name != "nt"):  # more of Windows shows their codes
         out.print(Markdown(without_pictures(text)))
 
 

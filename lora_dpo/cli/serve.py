@@ -57,11 +57,12 @@ def serve(
         curl http://127.0.0.1:8000/v1/models
     """
     from lora_dpo.adapters.folder import strictness
-    from lora_dpo.cli.ready import have_model
+    from lora_dpo.cli.ready import have_model, need
     from lora_dpo.config.reading import one_of
     from lora_dpo.errors import ConfigError
     from lora_dpo.serving.address import is_loopback, listen
 
+    need("serve", "serve", "starlette", "uvicorn")
     one_of("--quantize", quantize, ("nf4", "none"))
     if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key == api_key.strip()):
         raise ConfigError("The API key is empty, or has spaces around it or letters beyond ASCII. Choose another.")

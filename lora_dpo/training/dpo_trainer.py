@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
@@ -28,6 +28,21 @@ from lora_dpo.training.engine_fallback import no_engine_because, unsupported_bat
 from lora_dpo.training.pair_weights import ScaledGradient, WithWeights
 from lora_dpo.training.reference_guard import compare
 from lora_dpo.training.score_ahead import progress_bar, scored_references
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict, IterableDataset, IterableDatasetDict
+    from peft import PeftConfig
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import (
+        BitsAndBytesConfig,
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+    from trl import DPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +95,23 @@ class DPOTrainer(trl.DPOTrainer):
 
     def __init__(
         self,
-        model: Any,
-        ref_model: Any = None,
-        args: Any = None,
-        *rest: Any,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: (
+            Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
+        ) = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
         engine: EngineSection | None = None,
         pair_weights: bool = False,
-        **kwargs: Any,
     ) -> None:
         for each in (model, ref_model):
             if isinstance(each, torch.nn.Module):
@@ -109,7 +134,20 @@ class DPOTrainer(trl.DPOTrainer):
         settings = engine or EngineSection()
         self._fallback = settings.fallback
         exact = _trainable_values(model) if isinstance(model, PeftModel) else {}
-        super().__init__(model, ref_model, args, *rest, **kwargs)
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+        )
         keep_packed_weights_differentiable(self.model)  # of a model that was named
         _name_experts(self.model)
         self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
