@@ -49,7 +49,7 @@ def init(
         Path | None, typer.Option("--output", "-o", help="The recipe to write. Default: the data's name, with .yaml.")
     ] = None,
 ) -> None:
-    """Write a recipe: for your pairs, from another tool's settings, or the quickstart's.
+    """Write a recipe for your pairs, or from another tool's settings.
 
     With DATA: a recipe beside it, with a line on each setting. Some prompts are held out if there are enough of them.
     With --from: those settings as a recipe, and what has no counterpart here. Without either: the quickstart with its

@@ -28,9 +28,9 @@ ColumnsOption = Annotated[
     typer.Option(
         "--columns",
         parser=parse_columns,
-        metavar="WHAT=COLUMN,...",
-        help="What columns are, where the file has names of its own: 'prompt=Question,chosen=Good answer,rejected=Bad "
-        "answer' (docs/data.md#a-spreadsheet).",
+        metavar="NAMES",
+        help="What columns are that have names of their own: 'prompt=Question, chosen=Good answer, rejected=Bad "
+        "answer' (lora-dpo docs data).",
     ),
 ]
 Criterion = Annotated[str | None, typer.Option(help="What an LLM judge is to look at.")]

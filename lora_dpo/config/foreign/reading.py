@@ -129,7 +129,7 @@ def _of_settings(given: Given, path: Path, method: str | None = None) -> Transla
         )
     raise ConfigError(
         f"{path} is not known as settings of LLaMA-Factory (stage, finetuning_type), Axolotl (base_model), Unsloth "
-        "(training, lora) or TRL (model_name_or_path, dataset_name). Write a recipe by hand: docs/recipe.md."
+        "(training, lora) or TRL (model_name_or_path, dataset_name). Write a recipe by hand: lora-dpo docs recipe."
     )
 
 
