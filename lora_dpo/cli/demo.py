@@ -79,9 +79,13 @@ def demo(
         with err.status("loading the model"):
             opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
         with opened:
-            app_state = AppState(opened, data_dir or places.collected())
+            votes = data_dir or places.collected()
+            app_state = AppState(opened, votes)
             try:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+                err.print(
+                    f"adapters in {opened.adapters_dir}, votes and uploads in {votes}", highlight=False, markup=False
+                )
                 err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
                 app.launch(app_state, host=host, listening=listening, auth=login, share=share)
             finally:
