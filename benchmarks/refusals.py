@@ -34,7 +34,7 @@ REFUSED = {
     "train configs/quickstart.yaml data.train=pairs.jsonl": "pairs.jsonl does not exist.",
     "train configs/quickstart.yaml evaluation.questions=q.jsonl": "q.jsonl does not exist.",
     "train configs/quickstart.yaml model.name=models/mine": "models/mine is no model folder",
-    "train configs/quickstart.yaml reference=adapter:quickstar": "Did you mean quickstart?",
+    "train configs/methods/dpo-after-sft.yaml reference=adapter:quickstar": "Did you mean quickstart?",
     "plan configs/quickstart.yaml trainer.betta=1": "trainer.betta is not a field",
     "plan configs/quickstart.yaml --card huge": "--card is 'huge'",
     "chat quickstar": "There is no adapter quickstar. Did you mean quickstart?",

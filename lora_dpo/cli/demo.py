@@ -78,10 +78,13 @@ def demo(
         port = listening.getsockname()[1]
         with err.status("loading the model"):  # the state alone holds it: its base can be changed
             opened = open_host(model, adapters_dir, quantize=quantize)  # type: ignore[arg-type]
-            app_state = AppState(opened, data_dir or places.collected())
+            votes = data_dir or places.collected()
+            app_state = AppState(opened, votes)
             del opened
         try:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+            kept = f"adapters in {app_state.adapters_dir}, votes and uploads in {votes}"
+            err.print(kept, highlight=False, markup=False)
             err.print(f"http://{host}:{port}   Ctrl-C ends it", highlight=False)
             app.launch(app_state, host=host, listening=listening, auth=login, share=share)
         finally:

@@ -40,11 +40,10 @@ from lora_dpo.judging.pair_making import Selection, make_pairs
 from lora_dpo.judging.samples import SamplePlan
 from lora_dpo.judging.specs import check_specs, is_implicit
 from lora_dpo.leftovers import settle
-from lora_dpo.model.base import Base, load_base, resolve_model
+from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import detach
-from lora_dpo.model.packaged import PACKAGED_MODELS
-from lora_dpo.training.prepare import refuse_lora, with_reference
+from lora_dpo.training.prepare import with_reference
 from lora_dpo.training.round_scores import Measurement, score_table
 from lora_dpo.training.run import train
 
@@ -163,11 +162,7 @@ def read_rounds(recipe: ImproveRecipe) -> tuple[ImproveRecipe, list[Prompt], lis
             "judge, or lora-dpo pairs --judge implicit for one round."
         )
     recipe = with_reference(recipe)
-    if recipe.reference != "base":
-        refuse_lora(recipe)
     trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
-    if recipe.model.name not in PACKAGED_MODELS:
-        resolve_model(recipe.model.name)
     prompts, read = prompts_with_report(section.prompts, limit=section.limit)
     held_out, read_held_out = prompts_with_report(section.held_out, limit=section.held_out_limit)
     if len(held_out) < FEWEST_HELD_OUT:

@@ -27,10 +27,9 @@ from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
 from lora_dpo.data.write import hold_out_prompts
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
-from lora_dpo.model.base import load_skeleton, load_tokenizer, resolve_model
+from lora_dpo.model.base import load_skeleton, load_tokenizer
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
-from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.model.tensor_file import open_tensors
 from lora_dpo.training.prepared import Run
 from lora_dpo.training.resolved import lora_line, model_lines, run_lines
@@ -50,7 +49,7 @@ MAX_WEIGHT = 4.0
 def check_early(recipe: Recipe) -> None:
     """Refuse, within a second, what can be told without torch: wrong settings, and files and folders that are missing.
 
-    A packaged model that was not fetched yet is none of them: a command fetches it.
+    The model is not looked at: a command fetches a packaged one when everything else is right.
 
     Raises:
         LoraDPOError: as `read_run` would, a minute later on a slow machine.
@@ -63,9 +62,6 @@ def check_early(recipe: Recipe) -> None:
         read_questions(recipe.evaluation.questions)
     if adapter is not None:
         check_folder(adapter)
-        refuse_lora(recipe)
-    if recipe.model.name not in PACKAGED_MODELS:
-        resolve_model(recipe.model.name)
 
 
 def with_reference(recipe: AnyRecipe) -> AnyRecipe:
@@ -73,9 +69,13 @@ def with_reference(recipe: AnyRecipe) -> AnyRecipe:
 
     Raises:
         AdapterError: there is no such adapter.
+        ConfigError: a `lora:` section beside it.
     """
     if recipe.reference == "base":
         return recipe
+    if recipe.lora.model_fields_set:  # the adapter brings its own
+        given = ", ".join(sorted(recipe.lora.model_fields_set))
+        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
     folder = find_adapter(recipe.reference.removeprefix("adapter:"))
     return recipe.model_copy(update={"reference": f"adapter:{folder}"})
 
@@ -310,14 +310,6 @@ def _count_trainable(recipe: Recipe, skeleton: PreTrainedModel) -> int:
     if adapter is None:
         model = attach_lora(skeleton, recipe.lora, seed=0)
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    refuse_lora(recipe)
     check_folder(adapter)
     with open_tensors(adapter / "adapter_model.safetensors") as tensors:
         return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-
-
-def refuse_lora(recipe: Recipe | ImproveRecipe) -> None:
-    """Raise `ConfigError` for a `lora:` section beside a reference adapter, which brings its own."""
-    if recipe.lora.model_fields_set:
-        given = ", ".join(sorted(recipe.lora.model_fields_set))
-        raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")

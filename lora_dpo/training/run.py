@@ -173,7 +173,7 @@ def _optimise(
 
         trainer = answer_trainer(run, model, dtype=base.dtype, callback=callback)
     _drop_printing_callbacks(trainer)
-    _keep_tensorboard(trainer, run.output.name)
+    _keep_tensorboard(trainer, run)
     if look is not None:
         trainer.add_callback(_make_look(look))
     add_guard(trainer, guard, checkpoint)
@@ -279,13 +279,14 @@ def _make_callback(run: Run, log: RunLog) -> Any:
     return Events()
 
 
-def _keep_tensorboard(trainer: Any, name: str) -> None:
+def _keep_tensorboard(trainer: Any, run: Run) -> None:
     """TensorBoard's files go to runs/NAME: transformers writes them among the checkpoints, which do not stay."""
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(places.runs() / name)
+            callback.logging_dir = str(places.runs() / run.output.name)
+            run.emit(Note(f"TensorBoard's files go to {callback.logging_dir}"))
 
 
 def _make_look(look: Look) -> Any:
