@@ -215,13 +215,13 @@ class Tab:
             return {self.parts.expected: note(NOTHING)}
         try:
             made = self._drafted(given)
-            return {self.parts.expected: _notes(self._told_first(given, made)), **self._filled(made)}
+            return {self.parts.expected: _notes(self._told_first(given, made)), **self._filled(given, made)}
         except LoraDPOError as error:
             return {self.parts.expected: red_line(error)}
 
     def choose(self, given: Given) -> Update:
         """Other pairs or another preset: settings of its own."""
-        fresh = {self.parts.recipe: "", self.parts.filled: ""}
+        fresh: Update = {self.parts.recipe: "", self.parts.filled: ""}
         return {**fresh, **self.look({**given, **fresh})}
 
     def expect(self, given: Given) -> str:
@@ -238,12 +238,13 @@ class Tab:
             return red_line(error)
 
     @told
-    def show_plan(self, given: Given) -> Iterator[Update]:
+    def show_plan(self, given: Given) -> Update:
         """Everything that the plan says."""
         made = self._drafted(given)
         planned = plan(made.recipe)
         expected = _notes([*self._told_first(given, made), what_it_takes(planned, measured=made.held_out > 0)])
-        yield {self.parts.expected: expected, self.parts.planned: _plan_view(planned, open=True), **self._filled(made)}
+        shown = {self.parts.expected: expected, self.parts.planned: _plan_view(planned, open=True)}
+        return shown | self._filled(given, made)
 
     def begin(self, given: Given) -> Iterator[Update]:
         """Plan the run, show that, and start it; one that does not fit is started when it is asked for once more."""
@@ -252,7 +253,7 @@ class Tab:
         yield {parts.start: gr.update(interactive=False), parts.planned: note("Looking at what it takes…", kind="wait")}
         try:
             made = self._drafted(given)
-            filled, planned = self._filled(made), plan(made.recipe)
+            filled, planned = self._filled(given, made), plan(made.recipe)
             text = filled[parts.recipe]
             if planned.memory.fits is False and given[parts.refused] != text:
                 fix = f" {', '.join(planned.fix.overrides)}." if planned.fix else ""
@@ -308,14 +309,17 @@ class Tab:
     def _drafted(self, given: Given) -> Draft:
         """The run of the page's choices; settings that were changed by hand are kept, others follow the preset."""
         parts = self.parts
-        text, filled = given[parts.recipe] or "", given[parts.filled] or ""
-        changed = text.strip() and text.strip() != filled.strip()
         chosen = given[parts.sources], given[parts.preset], given[parts.name]
-        return drafted(self.app_state, *chosen, text if changed else "")
+        return drafted(self.app_state, *chosen, given[parts.recipe] if self._is_changed(given) else "")
 
-    def _filled(self, made: Draft) -> Update:
+    def _is_changed(self, given: Given) -> bool:
+        text, filled = given[self.parts.recipe] or "", given[self.parts.filled] or ""
+        return bool(text.strip()) and text.strip() != filled.strip()
+
+    def _filled(self, given: Given, made: Draft) -> Update:
+        """The whole settings; those that were changed by hand stay known as that."""
         text = settings_text(made.recipe)
-        return {self.parts.recipe: text, self.parts.filled: text}
+        return {self.parts.recipe: text} | ({} if self._is_changed(given) else {self.parts.filled: text})
 
     def _told_first(self, given: Given, made: Draft) -> list[Line]:
         entries = (entry for name in given[self.parts.sources] for entry in self.app_state.pairs.entries(name))
