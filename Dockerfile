@@ -19,7 +19,7 @@ RUN useradd --create-home --uid 1000 me && \
     mkdir -p /work/adapters /work/collected /work/models
 
 # torch first and by itself: it is most of the image, and only its own version, which is pinned, changes it.
-WORKDIR /src
+WORKDIR /libraries
 COPY constraints.txt ./
 # hadolint ignore=DL3013
 RUN case "$DEVICE" in \
@@ -35,6 +35,8 @@ RUN mkdir lora_dpo && touch lora_dpo/__init__.py README.md LICENSE && \
     pip install --constraint constraints.txt ".[demo]" && \
     pip uninstall --yes lora-dpo
 
+# In a folder of its own: what was built there before is newer than the code, and would be taken for it.
+WORKDIR /src
 COPY . .
 RUN pip install --no-deps . && \
     cp -r configs data demo /work && \

@@ -227,7 +227,7 @@ _OPEN = "another program has it open. Close it there and try again."
 _WINDOWS = {
     32: _OPEN,
     33: _OPEN,
-    123: "a name may not hold any of : ? * < > | and quotes there. Choose another one.",
+    123: "it has a letter that no name may have there, such as : or ? or *. Choose another one.",
     206: "the name is too long there. Choose a shorter one.",
 }
 """Windows' own numbers of errors whose usual ones say less."""

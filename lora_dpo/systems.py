@@ -162,15 +162,13 @@ def is_old(path: Path) -> bool:
 
 # --- Apple's GPU ----------------------------------------------------------------------------------
 
-DEVICE = "LORA_DPO_DEVICE"
-
 
 def wants_apple_gpu() -> bool:
     """Whether LORA_DPO_DEVICE asks for it: not by itself, since nobody has measured it. Raises `ConfigError`."""
-    asked = os.environ.get(DEVICE) or "auto"
+    asked = os.environ.get("LORA_DPO_DEVICE") or "auto"
     if asked not in ("auto", "mps"):
         raise ConfigError(
-            f"{DEVICE} is {shown(asked)}: allowed are auto and mps. auto takes an NVIDIA GPU if there is one; "
+            f"LORA_DPO_DEVICE is {shown(asked)}: allowed are auto and mps. auto takes an NVIDIA GPU if there is one; "
             "CUDA_VISIBLE_DEVICES= before the command hides it."
         )
     return asked == "mps"

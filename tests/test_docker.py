@@ -136,6 +136,54 @@ def test_the_one_argument_says_which_torch_is_installed(tmp_path):
     assert all_of("ARG") == ["DEVICE=cpu"]
 
 
+def replay(tmp_path, out):
+    """Do in a folder what COPY, WORKDIR and RUN say, but for users, torch and libraries; the package goes to `out`."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    pip = f"{shlex.quote(sys.executable)} -m pip install --quiet --no-deps --no-index --no-build-isolation --upgrade"
+    scripts = {
+        "pip": f'case "$1" in install) {pip} --target {shlex.quote(str(out))} . ;; *) rm -r {out}/lora_dpo* ;; esac',
+        "chown": ":",
+    }
+    for name, script in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    listed = subprocess.run(
+        [shutil.which("git"), "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    sent = [name for name in listed.splitlines() if is_sent(name) and (ROOT / name).is_file()]
+    here = tmp_path
+    for name, rest in instructions():
+        if name == "WORKDIR":
+            here = tmp_path / rest.removeprefix("/")
+            here.mkdir(exist_ok=True)
+        elif name == "COPY":
+            for file in sent if rest == ". ." else [rest.split()[0]]:
+                (here / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / file, here / file)
+        elif name == "RUN" and "DEVICE" not in rest:
+            command = rest.removeprefix("useradd --create-home --uid 1000 me &&")
+            command = re.sub(r"(?<= )/(work|usr)\b", rf"{tmp_path}/\1", command)
+            given = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+            subprocess.run(["/bin/sh", "-ec", command], cwd=here, env=given, check=True, capture_output=True)
+    return sent
+
+
+@pytest.mark.slow
+@pytest.mark.posix
+def test_what_its_steps_install_is_the_package_that_is_here(tmp_path):
+    """Without users, libraries and torch. An empty package was installed first: nothing of it may be left."""
+    (tmp_path / "usr/local/bin").mkdir(parents=True)
+    sent = replay(tmp_path, tmp_path / "site")
+    ours = [name for name in sent if name.startswith("lora_dpo/")]
+    assert len(ours) > 150
+    for name in ours:
+        assert (tmp_path / "site" / name).read_bytes() == (ROOT / name).read_bytes(), name
+    for name in ("configs/quickstart.yaml", "data/quickstart.jsonl", "demo/app.py", "adapters/quickstart/README.md"):
+        assert (tmp_path / "work" / name).is_file(), name
+    assert os.access(tmp_path / "usr/local/bin/docker-entrypoint", os.X_OK)
+
+
 def test_what_it_starts_is_a_command_that_asks_for_a_password():
     command = typer.main.get_command(app).commands[words("CMD")[0]]
     options = {flag: option for option in command.params for flag in option.opts}

@@ -330,7 +330,7 @@ def windows_error(number, kind=PermissionError, code=errno.EACCES, filename="ada
     [
         (windows_error(32), "mine: another program has it open. Close it there and try again."),
         (windows_error(32, filename="other/x"), "x: another program has it open."),
-        (windows_error(123, OSError, errno.EINVAL), "mine: a name may not hold any of :"),
+        (windows_error(123, OSError, errno.EINVAL), "mine: it has a letter that no name may have there, such as :"),
         (windows_error(206, FileNotFoundError, errno.ENOENT), "mine: the name is too long there."),
     ],
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.recipe import Dtype
 from lora_dpo.errors import ConfigError
-from lora_dpo.systems import DEVICE, wants_apple_gpu
+from lora_dpo.systems import wants_apple_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,9 @@ def pick_device() -> torch.device:
 
     if wants_apple_gpu():
         if not torch.backends.mps.is_available():
-            raise ConfigError(f"{DEVICE} is mps, but torch offers no Apple GPU here. Unset it to compute on the CPU.")
+            raise ConfigError(
+                "LORA_DPO_DEVICE is mps, but torch offers no Apple GPU here. Unset it to compute on the CPU."
+            )
         return torch.device("mps")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

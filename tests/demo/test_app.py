@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("gradio")
 
@@ -77,6 +79,19 @@ def test_what_launch_is_given_depends_on_its_arguments_alone():
     assert first.keys() == second.keys()
     assert first["app_kwargs"]["middleware"][0].kwargs == {"local": True, "names": frozenset({"a.example"})}
     assert launch_options(auth=("me", "secret"))["app_kwargs"]["middleware"][0].kwargs["local"] is False
+
+
+def test_a_space_is_given_the_python_the_gradio_and_the_extra_that_there_are():
+    front = yaml.safe_load((ROOT / "demo" / "README.md").read_text(encoding="utf-8").split("---")[1])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"gradio=={front['sdk_version']}" in pinned
+    assert project["requires-python"] == f">={front['python_version']}"  # a Space has 3.10 by itself
+    [needed] = (ROOT / "demo" / "requirements.txt").read_text(encoding="utf-8").split()
+    name, extra = needed.removesuffix("]").split("[")
+    assert name == project["name"]
+    assert extra in project["optional-dependencies"]
+    assert (ROOT / "demo" / front["app_file"]).is_file()
 
 
 def free_port():

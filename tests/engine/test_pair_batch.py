@@ -1,5 +1,7 @@
 """A step's pairs beside TRL's padded batch: what its rows are, and that they are found once."""
 
+import pickle
+
 import pytest
 import torch
 from tiny import PAIRS, build, columns, tiny
@@ -79,3 +81,14 @@ def test_a_step_finds_its_rows_once_however_many_parts_it_has(settings, tiny_mod
     trainer.training_step(trainer.model, rows)
     assert trainer.engine.last.parts > (1 if settings else 0)
     assert found == [2 * len(PAIRS)] * 2  # token ids, and which of them belong to an answer
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5, 1.0]])
+def test_what_makes_batches_goes_to_workers_that_begin_anew(weights, tiny_model_folder, tmp_path):
+    """Windows and macOS start a loader's processes afresh and send them the collator; Linux has it there by a fork."""
+    trainer = build(DPOTrainer, tiny("llama"), tiny_model_folder, tmp_path, weights=weights)
+    rows = [trainer.train_dataset[number] for number in range(len(PAIRS))]
+    ours, theirs = trainer.data_collator(rows), pickle.loads(pickle.dumps(trainer.data_collator))(rows)
+    assert ours.keys() == theirs.keys()
+    assert ("pair_weight" in ours) == (weights is not None)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
