@@ -407,6 +407,33 @@ def test_held_out_pairs_of_ones_own_are_taken_in_place_of_those_that_would_be_he
     assert "30 pairs to learn from." in Path("other.yaml").read_text()
 
 
+def test_columns_with_names_of_their_own_are_named_once_and_stay_in_the_recipe(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lora_dpo.training.run.train", lambda recipe, **more: seen.append(recipe))
+    Path("mine.csv").write_text("Q;X;Y\n" + "".join(f"Say {n}.;Yes {n}.;No.\n" for n in range(60)))
+    status, _, said = run("init", "mine.csv")
+    assert status == 1
+    assert "no column says that it is prompt or chosen or rejected" in said
+    assert run("init", "mine.csv", "--columns", "prompt=Q, chosen=X, rejected=Y")[0] == 0
+    recipe = read_recipe("mine.yaml")
+    assert recipe.data.columns == {"prompt": "Q", "chosen": "X", "rejected": "Y"}
+    assert run("train", "mine.csv")[0] == 0
+    assert seen == [recipe]
+    assert "set data.columns in it" in run("train", "mine.yaml", "--columns", "prompt=Q")[2]
+    said = run("init", "--columns", "prompt=Q")[2]
+    assert "--columns goes with a file of pairs: lora-dpo init DATA --columns prompt=Q." in said
+
+
+def test_what_is_read_of_a_spreadsheet_is_said(run):
+    rows = "".join(f"Frage {n}?;Ja {n}.;Vielleicht, wer weiß {n}.\n" for n in range(60))
+    Path("fragen.csv").write_bytes(("Frage;Gute Antwort;Schlechte Antwort\n" + rows).encode("cp1252"))
+    status, said, err = run("init", "fragen.csv")
+    assert status == 0, err
+    assert "Gute Antwort as chosen" in said
+    assert "Windows-1252" in said
+    assert read_recipe("fragen.yaml").data.train == "fragen.csv"
+
+
 def test_a_recipe_takes_no_model_and_no_preset_beside_it(run, spreadsheet):
     run("init", spreadsheet())
     said = run("train", "pairs.yaml", "--model", "my model")[2]
