@@ -163,7 +163,7 @@ def test_from_nothing_to_an_adapter_of_a_german_spreadsheet_without_editing_a_fi
         as_xlsx(installed.folder / file, {"Tabelle1": QUESTIONS})
     begun = installed("init", file, "--model", str(tiny_model_folder))
     assert begun.returncode == 0, begun.stderr
-    assert "Gute Antwort" in begun.stdout
+    assert "'Gute Antwort' as chosen" in " ".join(begun.stdout.split())
     trained = installed("train", "fragen.yaml", "trainer.max_steps=1", "evaluation.answers=1", "model.quantize=none")
     assert trained.returncode == 0, trained.stderr
     passport = json.loads((installed.folder / "adapters" / "fragen" / "passport.json").read_text(encoding="utf-8"))

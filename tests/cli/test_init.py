@@ -429,7 +429,7 @@ def test_what_is_read_of_a_spreadsheet_is_said(run):
     Path("fragen.csv").write_bytes(("Frage;Gute Antwort;Schlechte Antwort\n" + rows).encode("cp1252"))
     status, said, err = run("init", "fragen.csv")
     assert status == 0, err
-    assert "Gute Antwort as chosen" in said
+    assert "'Gute Antwort' as chosen" in said
     assert "Windows-1252" in said
     assert read_recipe("fragen.yaml").data.train == "fragen.csv"
 
