@@ -109,6 +109,12 @@ def test_longer_answers_need_more(recipe_dict):
     assert needed[1] > 2 * needed[0]
 
 
+def test_answers_are_the_peak_where_they_need_more_than_training(recipe_dict):
+    memory = plan(check_recipe(recipe_dict(evaluation={"max_new_tokens": 50_000})), card="3060").memory
+    assert memory.answers > memory.activations + memory.working
+    assert memory.total == memory.libraries + memory.desktop + memory.weights + memory.adapter + memory.answers
+
+
 # --- the verdict ----------------------------------------------------------------------------------
 
 

@@ -62,7 +62,8 @@ def memory_lines(planned: Plan) -> Iterator[tuple[str, str]]:
     least = f"; {size(memory.least)} is the least it fits into" if memory.least is not None and memory.fits else ""
     yield "memory", f"{size(memory.total)} at the peak, of {size(memory.available)}{least}"
     if machine.kind == "cuda" and memory.libraries:
-        yield "  CUDA", f"{size(memory.libraries)} for its context and libraries (assumed)"
+        label = "  ROCm" if machine.card is not None and machine.card.kind == "amd" else "  CUDA"
+        yield label, f"{size(memory.libraries)} for its context and libraries (assumed)"
     elif machine.kind == "cpu":
         yield "  libraries", size(memory.libraries)
     if memory.desktop:
