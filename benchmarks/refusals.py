@@ -77,11 +77,14 @@ def timed(command: str) -> tuple[float, float, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only commands with one of these in them")
     parser.add_argument("--runs", type=int, default=3, help="how often each is run")
     parser.add_argument("--output", type=Path, help="where the numbers go, as JSON")
     options = parser.parse_args()
     rows = []
     for command in REFUSED:
+        if options.words and not any(word in command for word in options.words):
+            continue
         runs = [timed(command)[:2] for _ in range(options.runs)]
         seconds, cpu = ([round(one, 3) for one in column] for column in zip(*runs, strict=True))
         rows.append({"command": command, "seconds": seconds, "cpu_seconds": cpu})
