@@ -11,7 +11,7 @@ downloads      packages and exports that leave it
 html           pieces of pages, escaped
 theme          colours, style and keys
 handlers       what every handler of the page does
-column_pickers the columns of an upload, where nobody can tell them
+column_pickers  the columns of an upload, where nobody can tell them
 tab_chat, tab_vote, tab_data, tab_train, tab_adapters
 api            the same for scripts
 server         who may call it

@@ -183,7 +183,7 @@ def test_a_script_uploads_pairs(client, app_state, tmp_path):
 
 def test_a_script_names_the_columns_of_a_table(client, app_state, tmp_path):
     (tmp_path / "mine.tsv").write_text("Q\tA\tB\nSay it.\tYes.\tNo.\n")
-    with pytest.raises(Exception, match="mine.tsv: no column says that it is prompt or chosen or rejected"):
+    with pytest.raises(Exception, match=r"mine\.tsv: no column says that it is prompt or chosen or rejected"):
         client.predict(gradio_client.handle_file(tmp_path / "mine.tsv"), api_name="/upload_pairs")
     named = "prompt=Q,chosen=B,rejected=A"
     name = client.predict(gradio_client.handle_file(tmp_path / "mine.tsv"), named, api_name="/upload_pairs")
