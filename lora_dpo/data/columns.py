@@ -119,7 +119,7 @@ class Columns:
         told = self._told(meant)
         if (self.named or told) and self._said != (said := (tuple(row), tuple(told))):
             self._said = said
-            self._say({**self.named, **told}, row)
+            self._say({**self.named, **told, **self.named}, row)
         meant = _renamed(meant, told)
         if self.facts.table:
             meant = self._cells(meant)
@@ -138,16 +138,10 @@ class Columns:
         header = list(dict.fromkeys(str(name) for row in sample for name in row))
         for role, name in self.named.items():
             if name not in header:
-                hint = nearest(name, header)
+                text = f"there is no column {shown(name)}, which is to be {role}.{nearest(name, header)}"
                 known = format_of(sample[0])
-                alone = (
-                    f" Its rows are {known.title} and need no names: convert the other files first."
-                    if known.name
-                    else ""
-                )
-                raise self._unclear(
-                    f"there is no column {shown(name)}, which is to be {role}.{hint} {_listed(header)}{alone}", header
-                )
+                alone = f" Its rows are {known.title} and need no names: convert the other files first."
+                raise self._unclear(f"{text} {_listed(header)}{alone if known.name else ''}", header)
 
     # --- by their words ---------------------------------------------------------------------------
 
