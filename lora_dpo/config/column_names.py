@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 
@@ -73,6 +74,21 @@ def parse_columns(text: str) -> dict[str, str]:
     if len(named) < len(pairs):
         raise ConfigError(f"--columns is {shown(text)}: something is named twice.")
     return named
+
+
+def as_option(columns: Mapping[str, str]) -> str:
+    """`--columns 'prompt=Question,chosen=Good answer'`, and the same as a recipe has it."""
+    option = ",".join(f"{role}={name}" for role, name in columns.items())
+    recipe = ", ".join(f"{role}: {_yaml(name)}" for role, name in columns.items())
+    return f"--columns {_quoted(option)} (in a recipe data.columns: {{{recipe}}})"
+
+
+def _quoted(text: str) -> str:
+    return text if re.fullmatch(r"[\w=,.-]+", text) else f'"{text}"' if '"' not in text else f"'{text}'"
+
+
+def _yaml(name: str) -> str:
+    return name if re.fullmatch(r"[^\W\d][\w ]*", name) else json.dumps(name, ensure_ascii=False)
 
 
 def _bare(name: str) -> str:

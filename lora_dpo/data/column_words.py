@@ -34,20 +34,27 @@ _BAD = """
     slecht slechte slechter slechtere slechtste afgewezen
 """
 _SCORE = "score scores rating ratings reward rewards points punkte punktzahl bewertung wertung puntuacion punteggio"
-_ANSWER = "answer response completion output reply antwort ausgabe reponse respuesta risposta resposta antwoord"
+_ANSWER = """
+    answer answers response responses completion completions output outputs reply replies antwort antworten ausgabe
+    reponse reponses respuesta respuestas risposta risposte resposta respostas antwoord antwoorden
+"""
+_BESIDE = (
+    "text texts content message user option the a an of for la le les el il lo der die das von fur de du di del het"
+)
+"""Words that may stand beside those above and change nothing."""
 _ASIDE = """
-    id ids nr no num number nummer index idx uuid date datum time timestamp type typ kind category kategorie class
+    id ids nr num number nummer index idx uuid date datum time timestamp type typ kind category kategorie class
     token tokens length len laenge lange words chars count rate share percent model models modell source quelle origin
-    url link file lang language sprache by author user annotator rater reason reasons why because warum grund
+    url link file lang language sprache by author annotator rater reason reasons why because warum grund
     comment comments kommentar note notes notiz hash tag tags label labels topic thema difficulty rank ranking
-    explanation rationale erklarung begrundung vote votes stimmen
+    explanation rationale erklarung begrundung vote votes stimmen feedback
 """
 """Words of columns that are about an answer and not the answer."""
 _NOT = """
     not no non un dis nicht kein keine keiner less least weniger wenigsten moins menos meno minder minst nie never
     without ohne sans sin pas nao niet geen
 """
-"""Words that turn another one round: a column with one is read for nothing."""
+"""Words that turn another one round."""
 
 
 def words_of(name: str) -> list[str]:
@@ -62,7 +69,9 @@ def _set(words: str) -> frozenset[str]:
 
 
 _SAY = {"prompt": _set(_ASKED), "chosen": _set(_GOOD), "rejected": _set(_BAD)}
-_SCORE_WORDS, _ANSWER_WORDS, _OTHERS = _set(_SCORE), _set(_ANSWER), _set(_ASIDE) | _set(_NOT)
+_SCORE_WORDS, _ANSWER_WORDS, _BESIDE_WORDS = _set(_SCORE), _set(_ANSWER), _set(_BESIDE)
+_ASIDE_WORDS, _NOT_WORDS = _set(_ASIDE), _set(_NOT)
+_OPPOSITE = {"chosen": "rejected", "rejected": "chosen"}
 _WHOLE = {
     **{name: name for name in ("prompt", "chosen", "rejected", "system", "completion")},
     **dict.fromkeys(("system prompt", "system message", "systemprompt", "systemnachricht"), "system"),
@@ -70,22 +79,36 @@ _WHOLE = {
 """Names that are what they say, with nothing to weigh."""
 
 
-def role_of(name: str) -> tuple[str | None, bool]:
-    """What a column says it is, or None, and whether that is the very name of it."""
+CERTAIN, SURE, PERHAPS = 2, 1, 0
+"""How far a name says what a column is: it is the very word; it is that and words of no weight; it may be meant."""
+
+
+def role_of(name: str) -> tuple[str | None, int]:
+    """What a column says it is, or None, and how far it says so. One with an answer's word alone is a `completion`.
+
+    A word that is not known here may turn everything round: such a column is nothing by itself, but it stands in the
+    way of another one that would be the same.
+    """
     words = words_of(name)
     whole = _WHOLE.get(" ".join(words))
     if whole:
-        return whole, True
-    found = set(words)
-    roles = [role for role, said in _SAY.items() if found & said]
-    if is_data(name) or found & _OTHERS or len(roles) > 1:
-        return None, False
-    role = roles[0] if roles else None
-    if found & _SCORE_WORDS:
-        return (f"{role}_score" if role in ("chosen", "rejected") else None), False
-    if role is None and found & _ANSWER_WORDS:
-        return "completion", False
-    return role, False
+        return whole, CERTAIN
+    rest = {word for word in words if len(word) > 1} - _BESIDE_WORDS  # Answer A, Answer 1
+    roles = [role for role, said in _SAY.items() if rest & said]
+    if is_data(name) or len(roles) > 1 or rest & _ASIDE_WORDS:
+        return None, PERHAPS
+    role = roles[0] if roles else "completion" if rest & _ANSWER_WORDS else None
+    if rest & _NOT_WORDS:
+        return _OPPOSITE.get(str(role)), PERHAPS
+    unknown = rest.difference(_ANSWER_WORDS, _SCORE_WORDS, *_SAY.values())
+    if rest & _SCORE_WORDS:
+        return (f"{role}_score" if role in _OPPOSITE and not unknown else None), SURE
+    return role, PERHAPS if unknown else SURE
+
+
+def says_answer(name: str) -> bool:
+    """True for a column one of whose words is one for an answer."""
+    return not _ANSWER_WORDS.isdisjoint(words_of(name))
 
 
 def is_data(name: str) -> bool:

@@ -8,14 +8,13 @@ to the other through `Columns.meant`, with its columns under the names that form
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from lora_dpo.config.column_names import COLUMN_NAMES
+from lora_dpo.config.column_names import COLUMN_NAMES, as_option
 from lora_dpo.config.reading import nearest
-from lora_dpo.data.column_words import is_data, role_of
+from lora_dpo.data.column_words import CERTAIN, PERHAPS, is_data, role_of, says_answer
 from lora_dpo.data.formats.published import is_demonstration
 from lora_dpo.data.formats.registry import format_of
 from lora_dpo.data.formats.trl import SCORES
@@ -49,6 +48,11 @@ _NEEDED: dict[Wanted, tuple[str, ...]] = {
     "pairs": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt",),
     "answers": ("prompt", "completion"),
+}
+_TOO_FEW: dict[Wanted, str] = {
+    "pairs": "A pair needs a prompt and two answers",
+    "prompts": "A row needs a prompt",
+    "answers": "An answer needs a prompt beside it",
 }
 _WITHOUT_A_SIDE = ("trl", "orca", "alpaca", "argilla", "sharegpt")
 """Formats that are known by one of both answers, or by their question: the other may be there under another name."""
@@ -89,6 +93,8 @@ class Columns:
         """To be given to the reader, which fills it in."""
         self._roles: dict[tuple[Any, ...], dict[str, str]] = {}
         self._sample: list[Row] = []
+        self._said: tuple[Any, ...] = ()
+        self._notes: set[str] = set()
 
     def over(self, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
         """The rows of the file, some of them looked at ahead where columns have to be told.
@@ -102,19 +108,22 @@ class Columns:
         ahead = [first]
         if self.named or self._lacks(first[1]):
             ahead += itertools.islice(rows, SAMPLE - 1)
-        self._sample = [row for _, row in ahead]
-        if self.named:
-            self._check_named()
+        self._check_named([row for _, row in ahead])
+        self._sample = [_renamed(row, self.named) for _, row in ahead]
         yield from ahead
         yield from rows
 
     def meant(self, row: Row) -> Row:
         """A row with its columns under the names that formats know. Raises `BadRow` for one that has no such text."""
-        roles = self.named or self._told(row)
-        meant = _renamed(row, roles) if roles else row
+        meant = _renamed(row, self.named)
+        told = self._told(meant)
+        if (self.named or told) and self._said != (said := (tuple(row), tuple(told))):
+            self._said = said
+            self._say({**self.named, **told, **self.named}, row)
+        meant = _renamed(meant, told)
         if self.facts.table:
             meant = self._cells(meant)
-        return _with_history(meant) if "history" in roles else meant
+        return _with_history(meant) if "history" in self.named else meant
 
     def tell(self, on_note: OnNote | None) -> None:
         """Pass on what was seen of the file since this was asked last."""
@@ -125,15 +134,14 @@ class Columns:
 
     # --- named ------------------------------------------------------------------------------------
 
-    def _check_named(self) -> None:
-        header = _header(self._sample)
+    def _check_named(self, sample: Sequence[Row]) -> None:
+        header = list(dict.fromkeys(str(name) for row in sample for name in row))
         for role, name in self.named.items():
             if name not in header:
-                hint = nearest(name, header)
-                raise self._unclear(
-                    f"there is no column {shown(name)}, which is to be {role}.{hint} {_listed(header)}", header
-                )
-        self._say(self.named, header)
+                text = f"there is no column {shown(name)}, which is to be {role}.{nearest(name, header)}"
+                known = format_of(sample[0])
+                alone = f" Its rows are {known.title} and need no names: convert the other files first."
+                raise self._unclear(f"{text} {_listed(header)}{alone if known.name else ''}", header)
 
     # --- by their words ---------------------------------------------------------------------------
 
@@ -168,9 +176,7 @@ class Columns:
         key = (lacking, *row)
         if key not in self._roles:
             sample = [one for one in self._sample if one.keys() == row.keys()] or [row]
-            roles = self._by_words(lacking, list(map(str, row)), sample)
-            self._roles[key] = roles
-            self._say(roles, row)
+            self._roles[key] = self._by_words(lacking, list(map(str, row)), sample)
         return self._roles[key]
 
     def _by_words(self, lacking: Sequence[str], header: Sequence[str], sample: Sequence[Row]) -> dict[str, str]:
@@ -182,7 +188,7 @@ class Columns:
         """
         goals = (*lacking, "completion") if self.wanted == "answers" else lacking
         said = _candidates(header, (*goals, "system"))
-        roles = {role: names[0] for role, names in said.items() if len(names) == 1}
+        roles = _sure(said)
         missing = [role for role in self._needed(lacking, roles, header) if role not in roles]
         if missing and self.facts.table and _heads_nothing(header):
             first = ", ".join(shown(name, 40) for name in header[:3])
@@ -199,9 +205,9 @@ class Columns:
             if not self.facts.table or (lacking == ("prompt",) and self.wanted != "prompts"):
                 return {}  # the format says what it misses; answers may hold their prompt, too
             self._refuse(f"no column says that it is {' or '.join(missing)}. {_listed(header)}", header, said)
-        marks = _marked(roles, header, sample)
-        if marks:
-            self._refuse(marks, header, said)
+        doubt = _marked(roles, header, sample) or _about_another(roles, header, sample)
+        if doubt:
+            self._refuse(doubt, header, said)
         if "chosen" in roles and self.wanted == "answers":
             roles.pop("completion", None)
         return {**roles, **_scores_beside(header, roles)}
@@ -217,7 +223,7 @@ class Columns:
     def _refuse(self, problem: str, header: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
         """Refuse columns that cannot be told, with the line that mends it: what is known of them, and a guess."""
         if len(header) < len(_NEEDED[self.wanted]):
-            error = self._unclear(f"{problem} A pair needs a prompt and two answers, each in its column.", header)
+            error = self._unclear(f"{problem} {_TOO_FEW[self.wanted]}, each in its column.", header)
         else:
             line = {role: said.get(role, ["…"])[0] for role in _NEEDED[self.wanted] if role not in header}
             error = self._unclear(f"{problem} Name them: {as_option(line)}.", header, said)
@@ -228,17 +234,19 @@ class Columns:
     def _unclear(
         self, text: str, header: Sequence[str], said: Mapping[str, Sequence[str]] | None = None
     ) -> UnclearColumns:
-        known = {role: names[0] for role, names in (said or {}).items() if len(names) == 1}
+        known = _sure(said or {})
         return UnclearColumns(f"{self.source}: {text}", columns=tuple(header), guess=known)
 
-    def _say(self, roles: Mapping[str, str], columns: Sequence[str] | Row) -> None:
+    def _say(self, roles: Mapping[str, str], row: Row) -> None:
+        """Note what is read as what, once, and what is not read."""
         told = [f"{shown(name, 60)} as {role}" for role, name in roles.items() if name != role]
-        if not told:
-            return
         known = {*roles.values(), *COLUMN_NAMES, *_SCORES, *_TEXTS, "tools", "origin", "agreement", "accepted"}
-        beside = [shown(name, 60) for name in columns if name not in known]
+        beside = [shown(name, 60) for name in row if name not in known]
         unread = f"; not read: {', '.join(beside[:_SHOWN])}" if beside else ""
-        self.facts.notes.append(f"read {', '.join(told)}{unread}")
+        note = f"read {', '.join(told)}{unread}"
+        if told and note not in self._notes:
+            self._notes.add(note)
+            self.facts.notes.append(note)
 
     # --- cells ------------------------------------------------------------------------------------
 
@@ -255,29 +263,10 @@ class Columns:
         return {**row, **changed}
 
 
-def as_option(columns: Mapping[str, str]) -> str:
-    """`--columns 'prompt=Question,chosen=Good answer'`, and the same as a recipe has it."""
-    option = ",".join(f"{role}={name}" for role, name in columns.items())
-    recipe = ", ".join(f"{role}: {_yaml(name)}" for role, name in columns.items())
-    return f"--columns {_quoted(option)} (in a recipe data.columns: {{{recipe}}})"
-
-
-def _quoted(text: str) -> str:
-    return text if re.fullmatch(r"[\w=,.-]+", text) else f'"{text}"' if '"' not in text else f"'{text}'"
-
-
-def _yaml(name: str) -> str:
-    return name if re.fullmatch(r"[^\W\d][\w ]*", name) else json.dumps(name, ensure_ascii=False)
-
-
 def _listed(header: Sequence[str]) -> str:
     names = ", ".join(shown(name, 60) for name in header[:_SHOWN])
     more = f" and {len(header) - _SHOWN} more" if len(header) > _SHOWN else ""
     return f"Its columns are {names}{more}."
-
-
-def _header(sample: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(str(name) for row in sample for name in row))
 
 
 def _heads_nothing(header: Sequence[str]) -> bool:
@@ -287,38 +276,55 @@ def _heads_nothing(header: Sequence[str]) -> bool:
 
 
 def _candidates(header: Sequence[str], goals: Sequence[str]) -> dict[str, list[str]]:
-    """The columns whose words say that they are one of some things; a name that is that word alone leaves no others."""
+    """The columns that may be each of some things by their words; one with the very name of it leaves no others."""
     found: dict[str, list[str]] = {}
-    exact: dict[str, list[str]] = {}
+    certain: dict[str, list[str]] = {}
     for name in header:
-        role, certain = role_of(name)
+        role, how = role_of(name)
         if role in goals:
-            (exact if certain else found).setdefault(str(role), []).append(name)
-    return {role: exact.get(role) or found[role] for role in goals if role in exact or role in found}
+            (certain if how == CERTAIN else found).setdefault(str(role), []).append(name)
+    return {role: certain.get(role) or found[role] for role in goals if role in certain or role in found}
+
+
+def _sure(said: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Those of them that one column alone may be, and surely is."""
+    return {role: names[0] for role, names in said.items() if len(names) == 1 and role_of(names[0])[1] != PERHAPS}
 
 
 def _scores_beside(header: Sequence[str], roles: Mapping[str, str]) -> dict[str, str]:
     """Columns of scores for both answers, where each side has one."""
     found = _candidates([name for name in header if name not in roles.values()], ("chosen_score", "rejected_score"))
-    return {role: names[0] for role, names in found.items()} if sorted(map(len, found.values())) == [1, 1] else {}
+    sure = _sure(found)
+    return sure if len(sure) == 2 else {}
 
 
 def _marked(roles: Mapping[str, str], header: Sequence[str], sample: Sequence[Row]) -> str:
     """Why columns that say they are texts may be none: they hold numbers or marks, and another column holds text."""
     texts = {role: [str(row.get(name) or "").strip() for row in sample] for role, name in roles.items()}
     marks = [role for role, cells in texts.items() if role != "system" and _are_marks(cells, header)]
-    beside = [
-        name
-        for name in header
-        if name not in roles.values()
-        and any(" " in str(row.get(name) or "").strip() for row in sample)
-        and not all(is_number(str(row.get(name) or "0")) for row in sample)
-    ]
+    beside = _texts_beside(roles, header, sample)
     if not marks or not beside:
         return ""
     named = " and ".join(shown(roles[role], 60) for role in marks)
     texts_in = ", ".join(shown(name, 60) for name in beside[:4])
     return f"{named} may not be meant: there are numbers or marks in it, and text in {texts_in}."
+
+
+def _about_another(roles: Mapping[str, str], header: Sequence[str], sample: Sequence[Row]) -> str:
+    """Why columns that say good and bad alone may be about an answer: another column says that it is one."""
+    sides = [roles[side] for side in ("chosen", "rejected") if side in roles]
+    others = [name for name in _texts_beside(roles, header, sample) if says_answer(name)]
+    if not others or all(map(says_answer, sides)):
+        return ""
+    named, other = " and ".join(shown(name, 60) for name in sides), shown(others[0], 60)
+    return f"{named} may say something about the answer in {other} and be none."
+
+
+def _texts_beside(roles: Mapping[str, str], header: Sequence[str], sample: Sequence[Row]) -> list[str]:
+    """The columns that are not read and hold text."""
+    cells = {name: [str(row.get(name) or "").strip() for row in sample] for name in header}
+    left = [name for name in header if name not in roles.values()]
+    return [name for name in left if any(" " in cell and not is_number(cell) for cell in cells[name])]
 
 
 def _are_marks(cells: Sequence[str], header: Sequence[str]) -> bool:
@@ -340,6 +346,8 @@ def _holds_turns(text: str) -> bool:
 
 def _renamed(row: Row, roles: Mapping[str, str]) -> Row:
     """A row with some of its columns under other names; what had such a name before is not read."""
+    if not roles:
+        return row
     hidden = {*roles, *roles.values()}
     if "prompt" in roles:
         hidden.update(_ASKED_ELSEWHERE)

@@ -19,9 +19,14 @@ def named(header: Sequence[str], path: Path) -> list[str]:
     Raises:
         DataError: two columns have one name, so one of them would be lost.
     """
-    names = [" ".join(cell.split()).strip('"') or f"column {letters_of(place)}" for place, cell in enumerate(header)]
+    names = [_name(cell) or f"column {letters_of(place)}" for place, cell in enumerate(header)]
     refuse_twice_named(names, path)
     return names
+
+
+def _name(cell: str) -> str:
+    text = " ".join(cell.split())
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text  # by hand, after a space
 
 
 def refuse_twice_named(columns: Sequence[str], path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from spreadsheets import as_ods, as_xlsx
 
 from lora_dpo.cli.commands import main
 from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
@@ -328,6 +329,71 @@ def test_convert_writes_the_canonical_form_that_reads_the_same(run):
     for old, new in zip(before, after, strict=True):
         assert (old.prompt, old.chosen, old.rejected, old.gap) == (new.prompt, new.chosen, new.rejected, new.gap)
         assert canonical_row(new)["origin"] == {"file": "a.jsonl", "row": old.origin.row}  # of the first file
+
+
+SHEET = [("Q", "A", "B"), ("Wie heißt du?", "Ich heiße Otto.", "Weiß nicht."), ("Wo bist du?", "Hier.", "Dort.")]
+NAMED = ("--columns", "prompt=Q,chosen=A,rejected=B")
+
+
+def table(name: str, rows: Any = SHEET) -> str:
+    Path(name).write_bytes("\r\n".join(";".join(row) for row in rows).encode("cp1252"))
+    return name
+
+
+def test_check_says_how_a_table_was_read(run):
+    german = table("a.csv", [("Frage", "gut", "schlecht", "Notiz"), *((*row, "x") for row in SHEET[1:])])
+    status, said, _ = run("check", german)
+    assert status == 0
+    lines = [line.strip() for line in said.splitlines()[:6]]
+    assert lines == [
+        "read          2 rows, as TRL preference pairs",
+        "its text is not UTF-8 but, by a guess, Windows-1252 (Western European): its letters make words such as heißt, "
+        "heiße, Weiß",
+        "semicolons between its cells",
+        "read 'Frage' as prompt, 'gut' as chosen, 'schlecht' as rejected; not read: 'Notiz'",
+        "pairs         2 pairs read, 0 dropped",
+        "",
+    ]
+    assert "too short to tell 100.0% (of the chosen answers)" in said
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx", "ods"])
+def test_every_command_takes_columns_by_name(run, kind):
+    name = f"a.{kind}"
+    table(name) if kind == "csv" else (as_ods if kind == "ods" else as_xlsx)(Path(name), {"S": SHEET})
+    status, _, said = run("check", name)
+    assert status == 1
+    assert f"error: {name}: no column says that it is prompt or chosen or rejected. Its columns are 'Q', 'A'" in said
+    status, said, _ = run("check", name, *NAMED, "--fix", "clean.jsonl")
+    assert (status, len(load("clean.jsonl"))) == (0, 2)
+    assert run("convert", name, "out.jsonl", *NAMED)[0] == 0
+    assert load("out.jsonl")[0]["chosen"][0]["content"] == "Ich heiße Otto."
+    assert load("out.jsonl")[1]["origin"] == {"file": name, "row": 3}
+    assert "Hier." in run("show", name, "3", *NAMED)[1]
+    assert "2 different ones in 2 pairs" in run("stats", name, *NAMED)[1]
+    assert run("split", name, "train.jsonl", "eval.jsonl", *NAMED)[0] == 0
+    assert len(load("train.jsonl") + load("eval.jsonl")) == 2
+    assert run("mix", f"{name}:1", "-o", "mixed.jsonl", *NAMED)[0] == 0
+    assert len(load("mixed.jsonl")) == 2
+
+
+def test_columns_of_the_hub_are_named_too(run, monkeypatch):
+    import datasets
+
+    rows = [dict(zip("QAB", row, strict=True)) for row in SHEET[1:]]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: rows)
+    assert run("convert", "owner/name", "out.jsonl", *NAMED)[0] == 0
+    assert load("out.jsonl")[1]["origin"] == {"file": "owner/name", "row": 2}
+    status, _, said = run("check", "owner/name", "--columns", "prompt=Q,chosen=A,rejected=C")
+    assert status == 1
+    assert "owner/name: there is no column 'C', which is to be rejected." in said
+
+
+def test_columns_that_are_none_are_one_line(run):
+    for option, says in (("promt=Q", "Did you mean prompt?"), ("Q", "write WHAT=COLUMN with commas between")):
+        status, _, said = run("check", table("a.csv"), "--columns", option)
+        assert status == 1
+        assert says in said
 
 
 def test_convert_reads_hub_rows_and_folders_alike(run):

@@ -19,7 +19,7 @@ from lora_dpo.data.doctor.checks import Texts, text_findings
 from lora_dpo.data.doctor.examination import _OF_KIND, examine
 from lora_dpo.data.doctor.near_duplicates import HASHES, NearDuplicates, signature_of
 from lora_dpo.data.doctor.statistics import LengthBias, Noise, length_bias, percentiles
-from lora_dpo.data.language import differ, language_of, script_of
+from lora_dpo.data.language import differ, language_of, named_language, script_of
 from lora_dpo.data.messages import Kind
 from lora_dpo.data.write import write_fixed
 from lora_dpo.errors import ConfigError, DataError, OutputError
@@ -486,6 +486,22 @@ def test_languages_are_told_by_their_small_words():
     assert differ(LANGUAGES["English"], LANGUAGES["German"]) == "English prompt, German answer"
     assert differ(LANGUAGES["English"], "Oak, elm, ash.") is None  # cannot be told
     assert differ(LANGUAGES["English"], LANGUAGES["English"]) is None
+
+
+def test_a_report_names_a_language_or_says_why_not(tmp_path):
+    long = "lorem ipsum dolor sit amet consectetur adipiscing elit " * 4
+    answers = [LANGUAGES["English"], "Oak, elm, ash.", long, "Привет, как дела?", "猫です。", "12 + 3 = 15"]
+    assert list(map(named_language, answers)) == [
+        "English",
+        "too short to tell",
+        "Latin script, language not told",
+        "Cyrillic script",
+        "Han script",
+        "no letters",
+    ]
+    rows = [{"prompt": f"Say {number}.", "chosen": text, "rejected": "x"} for number, text in enumerate(answers * 2)]
+    found = examine([write(tmp_path / "a.jsonl", *rows)])
+    assert found.as_json()["languages"] == dict.fromkeys(map(named_language, answers), 2)
 
 
 def write(path: Path, *rows: Any) -> str:

@@ -970,6 +970,39 @@ def test_a_run_says_what_rows_were_read_as_and_heeds_format_and_gap(tmp_path, re
         prepare(check_recipe(recipe_dict(data={**data, "format": "trl"})), tmp_path / "out", hear, StopSignal())
 
 
+def test_a_run_and_its_plan_say_how_a_table_was_read(tmp_path, recipe_dict):
+    from lora_dpo import plan
+    from lora_dpo.config.reading import check_recipe, dump_recipe
+    from lora_dpo.events import Resolved, StopSignal
+    from lora_dpo.training.planning.lines import lines as plan_lines
+    from lora_dpo.training.prepare import prepare
+
+    path = tmp_path / "a.csv"
+    path.write_text("Q;Besser;Schlechter;Notiz\nName a tree.;Oak.;Moss.;x\nAnd one more?;Elm.;Fern.;y\n")
+    data = {"train": str(path), "columns": {"prompt": "Q"}}
+    with pytest.raises(
+        DataError, match=r"eval\.jsonl: there is no column 'Q', .*Its rows are TRL preference pairs and need"
+    ):
+        prepare(check_recipe(recipe_dict(data=data)), tmp_path / "out", print, StopSignal())
+    (tmp_path / "b.csv").write_text("Q,Besser,Schlechter\nA third?,Ash.,Moss.\n")
+    recipe = check_recipe(recipe_dict(data={**data, "eval": str(tmp_path / "b.csv")}))
+    assert "columns:\n    prompt: Q\n" in dump_recipe(recipe)
+    heard: list[tuple[str, str]] = []
+    hear = lambda event: heard.extend(event.lines) if isinstance(event, Resolved) else None  # noqa: E731
+    run = prepare(recipe, tmp_path / "out", hear, StopSignal())
+    assert [pair.origin.row for pair in run.train] == [2, 3]
+    said = [
+        ("", "semicolons between its cells"),
+        ("", "read 'Q' as prompt, 'Besser' as chosen, 'Schlechter' as rejected; not read: 'Notiz'"),
+    ]
+    at = heard.index(("train data", "2 pairs read, 0 dropped, read as TRL preference pairs"))
+    assert heard[at + 1 : at + 3] == said
+    planned = plan(recipe)
+    assert planned.to_json()["data"]["train"]["notes"] == tuple(text for _, text in said)
+    shown = list(plan_lines(planned))
+    assert shown[shown.index(("train data", "2 pairs read, 0 dropped")) + 1 :][:2] == said
+
+
 def test_a_leak_across_a_system_turn_is_said(tmp_path, recipe_dict):
     from lora_dpo.config.reading import check_recipe
     from lora_dpo.events import Note, StopSignal

@@ -7,12 +7,14 @@ import csv
 import gzip
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from spreadsheets import as_ods, as_xlsx
 from test_formats import CASES
 
 from lora_dpo.data import read_pairs
@@ -38,9 +40,9 @@ def as_jsonl() -> bytes:
     return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
-def as_csv() -> bytes:
+def as_csv(separator: str = ",") -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, sorted({key for row in ROWS for key in row}))
+    writer = csv.DictWriter(text, sorted({key for row in ROWS for key in row}), delimiter=separator)
     writer.writeheader()
     for row in ROWS:
         writer.writerow({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})
@@ -57,6 +59,14 @@ def as_parquet() -> bytes:
     return buffer.getvalue()
 
 
+def as_sheet(kind: str) -> bytes:
+    rows = [("Question", "good", "bad"), *[(f"Number {number}?", number, f"no {number}") for number in range(4)]]
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / f"a{kind}"
+        (as_ods if kind == ".ods" else as_xlsx)(path, {"Pairs": rows})
+        return path.read_bytes()
+
+
 WHOLE = {
     ".jsonl": as_jsonl(),
     ".json": json.dumps(ROWS).encode(),
@@ -66,7 +76,11 @@ WHOLE = {
     ".json.gz": gzip.compress(json.dumps(ROWS).encode(), mtime=0),
     ".csv.gz": gzip.compress(as_csv(), mtime=0),
     ".parquet.gz": gzip.compress(as_parquet(), mtime=0),
+    ".tsv": as_csv("\t"),
+    ".xlsx": as_sheet(".xlsx"),
+    ".ods": as_sheet(".ods"),
 }
+FEWER = (".tsv", ".xlsx", ".ods")
 
 edits = st.lists(
     st.tuples(
@@ -156,7 +170,7 @@ def test_a_whole_file_reads(tmp_path, kind):
 def test_a_broken_file_ends_well(tmp_path, kind):
     path = tmp_path / f"a{kind}"
 
-    @FUZZ
+    @settings(FUZZ, max_examples=12 if kind in FEWER else FUZZ.max_examples)
     @given(changes=edits)
     def run(changes: list[tuple[str, float, bytes]]) -> None:
         path.write_bytes(broken(WHOLE[kind], changes))
@@ -165,7 +179,7 @@ def test_a_broken_file_ends_well(tmp_path, kind):
     run()
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", *FEWER])
 def test_any_bytes_end_well(tmp_path, kind):
     path = tmp_path / f"a{kind}"
 

@@ -19,7 +19,7 @@ from lora_dpo.data.doctor.catalogue import CHECKS, Check
 from lora_dpo.data.doctor.checks import Texts, ends_with_marker, prompt_text, special_findings, text_findings
 from lora_dpo.data.doctor.near_duplicates import NearDuplicates
 from lora_dpo.data.doctor.statistics import LengthBias, Noise, length_bias, percentiles
-from lora_dpo.data.language import language_of
+from lora_dpo.data.language import named_language
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.read import account, outcomes
 from lora_dpo.data.tokenize import special_tokens, tokenize_pair
@@ -62,7 +62,7 @@ class Diagnosis:
     """Of each pair, in tokens with a tokenizer, else in characters."""
     unit: str = "characters"
     languages: Counter[str] = field(default_factory=Counter)
-    """Of the chosen answers: the language if it can be told, else the script."""
+    """Of the chosen answers: the language if it can be told, the script if it is not Latin, else why it is not told."""
     noise: Noise = field(default_factory=Noise)
     bias: LengthBias = field(default_factory=LengthBias)
     max_length: int | None = None
@@ -232,7 +232,7 @@ class _Doctor:
             self.note(name, pair.origin, evidence)
         self._compare(index, texts, pair)
         self.marked.append(ends_with_marker(texts.chosen))
-        self.found.languages[language_of(texts.chosen) or "none"] += 1
+        self.found.languages[named_language(texts.chosen)] += 1
         self.found.scored += pair.gap is not None
         if self.tokenizer is None:
             self._measure(len(texts.prompt), len(texts.chosen), len(texts.rejected))
