@@ -111,8 +111,10 @@ def _record_cells(record: HeadToHead) -> str:
     bar = f'<span class="bar"><b style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></b>{middle}</span>'
     numbers = (record.wins, record.losses, record.both_good, record.both_bad)
     cells = "".join(f'<td class="right">{number}</td>' for number in numbers)
+    won = f"{record.wins} won, {record.losses} lost, {record.both_good} both good, {record.both_bad} both bad"
     return (
-        f"<td><strong>{escape(record.first)}</strong> against {escape(record.second)}</td>{cells}"
+        f"<td><strong>{escape(record.first)}</strong> against {escape(record.second)}"
+        f'<small class="counts">{won}</small></td>{cells}'
         f'<td class="right">{rate}</td><td class="interval">{bar}<span>{low:.0%} to {high:.0%}</span></td>'
     )
 

@@ -13,6 +13,7 @@ import gradio as gr
 
 from lora_dpo.adapters.describe import describe
 from lora_dpo.adapters.exchange import install
+from lora_dpo.adapters.passport import PASSPORT
 from lora_dpo.adapters.store import list_adapters, record_verified, remove, rename
 from lora_dpo.demo import downloads
 from lora_dpo.demo.handlers import PRIVATE, Update, markdown, red_line, told
@@ -207,7 +208,8 @@ class Tab:
     def report(self, which: str | None) -> str:
         """Its report, made anew from its numbers: a page that runs no script and loads nothing, in a frame that lets
         it do neither."""
-        page = report_of([self.app_state.find(which or "")])
+        folder = self.app_state.find(which or "")
+        page = _without_its_paths(report_of([folder]), folder)
         return f'<iframe class="report" sandbox="" title="report" srcdoc="{escape(page, quote=True)}"></iframe>'
 
     @told
@@ -313,4 +315,31 @@ def _card_of(folder: Path) -> str:
         text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:MAX_CARD]
     except OSError:
         return "It brings no model card."
-    return markdown(without_pictures(text))
+    return markdown(without_pictures(_without_its_paths(text, folder)))
+
+
+def _without_its_paths(text: str, folder: Path) -> str:
+    """A text about an adapter without folders of the machine that it was made on; what a model said stays as it is."""
+    paths = sorted(filter(lambda found: without_paths(found) != found, _texts_of(folder)), key=len, reverse=True)
+    for path in paths:
+        for written in (path, escape(path)):
+            text = text.replace(written, without_paths(path))
+    return text
+
+
+def _texts_of(folder: Path) -> set[str]:
+    """Every text in an adapter's passport, keys among them."""
+    try:
+        left = [json.loads((folder / PASSPORT).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, RecursionError):
+        return set()
+    found = {str(folder), str(folder.absolute())}
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str):
+            found.add(value)
+    return found

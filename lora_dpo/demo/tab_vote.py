@@ -102,7 +102,7 @@ def _layout(app_state: AppState, *, public: bool) -> Parts:
     players, ours, load = _who_and_what(app_state, public=public)
     refused = gr.HTML("", elem_id="vote-refused", elem_classes="refused")
     box = gr.Textbox(
-        placeholder="Write a prompt, or use some of ours…",
+        placeholder="Write a prompt…",
         show_label=False,
         lines=1,
         max_lines=8,

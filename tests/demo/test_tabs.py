@@ -12,7 +12,7 @@ pytest.importorskip("gradio")
 import gradio
 
 from lora_dpo.data.prompts import Prompt
-from lora_dpo.demo import tab_data, tab_train, tab_vote
+from lora_dpo.demo import tab_adapters, tab_data, tab_train, tab_vote
 from lora_dpo.demo.run_state import RunSnapshot
 from lora_dpo.demo.session import AppState
 from lora_dpo.demo.starters import STARTERS
@@ -285,3 +285,37 @@ def test_a_refused_upload_changes_its_red_line_alone_and_names_no_folder(app_sta
     assert list(update) == [refused]
     assert update[refused].startswith('<p class="note bad">bad.jsonl holds no usable pair')
     assert str(tmp_path) not in update[refused]
+
+
+# --- Adapters -------------------------------------------------------------------------------------
+
+
+def test_reports_and_cards_name_no_folder_of_the_machine_and_leave_what_a_model_said(app_state, tmp_path):
+    from lora_dpo.adapters.passport import read_passport
+
+    folder = app_state.adapters_dir / "first"
+    base = read_passport(folder).base
+    assert base.startswith("/")
+    said = f"Look into /etc/hosts/here, not into {base}."
+    (folder / "README.md").write_text(f"# first\n\n{said}\n")
+    with gradio.Blocks() as page:
+        parts = tab_adapters.build(app_state, page)
+    tab = tab_adapters.Tab(app_state, parts)
+    report = tab.report("first")
+    assert base not in report
+    assert f"…/{base.rpartition('/')[2]}" in report
+    assert 'sandbox=""' in report
+    shown = tab.show("first")
+    assert shown[parts.card] == f"# first\n\nLook into /etc/hosts/here, not into …/{base.rpartition('/')[2]}.\n"
+    assert str(app_state.adapters_dir) not in shown[parts.passport]
+
+
+def test_a_refused_package_and_an_adapter_of_another_base_are_red_lines(app_state, tmp_path):
+    with gradio.Blocks() as page:
+        parts = tab_adapters.build(app_state, page)
+    tab = tab_adapters.Tab(app_state, parts)
+    (tmp_path / "x.zip").write_bytes(b"no zip")
+    update = tab.bring(str(tmp_path / "x.zip"))
+    assert list(update) == [parts.refused]
+    assert update[parts.refused].startswith('<p class="note bad">…/x.zip is no whole zip file')
+    assert tab.verify("none")[parts.status].startswith('<p class="note bad">There is no adapter none here.')
