@@ -113,9 +113,8 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
         lines = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
     [at] = [place for place, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
-    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell("STEPS, ANSWERS = 1, 2", id="small"))
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell("STEPS, ANSWERS, LONGEST = 1, 2, 12", id="small"))
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     client = nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     said = {cell.id: shown(cell) for cell in notebook.cells if cell.cell_type == "code"}
