@@ -1,11 +1,13 @@
 """Cards by name, and how long a run's steps take on them."""
 
 import pytest
+import torch
 
 from lora_dpo.cli.commands import main
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.errors import ConfigError
 from lora_dpo.training.planning.cards import CARDS, GB, find_cards, unknown_card
+from lora_dpo.training.planning.lines import time_line
 from lora_dpo.training.planning.make_plan import plan
 from lora_dpo.training.planning.step_time import TRAFFIC_BYTES
 
@@ -188,6 +190,14 @@ def test_nothing_is_claimed_of_amds_cards(recipe_dict):
     assert planned.machine.memory == 24 * GB
     assert planned.time.seconds is None
     assert "is not claimed" in planned.notes[-1]
+
+
+def test_nothing_is_claimed_of_apples_gpus(recipe_dict, monkeypatch):
+    monkeypatch.setattr("lora_dpo.training.planning.make_plan.pick_device", lambda: torch.device("mps"))
+    planned = plan(check_recipe(recipe_dict()))
+    assert planned.time.seconds is None
+    assert "not known here" in time_line(planned)
+    assert "no time is claimed" in planned.notes[-1]
 
 
 def test_a_card_before_ampere_computes_in_float16(recipe_dict):

@@ -139,7 +139,7 @@ def test_from_85_percent_on_it_is_tight(recipe_dict, share, word):
 
 def test_what_is_tight_says_what_makes_room(recipe_dict):
     planned = plan(check_recipe(recipe_dict()), card="3060")
-    tight = replace(planned.memory, verdict="tight", total=11 * GB)
+    tight = replace(planned.memory, total=11 * GB)
 
     def said(least, roomier):
         return verdict(replace(planned, memory=replace(tight, least=least), roomier=roomier)).partition("card. ")[2]

@@ -109,8 +109,8 @@ def time_line(planned: Plan) -> str:
     cost = planned.time
     flops = f"{cost.flops / 1e12:,.1f} TFLOP"
     if cost.seconds is None or cost.flops_per_second is None:
-        if planned.machine.card is not None:
-            return f"{flops}; how fast that card is in such steps, is not known here"
+        if planned.machine.card is not None or planned.machine.kind == "cpu":
+            return f"{flops}; how fast that machine is in such steps is not known here"
         return f"{flops}; a card's speed is known by its name, such as --card 'RTX 4090' (--cards lists them)"
     if cost.published is not None:
         part = f"{cost.flops_per_second / cost.published:.0%} of the published {cost.published / 1e12:,.0f} TFLOP/s"

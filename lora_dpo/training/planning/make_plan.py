@@ -222,7 +222,8 @@ def _machine(recipe: Recipe, sizes: dict[str, int], named: Sequence[Card]) -> Ma
         )
     own = psutil.Process().memory_info().rss
     name = device_name(device)
-    return Machine("cpu", name, sizes.get("memory", free_bytes(device) + own), own + LATER, dtype, here=True)
+    memory = sizes.get("memory", free_bytes(device) + own)
+    return Machine("cpu", name, memory, own + LATER, dtype, here=device.type == "cpu")  # of Apple's no speed is known
 
 
 def _choice(costs: Costs) -> Choice:
@@ -285,6 +286,8 @@ def _notes(costs: Costs) -> Iterator[str]:
     recipe = costs.run.recipe
     if costs.machine.card and costs.machine.card.kind == "amd":
         yield "Nothing here was tried on AMD's cards: that it runs there, and in this memory, is not claimed."
+    if costs.machine.kind == "cpu" and not costs.machine.here:
+        yield "Nothing here was tried on Apple's GPUs: memory is computed as for a CPU, and no time is claimed."
     if costs.unsupported:
         yield f"TRL's own passes will run ({costs.unsupported}): what they keep is not predicted. Use --measure."
     if recipe.lora.dora:

@@ -129,7 +129,6 @@ class Memory:
     available: int
     fits: bool | None
     """Whether the longest pair can be run, as training decides it; None where that is not known."""
-    verdict: Verdict
     least: int | None
     """The least memory in which it fits; None where that is not known."""
     budget: int
@@ -140,6 +139,13 @@ class Memory:
     """Layers whose activations are computed again."""
     layers: int
     """Layers with an adapter, and any between them: those that keep anything."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits, and if so, with room to spare."""
+        if not self.fits:
+            return "unknown" if self.fits is None else "does not fit"
+        return "tight" if self.total > TIGHT * self.available else "fits"
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,6 @@ def memory_of(
         gaps=round((kept + working) * lost),
         total=total,
         fits=fits,
-        verdict="does not fit" if not fits else "tight" if total > TIGHT * costs.machine.memory else "fits",
         least=round(least),
         budget=tokens,
         part_tokens=max(sum(pair.stream for pair in part) for part in parts),
@@ -239,7 +244,6 @@ def _beside_the_passes(costs: Costs, cost: CostModel, longest: PairShape) -> Mem
         total=held + max(answers, logits),
         available=machine.memory,
         fits=None,
-        verdict="unknown",
         least=None,
         budget=0,
         part_tokens=0,

@@ -101,7 +101,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values under the names of the fields; bytes, seconds, FLOPs and tokens."""
-        return asdict(self)
+        values = asdict(self)
+        values["memory"]["verdict"] = self.memory.verdict
+        return values
 
 
 @dataclass(frozen=True)
