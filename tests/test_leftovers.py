@@ -93,7 +93,7 @@ def test_what_a_living_process_writes_stays():
         before = listed()
         settle(Path())
         give_up(scratch_folder("demo", Path("temporary")))
-        assert found_in(Path(), Path("temporary")) == []
+        assert found_in([Path()], Path("temporary")) == []
         assert listed() == before
         other.stdin.write("\n")
         other.stdin.flush()

@@ -159,7 +159,7 @@ def test_what_a_killed_run_left_is_cleaned(windows):
     open_run(recipe(), Path("adapters/mine"), resume=False)
     release(partial)
     assert checkpoints(partial) == []
-    [found] = found_in(Path())
+    [found] = found_in([Path()])
     assert found.path == partial
     assert remove(found)
     assert list(Path("adapters").iterdir()) == []
@@ -211,7 +211,7 @@ def test_without_locks_clean_removes_what_is_a_day_old(windows, capsys):
     (folder / "inside").mkdir(parents=True)
     aged(folder, 2)
     (folder / "inside" / "at-work").write_text("now")
-    assert [found.path for found in found_in(Path()) if found.path.parent == Path()] == [old]
+    assert [found.path for found in found_in([Path()]) if found.path.parent == Path()] == [old]
     main(["clean", "--yes"])
     assert [path.exists() for path in (old, young, folder)] == [False, True, True]
 
@@ -219,7 +219,7 @@ def test_without_locks_clean_removes_what_is_a_day_old(windows, capsys):
 def test_with_locks_age_says_nothing(monkeypatch):
     with temporary_file(Path("a.jsonl")) as held:
         aged(held, 9)
-        assert [found.path for found in found_in(Path()) if found.path.parent == Path()] == []
+        assert [found.path for found in found_in([Path()]) if found.path.parent == Path()] == []
         settle(Path())
         assert held.exists()
 

@@ -137,7 +137,7 @@ def test_a_second_init_overwrites_nothing_and_says_how_to_go_on(run, spreadsheet
     ("content", "said"),
     [
         ('prompt,chosen,rejected\n"a,b,c\n', "error: pairs.csv: broken CSV (unexpected end of data).\n"),
-        ("prompt,chosen\na,b\n", "error: pairs.csv holds no usable pair: "),
+        ("prompt,chosen\na,b\n", "error: pairs.csv: no column says that it is rejected. "),
         ("", "error: pairs.csv is empty. "),
         (None, "error: pairs.csv does not exist. "),
     ],

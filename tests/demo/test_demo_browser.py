@@ -147,7 +147,7 @@ def test_the_whole_loop(browser, served, loads, tmp_path):
     # from the votes to an adapter in two clicks; what to expect is said before
     me.tab("Train")
     me.wait_for("train-expected", "It fits")
-    assert "11 pairs to learn from. Below 20 the difference is small." in me.text("train-expected")
+    assert "10 pairs to learn from. Below 20 the difference is small." in me.text("train-expected")
     assert "2 held-out pairs" in me.text("train-expected")
     page.click("#train-start")
     me.wait_for("train-state", "so far")

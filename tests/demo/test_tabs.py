@@ -12,7 +12,7 @@ pytest.importorskip("gradio")
 import gradio
 
 from lora_dpo.data.prompts import Prompt
-from lora_dpo.demo import tab_adapters, tab_data, tab_train, tab_vote
+from lora_dpo.demo import column_pickers, tab_adapters, tab_data, tab_train, tab_vote
 from lora_dpo.demo.run_state import RunSnapshot
 from lora_dpo.demo.session import AppState
 from lora_dpo.demo.starters import STARTERS
@@ -205,7 +205,7 @@ def begin(page):
 
 def test_what_to_expect_is_said_before_the_click(train):
     train.takes(train.tab.look(dict(train.values)))
-    assert "25 pairs to learn from." in train["expected"]
+    assert "23 pairs to learn from." in train["expected"]
     assert "accuracy and margin on 5 held-out pairs, and 5 answers" in train["expected"]
     assert "max_steps: 12" in train["recipe"]
     assert train.tab.expect(dict(train.values)).count("for 12 steps, and the measuring on top. It fits") == 1
@@ -278,8 +278,8 @@ def test_a_refused_run_leaves_the_button(train):
 
 def test_a_refused_upload_changes_its_red_line_alone_and_names_no_folder(app_state, tmp_path):
     with gradio.Blocks():
-        refused = gradio.HTML()
-    tab = tab_data.Tab(app_state, refused)
+        refused, columns = gradio.HTML(), column_pickers.build()
+    tab = tab_data.Tab(app_state, refused, columns)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"')
     update = tab.bring(str(tmp_path / "bad.jsonl"))
     assert list(update) == [refused]

@@ -283,10 +283,11 @@ def test_votes_on_other_weights_are_said(place, capsys, tmp_path):
         (["--output", "adapters"], "already exists"),
         (["--criterion", "good"], "there is none"),
         (["--votes", "nowhere.jsonl"], "does not exist"),
-        (["--text", "nowhere.txt"], "cannot be read"),
+        (["--text", "nowhere.txt"], "does not exist"),
     ],
 )
 def test_mistakes_are_one_line(place, options, says, capsys, tmp_path):
+    (tmp_path / "v.jsonl").write_text("{}\n")
     assert main([*place, *options]) == 1
     shown = capsys.readouterr().err
     assert says in shown

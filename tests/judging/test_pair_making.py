@@ -653,7 +653,7 @@ def test_the_command_writes_pairs_and_accounts_for_every_prompt(tiny_model_folde
         (["--judge", "llm:m@http://127.0.0.1:9", "--judge-prices", "-1,nan"], "write two numbers, 0 or more"),
         (["--judge", "llm:m@http://127.0.0.1:9", "--judge-prices", "1,inf"], "write two numbers, 0 or more"),
         (["--judge", "rules:fun"], "There is no rule 'fun'"),
-        (["--adapter", "nowhere"], "There is no adapter folder at nowhere"),
+        (["--adapter", "nowhere"], "There is no adapter folder at adapters/nowhere"),
     ],
 )
 @pytest.mark.linux

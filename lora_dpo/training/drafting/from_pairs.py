@@ -116,7 +116,7 @@ def begin(
     _checked(settings, source, given)
     text = recipe_text(settings, head=head(facts), above=explained(facts))
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     read = [("pairs", f"{report.summary()}, read as {report.read_as}"), *(("", line) for line in report.noted())]
     lines = [*read, *_lines(facts, planned)]
     return Begun(path, tuple(lines), tuple(_warnings(facts)))

@@ -36,7 +36,7 @@ def translate(other: Path, path: Path | None = None) -> Translated:
     made = read_foreign(other)
     text = recipe_text(made.settings, head=_head(made, other, path), beside=_renamed(made), foot=_foot(made))
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return Translated(path, made)
 
 
