@@ -148,7 +148,7 @@ def test_the_whole_loop(browser, served, loads, tmp_path):
     me.tab("Train")
     me.wait_for("train-expected", "It fits")
     assert "10 pairs to learn from. Below 20 the difference is small." in me.text("train-expected")
-    assert "2 held-out pairs" in me.text("train-expected")
+    assert "3 held-out pairs" in me.text("train-expected")
     page.click("#train-start")
     me.wait_for("train-state", "so far")
     assert page.locator("#train-state .phases .now").count() == 1

@@ -206,7 +206,7 @@ def begin(page):
 def test_what_to_expect_is_said_before_the_click(train):
     train.takes(train.tab.look(dict(train.values)))
     assert "23 pairs to learn from." in train["expected"]
-    assert "accuracy and margin on 5 held-out pairs, and 5 answers" in train["expected"]
+    assert "accuracy and margin on 7 held-out pairs, and 7 answers" in train["expected"]
     assert "max_steps: 12" in train["recipe"]
     assert train.tab.expect(dict(train.values)).count("for 12 steps, and the measuring on top. It fits") == 1
     train.set(sources=["few"])
