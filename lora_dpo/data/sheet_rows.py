@@ -99,7 +99,7 @@ def _rows(open_book: Callable[[IO[bytes], ExitStack], Book], file: IO[bytes], re
 def _chosen(names: list[str], sheets: Sequence[tuple[str, bool]], reading: Reading) -> str:
     """The sheet to read: the one that was asked for, or the first that can be seen."""
     if not names:
-        raise DataError(f"{reading.path} has no sheet with cells.")
+        raise DataError(f"{reading.path} has no sheet that can be read. Save it as an ordinary .xlsx, or as .csv.")
     if reading.sheet is not None and reading.sheet not in names:
         listed = ", ".join(shown(name) for name in names[:12])
         hint = nearest(reading.sheet, names)

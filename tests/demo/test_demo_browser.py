@@ -316,6 +316,7 @@ def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
     assert time.monotonic() - began < 20  # the abandoned answer would go on for a minute
 
 
+@pytest.mark.slow
 def test_the_columns_of_an_upload_are_picked_where_nobody_can_tell_them(browser, served, tmp_path):
     app_state, address = served
     me = Visitor(browser, address)
