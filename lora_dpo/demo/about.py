@@ -57,6 +57,6 @@ def _about(app_state: AppState, name: str, *, public: bool) -> tuple[str, str]:
     accuracy, count = measured.get("accuracy"), measured.get("pairs")
     if isinstance(rows, int):
         short = f"an adapter, learnt from {counted(rows, 'pair')}"
-    if isinstance(accuracy, int | float) and isinstance(count, int):
+    if isinstance(accuracy, int | float) and 0 <= accuracy <= 1 and isinstance(count, int):
         long += f" It raises the chosen answer more than the rejected one in {accuracy:.0%} of {count} held-out pairs."
     return short, long + (f" Made {plain(passport.created[:10])}." if passport else "")

@@ -14,7 +14,7 @@ from lora_dpo.demo.handlers import PRIVATE, Given, Update, told
 from lora_dpo.demo.html import win_table
 from lora_dpo.demo.page_head import base_line, head_lines
 from lora_dpo.demo.session import AppState
-from lora_dpo.errors import AdapterError, Busy
+from lora_dpo.errors import AdapterError, LoraDPOError
 
 LOOK_EVERY = 2.0
 """Seconds between two looks for adapters and pairs that are new."""
@@ -57,7 +57,7 @@ def follow(app_state: AppState, page: gr.Blocks, parts: Followed) -> None:
         before = Shown(*given[known]) if given[known] else Shown()
         try:
             now = _now(app_state)
-        except Busy:  # a base is being loaded
+        except LoraDPOError:  # a base is being loaded, or there is none
             return {parts.head: head_lines(app_state), known: before._replace(base="")}
         return {known: now, **_new(app_state, parts, given, before, now)} if now != before else {known: gr.skip()}
 

@@ -66,10 +66,13 @@ def head_lines(app_state: AppState, *, public: bool = False) -> str:
 
 
 def base_line(app_state: AppState) -> str:
-    """The base in memory, or the one that is being loaded."""
+    """The base in memory, or the one that is being loaded, or why there is none."""
     if app_state.coming is not None:
         return f"loading {without_paths(app_state.coming)} …"
-    base = app_state.host.base
+    try:
+        base = app_state.host.base
+    except LoraDPOError as error:  # none: it says why
+        return str(error)
     held = "as stored" if base.quantize == "none" else base.quantize.upper()
     return f"one loaded base: {without_paths(base.name)} ({held}, {base.dtype})"
 

@@ -104,15 +104,11 @@ def build(app_state: AppState, page: gr.Blocks, *, public: bool = False) -> Part
     named = [parts.left, parts.right, parts.right_column, *parts.who, parts.system]
     page.load(None, js=FOCUS, **PRIVATE)
     page.load(tab.restore, parts.memory, [*parts.outputs, *named], **at_once)
-    settings: list[Any] = [parts.left, parts.right, parts.system]
-    settings += [parts.temperature, parts.top_p, parts.longest, parts.seed]
-    gr.on(
-        [parts.terminal.expand, *(setting.change for setting in settings)],
-        tab.in_a_terminal,
-        parts.chosen,
-        parts.command,
-        **at_once,
-    )
+    if not public:
+        settings: list[Any] = [parts.left, parts.right, parts.system]
+        settings += [parts.temperature, parts.top_p, parts.longest, parts.seed]
+        shown = [parts.terminal.expand, *(setting.change for setting in settings)]
+        gr.on(shown, tab.in_a_terminal, parts.chosen, parts.command, **at_once)
     return parts
 
 

@@ -91,10 +91,10 @@ def build(app_state: AppState, item: gr.Tab, tabs: gr.Tabs, to_vote: gr.Button, 
     parts.go_on.click(tab.go_on, parts.chosen, parts.outputs, **quiet)
     if not public:
         parts.load.upload(tab.bring, {parts.load, *parts.chosen}, parts.outputs, **quiet)
+        parts.terminal.expand(lambda: vote_commands(app_state), None, parts.commands, queue=False, **quiet)
     for verdict, button in parts.buttons.items():
         button.click(tab.cast(verdict), parts.chosen, parts.outputs, **quiet)
     item.select(lambda: win_table(app_state.pairs.book.records()), None, parts.wins, **quiet)
-    parts.terminal.expand(lambda: vote_commands(app_state), None, parts.commands, queue=False, **quiet)
     return parts
 
 

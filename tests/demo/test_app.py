@@ -47,6 +47,22 @@ def test_in_public_there_are_a_chat_and_votes_and_nothing_else(app_state):
     assert kept <= names_of(theirs) < names_of(ours)
     gone = {"train", "start_training", "install", "upload_pairs", "export_adapter", "pack", "adapters", "pairs"}
     assert not gone & names_of(theirs)
+
+    def parts(page):
+        components = page.get_config_file()["components"]
+        return [each["props"] for each in components if each["props"].get("visible") is not False]
+
+    def said(page):
+        return " ".join(f"{part.get('value')} {part.get('label')}" for part in parts(page))
+
+    assert [part for part in parts(ours) if part.get("elem_id") == "base-open"]
+    assert not [part for part in parts(theirs) if str(part.get("elem_id")).startswith("base-")]
+    assert "3</b> train" in said(ours)
+    assert "train</a>" not in said(theirs)
+    assert "The same in a terminal" in said(ours)
+    assert "The same in a terminal" not in said(theirs)
+    calls = [each for each in theirs.get_config_file()["dependencies"] if each["api_visibility"] != "private"]
+    assert {call["api_name"] for call in calls} == {"models", "chat", "compare", "match", "vote", "standings"}
     uploads = [each for each in theirs.get_config_file()["components"] if each["type"] in ("uploadbutton", "file")]
     assert not [each for each in uploads if each["props"].get("visible") is not False]
 

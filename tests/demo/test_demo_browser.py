@@ -446,7 +446,8 @@ class Album:
         path = self.folder / f"{name}.png"
         assert self.me.too_wide() == [], name
         self.me.picture(path)
-        Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        few = Image.open(path).convert("RGB").quantize(160, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(path, optimize=True)
 
     def of_every_tab(self, kind):
         for name in TABS:

@@ -319,3 +319,20 @@ def test_a_refused_package_and_an_adapter_of_another_base_are_red_lines(app_stat
     assert list(update) == [parts.refused]
     assert update[parts.refused].startswith('<p class="note bad">…/x.zip is no whole zip file')
     assert tab.verify("none")[parts.status].startswith('<p class="note bad">There is no adapter none here.')
+
+
+def test_a_passport_that_says_anything_stops_no_page(app_state):
+    from lora_dpo.demo.about import who_line
+
+    folder = app_state.adapters_dir / "first"
+    kept = (folder / "passport.json").read_text()
+    for pairs, accuracy in ((10**400, 10**400), ("many", float("nan")), (None, [])):
+        passport = json.loads(kept)
+        passport["data"] = {"train": {"pairs": pairs}}
+        passport["metrics"] = {"after": {"pairs": {"accuracy": accuracy, "pairs": pairs}}}
+        (folder / "passport.json").write_text(json.dumps(passport))
+        assert "<b>first</b> an adapter" in who_line(app_state, "first", public=False)
+    (folder / "passport.json").write_text(kept)
+    assert "learnt from 4 pairs" in who_line(app_state, "first", public=False)
+    assert "75% of 4 held-out pairs" in who_line(app_state, "first", public=False)
+    assert "4 pairs" not in who_line(app_state, "first", public=True)  # a stranger is told no more than what it is
