@@ -171,4 +171,8 @@ def _known_adapters() -> str:
     folder = places.adapters()
     found = sorted(folder.glob("*/adapter_config.json")) if folder.is_dir() else []
     names = [str(path.parent) for path in found if not path.parent.name.startswith(".")]
-    return f" There is {', '.join(names)}." if names else " Train one with: lora-dpo train configs/quickstart.yaml"
+    return (
+        f" There is {', '.join(names)}."
+        if names
+        else " Train one with: lora-dpo train DATA, or begin with: lora-dpo init"
+    )

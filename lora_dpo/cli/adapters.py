@@ -34,7 +34,9 @@ def list_() -> None:
     rows = list_adapters()
     if not rows:
         nothing = f"There is no adapter in {places.adapters()}/."
-        out.print(f"{escape(nothing)} Train one with: lora-dpo train configs/quickstart.yaml", soft_wrap=True)
+        out.print(
+            f"{escape(nothing)} Train one with: lora-dpo train DATA, or begin with: lora-dpo init", soft_wrap=True
+        )
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("name", "base", "rank", "size", "made", "accuracy", "verified"):

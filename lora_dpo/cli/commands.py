@@ -69,7 +69,8 @@ def options(
 ) -> None:
     """Preference-tune an open chat model with LoRA and DPO, on one GPU or a laptop's CPU.
 
-    New here? Train a first adapter with  lora-dpo train configs/quickstart.yaml  and read on with  lora-dpo docs
+    New here? lora-dpo train pairs.csv trains on your pairs; lora-dpo init puts the quickstart with its data into this
+    folder, for lora-dpo train configs/quickstart.yaml. Read on with lora-dpo docs.
     """
     if version:
         from lora_dpo import __version__

@@ -21,6 +21,8 @@ def make_readable(app: typer.Typer, pages: dict[str, str], page: str | None = No
         pages: by command or group, the page of `lora-dpo docs` that tells more.
         page: that of the group which `app` is.
     """
+    if app.registered_callback is not None:
+        app.registered_callback.help = readable(inspect.getdoc(app.registered_callback.callback) or "")
     for command in app.registered_commands:
         text = command.help or inspect.getdoc(command.callback) or ""
         command.help = readable(text, page or pages.get(command.name or ""))
