@@ -70,7 +70,7 @@ def vote(app_state):
     with gradio.Blocks(), gradio.Tabs() as tabs, gradio.Tab(id="vote") as item:
         parts = tab_vote.build(app_state, item, tabs, gradio.Button())
     page = Page(parts, dict.fromkeys(parts.outputs, ""))
-    page.set(players=["base", "first"], temperature=1.0, longest=8, match="", queue=[])
+    page.set(players=["base", "first"], temperature=0.0, longest=8, match="", queue=[])
     page.tab = tab_vote.Tab(app_state, parts)
     page.ready = lambda: page.values[parts.buttons["a"]]
     return page
