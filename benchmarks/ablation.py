@@ -28,7 +28,7 @@ def ablations(full: Variant) -> list[Variant]:
     )
     off("entropy, mean logits and top-1 in every step", lambda: patched(trainer, "_logs_next_step", lambda: True))
     # the hooks stay, and count what is kept; they only note no recipe
-    off("without rematerialising", lambda: patched(forward.rematerialiser, "_note", lambda *nothing: None))
+    off("without rematerialising", lambda: patched(forward.rematerialiser, "note", lambda *nothing: None))
     off("every layer checkpointed", lambda: checkpointed(trainer))
     off(
         "parts no longer than the longest pair",
