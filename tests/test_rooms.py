@@ -257,5 +257,5 @@ def test_no_function_is_longer_than_60_lines_but_for_a_reason_at_its_files_top()
                     assert "onger than 60 lines" in (ast.get_docstring(tree) or ""), f"{module}.{node.name}"
 
 
-def test_at_most_twelve_modules_lie_at_the_top():
-    assert len(list(PACKAGE.glob("*.py"))) <= 12
+def test_at_most_eleven_files_lie_at_the_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= 11
