@@ -79,6 +79,10 @@ _PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Code pages by the name of their codec: what a person calls it, and the alphabets that are written in it."""
 _NOT_LATIN = ("cp1251", "cp1253", "cp1255", "cp1256")
+_IN_SCRIPT = 0.3
+"""Share of the letters that are in the script of a page of another script than Latin."""
+_RARE, _RARE_WORDS = ("mac_roman", "cp850"), 3
+"""Pages that few programs write still: it takes so many words to be sure of them, and one to doubt another page."""
 _COMMON = {
     "cp932": (re.compile("[ぁ-んァ-ヶ]"), 0.15),
     "gb18030": (re.compile("[的一是不了在有我他这为之大来以个中上们你什么吗]"), 0.08),
@@ -99,6 +103,8 @@ _WORD = re.compile(r"[^\W\d_]+")
 _BEYOND = re.compile(r"[^\x00-\x7f]")
 _NO_LETTERS = "ªºµƒ"
 """Letters to Unicode, signs to a reader."""
+_SIGNS = frozenset((0x85, *range(0x91, 0x98), 0xA0))
+"""What all of Windows' pages have for an ellipsis, curly quotes, a bullet, dashes and a fixed space."""
 _WITHIN = "’‘´·…–—\u00ad\u00a0"
 _BEHIND = _WITHIN + "“”„»«›‹•™®©°€¹ªº؟،؛"
 _BEFORE = _WITHIN + "“”„‚»«›‹•¡¿©°€£¥§"
@@ -128,7 +134,7 @@ def encoding_of(file: IO[bytes], path: Path) -> tuple[str, str | None]:
         file.seek(0)
         file.read().decode("utf-8")
     codec = guess(sample, path, plain)
-    words = dict.fromkeys(word for word in _WORD.findall(sample.decode(codec, "replace")) if not word.isascii())
+    words = dict.fromkeys(_beyond_ascii(sample.decode(codec, "replace")))
     such = ", ".join(list(words)[:3])
     seen = f": its letters make words such as {such}" if such else ""
     return codec, f"its text is not UTF-8 but, by a guess, {_PAGES[codec][0]}{seen}"
@@ -185,14 +191,16 @@ def guess(sample: bytes, path: Path, plain: str = "") -> str:
     legible = {page: _legible(text, page) for page, text in read.items()}
     least = max(legible.values(), default=0.0) - _AS_GOOD
     texts = {page: text for page, text in read.items() if legible[page] and legible[page] >= least}
+    if "cp1252" in texts and _SIGNS.issuperset(byte for byte in sample if byte > 0x7F):
+        return "cp1252"
     if any(page.startswith("cp12") for page in texts):  # whatever DOS wrote is legible in none of Windows' pages
         texts.pop("cp850", None)
-    # Capitals and vowels of Russian and Greek are none of Hebrew's letters; the other way round they are no bar.
-    pages = ["cp1255"] if "cp1255" in texts else _apart(texts)
-    for choice in (_without_letters, _by_language):
-        if len(pages) > 1:
-            pages = choice({page: texts[page] for page in pages}, plain) or pages
-    if len(pages) == 1:
+    if "cp1255" in texts:  # capitals and vowels of Russian and Greek are none of Hebrew's letters, Hebrew's are theirs
+        texts = {page: text for page, text in texts.items() if page not in ("cp1251", "cp1253")}
+    pages = _apart(texts)
+    if len(pages) > 1:
+        pages = _by_language(texts, plain) or pages
+    if len(pages) == 1 and (pages[0] not in _RARE or len(_beyond_ascii(texts[pages[0]])) >= _RARE_WORDS):
         return pages[0]
     which = " or ".join(f"{_PAGES[page][0]} ({shown(_first_word(texts, page))})" for page in pages[:2])
     told = f"it could be {which}" if pages else "no code page that is known here makes words of it"
@@ -208,17 +216,21 @@ def _decoded(sample: bytes, page: str) -> str | None:
 
 def _legible(text: str, page: str) -> float:
     """The share of a text's cells that could be words in the letters of a page; 0 if there is too much that cannot."""
-    beyond = _BEYOND.findall(text)
+    beyond, words = _BEYOND.findall(text), _WORD.findall(text)
+    letters = sum(map(_is_letter, beyond))
+    if page in _NOT_LATIN or page in _COMMON:
+        if not letters or letters < _IN_SCRIPT * sum(map(str.isalpha, text)):
+            return 0.0
+    elif page in _RARE and not letters:
+        return 0.0
     if page in _COMMON:
         pattern, share = _COMMON[page]
-        letters = sum(letter.isalpha() for letter in beyond)
         return float(not _oddities(text) and len(pattern.findall(text)) >= max(1, share * letters))
-    words = [] if page not in _NOT_LATIN else _WORD.findall(text)
     mixed = sum(not word.isascii() and bool(re.search("[A-Za-z]", word)) for word in words)
-    if _oddities(text) + mixed > _ODD * len(beyond):
+    if _oddities(text) + (mixed if page in _NOT_LATIN else 0) > _ODD * len(beyond):
         return 0.0
     alphabets = [{*letters, *letters.upper()} for letters in _PAGES[page][1]]
-    if _spelt(_WORD.findall(text), alphabets) < _LEGIBLE:
+    if _spelt(words, alphabets) < _LEGIBLE:
         return 0.0
     return _spelt(_CELL.split(text), alphabets)
 
@@ -227,6 +239,11 @@ def _spelt(parts: Sequence[str], alphabets: Sequence[set[str]]) -> float:
     """The share of words or cells with letters beyond ASCII whose such letters all stand in one alphabet."""
     seen = [letters for part in parts if (letters := set(filter(_is_letter, _BEYOND.findall(part))))]
     return sum(any(letters <= alphabet for alphabet in alphabets) for letters in seen) / len(seen) if seen else 1.0
+
+
+def _beyond_ascii(text: str) -> list[str]:
+    """Its words with letters beyond ASCII, in order."""
+    return [word for word in _WORD.findall(text) if not word.isascii()]
 
 
 def _is_letter(character: str) -> bool:
@@ -263,12 +280,6 @@ def _apart(texts: Mapping[str, str]) -> list[str]:
     return list(first.values())
 
 
-def _without_letters(texts: Mapping[str, str], plain: str) -> list[str]:
-    """The pages that read signs alone beyond ASCII, such as the quotes of an English text, where others see letters."""
-    signs = {page: _BEYOND.findall(text) for page, text in texts.items()}
-    return [page for page, seen in signs.items() if all(unicodedata.category(sign)[0] in "PZ" for sign in seen)]
-
-
 def _by_language(texts: Mapping[str, str], plain: str) -> list[str]:
     """The Western page, if parts of the text tell their language and all of them a Western one."""
     parts = {text[start : start + _PART] for text in (*texts.values(), plain) for start in range(0, len(text), _PART)}
@@ -279,5 +290,5 @@ def _by_language(texts: Mapping[str, str], plain: str) -> list[str]:
 def _first_word(texts: Mapping[str, str], page: str) -> str:
     """A word that this page spells in another way than the others."""
     others = {word for other, text in texts.items() if text != texts[page] for word in _WORD.findall(text)}
-    words = [word for word in _WORD.findall(texts[page]) if not word.isascii()]
+    words = _beyond_ascii(texts[page])
     return next((word for word in words if word not in others), words[0] if words else "")

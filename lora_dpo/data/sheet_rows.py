@@ -159,7 +159,6 @@ def _xlsx(file: IO[bytes], stack: ExitStack) -> Book:
 
     def rows_of(name: str) -> Cells:
         sheet = book[name]
-        sheet.reset_dimensions()  # what a file says of its size is often wrong
         first = next(_xlsx_rows(sheet, MOST_COLUMNS), None)
         if first is None:
             return iter(())

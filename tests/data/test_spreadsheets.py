@@ -131,10 +131,38 @@ def test_letters_that_could_be_others_are_not_guessed(tmp_path, page, word, says
     assert says in str(caught.value)
 
 
+def test_one_letter_alone_is_not_told_without_its_language(tmp_path):
+    path = write(tmp_path / "a.csv", "prompt,chosen,rejected\r\nQ à?,A,B\r\n", "cp1252")
+    with pytest.raises(DataError, match=r"it could be Windows-1252 \(Western European\) \('à'\) or"):
+        read_pairs(str(path))
+
+
 def test_an_english_text_with_curly_quotes_needs_no_letters_to_be_told(tmp_path):
     row = ("What’s a “quote”?", "It’s a mark – that’s all.", "I don’t know…")
     path = write(tmp_path / "a.csv", "Question,Good,Bad\r\n" + ",".join(row) + "\r\n", "cp1252")
     assert texts(path)[0] == [row]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("Où va-t-il ?", "Il est à Paris avec les autres et il ne va pas dans le sud.", "Il ne sait pas."),
+        ("What is 12÷3 and 3×4 in the end?", "It is 4 for the first and 12 for the other of the two.", "No."),
+        ("Is it the 1st of the two?", "It is the 1º of the two, and not the 2ª, for you and for me.", "No."),
+    ],
+)
+def test_a_letter_that_stands_alone_is_none_of_another_script(tmp_path, row):
+    path = write(tmp_path / "a.csv", "prompt\tchosen\trejected\r\n" + "\t".join(row) + "\r\n", "cp1252")
+    found, report = texts(path)
+    assert found == [row]
+    assert "Windows-1252 (Western European)" in notes(report)
+
+
+def test_an_apostrophe_alone_is_no_letter_of_a_mac(tmp_path):
+    path = write(tmp_path / "a.csv", "Question,Good,Bad\r\nWhat’s up?,Yes,No\r\n", "cp1252")
+    found, report = texts(path)
+    assert found == [("What’s up?", "Yes", "No")]  # in Mac Roman Whatís, in which no language is told
+    assert "Windows-1252 (Western European)" in notes(report)
 
 
 def test_a_foreign_word_in_a_known_language_is_of_its_page(tmp_path):
@@ -316,11 +344,26 @@ def test_carriage_returns_that_excel_escapes_are_line_breaks(tmp_path):
     assert texts(as_xlsx(tmp_path / "a.xlsx", {"S": rows}))[0] == [("Hi", "one\ntwo", "a_bA")]
 
 
+def test_what_a_workbook_says_of_its_own_size_is_not_believed(tmp_path):
+    path = tmp_path / "a.xlsx"
+    as_xlsx(path, {"S": [("prompt", "chosen", "rejected"), PERU, OAK]})
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    sheet = next(name for name in parts if name.endswith("sheet1.xml"))
+    assert b'ref="A1:C3"' in parts[sheet]
+    parts[sheet] = parts[sheet].replace(b'ref="A1:C3"', b'ref="A1:A1"')
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    assert texts(path)[0] == [PERU, OAK]
+
+
 def test_an_annotation_is_no_part_of_a_cell(tmp_path):
     tail = (
         "<table:table-row><table:table-cell office:value-type='string'><office:annotation><text:p>by me</text:p>"
         "</office:annotation><text:p>Hi</text:p></table:table-cell><table:table-cell office:value-type='string'>"
-        "<text:p>a<text:span>b</text:span>c<text:line-break/>d</text:p></table:table-cell>"
+        "<text:p>a<text:span>b</text:span>c<office:annotation><text:p>no</text:p></office:annotation><text:line-break/>d"
+        "</text:p></table:table-cell>"
         "<table:table-cell office:value-type='string'><text:p>no</text:p></table:table-cell></table:table-row>"
     )
     source = as_ods(tmp_path / "a.ods", {"S": [("prompt", "chosen", "rejected")]}, tail=tail)
