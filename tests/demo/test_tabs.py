@@ -273,6 +273,22 @@ def test_a_refused_run_leaves_the_button(train):
     assert train.began == []
 
 
+def test_whatever_goes_wrong_the_button_is_there_again(train, monkeypatch):
+    def broken(recipe):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(tab_train, "plan", broken)
+    with pytest.raises(ZeroDivisionError):
+        begin(train)
+    assert train["start"] is True
+
+
+def test_a_plan_that_is_on_its_way_writes_over_nothing(train):
+    train.takes(train.tab.look(dict(train.values)))
+    for update in (train.tab.show_plan(dict(train.values)), *train.tab.begin(dict(train.values))):
+        assert not {train.parts.recipe, train.parts.filled} & set(update)
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 
