@@ -19,8 +19,10 @@ from lora_dpo.config.foreign.command_line import commands, flags
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.config.trl_common import check_optimizer
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
+from lora_dpo.data.read import read_pairs
 from lora_dpo.errors import ConfigError
 
+DIFFERENT_COLUMNS = "they differ, and data.columns is one for all files: give the columns of the files the same names"
 TEMPLATE = "the chat template is the base's own; look at a pair with lora-dpo data show DATA --model NAME"
 OUTPUT = "the adapter goes to adapters/ by the recipe's name; set output: for another place"
 DTYPE = "model.dtype stays auto: bfloat16 on GPUs that have it, float16 on others, float32 on CPUs"
@@ -144,9 +146,6 @@ def test_llama_factory_dpo_with_an_sft_term(read):
         "per_device_train_batch_size × gradient_accumulation_steps": batch("1 × 8: 8 pairs"),
     }
     assert left_out == {
-        "dataset: theirs (columns)": (
-            "columns are found by their own names: lora-dpo data check owner/pairs/en:train[:500] says what is read"
-        ),
         "lora_dropout: 0.1": NO_DROPOUT,
         "do_train: true": "a run trains, and measures before and after",
         "preprocessing_num_workers: 8": READ,
@@ -156,9 +155,41 @@ def test_llama_factory_dpo_with_an_sft_term(read):
     }
     assert loud == {
         "max_samples: 500": "a file is read whole: cut data/mine.json",
+        "columns of dataset_info.json": DIFFERENT_COLUMNS,
         "template: chatty": TEMPLATE,
         "deepspeed: examples/deepspeed/ds_z3_config.json": ONE_DEVICE,
     }
+
+
+PAIR = {"ask": "Which sea is saltiest?", "yes": "The Dead Sea.", "no": "Rain."}
+THEIR_COLUMNS = {
+    "llama_factory": "stage: dpo\nmodel_name_or_path: m\ndataset: mine\n",
+    "axolotl": "rl: dpo\nbase_model: m\ndatasets:\n  - {path: json, data_files: data/mine.json, type: "
+    "{field_prompt: ask, field_chosen: 'yes', field_rejected: 'no'}}\n",
+}
+
+
+@pytest.mark.parametrize("tool", THEIR_COLUMNS)
+def test_columns_that_they_name_are_the_columns_that_are_read(read, tool):
+    Path("data").mkdir()
+    Path("data/mine.json").write_text(json.dumps([PAIR]))
+    columns = {"prompt": "ask", "chosen": "yes", "rejected": "no"}
+    info = {"mine": {"file_name": "mine.json", "ranking": True, "columns": columns}}
+    Path("data/dataset_info.json").write_text(json.dumps(info))
+    made = read(THEIR_COLUMNS[tool])
+    assert made.settings["data"] == {"train": "data/mine.json", "columns": columns}
+    [pair], _ = read_pairs("data/mine.json", columns=made.settings["data"]["columns"])
+    assert [pair.prompt[-1]["content"], pair.chosen[-1]["content"], pair.rejected[-1]["content"]] == list(PAIR.values())
+
+
+def test_a_prompt_of_two_columns_is_not_read_from_one(read):
+    Path("data").mkdir()
+    columns = {"prompt": "ask", "query": "more", "chosen": "yes", "rejected": "no"}
+    info = {"mine": {"file_name": "mine.json", "ranking": True, "columns": columns}}
+    Path("data/dataset_info.json").write_text(json.dumps(info))
+    made = read(THEIR_COLUMNS["llama_factory"])
+    assert "columns" not in made.settings["data"]
+    assert remarks(made)[2]["dataset: mine (query)"].startswith("columns are found by their own names")
 
 
 def test_llama_factory_is_silent_about_what_it_has_defaults_for(read):
@@ -356,7 +387,7 @@ def test_axolotl_dpo_with_qlora(read):
         "datasets.type: chatml.intel": (
             "what a row means is found by its columns, and the chat template is the base's own"
         ),
-        "datasets.type.field_prompt: question": "call that column prompt in the data",
+        "datasets' field_ names": DIFFERENT_COLUMNS,
         "lora_modules_to_save: ['embed_tokens']": "only the adapter's matrices are trained",
         "fsdp_config: {'offload_params': False}": ONE_DEVICE,
     }

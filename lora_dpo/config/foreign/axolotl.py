@@ -11,6 +11,7 @@ from lora_dpo.config.foreign.shared import (
     QUIET,
     TEMPLATE,
     base,
+    columns,
     dropout,
     full,
     half,
@@ -218,11 +219,15 @@ def _lengths(t: Translation) -> None:
 
 
 def _data(t: Translation) -> None:
+    named: list[dict[str, str]] = []
     for name, key in (("datasets", "data.train"), ("test_datasets", "data.eval")):
         entries = t.take(name) or []
         entries = entries if isinstance(entries, list) else [entries]
-        found = [_source(t, entry, name) for entry in entries if isinstance(entry, dict) and entry.get("path")]
+        entries = [entry for entry in entries if isinstance(entry, dict) and entry.get("path")]
+        found = [_source(t, entry, name) for entry in entries]
         sources(t, list(dict.fromkeys(one for group in found for one in group)), name, key)
+        named += [_columns(t, entry, name) for entry in entries]
+    columns(t, named, "datasets' field_ names")
     held_out(t, "val_set_size")
 
 
@@ -236,30 +241,30 @@ def _source(t: Translation, entry: dict[str, Any], name: str) -> list[str]:
         if files is not None:
             t.miss(f"{name}.data_files", "a data set of the hub is read whole", value=files, loud=True)
     kind = entry.get("type")
-    if isinstance(kind, dict):
-        _fields(t, kind, f"{name}.type")
-    elif isinstance(kind, str):
+    if isinstance(kind, str):
         template = kind.partition(".")[0]
         if template not in ("chat_template", "passthrough", "user_defined"):
             text = "what a row means is found by its columns, and the chat template is the base's own"
             t.miss(f"{name}.type", text, value=kind, loud=template != "alpaca")
-    _fields(t, entry, name)
     for part, loud in (("revision", True), ("shards", True), ("roles", False), ("message_property_mappings", False)):
         if entry.get(part) and not _is_plain(part, entry[part]):
             t.miss(f"{name}.{part}", "no counterpart: rows are read as their columns say", value=entry[part], loud=loud)
     return found
 
 
-def _fields(t: Translation, entry: Mapping[str, Any], name: str) -> None:
-    """Columns by other names than the usual ones."""
-    for field, usual in {**FIELDS, "field_messages": "messages"}.items():
-        column = entry.get(field)
-        if column and column != usual:
-            t.miss(f"{name}.{field}", f"call that column {usual} in the data", value=column, loud=True)
+def _columns(t: Translation, entry: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The columns of one entry that have other names than the usual ones, and remarks on how it writes texts."""
+    kind = entry.get("type")
+    given = {**entry, **kind} if isinstance(kind, dict) else entry
+    if given.get("field_messages", "messages") != "messages":
+        text = "call that column messages in the data"
+        t.miss(f"{name}.field_messages", text, value=given["field_messages"], loud=True)
     for field in ("prompt_format", "chosen_format", "rejected_format"):
-        given = entry.get(field)
-        if given and given != "{" + field.partition("_")[0] + "}":
-            t.miss(f"{name}.{field}", "texts are taken as they are: write the rows so", value=written(given), loud=True)
+        form = given.get(field)
+        if form and form != "{" + field.partition("_")[0] + "}":
+            t.miss(f"{name}.{field}", "texts are taken as they are: write the rows so", value=written(form), loud=True)
+    named = {role: given.get(field) for field, role in FIELDS.items()}
+    return {role: str(column) for role, column in named.items() if column and column != role}
 
 
 def _is_plain(part: str, value: Any) -> bool:

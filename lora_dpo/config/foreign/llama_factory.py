@@ -13,6 +13,7 @@ from lora_dpo.config.foreign.shared import (
     QUIET,
     TEMPLATE,
     base,
+    columns,
     dropout,
     full,
     half,
@@ -31,6 +32,8 @@ from lora_dpo.config.foreign.translation import Translation
 TOOL = "LLaMA-Factory"
 LOSSES = ("sigmoid", "hinge", "ipo")
 """Values of `pref_loss` that are the losses of the same name here."""
+COLUMNS = ("prompt", "chosen", "rejected", "system", "history")
+"""Of dataset_info.json: they are called the same in `data.columns`."""
 
 _QUIET = reasons(
     {
@@ -178,9 +181,12 @@ def _data(t: Translation, folder: Path) -> None:
         t.change("cutoff_len", "trainer.max_length: only answers are cut, there prompts are, too")
     limit, place = t.whole("max_samples"), str(t.take("dataset_dir", "data"))
     info = _described(place, folder)
+    named: list[dict[str, str]] = []
     for name, key in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         wanted = t.names(name)
         sources(t, [_source(t, one, info, place, name, limit) for one in wanted], name, key)
+        named += [_columns(t, one, info, name) for one in wanted]
+    columns(t, named, "columns of dataset_info.json")
     held_out(t, "val_size")
 
 
@@ -216,7 +222,18 @@ def _source(t: Translation, wanted: str, info: dict[str, Any] | None, place: str
         t.miss(name, "it is neither a file nor on the Hugging Face hub: name a file", value=wanted, loud=True)
         return wanted
     t.change(f"{name}: {wanted}", f"{named}: {found}, by dataset_info.json")
-    if "columns" in entry or "tags" in entry:
-        text = f"columns are found by their own names: lora-dpo data check {found} says what is read"
-        t.miss(name, text, value=f"{wanted} (columns)")
     return found
+
+
+def _columns(t: Translation, wanted: str, info: dict[str, Any] | None, name: str) -> dict[str, str]:
+    """The columns of one data set that have other names than the usual ones."""
+    entry = (info or {}).get(wanted)
+    entry = entry if isinstance(entry, dict) else {}
+    given = entry.get("columns")
+    given = given if isinstance(given, dict) else {}
+    other = [role for role in given if role not in COLUMNS] + [part for part in ("tags",) if part in entry]
+    if other:  # a prompt of two columns, or turns with tags of their own
+        text = "columns are found by their own names: lora-dpo data check says what is read"
+        t.miss(name, text, value=f"{wanted} ({', '.join(other)})", loud=True)
+        return {}
+    return {role: str(column) for role, column in given.items() if column and column != role}

@@ -272,6 +272,20 @@ def sources(t: Translation, found: list[str], origin: str, key: str = "data.trai
         t.put(key, found[0] if len(found) == 1 else found, origin)
 
 
+def columns(t: Translation, named: list[dict[str, str]], origin: str) -> None:
+    """Columns by other names than the usual ones: `data.columns`, which is one for all files.
+
+    Args:
+        named: for each data set, columns by what they are to be.
+    """
+    found = named[0] if named else {}
+    if any(other != found for other in named):
+        text = "they differ, and data.columns is one for all files: give the columns of the files the same names"
+        t.miss(origin, text, loud=True)
+    elif found:
+        t.put("data.columns", found, origin)
+
+
 def held_out(t: Translation, name: str) -> None:
     """A share or a number of rows that was held out: prompts here, with all their pairs."""
     value = t.number(name)
