@@ -6,7 +6,6 @@ errors      what goes wrong, as classes whose message says what to do
 events      what a run tells while it goes on, and how it is asked to stop
 files       writing so that a reader sees the whole or nothing
 leftovers   temporary files, and what killed commands left of them
-journal     rows that are on the disk, one by one, before they count
 text        text from elsewhere made safe for a terminal; counting words; JSON
 quiet       what other libraries may say, and that nothing is sent to anyone
 places      where adapters, models, collected pairs and evaluations lie

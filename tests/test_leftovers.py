@@ -20,10 +20,10 @@ from lora_dpo.adapters.checkpoints import begin, seal
 from lora_dpo.cli.cleaning import leftovers as found_in
 from lora_dpo.cli.commands import main
 from lora_dpo.cli.crash import write_crash
+from lora_dpo.data.journal import Journal, alone
 from lora_dpo.data.rows import read_rows
 from lora_dpo.errors import OutputError
 from lora_dpo.files import atomic_file, atomic_files, atomic_folder, replace_file
-from lora_dpo.journal import Journal, alone
 from lora_dpo.leftovers import discard, give_up, scratch, scratch_folder, settle
 
 

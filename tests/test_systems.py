@@ -34,6 +34,7 @@ from lora_dpo.cli.crash import quiet_exit
 from lora_dpo.config.reading import check_recipe, read_recipe
 from lora_dpo.data import Message
 from lora_dpo.data.hub_rows import is_hub_source
+from lora_dpo.data.journal import Journal, alone, append_durably, rewrite_durably
 from lora_dpo.data.template_trial import fault_of
 from lora_dpo.demo.pair_store import clean_name
 from lora_dpo.demo.votes import ShownAnswer, VoteLog
@@ -48,7 +49,6 @@ from lora_dpo.files import (
     refuse_unwritable,
     replace_file,
 )
-from lora_dpo.journal import Journal, alone, append_durably, rewrite_durably
 from lora_dpo.leftovers import discard, scratch, settle, temporary_file
 from lora_dpo.serving.connections import MOST, most_connections
 

@@ -20,6 +20,7 @@ answers          single answers, good or bad, for SFT and KTO
 prompts          prompts to sample answers to
 questions        questions with known answers
 write            pairs back into files: split, convert, mix
+journal          rows that are on the disk, one by one, before they count
 template_trial   a chat template, run once in a process with limits
 chat_template    messages to token ids through it
 tokenize         pairs to token ids, truncated where they are too long

@@ -25,6 +25,7 @@ from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.data.doctor.examination import Diagnosis, examine
 from lora_dpo.data.formats.registry import format_of
 from lora_dpo.data.formats.trl import checked_pair
+from lora_dpo.data.journal import rewrite_durably
 from lora_dpo.data.messages import BadRow
 from lora_dpo.data.read import outcomes
 from lora_dpo.data.row_reading import Row
@@ -34,7 +35,6 @@ from lora_dpo.data.write import canonical_row, write_pairs
 from lora_dpo.demo.votes import VoteLog
 from lora_dpo.errors import DataError, UnclearColumns
 from lora_dpo.files import numbered
-from lora_dpo.journal import rewrite_durably
 from lora_dpo.model.tensor_file import State, state_of
 from lora_dpo.systems import is_reserved
 from lora_dpo.text import plain

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from lora_dpo.data import Message, Origin
 from lora_dpo.data.formats.trl import checked_pair
+from lora_dpo.data.journal import append_durably
 from lora_dpo.data.messages import BadRow
 from lora_dpo.data.row_reading import Row
 from lora_dpo.data.rows import read_rows
@@ -25,7 +26,6 @@ from lora_dpo.data.write import canonical_row
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.evaluation import intervals
 from lora_dpo.files import disk_errors
-from lora_dpo.journal import append_durably
 from lora_dpo.text import shown
 
 Verdict = Literal["a", "b", "both good", "both bad", "skip"]

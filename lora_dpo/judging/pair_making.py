@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_dpo.data.journal import Journal, Row, alone
 from lora_dpo.data.prompts import Prompt, accepted_hash
 from lora_dpo.data.write import check_name, write_rows
 from lora_dpo.errors import ConfigError, NoPairs
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import refuse_existing
-from lora_dpo.journal import Journal, Row, alone
 from lora_dpo.judging import Judge
 from lora_dpo.judging.samples import Sample, SamplePlan, sample_answers
 from lora_dpo.model.decoding import Answer

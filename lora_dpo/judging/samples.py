@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import prompt_ids
+from lora_dpo.data.journal import Journal, Row
 from lora_dpo.data.prompts import Prompt, prompts_hash
-from lora_dpo.journal import Journal, Row
 from lora_dpo.model.decoding import Answer, Sampling, generate
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.loading import load_base_of
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.data import Message
+from lora_dpo.data.journal import append_durably
 from lora_dpo.errors import OutputError
-from lora_dpo.journal import append_durably
 from lora_dpo.model.base import Base
 from lora_dpo.model.decoding import Sampling, stream
 

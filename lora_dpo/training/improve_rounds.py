@@ -28,12 +28,12 @@ from lora_dpo.adapters.passport import read_passport
 from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.config.improve_recipe import ImproveRecipe, dump_improve_recipe
 from lora_dpo.config.trl_dpo import trainer_settings
+from lora_dpo.data.journal import alone, write_new
 from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.data.prompts import Prompt, accepted_hash, prompts_hash, prompts_with_report
 from lora_dpo.errors import ConfigError, DataError, NoPairs, OutputError
 from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, RoundsMeasured, Stopped, StopSignal
 from lora_dpo.files import disk_errors, refuse_existing, replace_file
-from lora_dpo.journal import alone, write_new
 from lora_dpo.judging import Judge, Means, open_judge
 from lora_dpo.judging.endpoint import EndpointSettings
 from lora_dpo.judging.pair_making import Selection, make_pairs

@@ -16,10 +16,10 @@ import filelock
 import pytest
 
 from lora_dpo.data import read_pairs
+from lora_dpo.data.journal import rewrite_durably
 from lora_dpo.demo import votes
 from lora_dpo.demo.votes import HeadToHead, ShownAnswer, VoteLog
 from lora_dpo.errors import ConfigError, DataError, OutputError
-from lora_dpo.journal import rewrite_durably
 
 PROMPT = [{"role": "user", "content": "Why is the sky blue?"}]
 

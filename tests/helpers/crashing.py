@@ -30,8 +30,8 @@ from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.cli.cleaning import leftovers
 from lora_dpo.cli.commands import main
 from lora_dpo.data import read_pairs
+from lora_dpo.data.journal import rewrite_durably
 from lora_dpo.demo.votes import ShownAnswer, VoteLog
-from lora_dpo.journal import rewrite_durably
 
 LIBRARY = ctypes.CDLL(None)  # crash.c is in it
 COUNT, KILL, HALF, FULL, ONCE = range(5)

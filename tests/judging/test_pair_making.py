@@ -18,9 +18,9 @@ from lora_dpo.adapters.loading import LoadedModel, attach_reference, load_policy
 from lora_dpo.cli.commands import main
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data import read_pairs
+from lora_dpo.data.journal import Journal, alone, write_new
 from lora_dpo.data.prompts import Prompt, prompts_with_report, read_prompts
 from lora_dpo.errors import AdapterError, ConfigError, DataError, JudgeError, OutputError
-from lora_dpo.journal import Journal, alone, write_new
 from lora_dpo.judging.judge import Judge
 from lora_dpo.judging.pair_making import Selection, choose, make_pairs
 from lora_dpo.judging.policy_and_judge import load_with_judge
@@ -404,7 +404,7 @@ def test_a_journal_without_rows_is_begun_anew_with_other_settings():
 
 def test_two_processes_never_write_to_one_place():
     with alone(Path("x")):
-        code = "from lora_dpo.journal import alone; from pathlib import Path\nwith alone(Path('x')): pass"
+        code = "from lora_dpo.data.journal import alone; from pathlib import Path\nwith alone(Path('x')): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert "Another process is writing x" in done.stderr
     with alone(Path("x")):
