@@ -19,6 +19,7 @@ from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
 from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
+from lora_dpo.text import SHOWN, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,7 @@ def load_base(
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(name, **common)
     here_alone = looks_local(path)  # a folder that vanishes now is not asked of the hub either
-    with quiet_libraries(), _load_errors(name):
+    with quiet_libraries(), model_errors(name):
         if packed == "auto":
             packed = quantize == "nf4" and decide_packed(load_skeleton(name, **common), place, compute)
         if quantize == "nf4" and not packed:
@@ -108,7 +109,8 @@ def load_base(
     keep_packed_weights_differentiable(model)  # also those that the model's files hold in 4 bits
     model.requires_grad_(False)
     model.eval()
-    fingerprint = weight_fingerprint(path, revision=revision)
+    with model_errors(name):
+        fingerprint = weight_fingerprint(path, revision=revision)
     revision = commit_of(path, revision)
     packed = packed and quantize == "nf4"
     return Base(model, tokenizer, name, revision, quantize, packed, str(compute).removeprefix("torch."), fingerprint)
@@ -133,7 +135,7 @@ def load_tokenizer(
     path = resolve_model(name)
     from transformers import AutoTokenizer
 
-    with quiet_libraries(), _load_errors(name):
+    with quiet_libraries(), model_errors(name):
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=looks_local(path), **common)
     if not tokenizer.chat_template:
@@ -151,7 +153,7 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet_libraries(), _load_errors(name), torch.device("meta"):
+    with quiet_libraries(), model_errors(name), torch.device("meta"):
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -262,11 +264,19 @@ def decide_packed(skeleton: PreTrainedModel, device: torch.device, compute: torc
 
 
 @contextlib.contextmanager
-def _load_errors(name: str) -> Iterator[None]:
+def model_errors(name: str) -> Iterator[None]:
+    """What libraries raise of a model's files, of whatever shape they are, as a `ModelError` with the next step."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    expected = (OSError, ValueError, ImportError)
+    # JSON of another shape than transformers expects: it looks at nothing before it uses it
+    misshapen = (StrictDataclassError, TypeError, KeyError, IndexError, AttributeError)
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        reason = re.split(r"\n|(?<=\.) ", str(error).strip())[0]
+    except (*expected, *misshapen) as error:
+        reason = re.split(r"\n(?! )|(?<=\.) ", str(error).strip())[0]
+        if isinstance(error, misshapen):
+            reason = f"transformers cannot read its files ({type(error).__name__}: {one_line(reason, SHOWN)})."
         raise ModelError(
             f"The model {name} could not be loaded: {reason} "
             "Give a model folder, a hub id (with network), or a name of: lora-dpo models list"

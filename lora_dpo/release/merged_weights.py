@@ -26,7 +26,7 @@ from lora_dpo.adapters.lora_config import WEIGHTS, AdapterConfig
 from lora_dpo.adapters.passport import read_passport
 from lora_dpo.adapters.peft_files import LoraModule, check_finite
 from lora_dpo.errors import AdapterError, ModelError
-from lora_dpo.model.base import load_skeleton, nf4_value, resolve_model
+from lora_dpo.model.base import load_skeleton, model_errors, nf4_value, resolve_model
 from lora_dpo.model.identity import chat_template_sha256, tokenizer_sha256, weight_files, weight_fingerprint
 from lora_dpo.model.tensor_file import open_tensors
 from lora_dpo.text import plain
@@ -198,7 +198,8 @@ def plan_base(model: str, revision: str | None = None, *, into: Into = "base16")
 def _check_tokenizer(passport: Passport, adapter: Path, name: str, path: Path, *, quantize: str) -> list[str]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with model_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(path)
     hashes = {"tokenizer": tokenizer_sha256(tokenizer), "template": chat_template_sha256(tokenizer)}
     return check_holding(passport, adapter, name=name, quantize=quantize, **hashes)
 
@@ -219,30 +220,31 @@ def _open_base(name: str, revision: str | None, instead: str) -> tuple[Merged, t
     """The base's weights, unchanged, and its skeleton; `instead` is what to do with one that is stored quantised."""
     from transformers import AutoConfig
 
-    folder = _files_of(name, revision, (_CONFIG,))
-    raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    if raw.get("quantization_config"):
-        how = plain(raw["quantization_config"].get("quant_method", "quantised"))
-        raise ModelError(
-            f"{name} is stored quantised ({how}), so it is neither merged into nor exported: that would round it once "
-            f"more. {instead}"
-        )
-    folder = _files_of(name, revision, _OF_A_MODEL)
-    files = weight_files(str(folder))
-    if not files:
-        raise ModelError(f"{name} has no safetensors files. Name a copy that has them with --model.")
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise ModelError(
-            f"{name} is not whole: {len(absent)} of its {len(files)} files of weights are missing "
-            f"({plain(absent[0])}). Download it again, or name a whole copy with --model."
-        )
-    skeleton = load_skeleton(str(folder))
-    stored = {key: (file, key) for file in files for key in _keys(file)}
-    places = _match(name, stored, skeleton)
-    state = skeleton.state_dict()
-    config = AutoConfig.from_pretrained(folder)
-    shapes = {key: tuple(state[key].shape) for key in places}
-    return Merged(name, folder, config, shapes, places), skeleton
+    with model_errors(name):
+        folder = _files_of(name, revision, (_CONFIG,))
+        raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        if raw.get("quantization_config"):
+            how = plain(raw["quantization_config"].get("quant_method", "quantised"))
+            raise ModelError(
+                f"{name} is stored quantised ({how}), so it is neither merged into nor exported: that would round it "
+                f"once more. {instead}"
+            )
+        folder = _files_of(name, revision, _OF_A_MODEL)
+        files = weight_files(str(folder))
+        if not files:
+            raise ModelError(f"{name} has no safetensors files. Name a copy that has them with --model.")
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise ModelError(
+                f"{name} is not whole: {len(absent)} of its {len(files)} files of weights are missing "
+                f"({plain(absent[0])}). Download it again, or name a whole copy with --model."
+            )
+        skeleton = load_skeleton(str(folder))
+        stored = {key: (file, key) for file in files for key in _keys(file)}
+        places = _match(name, stored, skeleton)
+        state = skeleton.state_dict()
+        config = AutoConfig.from_pretrained(folder)
+        shapes = {key: tuple(state[key].shape) for key in places}
+        return Merged(name, folder, config, shapes, places), skeleton
 
 
 def _files_of(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from conftest import COMMIT
@@ -8,6 +10,7 @@ from lora_dpo.model.base import load_base, load_tokenizer
 from lora_dpo.model.device import pick_dtype
 from lora_dpo.model.identity import weight_fingerprint
 from lora_dpo.model.lora import attach_lora, reference
+from lora_dpo.release.merged_weights import plan_base
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9, 10, 11]])
 
@@ -153,6 +156,30 @@ def test_model_errors_say_the_next_step(tmp_path):
         load_base(str(tmp_path))
     with pytest.raises(ModelError, match="could not be loaded"):
         load_base("nobody/has-this-model")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "7"),
+        ("config.json", '{"model_type": [1]}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+        ("config.json", '{"model_type": "llama", "vocab_size": null}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": [1]}'),
+        ("model.safetensors.index.json", "[]"),
+        ("model.safetensors.index.json", '{"weight_map": 7}'),
+    ],
+)
+def test_files_of_a_model_that_have_another_shape_are_one_sentence(tiny_model_folder, tmp_path, name, text):
+    shutil.copytree(tiny_model_folder, tmp_path / "odd")
+    (tmp_path / "odd" / name).write_text(text)
+    if name == "model.safetensors.index.json":
+        (tmp_path / "odd" / "model.safetensors").unlink()
+    for read in (load_base, plan_base) if name != "tokenizer_config.json" else (load_base,):
+        with pytest.raises(ModelError, match=r"^The model .*odd could not be loaded: .*lora-dpo models list$"):
+            read(str(tmp_path / "odd"))
 
 
 def test_auto_dtype_is_float32_on_a_cpu():
