@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from math import ceil
 from pathlib import Path
 
@@ -205,6 +207,20 @@ def test_settings_can_be_changed_and_come_back_as_they_are(drafted):
 def test_nothing_that_names_a_file_can_be_changed(drafted, text, message):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         with_settings(drafted(10).recipe, text)
+
+
+def test_a_large_base_is_moved_less_and_no_further_than_it_can_read(write_pairs, tmp_path, tiny_model_folder):
+    large = tmp_path / "large"
+    shutil.copytree(tiny_model_folder, large, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((large / "config.json").read_text())
+    config |= {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32, "max_position_embeddings": 48}
+    (large / "config.json").write_text(json.dumps(config))
+    places = {"output": tmp_path / "adapters/mine", "folder": tmp_path / "runs"}
+    made = draft(ModelSection(name=str(large)), [write_pairs(count=40)], "balanced", **places).recipe
+    assert made.lora.rank == 16
+    assert made.trainer["learning_rate"] == pytest.approx(2e-5)
+    assert made.trainer["loss_weights"] == [1.0, 0.2]
+    assert made.trainer["max_length"] == 48
 
 
 def test_errors_of_a_draft(drafted):

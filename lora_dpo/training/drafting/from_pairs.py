@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.reading import check_recipe, read_recipe, set_override
 from lora_dpo.config.recipe import Recipe
-from lora_dpo.data import PreferencePair, read_pairs
+from lora_dpo.data import read_pairs
 from lora_dpo.data.rows import file_of, is_readable
 from lora_dpo.data.write import hold_out_prompts
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.files import atomic_file, refuse_existing, refuse_unwritable
-from lora_dpo.model.base import load_skeleton, load_tokenizer
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import counted
 from lora_dpo.training.drafting.comments import Facts, explained, head
-from lora_dpo.training.drafting.lengths import Lengths, estimated_lengths, measured_lengths
+from lora_dpo.training.drafting.lengths import estimated_lengths, looked_at
 from lora_dpo.training.drafting.presets import (
     HOLD_OUT_FROM,
     LEAST_HELD_OUT,
@@ -85,7 +84,7 @@ def begin(
     prompts = prompts_of(pairs)
     hold_out = held_out_prompts(prompts) if not wished.data.has_held_out else wished.data.hold_out
     train, apart = hold_out_prompts(pairs, hold_out) if hold_out else (pairs, [])
-    lengths, parameters = (estimated_lengths(pairs), None) if named is None else _looked_at(named, pairs)
+    lengths, parameters = (estimated_lengths(pairs), None) if named is None else looked_at(wished.model, pairs)
     made = choices(chosen, len(train), prompts_of(apart), lengths, parameters=parameters)
     settings = {"model": asked["model"], "data": data_section(source, hold_out=hold_out, columns=columns)}
     settings |= {name: made[name] for name in ("trainer", "lora", "evaluation")}
@@ -177,16 +176,6 @@ def _refuse_written(path: Path) -> None:
             f"{path} is there already and is never overwritten: lora-dpo train {shlex.quote(str(path))} runs it. For "
             "another recipe: lora-dpo init DATA --output NAME.yaml."
         ) from None
-
-
-def _looked_at(model: str, pairs: Sequence[PreferencePair]) -> tuple[Lengths, int]:
-    """The pairs' lengths by the base's own tokenizer, and its parameters; no weights are loaded."""
-    lengths = measured_lengths(load_tokenizer(model), pairs)
-    skeleton = load_skeleton(model)
-    reads = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (lengths.limit, reads) if limit]
-    lengths = replace(lengths, limit=min(limits) if limits else None)
-    return lengths, sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def _lines(facts: Facts, planned: Plan | None) -> Iterator[tuple[str, str]]:

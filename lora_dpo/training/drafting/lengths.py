@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import PreferencePair, tokenize_pairs
 from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.errors import DataError
+from lora_dpo.model.base import load_skeleton, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lora_dpo.config.recipe import ModelSection
 
 BYTES_A_TOKEN = 2
 """English has four or more, German and code three, Chinese two to three: so few that an estimate is not too low."""
@@ -65,6 +68,22 @@ def measured_lengths(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Prefere
         limit=limit if limit < NO_LIMIT else None,
         measured=True,
     )
+
+
+def looked_at(model: ModelSection, pairs: Sequence[PreferencePair]) -> tuple[Lengths, int]:
+    """The pairs' lengths by the base's own tokenizer, and its parameters; no weights are loaded.
+
+    Raises:
+        ModelError: the model is not there, or its template refuses a row.
+        DataError: no pair is left once they are written for the model.
+    """
+    where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    lengths = measured_lengths(load_tokenizer(model.name, **where), pairs)
+    skeleton = load_skeleton(model.name, **where)
+    reads = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    limits = [limit for limit in (lengths.limit, reads) if limit]
+    lengths = replace(lengths, limit=min(limits) if limits else None)
+    return lengths, sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def _bytes(text: str) -> int:

@@ -17,7 +17,7 @@ from lora_dpo.data.doctor.checks import Texts, prompt_text
 from lora_dpo.data.write import split_by_prompt, write_pairs
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import SHOWN, one_line, shown
-from lora_dpo.training.drafting.lengths import Lengths, estimated_lengths
+from lora_dpo.training.drafting.lengths import Lengths, looked_at
 
 BATCH = 4
 HOLD_OUT_FROM = 12
@@ -115,7 +115,7 @@ def draft(
     prompts: int = 3,
     seed: int = 0,
 ) -> Draft:
-    """Read the pairs, hold some prompts out if there are enough, and write the recipe of a preset.
+    """Read the pairs, hold some prompts out if there are enough, and write the recipe of a preset for this base.
 
     Args:
         model: the base in memory, as a recipe names it.
@@ -126,6 +126,7 @@ def draft(
     Raises:
         ConfigError: there is no such preset, or nothing to train on.
         DataError: a file cannot be read.
+        ModelError: the base is not there, or its template refuses a row.
     """
     chosen = preset_named(preset)
     if not sources:
@@ -138,11 +139,12 @@ def draft(
     for name, part in (("train", train), ("eval", held_out)):
         if part and not files[name].exists():
             write_pairs(part, files[name])
+    lengths, parameters = looked_at(model, pairs)
     settings: dict[str, Any] = {
         "model": model.model_dump(mode="json"),
         "data": {"train": str(files["train"]), **({"eval": str(files["eval"])} if held_out else {})},
         "output": str(output),
-        **choices(chosen, len(train), prompts_of(held_out), estimated_lengths(pairs)),
+        **choices(chosen, len(train), prompts_of(held_out), lengths, parameters=parameters),
     }
     settings["evaluation"] |= {"show": prompts} if held_out else {}
     return Draft(check_recipe(settings, where="the preset"), len(train), len(held_out))
