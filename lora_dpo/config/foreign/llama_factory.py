@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -180,34 +181,49 @@ def _data(t: Translation, folder: Path) -> None:
         t.rename({"cutoff_len": "max_length"})
         t.change("cutoff_len", "trainer.max_length: only answers are cut, there prompts are, too")
     limit, place = t.whole("max_samples"), str(t.take("dataset_dir", "data"))
-    info = _described(place, folder)
+    info = _data_sets(place, folder)
     named: list[dict[str, str]] = []
     for name, key in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         wanted = t.names(name)
-        sources(t, [_source(t, one, info, place, name, limit) for one in wanted], name, key)
+        sources(t, [_source(t, one, info, name, limit) for one in wanted], name, key)
         named += [_columns(t, one, info, name) for one in wanted]
     columns(t, named, "columns of dataset_info.json")
     held_out(t, "val_size")
 
 
-def _described(place: str, folder: Path) -> dict[str, Any] | None:
-    """`dataset_info.json`, from the current folder or from that of the settings; None where it is not."""
+@dataclass(frozen=True)
+class _DataSets:
+    """What `dataset_info.json` says of data sets."""
+
+    folder: Path
+    described: dict[str, Any] | None
+    """By name; None where there is no such file."""
+
+    def entry(self, name: str) -> dict[str, Any] | None:
+        found = (self.described or {}).get(name)
+        return found if isinstance(found, dict) else None
+
+
+def _data_sets(place: str, folder: Path) -> _DataSets:
+    """Those of the current folder, or of the folder of the settings."""
     for start in (Path(), folder, folder.parent):
         path = start / place / "dataset_info.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        return {**found, "": str(start / place)} if isinstance(found, dict) else None
-    return None
+        if isinstance(found, dict):
+            return _DataSets(path.parent, found)
+    return _DataSets(Path(place), None)
 
 
-def _source(t: Translation, wanted: str, info: dict[str, Any] | None, place: str, name: str, limit: int | None) -> str:
+def _source(t: Translation, wanted: str, info: _DataSets, name: str, limit: int | None) -> str:
     """A data set of theirs, as a recipe names it."""
-    entry = (info or {}).get(wanted)
+    entry = info.entry(wanted)
     named = f"data.{'train' if name == 'dataset' else 'eval'}"
-    if not isinstance(entry, dict):
-        what = f"there is no {place}/dataset_info.json here" if info is None else "dataset_info.json does not have it"
+    if entry is None:
+        missing = f"there is no {info.folder.as_posix()}/dataset_info.json here"
+        what = missing if info.described is None else "dataset_info.json does not have it"
         text = f"it is a name of LLaMA-Factory's, and {what}: write the file or hub id into {named}"
         t.miss(name, text, value=wanted, loud=True)
         return wanted
@@ -215,7 +231,7 @@ def _source(t: Translation, wanted: str, info: dict[str, Any] | None, place: str
         split, subset = entry.get("split"), entry.get("subset")
         found = hub_source(str(entry["hf_hub_url"]), config=subset, split=split, limit=limit)
     elif "file_name" in entry:
-        found = str(Path(str((info or {})[""])) / str(entry["file_name"]))
+        found = str(info.folder / str(entry["file_name"]))
         if limit is not None:
             t.miss("max_samples", f"a file is read whole: cut {found}", value=limit, loud=True)
     else:
@@ -225,10 +241,9 @@ def _source(t: Translation, wanted: str, info: dict[str, Any] | None, place: str
     return found
 
 
-def _columns(t: Translation, wanted: str, info: dict[str, Any] | None, name: str) -> dict[str, str]:
+def _columns(t: Translation, wanted: str, info: _DataSets, name: str) -> dict[str, str]:
     """The columns of one data set that have other names than the usual ones."""
-    entry = (info or {}).get(wanted)
-    entry = entry if isinstance(entry, dict) else {}
+    entry = info.entry(wanted) or {}
     given = entry.get("columns")
     given = given if isinstance(given, dict) else {}
     other = [role for role in given if role not in COLUMNS] + [part for part in ("tags",) if part in entry]
