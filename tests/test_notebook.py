@@ -78,8 +78,6 @@ def test_commands_and_options_are_those_of_the_command_line(notebook):
     for line in found:
         command, words = typer.main.get_command(app), line.split()
         while hasattr(command, "commands"):
-            if words[0] == "init" and "init" not in command.commands:
-                break
             command = command.commands[words.pop(0)]
         flags = [flag for option in command.params for flag in option.opts]
         assert [word for word in words if word.startswith("--") and word not in flags] == []
