@@ -1,6 +1,6 @@
 # make train   set everything up, then preference-tune the quickstart model
 # make test    set everything up, then run the tests on tiny models
-# make test-slow   those on the real model, and on 100,000 rows
+# make test-slow   those on the real model, in a browser, on how trainings end, and on 100,000 rows
 # make test-rounding   those on how trainings end, with the CPU held to older instructions, which round otherwise
 # make fuzz    broken and hostile files of every kind, by the thousand (about 20 minutes on 2 cores, by estimate)
 # make demo    set everything up, then chat, vote, train and swap in a browser

@@ -27,6 +27,7 @@ def measured(tiny_model_folder, write_pairs, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_ours_beside_stock_trl(measured):
     found, rows = measured("--tuned-batch", "1", "--top", "1")
     assert found["versions"]["trl"]

@@ -77,6 +77,7 @@ def crashes(library, start, wanted, *, seed):
     return found["done"]
 
 
+@pytest.mark.slow
 def test_a_few_crashes_of_quick_commands(library, start):
     wanted = {"split": [6, 2], "fix": [4, 0], "pack": [1, 1], "install": [3, 2], "remove": [2, 0], "votes": [5, 2]}
     done = crashes(library, start, wanted, seed=1)

@@ -29,6 +29,8 @@ from lora_dpo.model.decoding import Sampling
 if CHROMIUM is None:
     pytest.skip("the browser tests need chromium: apt-get install chromium", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 UPLOAD_PROMPTS = "[data-testid='Import prompts-upload-button']"
 UPLOAD_PAIRS = "[data-testid='Upload pairs-upload-button']"
 PROMPTS = [f"Say {number} words." for number in range(1, 11)]
@@ -90,7 +92,7 @@ def test_the_whole_loop(browser, served, loads, tmp_path):
     me.say("And more.")
     assert len(me.answers(0)) == len(me.answers(1)) == 2
     assert me.answers(0)[1] != me.answers(1)[1]
-    assert "tokens" in me.text("chat-line-1")
+    me.wait_for("chat-line-1", "tokens")
     me.open("The same in a terminal")
     page.wait_for_function("document.querySelector('#chat-command textarea').value.includes('--compare')")
 
@@ -318,7 +320,6 @@ def test_closing_the_page_frees_the_turn(browser, served, monkeypatch):
     assert time.monotonic() - began < 20  # the abandoned answer would go on for a minute
 
 
-@pytest.mark.slow
 def test_the_columns_of_an_upload_are_picked_where_nobody_can_tell_them(browser, served, tmp_path):
     app_state, address = served
     me = Visitor(browser, address)
@@ -339,7 +340,6 @@ def test_the_columns_of_an_upload_are_picked_where_nobody_can_tell_them(browser,
     assert app_state.pairs.entries("mine")[0].texts == ("Say it.", "No.", "Yes.")
 
 
-@pytest.mark.slow
 def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
     app_state, address = served
     me = Visitor(browser, address)
@@ -457,7 +457,6 @@ class Album:
             self.add(f"{kind}-{name.lower()}")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "models/smollm2-135m/config.json").is_file(), reason="the real model is not here")
 def test_pictures_of_every_tab_with_the_real_model(browser, tmp_path, monkeypatch, loads):
     """Everything fits at 1280x800 and on a phone, light and dark; the pictures of docs/demo.md are made by this."""
@@ -570,7 +569,6 @@ def hostile(roomy, tiny_adapter, tmp_path, monkeypatch):
     app_state.host.close()
 
 
-@pytest.mark.slow
 def test_no_script_in_any_text_runs(browser, hostile, tmp_path):
     app_state, address = hostile
     me = Visitor(browser, address)

@@ -71,7 +71,9 @@ def test_the_votes_are_checked_and_trained_on_where_they_lie(app_state):
     assert "collected/votes.jsonl" in train
 
 
-def test_a_recipe_that_is_copied_trains_the_same_under_a_name_of_its_own(write_pairs, tmp_path, tiny_model_folder, monkeypatch):
+def test_a_recipe_that_is_copied_trains_the_same_under_a_name_of_its_own(
+    write_pairs, tmp_path, tiny_model_folder, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     model = ModelSection(name=str(tiny_model_folder), quantize="none", dtype="float32")
     output, folder = tmp_path / "adapters/mine", tmp_path / "runs"

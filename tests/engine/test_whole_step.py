@@ -487,6 +487,7 @@ if rank == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tiny_model_folder, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(

@@ -30,13 +30,31 @@ from lora_dpo.training.run import train
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9]])
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """Folders of adapters, by their kind."""
+    return {}
+
+
 @pytest.fixture(
     params=[{}, {"rslora": True}, {"dora": True, "targets": ["q_proj", "down_proj"]}], ids=["lora", "rslora", "dora"]
 )
-def adapter(request, recipe_dict, tmp_path, monkeypatch):
+def adapter(request, recipe_dict, tmp_path, monkeypatch, trained, tmp_path_factory):
+    """An adapter of each kind in `adapters/tiny`: trained once, and copied for each test."""
     monkeypatch.chdir(tmp_path)
+    kind = json.dumps(request.param)
+    if kind not in trained:
+        made = _trained(recipe_dict, request.param)
+        trained[kind] = shutil.copytree(made, tmp_path_factory.mktemp("trained") / made.name)
+    folder = Path("adapters/tiny")
+    if not folder.exists():
+        shutil.copytree(trained[kind], folder)
+    return folder
+
+
+def _trained(recipe_dict, lora):
     settings = recipe_dict(health={"action": "none"})  # at this rate a tiny model goes bad, which is no matter here
-    settings["lora"] = {"rank": 4, **request.param}
+    settings["lora"] = {"rank": 4, **lora}
     settings["model"]["quantize"] = "nf4"
     settings["trainer"] |= {"learning_rate": 5e-2}
     return train(check_recipe(settings), name="tiny").folder

@@ -464,6 +464,7 @@ def weights(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_training_between_answers_gives_the_same_adapter_bit_for_bit(host, adapters, recipe, monkeypatch):
     monkeypatch.setattr("lora_dpo.serving.training_job.SLICE", 0.0)  # others go first before every pass
     quiet = host.start_training(recipe(), "quiet")
@@ -599,6 +600,7 @@ def test_a_training_that_breaks_leaves_answers_working_and_no_adapter(host, adap
     assert "broken" in host.names()
 
 
+@pytest.mark.slow
 def test_after_a_training_its_memory_is_free(host, recipe):
     def trainable():
         gc.collect()

@@ -9,7 +9,7 @@ from taught import SUBJECTS, long, prompt, short
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.training.run import train
 
-pytestmark = pytest.mark.outcome
+pytestmark = [pytest.mark.outcome, pytest.mark.slow]
 
 SEEDS, WANTED = range(5), 2
 """A run's course hangs on the CPU's rounding, as on its seed. A cause that provokes an alarm in four of five runs does

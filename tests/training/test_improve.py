@@ -262,7 +262,9 @@ def uninterrupted():
     return {}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(one, marks=() if one == "training" else pytest.mark.slow) for one in MOMENTS]
+)
 def test_stopped_at_any_step_the_same_call_goes_on_to_the_same_result(recipe, uninterrupted, moment):
     settings = recipe(improve={"rounds": 1}, output="out/x")
     if not uninterrupted:

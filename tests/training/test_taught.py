@@ -19,7 +19,7 @@ from lora_dpo.training.guard.completion_sampler import CompletionSampler
 from lora_dpo.training.prepare import prepare
 from lora_dpo.training.run import train
 
-pytestmark = pytest.mark.outcome
+pytestmark = [pytest.mark.outcome, pytest.mark.slow]
 
 SEEDS = range(5)
 HEALTHY = 4
