@@ -1,7 +1,7 @@
 """Where things lie.
 
 The project's, in the current folder:      adapters  collected  evaluations  reports  runs  models
-The person's, once for all of them:        models  references, in ~/.cache/lora-dpo
+The person's, once for all of them:        models  references  proofs, in ~/.cache/lora-dpo
 
 `LORA_DPO_HOME` is one folder for all of it, `LORA_DPO_CACHE` one for the person's part alone. Both are looked at
 whenever a place is asked for, as is the current folder.
@@ -72,6 +72,12 @@ def references() -> Path | None:
     """Log-probabilities of references, kept between runs; None where nothing outlives the process."""
     folder = person()
     return folder and folder / "references"
+
+
+def proofs() -> Path | None:
+    """What trying architectures found (`engine/proof.py`); None where nothing outlives the process."""
+    folder = person()
+    return folder and folder / "proofs"
 
 
 def _named(variable: str) -> Path | None:

@@ -43,10 +43,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"not on this system: marked {marker}")
 
 
+@pytest.fixture(scope="session")
+def proofs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What trying small copies of models found, once for all tests."""
+    return tmp_path_factory.mktemp("proofs")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test starts with an empty cache of its own."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, proofs: Path) -> Path:
+    """Every test starts with a cache of its own, in which nothing is but what was found out about models."""
     folder = tmp_path_factory.mktemp("cache")
+    if sys.platform != "win32":
+        (folder / "proofs").symlink_to(proofs)
     monkeypatch.setenv("LORA_DPO_CACHE", str(folder))
     return folder
 

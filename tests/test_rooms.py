@@ -42,10 +42,13 @@ HEAVY = {"accelerate", "bitsandbytes", "datasets", "gradio", "peft", "torch", "t
 EAGER = {
     *("engine.attention", "engine.engine", "engine.layout", "engine.logprobs", "engine.objective"),
     *(
+        "engine.forked_states",
         "engine.pair_batch",
         "engine.pair_forward",
         "engine.preference_loss",
+        "engine.proof",
         "engine.rematerialise",
+        "engine.small_copy",
         "engine.step_record",
         "engine.trunk_cache",
         "engine.whole_step",

@@ -5,6 +5,7 @@ lora_config      `adapter_config.json`, read and checked without a model
 peft_files       its weights, read and checked alike
 peft_config      what PEFT is told about an adapter: checked fields alone
 passport         its provenance: base, data, settings, what was measured
+parameter_lora   which tensors change a mixture's stacked experts
 adapter          one folder, opened once, and whether it fits a base by names and shapes
 base_search      where an adapter's base is, if its folder has moved
 folder           an adapter is checked against the base in memory, then attached to it

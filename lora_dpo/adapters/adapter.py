@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.lora_config import WEIGHTS, AdapterConfig
+from lora_dpo.adapters.parameter_lora import Target, targets_of
 from lora_dpo.adapters.passport import PASSPORT, Passport, check_folder, parse_passport
-from lora_dpo.adapters.peft_files import AdapterTensors, read_adapter
+from lora_dpo.adapters.peft_files import AdapterTensors, LoraModule, read_adapter
 from lora_dpo.config.recipe import Quantize
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.errors import AdapterError
 from lora_dpo.files import sha256_of
 from lora_dpo.model.tensor_file import State, state_of
@@ -49,8 +51,16 @@ class Adapter:
 
     @property
     def quantize(self) -> Quantize:
-        """How the base's weights were held when it was trained; nf4 if nothing says."""
-        return "none" if self.passport is not None and self.passport.quantize == "none" else "nf4"
+        """How to load its base as it was trained on: as stored, or as the checkpoint is quantised and else in NF4.
+
+        Other quantised weights are not made here, so their 16-bit original is taken as it is.
+        """
+        return "auto" if self.passport is None or self.passport.quantize.startswith("nf4") else "none"
+
+    @property
+    def chat_template_kwargs(self) -> TemplateKwargs:
+        """Keywords for the chat template that it was trained with; none if nothing says so."""
+        return self.passport.chat_template_kwargs if self.passport is not None else NO_KWARGS
 
 
 def open_adapter(folder: str | Path) -> Adapter:
@@ -77,7 +87,13 @@ def check_fit(adapter: Adapter, model: torch.nn.Module, base: str) -> None:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     misfit = f"The adapter {adapter.folder} does not fit {base}:"
+    stacked = targets_of(adapter.config, model)
     for name, lora in tensors.lora.items():
+        if name in stacked:
+            _check_stacked(misfit, name, lora, stacked[name])
+            continue
+        if lora.rank != (wanted_rank := adapter.config.ranks.of([name]).get(name, adapter.config.rank)):
+            raise AdapterError(f"{misfit} {plain(name)} has rank {lora.rank}, but its config says {wanted_rank}.")
         if name not in modules:
             raise AdapterError(f"{misfit} there is no {plain(name)} in it.")
         shape = _weight_shape(modules[name])
@@ -100,6 +116,16 @@ def check_fit(adapter: Adapter, model: torch.nn.Module, base: str) -> None:
         if name not in parameters or tuple(parameters[name].shape) != stored.shape:
             there = list(parameters[name].shape) if name in parameters else "nothing"
             raise AdapterError(f"{misfit} {plain(name)} is {list(stored.shape)} here and {there} there.")
+
+
+def _check_stacked(misfit: str, name: str, lora: LoraModule, target: Target) -> None:
+    """Raise `AdapterError` unless the tensors of a stacked weight have a pair of matrices for each of its experts."""
+    wanted, here = target.shapes, (lora.a.shape, lora.b.shape)
+    if lora.embedding or lora.magnitude or here != wanted:
+        raise AdapterError(
+            f"{misfit} size mismatch in {plain(name)}, {list(here[0])} and {list(here[1])} here, {list(wanted[0])} and "
+            f"{list(wanted[1])} for {plain(target.name)} there."
+        )
 
 
 def _refuse_added_tokens(misfit: str, tensors: AdapterTensors, modules: Mapping[str, torch.nn.Module]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from lora_dpo.adapters.adapter import open_adapter
 from lora_dpo.adapters.lora_config import WEIGHTS
 from lora_dpo.adapters.passport import Passport
+from lora_dpo.config.template_kwargs import as_words
+from lora_dpo.model.stored_form import held_text
 from lora_dpo.text import plain
 
 
@@ -18,6 +20,7 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     config, tensors, passport = adapter.config, adapter.tensors, adapter.passport
     kind = "DoRA" if config.dora else "rsLoRA" if config.rslora else "LoRA"
     targets = config.targets if isinstance(config.targets, str) else ", ".join(sorted(map(str, config.targets or [])))
+    targets = ", ".join(filter(None, [targets, *config.parameters]))
     rows = [
         ("folder", str(folder)),
         ("base", adapter.base[0] or "not named"),
@@ -27,11 +30,12 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     ]
     if passport is None:
         return [*rows, ("passport", "none: made by another tool, unverified")]
-    held = "as stored" if passport.quantize == "none" else f"{passport.quantize}"
+    held = held_text(passport.quantize, passport.kept_share)
     rows += [
         ("base revision", passport.base_revision or "not recorded"),
         ("base licence", passport.base_licence or "not stated"),
         ("base weights", f"{held}, computed in {passport.dtype}, fingerprint {passport.base_fingerprint}"),
+        *((("chat template", f"with {as_words(given)}"),) if (given := passport.chat_template_kwargs) else ()),
         ("reference", passport.reference),
         ("made", f"{passport.created} with lora-dpo {passport.versions.get('lora-dpo', '?')}"),
         *((f"data, {which}", _data_line(data)) for which, data in passport.data.items() if isinstance(data, dict)),

@@ -13,9 +13,10 @@ README.md        the model card
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,12 @@ from lora_dpo.adapters.passport import Passport, is_public_name
 from lora_dpo.adapters.peft_config import live_config
 from lora_dpo.adapters.peft_files import check_finite, weights
 from lora_dpo.errors import AdapterError, BaseDiffers
-from lora_dpo.model.base import Base
+from lora_dpo.model.base import Base, resolve_model
 from lora_dpo.model.device import out_of_memory
+from lora_dpo.model.identity import weight_fingerprint
 from lora_dpo.model.lora import POLICY
+from lora_dpo.model.origin import from_text, is_another_form, origin_sample
+from lora_dpo.model.packaged import CONFIG as CONFIG_OF_MODEL
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import plain
 
@@ -133,7 +137,7 @@ def read_adapter_names(folder: Path) -> list[str]:
     """Names of the tensors in the folder's weights, without copies of the base's own embeddings."""
     from lora_dpo.adapters.peft_files import read_header
 
-    return [name for name in read_header(folder / WEIGHTS) if ".base_layer." not in name]
+    return [name for name in read_header(folder / WEIGHTS) if ".base_layer." not in name or ".lora_" in name]
 
 
 def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
@@ -185,6 +189,8 @@ def check_weights_of_base(
         return [_not_quite(folder, name, [said])]
     if passport.base_fingerprint != fingerprint:
         moved = passport.base == name and is_public_name(name) and not (revision and revision == passport.base_revision)
+        if not moved and _is_another_form(passport, name, revision):
+            return [_not_quite(folder, name, [f"its weights are those of {passport.base} in another form"])]
         if not moved:
             raise AdapterError(
                 f"The adapter {folder} was made for {passport.base} (fingerprint {passport.base_fingerprint}), but the "
@@ -193,6 +199,21 @@ def check_weights_of_base(
         was, now = passport.base_revision or "unknown", revision or "unknown"
         return [_not_quite(folder, name, [f"its weights are another revision's (trained on {was}, here {now})"])]
     return []
+
+
+def _is_another_form(passport: Passport, name: str, revision: str | None) -> bool:
+    """Whether a base is the passport's, quantised or not quantised: by the passport's sample of it, or by its files.
+
+    Passports of earlier versions have no sample, so the base that they name must be here.
+    """
+    from safetensors import SafetensorError
+
+    sample = from_text(passport.base_sample)
+    if not sample and os.path.isfile(Path(os.path.expanduser(passport.base)) / CONFIG_OF_MODEL):
+        with suppress(OSError, ValueError, SafetensorError):  # half a model: it tells nothing
+            if weight_fingerprint(resolve_model(passport.base)) == passport.base_fingerprint:
+                sample = origin_sample(resolve_model(passport.base))
+    return is_another_form(resolve_model(name), sample, revision=revision)
 
 
 def unverified(folder: Path, name: str, *, quantize: str) -> str:

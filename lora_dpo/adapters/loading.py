@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_dpo.adapters.passport import read_passport
 from lora_dpo.adapters.store import find_adapter
 from lora_dpo.config.reading import read_recipe
 from lora_dpo.config.recipe import Dtype, Quantize
+from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.errors import AdapterError, BaseDiffers
 from lora_dpo.files import sha256_of
 from lora_dpo.model.base import Base, load_base
@@ -30,6 +31,8 @@ class LoadedModel:
     model: Any
     """The base's model, or a PeftModel around it."""
     adapter: Path | None = None
+    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
+    """Keywords for the chat template that it is asked with."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -42,6 +45,7 @@ class LoadedModel:
             "dtype": self.base.dtype,
             "adapter": str(self.adapter) if self.adapter else None,
             "adapter_sha256": weights or None,
+            **({"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}),
         }
 
 
@@ -51,12 +55,14 @@ def load_policy(
     adapter: Path | None = None,
     quantize: Quantize | None = None,
     dtype: Dtype = "auto",
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> LoadedModel:
     """Load a base once and put an adapter on it, if there is one.
 
     Args:
         model: the base; by default the one that the adapter was trained on.
-        quantize: by default as the adapter was trained, and nf4 without an adapter.
+        quantize: by default as the adapter was trained, and "auto" without an adapter.
+        chat_template_kwargs: keywords for the chat template, on top of those that the adapter was trained with.
 
     Raises:
         ModelError: the base cannot be loaded.
@@ -65,10 +71,11 @@ def load_policy(
     if adapter is None:
         if model is None:
             raise AdapterError("Name the model that answers, with --model or --adapter.")
-        base = load_base(model, quantize=quantize or "nf4", dtype=dtype)
-        return LoadedModel(base, base.model)
+        base = load_base(model, quantize=quantize or "auto", dtype=dtype)
+        return LoadedModel(base, base.model, chat_template_kwargs=chat_template_kwargs or {})
     base = load_base_of(adapter, model=model, quantize=quantize, dtype=dtype)
-    return LoadedModel(base, attach_adapter(base, adapter), adapter)
+    kwargs = {**open_adapter(adapter).chat_template_kwargs, **(chat_template_kwargs or {})}
+    return LoadedModel(base, attach_adapter(base, adapter), adapter, kwargs)
 
 
 def load_base_of(

@@ -26,11 +26,13 @@ MAX_JSON = 1 << 20
 
 MAX_RANK = 4096
 
+MAX_PARAMETERS = 1024
+"""Names of stacked weights: PEFT tries each on every parameter. Two or three, or as many in each layer."""
+
 # Ways to adapt that PEFT knows and that are not W + scale·B·A on the base's own layers.
 _FOREIGN = (
     "layer_replication",
     "trainable_token_indices",
-    "target_parameters",
     "lora_bias",
     "use_qalora",
     "alora_invocation_tokens",
@@ -39,10 +41,11 @@ _FOREIGN = (
     "use_bdlora",
     "velora_config",
     "monteclora_config",
-    "kasa_config",
 )
 
-_INITS = (True, False, None, "gaussian", "orthogonal", "true", "false")
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "true", "false")
+"""Ways to begin that leave the base as it is. EVA (Paischer et al. 2024) and MiCA (2026) take A or B from data, or from
+the base's smallest singular vectors; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take something out of the base."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class AdapterConfig:
     base: str | None
     revision: str | None
     raw: dict[str, Any] = field(repr=False)
+    parameters: list[str] = field(default_factory=list)
+    """PEFT's `target_parameters`: stacked weights that are adapted, such as a mixture's experts."""
 
     @cached_property
     def ranks(self) -> ByModule[int]:
@@ -97,11 +102,17 @@ def read_config(folder: Path) -> AdapterConfig:
         _check_modules(path, name, raw.get(name))
     for name in ("modules_to_save", "layers_pattern"):
         _check_modules(path, name, raw.get(name), patterns=False)
+    _check_modules(path, "target_parameters", raw.get("target_parameters"), patterns=False)
+    if len(raw.get("target_parameters") or []) > MAX_PARAMETERS:
+        raise AdapterError(
+            f"{path}: target_parameters has more than {MAX_PARAMETERS:,} names, which is all that are read."
+        )
     _check_library(folder, raw.get("auto_mapping"))
     init = raw.get("init_lora_weights", True)
-    if isinstance(init, list | dict) or init not in _INITS:
+    began = None if not isinstance(init, list | dict) and init in _INITS else f"init_lora_weights {plain(init)}"
+    if changed := began or ("kasa_config" if raw.get("kasa_config") else None):  # KaSA cuts off the base's small parts
         raise AdapterError(
-            f"{path} says init_lora_weights {plain(init)}: such an adapter belongs to a changed base. "
+            f"{path} says {changed}: such an adapter belongs to a changed base. "
             "Ask its maker for one converted to plain LoRA."
         )
     _check_kinds(path, raw)
@@ -117,6 +128,7 @@ def read_config(folder: Path) -> AdapterConfig:
         base=raw.get("base_model_name_or_path") or None,
         revision=raw.get("revision"),
         raw=raw,
+        parameters=list(raw.get("target_parameters") or []),
     )
 
 

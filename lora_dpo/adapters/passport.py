@@ -15,9 +15,11 @@ from typing import Any
 
 from lora_dpo import places
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_json
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs, checked_template_kwargs
 from lora_dpo.errors import AdapterError
 from lora_dpo.files import sha256_of
 from lora_dpo.model.base import Base, resolve_model
+from lora_dpo.model.origin import CARRIED, origin_sample, to_text
 from lora_dpo.model.packaged import PACKAGED_MODELS, is_hub_id
 from lora_dpo.text import plain
 
@@ -51,6 +53,12 @@ class Passport:
     """Of `adapter_model.safetensors`: a passport belongs to one file of weights."""
     reference_sha256: str | None = None
     """Of the reference adapter's weights, where `reference` is an adapter."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keywords for the chat template that it was trained with, and is asked with."""
+    kept_share: float = 0.0
+    """Of a quantised base: the share of its layers' weights that were not quantised."""
+    base_sample: dict[str, str] = field(default_factory=dict)
+    """Some numbers of the base's stored weights (`model.origin`): by them it is known again in another form."""
     format: int = 2
 
 
@@ -62,6 +70,7 @@ def make_passport(
     metrics: dict[str, Any],
     created: str,
     recipe: dict[str, Any] | None = None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
 ) -> Passport:
     """Describe an adapter that was trained on `base` as it is in memory."""
     return Passport(
@@ -81,6 +90,9 @@ def make_passport(
         base_licence=licence_of(base.name, base.revision),
         recipe=recipe or {},
         reference_sha256=_sha256_of_reference(reference),
+        chat_template_kwargs=dict(chat_template_kwargs),
+        kept_share=round(base.kept_share, 4),
+        base_sample=to_text(origin_sample(resolve_model(base.name), revision=base.revision, most=CARRIED)),
     )
 
 
@@ -107,11 +119,18 @@ def parse_passport(path: Path) -> Passport:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(Passport).validate_python(read_json(path, MAX_PASSPORT), strict=False)
+        passport = TypeAdapter(Passport).validate_python(read_json(path, MAX_PASSPORT), strict=False)
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{plain('.'.join(map(str, first['loc'])))}: {plain(first['msg'])}"
         raise AdapterError(f"{path} cannot be read ({reason}). Take the adapter from its source again.") from error
+    try:
+        checked_template_kwargs(passport.chat_template_kwargs)
+    except ValueError as error:
+        raise AdapterError(
+            f"{path} cannot be read ({plain(str(error))}). Take the adapter from its source again."
+        ) from None
+    return passport
 
 
 def _sha256_of_reference(reference: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.lora_config import CONFIG, AdapterConfig
 from lora_dpo.adapters.module_names import ByModule, in_use, is_name, matching
+from lora_dpo.adapters.parameter_lora import targets_of
 from lora_dpo.errors import AdapterError
 from lora_dpo.model.lora import base_of
 from lora_dpo.text import plain
@@ -46,11 +47,16 @@ def live_config(config: AdapterConfig, model: torch.nn.Module) -> LoraConfig:
         raise AdapterError(f"{CONFIG} has layers_to_transform beside a pattern, which PEFT does not take.")
     modules = [name for name, _ in base_of(model).named_modules() if name and not _PARTS_OF_ADAPTERS.search(name)]
     fields: dict[str, Any] = {name: raw[name] for name in _AS_IT_IS if raw.get(name) is not None}
+    if isinstance(fields.get("init_lora_weights"), str):
+        fields["init_lora_weights"] = True  # the file's own values follow: none is to be computed of the base
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if raw.get(name):
             fields[name] = _names(raw[name], modules)
-    fields["rank_pattern"] = _by_name("rank_pattern", config.rank_pattern, config.ranks, modules)
-    fields["alpha_pattern"] = _by_name("alpha_pattern", config.alpha_pattern, config.alphas, modules)
+    if config.parameters:
+        fields["target_parameters"] = config.parameters
+    known = [*modules, *(target.name for target in targets_of(config, base_of(model)).values())]
+    fields["rank_pattern"] = _by_name("rank_pattern", config.rank_pattern, config.ranks, known)
+    fields["alpha_pattern"] = _by_name("alpha_pattern", config.alpha_pattern, config.alphas, known)
     return LoraConfig(**fields)
 
 

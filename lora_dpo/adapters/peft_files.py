@@ -107,7 +107,7 @@ def sort_tensors(path: Path, header: Mapping[str, Stored], config: AdapterConfig
             found.saved[base_of] = stored
     ranks = config.ranks.of(list(parts))
     found.lora = {
-        module: _lora_module(path, module, part, config.dora, ranks.get(module, config.rank))
+        module: _lora_module(path, module, part, config, ranks.get(module, config.rank))
         for module, part in parts.items()
     }
     if not found.lora and not found.saved:
@@ -184,7 +184,7 @@ _PARTS = {
 }
 
 
-def _lora_module(path: Path, module: str, part: dict[str, Stored], dora: bool, wanted: int) -> LoraModule:
+def _lora_module(path: Path, module: str, part: dict[str, Stored], config: AdapterConfig, wanted: int) -> LoraModule:
     embedding = "embedding_A" in part or "embedding_B" in part
     a, b = part.get("embedding_A" if embedding else "A"), part.get("embedding_B" if embedding else "B")
     if a is None or b is None:
@@ -192,12 +192,13 @@ def _lora_module(path: Path, module: str, part: dict[str, Stored], dora: bool, w
         raise AdapterError(f"{path}: {plain(module)} has no {missing}. Take the adapter from its source again.")
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterError(f"{path}: the tensors of {plain(module)} are no matrices.")
+    stacked = bool(config.parameters) and a.shape[0] == b.shape[1]  # r for each expert: `check_fit` knows how many
     for rank, stored in ((a.shape[0], a), (b.shape[1], b)):
-        if rank != wanted:
+        if rank != wanted and not stacked:
             raise AdapterError(f"{path}: {plain(stored.name)} has rank {rank}, but its config says {wanted}.")
     magnitude = part.get("magnitude")
-    if (magnitude is not None) != dora:
-        raise AdapterError(f"{path}: {plain(module)} and the config disagree on DoRA (use_dora: {dora}).")
+    if (magnitude is not None) != config.dora:
+        raise AdapterError(f"{path}: {plain(module)} and the config disagree on DoRA (use_dora: {config.dora}).")
     return LoraModule(a, b, magnitude, embedding)
 
 

@@ -9,6 +9,7 @@ options      those that several commands share
 views        events, printed in a terminal
 data_views   what the doctor says, printed
 chat_loop    the terminal chat
+model_check  what of a base model works here, without its weights
 cleaning     what killed commands left behind
 signals      Ctrl-C as a request to stop
 crash        the report of an error that nobody foresaw

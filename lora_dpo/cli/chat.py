@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lora_dpo.cli.options import AdapterName, BaseElsewhere, HeldAsTrained, MaxNewTokens, Seed, Strict
+from lora_dpo.cli.options import AdapterName, BaseElsewhere, HeldAsTrained, MaxNewTokens, Seed, Strict, TemplateOption
 
 out = Console()
 err = Console(stderr=True)
@@ -26,11 +26,13 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     seed: Seed = 0,
     quantize: HeldAsTrained = None,
+    template: TemplateOption = None,
     strict: Strict = False,
 ) -> None:
     """Chat with an adapter, and with its base, on one loaded model.
 
     Commands while chatting: /base /adapter /compare TEXT /reset /save FILE /help /quit. Ctrl-C stops an answer.
+    What a model thinks before it answers is dim; with --prompt it is left out, and its length is told.
 
     Examples:
 
@@ -40,14 +42,14 @@ def chat(
     """
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.store import find_adapter
-    from lora_dpo.cli.chat_loop import compare_once, converse
+    from lora_dpo.cli.chat_loop import compare_once, converse, say_once
     from lora_dpo.cli.ready import have_base_of
     from lora_dpo.config.reading import one_of
     from lora_dpo.model.decoding import Sampling
     from lora_dpo.serving.chat import open_chat
 
     if quantize is not None:
-        one_of("--quantize", quantize, ("nf4", "none"))
+        one_of("--quantize", quantize, ("auto", "nf4", "none"))
     folder = find_adapter(adapter)
     have_base_of(folder, model)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed)
@@ -58,13 +60,13 @@ def chat(
             quantize=quantize,  # type: ignore[arg-type]
             sampling=sampling,
             system=system,
+            chat_template_kwargs=template,
         )
     if prompt is None:
         converse(opened, out, compare=compare)
     elif compare:
         compare_once(opened, prompt, out)
     else:
-        for piece in opened.say(prompt):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+        thought = say_once(opened, prompt, sys.stdout)
+        if thought:
+            err.print(f"[dim]{thought}[/]", highlight=False)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lora_dpo.cli.options import ColumnsOption, FormatOption, Seed
+from lora_dpo.cli.options import ColumnsOption, FormatOption, Seed, TemplateOption
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.text import counted, harmless, json_text, shown
 
@@ -44,6 +44,7 @@ def check(
         list[str] | None, typer.Option("--eval", help="Held-out data: their prompts must not be in FILE. Repeatable.")
     ] = None,
     model: Model = None,
+    template: TemplateOption = None,
     max_length: MaxLength = 1024,
     format: FormatOption = None,
     columns: ColumnsOption = None,
@@ -93,7 +94,8 @@ def check(
             min_gap=min_gap,
             columns=columns,
             held_out=held_out or (),
-            tokenizer=_tokenizer(model),
+            tokenizer=_tokenizer(model, template),
+            chat_template_kwargs=template,
             max_length=max_length,
             on_rows=count,
         )
@@ -120,6 +122,7 @@ def show(
     file: Source,
     number: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Row to show; default the first pair.")] = None,
     model: Model = None,
+    template: TemplateOption = None,
     max_length: MaxLength = 1024,
     format: FormatOption = None,
     columns: ColumnsOption = None,
@@ -142,11 +145,12 @@ def show(
     from lora_dpo.data.token_view import view_pair
 
     pair = pair_at(file, number, format=format, columns=columns)
-    tokenizer = _tokenizer(model)
+    tokenizer = _tokenizer(model, template)
     if tokenizer is None:
         messages_view(pair, out)
     else:
-        tokens_view(view_pair(tokenizer, pair, max_length=max_length), out, max_length)
+        view = view_pair(tokenizer, pair, max_length=max_length, chat_template_kwargs=template or {})
+        tokens_view(view, out, max_length)
 
 
 @app.command()
@@ -215,6 +219,7 @@ def split(
 def stats(
     files: Sources,
     model: Model = None,
+    template: TemplateOption = None,
     max_length: MaxLength = 1024,
     format: FormatOption = None,
     columns: ColumnsOption = None,
@@ -240,7 +245,8 @@ def stats(
             format=format,
             min_gap=min_gap,
             columns=columns,
-            tokenizer=_tokenizer(model),
+            tokenizer=_tokenizer(model, template),
+            chat_template_kwargs=template,
             max_length=max_length,
             on_rows=count,
         )
@@ -291,7 +297,11 @@ def _warn_of_templates(pairs: Sequence[PreferencePair]) -> None:
 
     text = note_of_templates(pairs, "pairs")
     if text:
-        err.print(f"[yellow]warning:[/] {escape(harmless(text))}", highlight=False, soft_wrap=True)
+        _warn(text)
+
+
+def _warn(text: str) -> None:
+    err.print(f"[yellow]warning:[/] {escape(harmless(text))}", highlight=False, soft_wrap=True)
 
 
 def _written(pairs: int, path: Path) -> None:
@@ -312,15 +322,21 @@ def _share(part: str) -> tuple[str, float]:
     return source, weight
 
 
-def _tokenizer(model: str | None) -> PreTrainedTokenizerBase | None:
+def _tokenizer(model: str | None, template: dict[str, Any] | None) -> PreTrainedTokenizerBase | None:
     if model is None:
+        if template:
+            raise ConfigError("--template is for the chat template of a model: name it with --model.")
         return None
     from lora_dpo.cli.ready import have_model
+    from lora_dpo.data.keywords_read import note_of_keywords
     from lora_dpo.model.base import load_tokenizer
 
     have_model(model)
     with err.status(f"loading the tokenizer of {model}"):
-        return load_tokenizer(model)
+        tokenizer = load_tokenizer(model)
+    if unread := note_of_keywords(tokenizer, template or {}):
+        _warn(unread)
+    return tokenizer
 
 
 @contextmanager

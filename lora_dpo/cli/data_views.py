@@ -172,4 +172,5 @@ def _heading(pair: PreferencePair, console: Console) -> None:
 
 def _spoken(said: Message) -> str:
     calls = "".join(f" [calls {call['function']['name']}]" for call in said.get("tool_calls", []))
-    return said["content"] + calls
+    thought = f"(thinks: {said['reasoning_content']}) " if said.get("reasoning_content") else ""
+    return thought + said["content"] + calls

@@ -27,7 +27,7 @@ def demo(
         Path | None,
         typer.Option("--data-dir", help="Where votes and uploaded pairs are kept. Default: collected/."),
     ] = None,
-    quantize: HeldAs = "nf4",
+    quantize: HeldAs = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
     port: Port = 7860,
     auth: Annotated[
@@ -58,7 +58,7 @@ def demo(
     from lora_dpo.cli.ready import have_model, need
     from lora_dpo.config.reading import one_of
 
-    one_of("--quantize", quantize, ("nf4", "none"))
+    one_of("--quantize", quantize, ("auto", "nf4", "none"))
     login = read_auth(auth)
     check_reach(host, share=share, auth=login is not None)
     if ":" in host:

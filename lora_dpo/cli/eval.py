@@ -22,6 +22,7 @@ from lora_dpo.cli.options import (
     MaxNewTokens,
     Seed,
     Strict,
+    TemplateOption,
 )
 from lora_dpo.cli.pairs import JUDGE_HELP, endpoint_settings
 from lora_dpo.text import json_text
@@ -70,6 +71,7 @@ def evaluate(
     as_json: Json = False,
     model: BaseElsewhere = None,
     quantize: HeldAsTrained = None,
+    template: TemplateOption = None,
     criterion: Criterion = None,
     judge_per_minute: JudgePerMinute = None,
     judge_prices: JudgePrices = None,
@@ -104,7 +106,7 @@ def evaluate(
     from lora_dpo.model.decoding import Sampling
 
     if quantize is not None:
-        one_of("--quantize", quantize, ("nf4", "none"))
+        one_of("--quantize", quantize, ("auto", "nf4", "none"))
     requirements = parse_requirements(require or ())
     folder = find_adapter(adapter)
     refuse_missing([*data, *([str(votes)] if votes else [])])
@@ -130,7 +132,7 @@ def evaluate(
     view = RunView(err)  # progress beside the result, so that the result can be piped
     with strictness(strict):
         with err.status("loading the model"):
-            how = {"model": model, "adapter": folder, "quantize": cast(Any, quantize)}
+            how = {"model": model, "adapter": folder, "quantize": cast(Any, quantize), "chat_template_kwargs": template}
             if judge:
                 cache = target.with_name(target.name + ".judge.sqlite")
                 policy, judged_by = load_with_judge(judge, cache=cache, endpoint=endpoint, **how)

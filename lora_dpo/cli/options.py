@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from lora_dpo.config.column_names import parse_columns
+from lora_dpo.config.template_kwargs import parse_template_kwargs
 
 STRICT = "Refuse a base that differs from the adapter's passport in any way; otherwise that is a warning."
 
 FORMAT_HELP = (
-    "Format of all rows: openwebui, shp, nectar, stackexchange, ratings, sharegpt, llamafactory-v1, alpaca, orca, "
-    "argilla, kto, hh-rlhf or trl (lora-dpo docs data). Without it: look at each row."
+    "Format of all rows: openwebui, shp, nectar, stackexchange, ratings, openai, swift, axolotl, winner, sharegpt, "
+    "llamafactory-v1, alpaca, orca, argilla, kto, hh-rlhf or trl (lora-dpo docs data). Without it: look at each row."
 )
 
 AdapterName = Annotated[str, typer.Argument(help="A name in adapters/, or an adapter folder.")]
@@ -35,10 +36,12 @@ ColumnsOption = Annotated[
 ]
 Criterion = Annotated[str | None, typer.Option(help="What an LLM judge is to look at.")]
 FormatOption = Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)]
-HeldAs = Annotated[str, typer.Option("--quantize", help="nf4: the base in 4 bits. none: as stored.")]
+HeldAs = Annotated[
+    str, typer.Option("--quantize", help="auto: as it is stored quantised, else nf4. nf4: in 4 bits. none: as stored.")
+]
 HeldAsTrained = Annotated[
     str | None,
-    typer.Option("--quantize", help="How the base is held: nf4 or none. By default as the adapter was trained."),
+    typer.Option("--quantize", help="How the base is held: auto, nf4 or none. By default as the adapter was trained."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 JudgePerMinute = Annotated[float | None, typer.Option(min=0.1, help="Most requests to an LLM judge.")]
@@ -59,4 +62,13 @@ StrictAboutAll = Annotated[
     bool, typer.Option("--strict", help="Leave out adapters whose base differs in any way from this one.")
 ]
 StrictAboutReference = Annotated[bool, typer.Option("--strict", help=f"With reference: adapter:PATH. {STRICT}")]
+TemplateOption = Annotated[
+    dict | None,  # type: ignore[type-arg]  # typer reads a bare type alone
+    typer.Option(
+        "--template",
+        parser=parse_template_kwargs,
+        metavar="KEYWORDS",
+        help="Keywords for the chat template, such as enable_thinking=false; of an adapter on top of its own.",
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

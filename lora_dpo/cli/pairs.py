@@ -23,6 +23,7 @@ from lora_dpo.cli.options import (
     Seed,
     Strict,
     StrictAboutReference,
+    TemplateOption,
 )
 from lora_dpo.text import counted, harmless, shown
 
@@ -69,6 +70,7 @@ def pairs(
         Path | None, typer.Option(help="Where answers are kept; name an earlier run's file to judge them anew.")
     ] = None,
     quantize: HeldAsTrained = None,
+    template: TemplateOption = None,
     criterion: Criterion = None,
     judge_per_minute: JudgePerMinute = None,
     judge_prices: JudgePrices = None,
@@ -119,7 +121,7 @@ def pairs(
 
     one_of("--select", select, ("best-worst", "gaps"))
     if quantize is not None:
-        one_of("--quantize", quantize, ("nf4", "none"))
+        one_of("--quantize", quantize, ("auto", "nf4", "none"))
     check_name(output)
     refuse_existing(output)
     for path in (output, samples or output.with_name(output.name + ".samples.jsonl")):
@@ -142,6 +144,7 @@ def pairs(
             model=model,
             adapter=folder,
             quantize=cast(Any, quantize),
+            chat_template_kwargs=template,
         )
     show_lines(
         [

@@ -31,7 +31,7 @@ def serve(
             envvar="LORA_DPO_API_KEY", help="Key that every request must carry. The variable is not seen by others."
         ),
     ] = None,
-    quantize: HeldAs = "nf4",
+    quantize: HeldAs = "auto",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, and the length where a request names none.")
     ] = 1024,
@@ -63,7 +63,7 @@ def serve(
     from lora_dpo.serving.address import is_loopback, listen
 
     need("serve", "serve", "starlette", "uvicorn")
-    one_of("--quantize", quantize, ("nf4", "none"))
+    one_of("--quantize", quantize, ("auto", "nf4", "none"))
     if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key == api_key.strip()):
         raise ConfigError("The API key is empty, or has spaces around it or letters beyond ASCII. Choose another.")
     if api_key is None and not is_loopback(host):

@@ -2,6 +2,7 @@
 
 yaml             YAML as recipes hold it, read within limits
 column_names     what columns of a data file can be named as
+template_kwargs  keywords for a chat template, from whoever gives them
 recipe           the recipe of a run, section by section; `lora-dpo recipe` prints its fields
 reading          recipes from files and options, with an error for what is none
 trl_fields       the fields of TRL's config classes, as a table

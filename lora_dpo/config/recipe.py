@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lora_dpo.config.column_names import checked_columns
+from lora_dpo.config.template_kwargs import checked_template_kwargs
 
-Quantize = Literal["nf4", "none"]
+Quantize = Literal["auto", "nf4", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -51,13 +52,16 @@ class ModelSection(Section):
     ] = None
     quantize: Annotated[
         Quantize,
-        Field(description="nf4: 4-bit NormalFloat with double quantisation. none: weights as stored."),
-    ] = "nf4"
+        Field(
+            description="auto: as the checkpoint is quantised, and nf4 of one that is not. nf4: 4-bit NormalFloat with "
+            "double quantisation. none: weights as stored."
+        ),
+    ] = "auto"
     packed: Annotated[
         bool | Literal["auto"],
         Field(
-            description="Keep NF4 weights packed (4 bits each) or dequantised once at load: the same function, "
-            "faster on a CPU, 4 to 8 times the memory. auto: packed on a GPU, dequantised on a CPU with room."
+            description="Keep quantised weights packed (NF4: 4 bits each) or dequantised once at load: the same "
+            "function, faster on a CPU, 4 to 8 times the memory. auto: packed on a GPU, dequantised on a CPU with room."
         ),
     ] = "auto"
     dtype: Annotated[
@@ -67,6 +71,15 @@ class ModelSection(Section):
     trust_remote_code: Annotated[
         bool, Field(description="Run Python code shipped with the model. Off: only for authors you trust.")
     ] = False
+    template: Annotated[
+        dict[str, Any],
+        Field(
+            description="Keywords for the chat template, such as {enable_thinking: false} (lora-dpo docs thinking). "
+            "The adapter's passport keeps them, and they are given wherever it is used."
+        ),
+    ] = {}
+
+    _known_template = field_validator("template")(checked_template_kwargs)
 
 
 class LoraSection(Section):
@@ -82,6 +95,13 @@ class LoraSection(Section):
         str | list[str],
         Field(description="all-linear, or the names of the linear layers to adapt, such as [q_proj, v_proj]."),
     ] = "all-linear"
+    parameters: Annotated[
+        list[str] | Literal["experts"],
+        Field(
+            description="Stacked weights to adapt as well, which are no linear layers: experts for all of a mixture's, "
+            "or names such as [mlp.experts.down_proj]. Each expert gets a pair of matrices of this rank."
+        ),
+    ] = []
     layers: Annotated[
         str | list[int],
         Field(description="all, top-N (the last N decoder layers), or a list of layer numbers from 0."),

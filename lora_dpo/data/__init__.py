@@ -23,6 +23,8 @@ write            pairs back into files: split, convert, mix
 journal          rows that are on the disk, one by one, before they count
 template_trial   a chat template, run once in a process with limits
 chat_template    messages to token ids through it
+keywords_read    which keywords it reads
+thoughts         what of an answer is thought before it
 tokenize         pairs to token ids, truncated where they are too long
 template_notes   what a run says of its data and the template before it trains
 token_view       a pair as the model reads it, for looking at

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.columns import Columns, OnNote
 from lora_dpo.data.formats.published import is_demonstration, prompt_and_answer
 from lora_dpo.data.formats.registry import Format, format_named, format_of
@@ -152,12 +153,14 @@ def tokenize_answers(
     votes: Sequence[UnpairedAnswer],
     *,
     max_length: int | None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
     on_answer: Callable[[int], None] | None = None,
 ) -> tuple[list[TokenAnswer], list[Dropped]]:
     """Tokenise through the chat template, exactly as one side of a pair; drop what `max_length` leaves no answer of.
 
     Args:
         max_length: longest sequence (prompt and answer) in tokens; answers are cut at their end.
+        chat_template_kwargs: keywords for the chat template.
         on_answer: called with the number of answers done so far.
 
     Raises:
@@ -166,7 +169,9 @@ def tokenize_answers(
     kept: list[TokenAnswer] = []
     dropped: list[Dropped] = []
     for done, vote in enumerate(votes, start=1):
-        tokens = tokenize_row(tokenizer, vote.doubled(), max_length=max_length)
+        tokens = tokenize_row(
+            tokenizer, vote.doubled(), max_length=max_length, chat_template_kwargs=chat_template_kwargs
+        )
         if tokens.chosen:
             flags = tokens.truncated, tokens.left_out, tokens.other_start
             kept.append(TokenAnswer(tokens.prompt, tokens.chosen, vote.up, vote.origin, *flags))

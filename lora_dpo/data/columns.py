@@ -62,6 +62,7 @@ _TEXTS = frozenset(
     (
         *("prompt", "chosen", "rejected", "completion", "system", "history", *_ASKED_ELSEWHERE),
         *("chosen_response", "rejected_response", "response_j", "response_k", "human_ref_A", "human_ref_B"),
+        *("response_a", "response_b", "rejected_response", "query", "response"),
     )
 )
 """Columns in which a spreadsheet's error is no text."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lora_dpo.data.chat_template import Message
+from lora_dpo.data.chat_template import REASONING, Message
 from lora_dpo.data.row_reading import Row
 from lora_dpo.quiet import never_warn
 from lora_dpo.text import shown
@@ -252,7 +252,7 @@ def message(role: str, content: str, part: str) -> Message:
 
 
 def has_text(said: Message) -> bool:
-    """True if a turn says or calls something."""
+    """True if a turn says or calls something; what it thought alone is no answer."""
     return bool(said["content"].strip() or said.get("tool_calls"))
 
 
@@ -272,8 +272,14 @@ def _chat(item: Any, part: str) -> Message:
     if role not in ROLES:
         raise BadRow(f"{part} has a message with an unknown role ({shown(role)})")
     made = message(role, content, part)
-    if role == "assistant" and calls:
-        made["tool_calls"] = _tool_calls(calls, part)
+    if role == "assistant":
+        thought = next(
+            (item[name] for name in REASONING if isinstance(item.get(name), str) and item[name].strip()), None
+        )
+        if thought:
+            made["reasoning_content"] = message(role, thought, part)["content"]
+        if calls:
+            made["tool_calls"] = _tool_calls(calls, part)
     elif role == "tool":
         for key in ("name", "tool_call_id"):
             if isinstance(item.get(key), str):

@@ -180,6 +180,9 @@ ASKED_APART = ("alpaca", "argilla", "orca", "sharegpt")
 """The formats whose prompt does not depend on the answers."""
 
 
+_TOOLS = "it has tools, which are not offered to the model while sampling: remove the column 'tools'"
+
+
 def _prompt_of(row: Row, origin: Origin, format: Format) -> tuple[Message, ...]:
     """The prompt of a row, as the reader of its format makes it; else of its column `prompt` or `messages`.
 
@@ -187,7 +190,7 @@ def _prompt_of(row: Row, origin: Origin, format: Format) -> tuple[Message, ...]:
         BadRow: there is none, or it cannot be asked.
     """
     if tools_of(row):
-        raise BadRow("it has tools, which are not offered to the model while sampling: remove the column 'tools'")
+        raise BadRow(_TOOLS)
     value = row.get("prompt") if row.get("prompt") is not None else row.get("messages")
     if format.name:
         try:
@@ -208,7 +211,10 @@ def _prompt_of(row: Row, origin: Origin, format: Format) -> tuple[Message, ...]:
 
 def _prompt_of_format(format: Format, row: Row, origin: Origin) -> tuple[Message, ...]:
     made = format.read(row, origin)
-    return (made[0] if isinstance(made, list) else made).prompt  # several pairs of one row follow one prompt
+    first = made[0] if isinstance(made, list) else made  # several pairs of one row follow one prompt
+    if first.tools:
+        raise BadRow(_TOOLS)
+    return first.prompt
 
 
 def _accepted(value: Any, source: str, number: int, *, in_table: bool) -> tuple[str, ...]:

@@ -64,6 +64,11 @@ COLUMNS = frozenset(
         "generations",
         "answers",
         "response_j",
+        "rejected_response",
+        "rejected_messages",
+        "preferred_output",
+        "response_a",
+        "conversation_a",
         "human_ref_A",
         "snapshot",
     )

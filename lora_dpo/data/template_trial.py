@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import signal
 import subprocess
 import sys
+from typing import Any
 
 CPU_SECONDS = 2
 WALL_SECONDS = 10 if sys.platform == "win32" else 60  # there it is the only limit, of memory as well
@@ -20,6 +22,8 @@ MAX_TEMPLATE = 256 << 10
 MAX_TEXT = 1 << 20
 """Characters that it may write of the few words of the trial."""
 
+_TOO_LARGE = f"it takes more than {MEMORY >> 20:,} MB"
+_GIVEN = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
 _WORDS = [{"role": "user", "content": "Hi"}]
 _TURNS = [*_WORDS, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Say it."}]
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
@@ -73,6 +77,34 @@ def _limit() -> None:
 
 def _try_out(template: str) -> str:
     """What `fault_of` says; in the process with limits."""
+    import jinja2.meta
+
+    environment = template_environment()
+    try:
+        compiled = environment.from_string(template)  # once: a long one takes longer than to run
+        names = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except MemoryError:
+        return _TOO_LARGE
+    except Exception:
+        return ""  # a broken one, which says so when it is used
+    # All that keywords may switch on in it, and off.
+    switches = [name for name in names if name not in _GIVEN and name not in environment.globals]
+    for conversation, tools, switched in itertools.product(_CONVERSATIONS, (None, _TOOLS), (None, True, False)):
+        keywords = {} if switched is None else dict.fromkeys(switches, switched)
+        given = {"messages": conversation, "tools": tools, "add_generation_prompt": True, **keywords}
+        try:
+            text = compiled.render(**given, bos_token="<s>", eos_token="</s>")  # noqa: S106
+        except MemoryError:
+            return _TOO_LARGE
+        except Exception:  # noqa: S112 - a program of someone else: whatever it raises is said when it is used
+            continue
+        if len(text) > MAX_TEXT:
+            return f"it writes {len(text):,} characters of a few words"
+    return ""
+
+
+def template_environment() -> Any:
+    """Jinja as transformers gives it to chat templates: in a sandbox, with its tag, filter and functions."""
     import jinja2
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -95,18 +127,7 @@ def _try_out(template: str) -> str:
     )
     environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: "1 January 2026"}
-    for conversation in _CONVERSATIONS:
-        for tools in (None, _TOOLS):
-            try:
-                given = {"messages": conversation, "tools": tools, "add_generation_prompt": True}
-                text = environment.from_string(template).render(**given, bos_token="<s>", eos_token="</s>")  # noqa: S106
-            except MemoryError:
-                return f"it takes more than {MEMORY >> 20:,} MB"
-            except Exception:  # noqa: S112 - a program of someone else: whatever it raises is said when it is used
-                continue
-            if len(text) > MAX_TEXT:
-                return f"it writes {len(text):,} characters of a few words"
-    return ""
+    return environment
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.pairs import PreferencePair
 from lora_dpo.data.tokenize import tokenize_pair
 
@@ -34,9 +35,15 @@ class PairView:
     rejected: list[Piece]
 
 
-def view_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None) -> PairView:
+def view_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    pair: PreferencePair,
+    *,
+    max_length: int | None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
+) -> PairView:
     """Tokenise a pair and take it apart again."""
-    tokens = tokenize_pair(tokenizer, pair, max_length=None)
+    tokens = tokenize_pair(tokenizer, pair, max_length=None, chat_template_kwargs=chat_template_kwargs)
     room = None if max_length is None else max(0, max_length - len(tokens.prompt))
     return PairView(
         pair,

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.chat_template import Message, encode, render
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair
+from lora_dpo.data.thoughts import EMPTY_THOUGHT, OPENED
 from lora_dpo.errors import ModelError
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def tokenize_pairs(
     pairs: Sequence[PreferencePair],
     *,
     max_length: int | None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
     on_pair: Callable[[int], None] | None = None,
 ) -> tuple[list[TokenPair], list[Dropped]]:
     """Tokenise through the chat template; drop pairs that carry no signal.
@@ -50,6 +53,7 @@ def tokenize_pairs(
 
     Args:
         max_length: longest sequence (prompt and answer) in tokens; answers are cut at their end.
+        chat_template_kwargs: keywords for the chat template.
         on_pair: called with the number of pairs done so far.
 
     Raises:
@@ -58,7 +62,7 @@ def tokenize_pairs(
     kept: list[TokenPair] = []
     dropped: list[Dropped] = []
     for done, pair in enumerate(pairs, start=1):
-        tokens = tokenize_row(tokenizer, pair, max_length=max_length)
+        tokens = tokenize_row(tokenizer, pair, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
         if max_length is not None and len(tokens.prompt) >= max_length:
             dropped.append(Dropped(pair.origin, f"prompt fills max_length ({max_length} tokens)"))
         elif tokens.chosen == tokens.rejected:
@@ -71,10 +75,16 @@ def tokenize_pairs(
     return kept, dropped
 
 
-def tokenize_row(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None) -> TokenPair:
+def tokenize_row(
+    tokenizer: PreTrainedTokenizerBase,
+    pair: PreferencePair,
+    *,
+    max_length: int | None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
+) -> TokenPair:
     """As `tokenize_pair`; what the chat template refuses is said with the row it is in."""
     try:
-        return tokenize_pair(tokenizer, pair, max_length=max_length)
+        return tokenize_pair(tokenizer, pair, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
     except ModelError as error:
         if not tokenizer.chat_template:
             raise
@@ -84,11 +94,34 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, ma
         ) from error
 
 
-def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_length: int | None) -> TokenPair:
-    """One pair to ids. The prompt is the common start of prompt, prompt + chosen and prompt + rejected."""
-    asked = render(tokenizer, pair.prompt, add_generation_prompt=True, tools=pair.tools)
-    texts = [_conversation(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
-    prompt, *sides = encode(tokenizer, asked), *(_conversation_ids(tokenizer, text) for text in texts)
+def tokenize_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    pair: PreferencePair,
+    *,
+    max_length: int | None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
+) -> TokenPair:
+    """One pair to ids. The prompt is the common start of prompt, prompt + chosen and prompt + rejected.
+
+    An empty thought that the template itself writes before both answers is prompt, too.
+    """
+
+    def write(*answer: Message, ask: bool = False) -> str:
+        turns = [*pair.prompt, *answer]
+        return render(
+            tokenizer,
+            turns,
+            add_generation_prompt=ask,
+            tools=pair.tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+
+    asked = write(ask=True)
+    # Templates write a line break after the end-of-turn token. The model never writes it, since
+    # decoding stops at the token before; so it is no part of the answer.
+    texts = [write(*side).rstrip() for side in (pair.chosen, pair.rejected)]
+    context = _with_empty_thought(asked, texts, (pair.chosen, pair.rejected))
+    prompt, *sides = encode(tokenizer, context), *(_conversation_ids(tokenizer, text) for text in texts)
     # Templates may render a prompt alone differently (some add a thinking block): what is not shared
     # belongs to the answers, as in TRL.
     shared = min(common_prefix_length(prompt, side) for side in sides)
@@ -101,18 +134,30 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, m
         pair.origin,
         truncated=len(chosen) + shared < len(sides[0]) or len(rejected) + shared < len(sides[1]),
         gap=pair.gap,
-        left_out=_is_cut(tokenizer, pair, asked, texts),
+        left_out=_is_cut(pair, asked, texts, write),
         other_start=not all(text.startswith(asked.rstrip()) for text in texts),
     )
 
 
-def _is_cut(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, asked: str, texts: Sequence[str]) -> bool:
+def _with_empty_thought(asked: str, texts: Sequence[str], answers: Sequence[Sequence[Message]]) -> str:
+    """The prompt as text, with the empty thought that follows it in both texts and in neither answer's own."""
+    start = min(_shared(asked, text) for text in texts)
+    if opened := OPENED.search(asked[:start]):
+        start = opened.start()
+    found = [EMPTY_THOUGHT.match(text, start) for text in texts]
+    own = any(EMPTY_THOUGHT.match(said["content"]) for answer in answers for said in answer[:1])
+    if own or None in found or len({match[0].rstrip() for match in found if match}) > 1:
+        return asked
+    return texts[0][: min(match.end() for match in found if match)]
+
+
+def _is_cut(pair: PreferencePair, asked: str, texts: Sequence[str], write: Callable[[], str]) -> bool:
     """True if something that an answer says or calls is not in its text. Templates may change white space."""
     answers = (pair.chosen, pair.rejected)
     if _hold(texts, answers, [_shared(asked, text) for text in texts]):
         return False
     # The generation prompt may have begun the answer: <think> is its own, too.
-    base_of = render(tokenizer, pair.prompt, tools=pair.tools)
+    base_of = write()
     return not _hold(texts, answers, [_shared(base_of, text) for text in texts])
 
 
@@ -143,12 +188,6 @@ def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
         if a != b:
             return index
     return min(len(left), len(right))
-
-
-def _conversation(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, answer: tuple[Message, ...]) -> str:
-    # Templates write a line break after the end-of-turn token. The model never writes it, since
-    # decoding stops at the token before; so it is no part of the answer.
-    return render(tokenizer, [*pair.prompt, *answer], tools=pair.tools).rstrip()
 
 
 def _conversation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from lora_dpo.adapters.package import BASE
 from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.demo.session import AppState
 from lora_dpo.errors import LoraDPOError
+from lora_dpo.model.stored_form import held_text
 from lora_dpo.text import counted, plain
 
 WAY = (
@@ -38,7 +39,7 @@ def who_line(app_state: AppState, name: str, *, public: bool) -> str:
 
 def _about(app_state: AppState, name: str, *, public: bool) -> tuple[str, str]:
     base = app_state.host.base
-    held = "as stored" if base.quantize == "none" else f"in {base.quantize.upper()}"
+    held = held_text(base.quantize, base.kept_share)
     if name == BASE:
         return (
             "the model as it is",

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo import places
-from lora_dpo.config.recipe import Quantize
 from lora_dpo.engine.cost_model import weight_bytes
 from lora_dpo.errors import Busy, ModelError
-from lora_dpo.model.base import Base, decide_packed, load_skeleton, load_tokenizer, resolve_model
+from lora_dpo.model.base import Base, decide_packed, form_to_load, load_skeleton, load_tokenizer, resolve_model
 from lora_dpo.model.device import free_bytes, give_back_memory, pick_device, pick_dtype
 from lora_dpo.model.packaged import PACKAGED_MODELS, to_fetch
+from lora_dpo.model.stored_form import held_as as held_in
 from lora_dpo.serving.host import Host
 from lora_dpo.training.planning.lines import size
 
@@ -69,9 +69,12 @@ def fit(name: str, present: Base) -> Fit | None:
     device = pick_device()
     compute = getattr(torch, pick_dtype("auto", device))
     skeleton = load_skeleton(name).requires_grad_(False)
-    packed = present.quantize == "nf4" and decide_packed(skeleton, device, compute)
+    form = form_to_load(name)
+    quantised = held_in(form, present.asked, name) != "none"
+    packed = quantised and decide_packed(skeleton, device, compute, form)
     held = sum(weight.numel() * weight.element_size() for weight in present.model.parameters())
-    return Fit(weight_bytes(skeleton, itemsize=compute.itemsize, packed=packed), free_bytes(device) + held)
+    needed = weight_bytes(skeleton, itemsize=compute.itemsize, packed=packed, form=form)
+    return Fit(needed, free_bytes(device) + held)
 
 
 def check_base(name: str, present: Base) -> None:
@@ -110,8 +113,7 @@ def close_and_forget(take_host: Callable[[], Host]) -> Base | None:
 
 def held_as(base: Base) -> dict[str, Any]:
     """How a base is held, as `open_host` is told it, to load the same once more."""
-    quantize: Quantize = base.quantize
-    return {"model": base.name, "revision": base.revision, "quantize": quantize}
+    return {"model": base.name, "revision": base.revision, "quantize": base.asked}
 
 
 def still_used() -> Busy:

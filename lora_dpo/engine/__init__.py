@@ -2,11 +2,14 @@
 
 layout              pairs to one flat stream of tokens in which both answers share their prompt
 attention           attention over that stream, without a mask over the whole of it
+forked_states       recurrent layers over that stream: each answer from the state that its prompt left
 logprobs            hidden states of the stream to per-token log-probabilities
 rematerialise       activation recomputation: cheap results are made again in the backward pass
 trunk_cache         hidden states of the frozen layers below the lowest adapted one, kept for policy and reference
 pair_batch          a step's pairs: gradient-accumulation batches as one, and its rows without the padding
-pair_forward        a transformers model on a stream of pairs, and when that cannot be done
+pair_forward        a transformers model on a stream of pairs
+small_copy          a model's class and configuration at a size that runs in milliseconds
+proof               whether a model may run as a stream: its small copy, both ways
 scoring             log-probabilities of both answers of each pair, outside training
 objective           the protocol that `DPOTrainer` implements: the model, and the loss of log-probabilities
 preference_loss     DPO's own loss, to read and for the check at step 0; what trains is TRL's (`DPOTrainer.loss_of`)
@@ -27,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_dpo.engine.engine import Engine
     from lora_dpo.engine.layout import Layout, lay_out
-    from lora_dpo.engine.pair_forward import PairForward, unsupported_reason
+    from lora_dpo.engine.pair_forward import PairForward
+    from lora_dpo.engine.proof import unsupported_reason
     from lora_dpo.engine.scoring import score_pairs
 
 __all__ = [
@@ -39,11 +43,18 @@ __all__ = [
     "unsupported_reason",
 ]
 
-_MODULES = {"Engine": "engine", "Layout": "layout", "lay_out": "layout", "score_pairs": "scoring"}
+_MODULES = {
+    "Engine": "engine",
+    "Layout": "layout",
+    "lay_out": "layout",
+    "PairForward": "pair_forward",
+    "score_pairs": "scoring",
+    "unsupported_reason": "proof",
+}
 
 
 def __getattr__(name: str) -> Any:
     """The engine is torch through and through: a module is imported when one of its names is first looked up."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lora_dpo.engine.{_MODULES.get(name, 'pair_forward')}"), name)
+    return getattr(importlib.import_module(f"lora_dpo.engine.{_MODULES[name]}"), name)

@@ -48,6 +48,7 @@ def pair_attention(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sink_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every pair on its own.
 
@@ -55,6 +56,7 @@ def pair_attention(
         query_HSD: `[H, S, D]`; keys and values are `[K, S, D]`, each shared by H / K query heads.
         window: how many tokens back a layer sees, itself included (sliding-window attention).
         softcap: bound c of the scores, c·tanh(score / c) (Gemma 2).
+        sink_H: `[H]`, the score of a token that every query sees and that has no value (gpt-oss).
 
     Returns:
         `[S, H, D]`.
@@ -63,12 +65,13 @@ def pair_attention(
     # One key head serves G query heads without a copy: the group axis of keys and values has stride 0.
     query_KGSD = query_HSD.view(-1, groups, *query_HSD.shape[1:])
     key_KGSD, value_KGSD = (part.unsqueeze(1).expand(-1, groups, -1, -1) for part in (key_KSD, value_KSD))
+    sink_KG = None if sink_H is None else sink_H.view(-1, groups)
     done = []
     for span in plan.spans:
         first = slice(span.start, span.chosen)  # prefix and chosen branch lie in order: plain causal attention
         if span.chosen > span.start:
             query, key, value = (part[:, :, first] for part in (query_KGSD, key_KGSD, value_KGSD))
-            done.append(_attend(query, key, value, 0, plan, scale, window, softcap))
+            done.append(_attend(query, key, value, 0, plan, scale, window, softcap, sink_KG))
         own = slice(span.chosen, span.end)
         if span.end > span.chosen:
             prefix = span.prefix - span.start
@@ -78,7 +81,7 @@ def pair_attention(
                 .expand(-1, groups, -1, -1)
                 for part in (key_KSD, value_KSD)
             )
-            done.append(_attend(query_KGSD[:, :, own], keys, values, prefix, plan, scale, window, softcap))
+            done.append(_attend(query_KGSD[:, :, own], keys, values, prefix, plan, scale, window, softcap, sink_KG))
     return torch.cat([part.permute(2, 0, 1, 3).flatten(1, 2) for part in done])
 
 
@@ -91,19 +94,25 @@ def _attend(
     scale: float | None,
     window: int | None,
     softcap: float | None,
+    sink_KG: torch.Tensor | None,
 ) -> torch.Tensor:
     """Causal attention of Q queries that follow the first `before` of T = before + Q keys; `[K, G, Q, D]`."""
     queries, keys = query_KGQD.shape[2], key_KGTD.shape[2]
     if window is not None and keys <= window:
         window = None
-    if softcap is None and window is None and before == 0:
+    if softcap is None and window is None and sink_KG is None and before == 0:
         return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, is_causal=True, scale=scale)
     mask_QT = plan.mask(queries, before, window, query_KGQD)
-    if softcap is None:
+    if softcap is None and sink_KG is None:
         return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, attn_mask=mask_QT, scale=scale)
     scores = query_KGQD @ key_KGTD.transpose(2, 3) * (query_KGQD.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap) + mask_QT
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value_KGTD.dtype) @ value_KGTD
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask_QT
+    if sink_KG is not None:
+        scores = torch.cat([scores, sink_KG[..., None, None].expand(-1, -1, queries, 1).to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value_KGTD.dtype)
+    return weights[..., :keys] @ value_KGTD
 
 
 def _interface(
@@ -121,7 +130,8 @@ def _interface(
     if not isinstance(plan, StreamPlan) or attention_mask is not None or query.shape[0] != 1:
         raise RuntimeError("shared-prefix attention was called without its plan")
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    out = pair_attention(query[0], key[0], value[0], plan, scaling, window=window, softcap=softcap)  # type: ignore[arg-type]
+    sinks = kwargs.get("s_aux")
+    out = pair_attention(query[0], key[0], value[0], plan, scaling, window=window, softcap=softcap, sink_H=sinks)  # type: ignore[arg-type]
     return out[None], None
 
 

@@ -16,12 +16,17 @@ branch's mask: w·rejected·(prefix + rejected).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.model.experts import active_share, expert_weights
+from lora_dpo.model.quantised import quantised_layers
+
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from lora_dpo.model.stored_form import StoredForm
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of an NF4 weight: 4 bits, and of each block of 64 an 8-bit scale, of each 256 scales a float32."""
@@ -58,7 +63,8 @@ class PairShape:
     @property
     def labels(self) -> int:
         """L: answer tokens; those that both answers begin with count once."""
-        return self.first + self.second - 2 * self.prompt - max(0, self.common - self.prompt)
+        answers = max(0, self.first - self.prompt) + max(0, self.second - self.prompt)  # a branch runs beside one token
+        return answers - max(0, self.common - self.prompt)
 
     def cut(self, length: int) -> PairShape | None:
         """The pair under a shorter `max_length`; None where its prompt fills that, or nothing tells it apart."""
@@ -188,13 +194,14 @@ def pair_shape(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[
     return PairShape(len(prompt), len(prompt) + len(chosen), len(prompt) + len(rejected), common)
 
 
-def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> CostModel:
+def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm | None = None) -> CostModel:
     """Read the costs off a model's structure; its tensors may be on the meta device.
 
     Args:
         model: a base with an adapter on it.
         itemsize: bytes of a number in the compute dtype.
         packed: whether linear layers are held in 4 bits, else in the compute dtype.
+        form: how the base is stored quantised, if it is: packed layers have its bits.
     """
     from lora_dpo.engine.trunk_cache import decoder_layers, lowest_adapted_layer
     from lora_dpo.model.lora import base_of
@@ -209,12 +216,13 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> CostModel:
     whole = [kind is not None and kind != "sliding_attention" for kind in kinds]
     # Under autocast peft casts what an unpacked layer's adapter reads to float32 and back: a copy for each adapter.
     copies = itemsize < 4 and not packed
+    stacked, share = {id(weight) for weight in expert_weights(base).values()}, active_share(config)
     tables = 2 if len({kind for kind in kinds if kind}) > 1 and hasattr(config, "rope_local_base_freq") else 1
     return CostModel(
         layers=tuple(
             LayerShape(
                 token_bytes=_layer_token_bytes(layer, config, itemsize, copies=copies),
-                weights=sum(p.numel() for p in layer.parameters() if not p.requires_grad and p.dim() > 1),
+                weights=_active_weights(layer, stacked, share),
                 adapter=sum(p.numel() for p in layer.parameters() if p.requires_grad),
                 window=None if whole[number] else window,
             )
@@ -230,23 +238,27 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool) -> CostModel:
         softcap=bool(getattr(config, "attn_logit_softcapping", None)),
         itemsize=itemsize,
         outside_bytes=2 * tables * width * itemsize + _norm_bytes(config.hidden_size, 1, itemsize),
-        weight_bytes=weight_bytes(base, itemsize=itemsize, packed=packed),
+        weight_bytes=weight_bytes(base, itemsize=itemsize, packed=packed, form=form),
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     )
 
 
-def weight_bytes(model: Any, *, itemsize: int, packed: bool) -> int:
-    """Bytes of the frozen weights as they are held: linear layers packed in NF4 or not, the rest never."""
-    import torch
+def _active_weights(layer: Any, stacked: Collection[int], share: float) -> int:
+    """Weights that a token is multiplied with in a layer: of stacked experts, those that it uses."""
+    frozen = [weight for weight in layer.parameters() if not weight.requires_grad and weight.dim() > 1]
+    used: float = sum(weight.numel() * (share if id(weight) in stacked else 1) for weight in frozen)
+    return round(used)
 
-    linear = {
-        id(part.weight)
-        for name, part in model.named_modules()
-        if isinstance(part, torch.nn.Linear) and ".lora_" not in name
-    }
-    linear.discard(id(model.get_output_embeddings().weight))
+
+def weight_bytes(model: Any, *, itemsize: int, packed: bool, form: StoredForm | None = None) -> int:
+    """Bytes of the frozen weights as they are held: linear layers packed (in NF4, or as stored) or not, the rest never.
+
+    Of scales, an 8-bit form has one a row: they are not counted. A form that does not say its bits is taken for 4.
+    """
+    linear = {id(part.weight) for part in quantised_layers(model, form).values()}
+    each = NF4_BYTES if form is None or form.bits in (4, None) else form.bits / 8
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return int(sum(p.numel() * (NF4_BYTES if packed and id(p) in linear else itemsize) for p in frozen))
+    return int(sum(p.numel() * (each if packed and id(p) in linear else itemsize) for p in frozen))
 
 
 def _layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -> int:

@@ -21,6 +21,7 @@ from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs
 from lora_dpo.engine.pair_forward import largest_difference
 from lora_dpo.engine.prequential_count import PrequentialCount
+from lora_dpo.engine.proof import proof_of
 from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, reference_name
 from lora_dpo.engine.step_record import StepRecord, answer_sums
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, TokenBudget
@@ -47,10 +48,14 @@ class Engine:
         self.gathered: list[Inputs] = []
         """Batches of the optimiser step that is being gathered."""
         base = base_of(objective.model)
+        self.proof = proof_of(base)
+        """What trying a small copy of the base found."""
         compute = _compute_dtype(objective)
         self.usual_tokens = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
         weighting = ("log_sum_sq_probs",) if objective.use_weighting else ()
-        self.forward = PairForward(base, weighting, trunk=_trunk_cache(objective, settings))
+        self.forward = PairForward(
+            base, weighting, trunk=_trunk_cache(objective, settings) if self.proof.trunk else None
+        )
         self.references = ReferenceCache(_cache_folder(settings), reference_name(objective.model, compute))
         self.scoring_tokens = self.usual_tokens if settings.tokens == "auto" else settings.tokens
         """Most stream tokens of the reference at once; halved when memory runs out."""

@@ -14,6 +14,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from lora_dpo.engine.attention import NAME, PLAN, StreamPlan
+from lora_dpo.engine.forked_states import fork, join
 from lora_dpo.engine.layout import Layout, lay_out
 from lora_dpo.engine.logprobs import HeadValues, head_values, to_rows
 from lora_dpo.engine.pair_batch import Part, rows_of
@@ -25,44 +26,35 @@ logger = logging.getLogger(__name__)
 LOGGED = ("entropy", "mean_logits", "is_top1")
 """Per-token values that TRL only logs."""
 
-ARCHITECTURES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)
-"""Dense decoders whose layers see the stream through the attention function alone; each is tested."""
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
-def unsupported_reason(model: Any) -> str | None:
-    """Why a base model cannot run a stream of pairs, or None if it can."""
+def structural_reason(model: Any) -> str | None:
+    """What of a base model's structure no stream of pairs can run, or None. What is left is tried (`proof.py`)."""
     config = model.config
-    if config.model_type not in ARCHITECTURES:
-        return f"the architecture {config.model_type} is not among {', '.join(ARCHITECTURES)}"
-    others = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
-    if others:
-        return f"it has layers of type {', '.join(sorted(others))}"
-    if getattr(config, "use_bidirectional_attention", None):
-        return "its tokens see later ones"
+    if not isinstance(getattr(model.base_model, "layers", None), torch.nn.ModuleList):
+        return f"{type(model).__name__} keeps its decoder layers elsewhere than in one list called layers"
+    if not isinstance(head := model.get_output_embeddings(), torch.nn.Linear):
+        return f"its output head is no linear layer, but {type(head).__name__}"
     if getattr(config, "attention_dropout", 0.0):
         return "its attention has dropout"
-    if any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters()):
+    if getattr(config, "output_router_logits", False):
+        return "its loss has a term of the router's, which TRL takes from whole rows"
+    if any(parameter.requires_grad for parameter in head.parameters()):
         return "its output head is trained"
     return None
 
 
+MULTIPLIED, DIVIDED = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+"""Settings by which some models multiply or divide their logits: Cohere and Falcon H1, Granite."""
+
+
 def logit_scale(model: Any) -> float:
-    """What the logits are multiplied by: 1, but in Granite."""
-    return 1.0 / float(getattr(model.config, "logits_scaling", None) or 1.0)
+    """What the logits are multiplied by."""
+    scale = 1.0
+    for name in MULTIPLIED:
+        scale *= float(getattr(model.config, name, None) or 1.0)
+    for name in DIVIDED:
+        scale /= float(getattr(model.config, name, None) or 1.0)
+    return scale
 
 
 def logit_softcap(model: Any) -> float | None:
@@ -74,10 +66,11 @@ def logit_softcap(model: Any) -> float | None:
 def stream_hidden(model: Any, layout: Layout, **kwargs: Any) -> torch.Tensor:
     """Hidden states `[S, E]` of the stream from the model's backbone.
 
-    The attention name stays set: activation checkpointing runs the layers again in the backward pass.
-    `stream_attention` or `PairForward` set it back.
+    Attention and recurrent layers stay the stream's: activation checkpointing runs the layers again in the backward
+    pass. `stream_attention` or `PairForward` set them back.
     """
     model.config._attn_implementation = NAME
+    fork(decoder_layers(model), layout.spans)
     output = model.base_model(
         input_ids=layout.ids_S[None],
         position_ids=layout.position_S[None],
@@ -101,12 +94,13 @@ def label_values(model: Any, hidden_SE: torch.Tensor, layout: Layout, extras: tu
 
 @contextlib.contextmanager
 def stream_attention(model: Any) -> Iterator[None]:
-    """Give a model its own attention back after the block; inside it, `stream_hidden` may set another."""
+    """Give a model its own layers back after the block; inside it, `stream_hidden` may set others."""
     plain = model.config._attn_implementation
     try:
         yield
     finally:
         model.config._attn_implementation = plain
+        join(decoder_layers(model))
 
 
 def to_device(layout: Layout, device: torch.device) -> Layout:
@@ -165,7 +159,7 @@ class PairForward:
         rematerialise: bool = True,
         trunk: TrunkCache | None = None,
     ) -> None:
-        reason = unsupported_reason(model)
+        reason = structural_reason(model)
         if reason is not None:
             raise ValueError(reason)
         self.model, self.outputs = model, outputs
@@ -195,8 +189,9 @@ class PairForward:
         self.bound = model.forward = types.MethodType(forward, model)
 
     def rest(self) -> None:
-        """Give the model its own attention back, until the next stream."""
+        """Give the model its own layers back, until the next stream."""
         self.model.config._attn_implementation = self.plain
+        join(decoder_layers(self.model))
 
     def close(self) -> None:
         """Give the model its own forward and attention back."""

@@ -28,7 +28,7 @@ def score_pairs(
     Args:
         on_pair: called with the number of pairs done so far.
     """
-    from lora_dpo.engine.pair_forward import unsupported_reason
+    from lora_dpo.engine.proof import unsupported_reason
 
     streams = unsupported_reason(base_of(model)) is None
     chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)

@@ -25,7 +25,8 @@ def lowest_adapted_layer(model: Any) -> int:
     """Number of decoder layers below the first with an adapter or a trainable weight; 0 if the embedding has one."""
     layers = decoder_layers(model)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    above = {id(parameter) for parameter in model.base_model.norm.parameters()}
+    last = getattr(model.base_model, "norm", None)  # called otherwise, it counts as if it came before the layers
+    above = {id(parameter) for parameter in last.parameters()} if last is not None else set()
     if any(p.requires_grad and id(p) not in inside | above for p in model.parameters()):
         return 0
     for number, layer in enumerate(layers):
@@ -116,7 +117,7 @@ def trunk_hidden(
 def from_trunk(model: Any, depth: int, hidden_SE: torch.Tensor) -> Iterator[None]:
     """Inside the block the layers below `depth` are left out: layer `depth` is given `hidden_SE`."""
     layers = decoder_layers(model)
-    stand_ins = [_Pass(hidden_SE[None]) for _ in range(depth)]
+    stand_ins = [_Pass(layer, hidden_SE[None]) for layer in layers[:depth]]
     with _layers(model, [*stand_ins, *layers[depth:]]):
         yield
 
@@ -126,7 +127,7 @@ def _only_below(model: Any, depth: int) -> Iterator[list[torch.Tensor]]:
     """Inside the block layers from `depth` on are left out; what layer `depth` would be given is noted."""
     layers = decoder_layers(model)
     taken: list[torch.Tensor] = []
-    above = [_Pass(note=taken), *(_Pass() for _ in layers[depth + 1 :])]
+    above = [_Pass(layers[depth], note=taken), *map(_Pass, layers[depth + 1 :])]
     with _layers(model, [*layers[:depth], *above]):
         yield taken
 
@@ -144,9 +145,16 @@ def _layers(model: Any, layers: list[torch.nn.Module]) -> Iterator[None]:
 class _Pass(torch.nn.Module):
     """Stands for a decoder layer: hands on what it is given, or `hidden` in its place."""
 
-    def __init__(self, hidden: torch.Tensor | None = None, note: list[torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, layer: torch.nn.Module, hidden: torch.Tensor | None = None, note: list[torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.hidden, self.note = hidden, note
+        self.__dict__["stands_for"] = layer  # not as a part of it
+
+    def __getattr__(self, name: str) -> Any:
+        """What a backbone asks of its layers, such as their kind, is that of the layer."""
+        return getattr(self.__dict__["stands_for"], name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.note is not None:

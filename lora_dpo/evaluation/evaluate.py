@@ -29,7 +29,7 @@ from lora_dpo.evaluation.win_rate import WinRate, judged, voted
 from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import sha256_of
 from lora_dpo.judging import Judge
-from lora_dpo.model.decoding import Answer, Sampling, generate
+from lora_dpo.model.decoding import Answer, Sampling, generate, note_of_thoughts
 from lora_dpo.model.lora import POLICY, REFERENCE, reference
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import refuses, repetition
@@ -97,6 +97,8 @@ def assess(
         ours = run.answer(asked, "answers of the adapter")
         with run.other():
             theirs = run.answer(asked, f"answers of {run.against}")
+        if thoughts := note_of_thoughts([*ours, *theirs]):
+            emit(Note(thoughts))
         contest = contest or run.contest(asked, ours, theirs, judge)
         kl = run.kl(asked)
         text = run.perplexity(pieces)
@@ -109,7 +111,9 @@ def assess(
         pairs=scored,
         ours=describe(ours),
         theirs=describe(theirs),
-        length_change=mean([float(a.tokens - b.tokens) for a, b in zip(ours, theirs, strict=True)]) if ours else None,
+        length_change=mean([float(a.said_tokens - b.said_tokens) for a, b in zip(ours, theirs, strict=True)])
+        if ours
+        else None,
         contest=contest,
         learned=at_first_sight(policy.adapter),
         kl=kl,
@@ -155,7 +159,12 @@ class _Work:
         for line in report.noted():
             self.emit(Note(f"held-out data: {line}"))
         tokenizer = self.policy.base.tokenizer
-        tokens, dropped = tokenize_pairs(tokenizer, pairs, max_length=self.plan.max_length)
+        tokens, dropped = tokenize_pairs(
+            tokenizer,
+            pairs,
+            max_length=self.plan.max_length,
+            chat_template_kwargs=self.policy.chat_template_kwargs,
+        )
         report.dropped.extend(dropped)
         if not tokens:
             raise DataError(f"{', '.join(data)}: {report.summary()}. No pair is left to assess with.")
@@ -206,6 +215,7 @@ class _Work:
             self.policy.base.tokenizer,
             conversations,
             sampling=self.plan.sampling,
+            chat_template_kwargs=self.policy.chat_template_kwargs,
             on_answer=self.tick(stage, len(asked)),
         )
 
@@ -225,7 +235,9 @@ class _Work:
             max_new_tokens=self.plan.sampling.max_new_tokens, temperature=1.0, seed=self.plan.sampling.seed
         )
         model, tokenizer = self.policy.model, self.policy.base.tokenizer
-        drawn = draw(model, tokenizer, chosen, sampling, on_done=self.tick("answers to measure KL on", len(chosen)))
+        tick = self.tick("answers to measure KL on", len(chosen))
+        kwargs = self.policy.chat_template_kwargs
+        drawn = draw(model, tokenizer, chosen, sampling, chat_template_kwargs=kwargs, on_done=tick)
         return ratio_interval(kl_to_reference(model, drawn, on_done=self.tick("KL", len(chosen)))).within(0.0, math.inf)
 
     def votes(self) -> WinRate | None:
@@ -292,14 +304,14 @@ def pair_part(
 
 
 def describe(answers: Sequence[Answer]) -> AnswerPart | None:
-    """Length, endings, repetition and refusals of one model's answers; None without any."""
+    """Length, endings, repetition and refusals of one model's answers, without what it thought; None without any."""
     if not answers:
         return None
     return AnswerPart(
-        tokens=mean([float(answer.tokens) for answer in answers]),
+        tokens=mean([float(answer.said_tokens) for answer in answers]),
         finished=rate(sum(answer.finished for answer in answers), len(answers)),
-        repetition=mean([repetition(answer.text) for answer in answers]).within(0.0, 1.0),
-        refusals=rate(sum(refuses(answer.text) for answer in answers), len(answers)),
+        repetition=mean([repetition(answer.said) for answer in answers]).within(0.0, 1.0),
+        refusals=rate(sum(refuses(answer.said) for answer in answers), len(answers)),
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import prompt_ids
-from lora_dpo.model.decoding import Answer, Sampling, decode, stop_token_ids
+from lora_dpo.model.decoding import Sampling, decode, stop_token_ids
 from lora_dpo.model.lora import reference
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ def draw(
     conversations: Sequence[Sequence[Message]],
     sampling: Sampling,
     *,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
     batch_size: int = 32,
     on_done: OnDone | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Ids `(prompt, answer)` for each conversation, in order; a stop token that was written is part of the answer."""
-    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+    prompts = [prompt_ids(tokenizer, said, chat_template_kwargs=chat_template_kwargs) for said in conversations]
     stops = stop_token_ids(model, tokenizer)
     written: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), batch_size):
@@ -40,13 +42,6 @@ def draw(
         if on_done:
             on_done(min(start + batch_size, len(prompts)))
     return list(zip(prompts, written, strict=True))
-
-
-def as_answer(tokenizer: PreTrainedTokenizerBase, ids: Ids, stops: frozenset[int]) -> Answer:
-    """The answer that ids spell."""
-    finished = bool(ids) and ids[-1] in stops
-    kept = list(ids[:-1] if finished else ids)
-    return Answer(str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), len(kept), finished)
 
 
 def kl_to_reference(

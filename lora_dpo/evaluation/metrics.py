@@ -40,6 +40,8 @@ class AnswerMetrics:
     questions: int
     correct: float | None
     """Share of questions with a known answer that were answered correctly; None without questions."""
+    thought_tokens: float = 0.0
+    """Mean tokens that were thought before an answer: no part of `mean_tokens`."""
 
 
 def pair_metrics(
@@ -69,14 +71,15 @@ def answer_metrics(
     question_answers: Sequence[Answer] = (),
 ) -> AnswerMetrics:
     """Length and completeness over `answers`, correctness over `question_answers`."""
-    right = [is_correct(a.text, q.accepted) for q, a in zip(questions, question_answers, strict=True)]
+    right = [is_correct(a.said, q.accepted) for q, a in zip(questions, question_answers, strict=True)]
     return AnswerMetrics(
         answers=len(answers),
-        mean_tokens=fmean(answer.tokens for answer in answers) if answers else 0.0,
+        mean_tokens=fmean(answer.said_tokens for answer in answers) if answers else 0.0,
         finished=fmean(answer.finished for answer in answers) if answers else 0.0,
         chosen_mean_tokens=chosen_mean_tokens,
         questions=len(right),
         correct=fmean(right) if right else None,
+        thought_tokens=fmean(answer.thought_tokens for answer in answers) if answers else 0.0,
     )
 
 

@@ -102,7 +102,7 @@ def judged(
             one, other = _verdict(our_second, their_first), _verdict(our_first, their_second)
             contradicted += {one, other} == {0.0, 1.0}
             outcomes.append(_settle(one, other))
-            longer_by.append(float(our.tokens - their.tokens))
+            longer_by.append(float(our.said_tokens - their.said_tokens))
         if on_prompt:
             on_prompt(done)
     if not outcomes:

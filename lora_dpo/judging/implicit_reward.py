@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data import Message, Origin, PreferencePair, TokenPair
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.tokenize import tokenize_pair
@@ -20,19 +21,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def implicit_judge(spec: str, model: Any, tokenizer: PreTrainedTokenizerBase, *, beta: float) -> Judge:
+def implicit_judge(
+    spec: str,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    beta: float,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
+) -> Judge:
     """The judge that reads the adapter on `model` as a reward model."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def score(prompt: Prompt, answers: Sequence[Answer]) -> Scores:
-        pairs = [_two(tokenizer, prompt, *two) for two in _by_twos([answer.text for answer in answers])]
+        kwargs = chat_template_kwargs
+        pairs = [_two(tokenizer, prompt, *two, kwargs) for two in _by_twos([answer.text for answer in answers])]
         policy = _interleave(score_pairs(model, pairs, pad_id=pad))
         with reference(model):
             ref = _interleave(score_pairs(model, pairs, pad_id=pad))
         rewards = [beta * (ours - theirs) for ours, theirs in zip(policy, ref, strict=True)]
         return rewards[: len(answers)]
 
-    return Judge(spec, score, {"beta": beta})
+    return Judge(spec, score, {"beta": beta}, reads_thoughts=True)
 
 
 def _by_twos(texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -40,11 +49,13 @@ def _by_twos(texts: Sequence[str]) -> list[tuple[str, str]]:
     return [(texts[index], texts[min(index + 1, len(texts) - 1)]) for index in range(0, len(texts), 2)]
 
 
-def _two(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, first: str, second: str) -> TokenPair:
+def _two(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, first: str, second: str, kwargs: TemplateKwargs
+) -> TokenPair:
     sides = [(Message(role="assistant", content=text),) for text in (first, second)]
     origin = Origin(prompt.source, prompt.row)
     pair = PreferencePair(prompt=prompt.messages, chosen=sides[0], rejected=sides[1], origin=origin)
-    return tokenize_pair(tokenizer, pair, max_length=None)
+    return tokenize_pair(tokenizer, pair, max_length=None, chat_template_kwargs=kwargs)
 
 
 def _interleave(scores: tuple[list[float], list[float]]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lora_dpo.data.prompts import Prompt
@@ -20,7 +20,8 @@ class ScoreFunction(Protocol):
     """The protocol that every judge keeps, a user's own function too.
 
     `prompt.messages` is the conversation, `prompt.text` its last message, `prompt.accepted` the known
-    answers if there are any. An answer has `text`, `tokens` and `finished` (it ended by itself).
+    answers if there are any. An answer has `text`, `tokens` and `finished` (it ended by itself); what a model
+    thought before it is not in them.
     Scores are compared only with scores of the same prompt.
     """
 
@@ -44,16 +45,19 @@ class Judge:
     """What it is, in words, if there is more to say than its spec."""
     needs_accepted: bool = False
     """True if prompts without known answers cannot be judged."""
+    reads_thoughts: bool = False
+    """True if it is given what a model thought before it answered, too: a likelihood is that of all it wrote."""
 
     def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[float | None]:
-        """The function's scores, checked.
+        """The function's scores, checked. It is given the answers without their thoughts, unless it reads these.
 
         Raises:
             JudgeError: the judge failed, or did not return one finite number (or None) an answer.
         """
         where = f"The judge {self.spec}, on {prompt.source} row {prompt.row},"
+        read = answers if self.reads_thoughts else [_without_thought(answer) for answer in answers]
         try:
-            scores = list(self.function(prompt, answers))
+            scores = list(self.function(prompt, read))
         except LoraDPOError:
             raise
         except Exception as error:  # a user's function may raise anything
@@ -67,6 +71,12 @@ class Judge:
                 raise JudgeError(f"{where} gave the score {shown(value)}. It must be a finite number, or None.")
             checked.append(number)
         return checked
+
+
+def _without_thought(answer: Answer) -> Answer:
+    if not answer.thought_tokens:
+        return answer
+    return replace(answer, text=answer.said, tokens=answer.said_tokens, thought_tokens=0)
 
 
 def _as_number(value: Any) -> float:
@@ -93,6 +103,7 @@ def add_up(judges: Sequence[tuple[float, Judge]]) -> Judge:
         cost=lambda: "; ".join(filter(None, (judge.cost() for _, judge in judges))),
         about="; ".join(filter(None, (judge.about for _, judge in judges))),
         needs_accepted=any(judge.needs_accepted for _, judge in judges),
+        reads_thoughts=True,  # each of them takes out what it does not read
     )
 
 

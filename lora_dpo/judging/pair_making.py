@@ -24,7 +24,7 @@ from lora_dpo.events import Note, OnEvent, Progress
 from lora_dpo.files import refuse_existing
 from lora_dpo.judging import Judge
 from lora_dpo.judging.samples import Sample, SamplePlan, sample_answers
-from lora_dpo.model.decoding import Answer
+from lora_dpo.model.decoding import Answer, note_of_thoughts
 
 if TYPE_CHECKING:
     from lora_dpo.adapters.loading import LoadedModel
@@ -101,8 +101,11 @@ def make_pairs(
             plan,
             journal=kept,
             policy={key: value for key, value in policy.facts.items() if key != "adapter"},  # it may have moved
+            chat_template_kwargs=policy.chat_template_kwargs,
             on_answer=_progress(emit, "sampling answers", len(prompts) * plan.answers),
         )
+        if thoughts := note_of_thoughts([sample.answer for row in answers for sample in row]):
+            emit(Note(thoughts))
         scores = judge_answers(
             prompts,
             answers,
@@ -172,7 +175,7 @@ def choose(
     Returns:
         `(chosen, rejected)` indices, the largest gap first, and the reason if there are none.
     """
-    judged = {index: score for index, score in enumerate(scores) if score is not None and answers[index].text.strip()}
+    judged = {index: score for index, score in enumerate(scores) if score is not None and answers[index].said.strip()}
     if not judged:
         return [], "without a scored answer"
     best_first = sorted(judged, key=lambda index: -judged[index])
@@ -205,7 +208,7 @@ def _pair_rows(
             report.skipped[reason] += 1
         for a, b in chosen_rejected:
             sides = {"chosen": samples[a], "rejected": samples[b]}
-            lengths.append(tuple(len(sample.answer.text.split()) for sample in sides.values()))
+            lengths.append(tuple(len(sample.answer.said.split()) for sample in sides.values()))
             yield {
                 "prompt": [dict(message) for message in prompt.messages],
                 **{side: [{"role": "assistant", "content": sides[side].answer.text}] for side in sides},

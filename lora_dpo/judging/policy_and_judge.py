@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_dpo.adapters.loading import LoadedModel, attach_reference, beta_of, load_policy
 from lora_dpo.config.recipe import Quantize
+from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.errors import ConfigError
 from lora_dpo.judging import Judge, Means, open_judge
 from lora_dpo.judging.endpoint import EndpointSettings
@@ -21,12 +22,14 @@ def load_with_judge(
     model: str | None = None,
     adapter: Path | None = None,
     quantize: Quantize | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> tuple[LoadedModel, Judge]:
     """The model that answers and the judge of its answers, both in memory.
 
     Args:
         specs: judges as a user writes them; they add up.
         cache: where an LLM judge keeps its verdicts.
+        chat_template_kwargs: keywords for the chat template, on top of those of the adapter.
 
     Raises:
         LoraDPOError: as `load_policy` and `open_judge` do. What needs no model is refused before one is loaded.
@@ -35,12 +38,13 @@ def load_with_judge(
     implicit = any(map(is_implicit, specs))
     if implicit and adapter is None:
         raise ConfigError("The implicit judge compares an adapter with its reference. Give one with --adapter.")
-    policy = load_policy(model, adapter=adapter, quantize=quantize)
+    policy = load_policy(model, adapter=adapter, quantize=quantize, chat_template_kwargs=chat_template_kwargs)
     if implicit:
         attach_reference(policy)
     means = Means(
         base=policy.base,
         policy=policy.model if adapter else None,
+        chat_template_kwargs=policy.chat_template_kwargs,
         beta=beta_of(adapter),
         endpoint=endpoint or EndpointSettings(),
         cache=cache,

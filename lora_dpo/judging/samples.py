@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.data.journal import Journal, Row
@@ -66,12 +67,14 @@ def sample_answers(
     *,
     journal: Path,
     policy: Mapping[str, Any],
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
     on_answer: Callable[[int], None] | None = None,
 ) -> list[list[Sample]]:
     """Sample `plan.answers` answers to each prompt; continue if the journal holds some already.
 
     Args:
         policy: what identifies the model that answers; answers of another one are refused.
+        chat_template_kwargs: keywords for the chat template; they belong to `policy`, too.
         on_answer: called with the number of answers that there are, the journal's included.
 
     Returns:
@@ -81,7 +84,7 @@ def sample_answers(
         OutputError: the journal holds answers of other prompts, settings or weights.
     """
     log = Journal(journal, {**policy, **plan.facts(), "prompts_sha256": prompts_hash(prompts)})
-    batches = _batches(tokenizer, prompts, plan)
+    batches = _batches(tokenizer, prompts, plan, chat_template_kwargs)
     done = _finished_batches(log, batches)
     found = {(row["prompt"], row["answer"]): _sample(row) for row in log.rows if row["batch"] in done}
     if on_answer:
@@ -89,7 +92,7 @@ def sample_answers(
     for number, batch in enumerate(batches):
         if number in done:
             continue
-        rows = _draw(model, tokenizer, prompts, plan, batch, number)
+        rows = _draw(model, tokenizer, prompts, plan, batch, number, chat_template_kwargs)
         log.append(rows)
         found.update({(row["prompt"], row["answer"]): _sample(row) for row in rows})
         if on_answer:
@@ -104,12 +107,13 @@ def _draw(
     plan: SamplePlan,
     batch: Sequence[tuple[int, int]],
     number: int,
+    kwargs: TemplateKwargs,
 ) -> list[Row]:
     """One batch of answers as rows of the journal."""
     seed = batch_seed(plan.sampling.seed, number)
     asked = [conversation(prompts[index], plan.system) for index, _ in batch]
     sampling = replace(plan.sampling, seed=seed)
-    answers = generate(model, tokenizer, asked, sampling=sampling, batch_size=len(batch))
+    answers = generate(model, tokenizer, asked, sampling=sampling, chat_template_kwargs=kwargs, batch_size=len(batch))
     return [
         {
             "prompt": index,
@@ -117,6 +121,7 @@ def _draw(
             "text": answer.text,
             "tokens": answer.tokens,
             "finished": answer.finished,
+            **({"thought_tokens": answer.thought_tokens} if answer.thought_tokens else {}),
             "batch": number,
             "seed": seed,
         }
@@ -137,10 +142,11 @@ def conversation(prompt: Prompt, system: str | None) -> list[Message]:
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], plan: SamplePlan
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], plan: SamplePlan, kwargs: TemplateKwargs
 ) -> list[list[tuple[int, int]]]:
     """`(prompt, answer)` pairs, cut into batches of prompts of like length."""
-    lengths = [len(prompt_ids(tokenizer, conversation(prompt, plan.system))) for prompt in prompts]
+    asked = [conversation(prompt, plan.system) for prompt in prompts]
+    lengths = [len(prompt_ids(tokenizer, turns, chat_template_kwargs=kwargs)) for turns in asked]
     order = sorted(range(len(prompts)), key=lambda index: lengths[index])
     rows = [(index, which) for index in order for which in range(plan.answers)]
     return [rows[start : start + plan.batch_size] for start in range(0, len(rows), plan.batch_size)]
@@ -155,5 +161,5 @@ def _finished_batches(log: Journal, batches: Sequence[Sequence[tuple[int, int]]]
 
 
 def _sample(row: Row) -> Sample:
-    answer = Answer(row["text"], row["tokens"], row["finished"])
+    answer = Answer(row["text"], row["tokens"], row["finished"], row.get("thought_tokens", 0))
     return Sample(answer, f"{row['prompt']}/{row['answer']}", row["seed"])

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.reading import nearest
+from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judging.endpoint import API_KEY, EndpointSettings
 from lora_dpo.judging.judge import Judge, add_up
@@ -43,6 +44,8 @@ class Means:
     base: Base | None = None
     policy: Any = None
     """The model with its adapter on it, or None without an adapter."""
+    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
+    """Keywords for the chat template that the policy is asked with."""
     beta: float = 0.1
     """DPO's β of the policy's training, for the implicit reward."""
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
@@ -118,7 +121,13 @@ def _open(text: str, means: Means) -> Judge:
 
         if means.base is None or means.policy is None:
             raise ConfigError("The implicit judge compares an adapter with its reference. Give one with --adapter.")
-        return implicit_judge(text, means.policy, means.base.tokenizer, beta=means.beta)
+        return implicit_judge(
+            text,
+            means.policy,
+            means.base.tokenizer,
+            beta=means.beta,
+            chat_template_kwargs=means.chat_template_kwargs,
+        )
     return _function_judge(text)
 
 

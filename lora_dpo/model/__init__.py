@@ -4,8 +4,12 @@ device        what computes, what it computes fast, how much memory is free
 tensor_file   safetensors files that others may write to meanwhile
 packaged      base models that come from a package index
 identity      what a base is: fingerprint, commit, tokenizer and template
+stored_form   how a checkpoint's weights are stored quantised, if they are
+quantised     quantised layers, and what their weights stand for
+origin        whether two checkpoints are one model, stored in two forms
 base          loading it, once, in 4 bits or as stored
 stored_size   how many bytes its weights have, and how many are here
+experts       a mixture's stacked experts
 lora          adapters on it: policy with them on, reference with them off
 decoding      answers from it: one loop for chat, evaluation and sampling
 """

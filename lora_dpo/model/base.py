@@ -1,4 +1,4 @@
-"""The base model, loaded once: in 4 bits or as stored, with its tokenizer."""
+"""The base model, loaded once: as NF4, as stored, or as its checkpoint is quantised; with its tokenizer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo import places
-from lora_dpo.config.recipe import Dtype, Quantize
+from lora_dpo.config.recipe import Dtype, ModelSection, Quantize
 from lora_dpo.data.chat_template import check_default
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.files import looks_local
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
 from lora_dpo.model.packaged import PACKAGED_MODELS
+from lora_dpo.model.quantised import hold_dequantized, hold_stored_values, kept_share
+from lora_dpo.model.stored_form import BITSANDBYTES, DEQUANTISED, StoredForm, check_library, held_as, stored_form
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import SHOWN, one_line
 
@@ -34,12 +36,17 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
-    quantize: Quantize
+    quantize: str
+    """How its weights are held: `nf4`, `none`, or the form that they are stored in, such as `nf4, stored`."""
     packed: bool
     dtype: str
     """Compute dtype, such as `float32`."""
     fingerprint: str | None
     """Hash over a sample of the stored weights; None if they are not in safetensors files."""
+    asked: Quantize = "auto"
+    """What `load_base` was asked for: the way to load the same once more."""
+    kept_share: float = 0.0
+    """Of a quantised base: the share of its layers' weights that are in 16 bits or more all the same."""
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +69,7 @@ def load_base(
     name: str,
     *,
     revision: str | None = None,
-    quantize: Quantize = "nf4",
+    quantize: Quantize = "auto",
     packed: bool | Literal["auto"] = "auto",
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -72,16 +79,20 @@ def load_base(
 
     Args:
         name: a packaged model (`smollm2-135m`), a model folder, or a hub id.
-        quantize: "nf4" (4-bit NormalFloat, double quantisation; Dettmers et al. 2023, section 3) or "none".
-        packed: keep 4-bit weights packed, or dequantised once at load: the same function.
+        quantize: "nf4" (4-bit NormalFloat, double quantisation; Dettmers et al. 2023, section 3), "none" (as stored),
+            or "auto": as the checkpoint is quantised, and NF4 of plain weights.
+        packed: keep quantised weights packed, or dequantised once at load: the same function.
         dtype: compute dtype; "auto" is what the hardware does fast.
         device: "auto" is what `pick_device` says; else "cpu", "cuda" or "mps".
 
     Raises:
-        ModelError: the model is not there, cannot be loaded, or has no chat template.
-        ConfigError: packed weights on an Apple GPU, or one where there is none.
+        ModelError: the model is not there, cannot be loaded, has no chat template, or is stored quantised in a form
+            that is not what was asked for, or whose library is not installed.
+        ConfigError: packed weights on an Apple GPU, of a form that is always dequantised, or a GPU where there is none.
     """
     path = resolve_model(name)  # before torch is loaded to say that it is not there
+    form = form_to_load(name, revision=revision)
+    held = held_as(form, quantize, name)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -92,40 +103,94 @@ def load_base(
     here_alone = looks_local(path)  # a folder that vanishes now is not asked of the hub either
     with quiet_libraries(), model_errors(name):
         if packed == "auto":
-            packed = quantize == "nf4" and decide_packed(load_skeleton(name, **common), place, compute)
-        if quantize == "nf4" and not packed:
-            _refuse_quantised(name, path, **common)
-        if packed and place.type == "mps":
-            raise ConfigError("model.packed is true, but no 4-bit kernels are known for Apple GPUs: set it to false.")
-        quantised_here = torch.device("cpu") if quantize == "nf4" and place.type == "mps" else place
-        arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": quantised_here}}
-        if quantize == "nf4" and packed:
+            packed = held != "none" and decide_packed(load_skeleton(name, **common), place, compute, form)
+        check_packed(form, packed, place.type)
+        here = torch.device("cpu") if held != "none" and place.type == "mps" else place  # no 4-bit kernels there
+        arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": here}, "local_files_only": here_alone}
+        if form is not None:
+            arguments["config"] = _config_to_load(path, form, compute, **common)
+        elif held == "nf4" and packed:
             arguments["quantization_config"] = _nf4_config(compute)
-        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=here_alone, **arguments, **common)
-    if quantize == "nf4" and not packed:
+        model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
+    if held != "none":
         with quiet_libraries():
-            hold_dequantized(model)
+            if form is not None:
+                hold_stored_values(model, form, compute, packed=packed)
+            elif not packed:
+                hold_dequantized(model)
             model.to(place)
-    keep_packed_weights_differentiable(model)  # also those that the model's files hold in 4 bits
+    keep_packed_weights_differentiable(model)
     model.requires_grad_(False)
     model.eval()
     with model_errors(name):
         fingerprint = weight_fingerprint(path, revision=revision)
-    revision = commit_of(path, revision)
-    packed = packed and quantize == "nf4"
-    return Base(model, tokenizer, name, revision, quantize, packed, str(compute).removeprefix("torch."), fingerprint)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        revision=commit_of(path, revision),
+        quantize=held,
+        packed=packed and held != "none",
+        dtype=str(compute).removeprefix("torch."),
+        fingerprint=fingerprint,
+        asked=quantize,
+        kept_share=0.0 if held == "none" else kept_share(model, form),
+    )
 
 
-def _refuse_quantised(name: str, path: str, **common: Any) -> None:
-    """Raise `ModelError` for a base whose stored weights are quantised: they cannot be made NF4 once more."""
+def form_to_load(name: str, *, revision: str | None = None) -> StoredForm | None:
+    """How a base's weights are stored quantised, and that what loads them is installed; None for plain weights.
+
+    Raises:
+        ModelError: the model is not there, or a library is missing.
+    """
+    with model_errors(name):
+        form = stored_form(resolve_model(name), revision=revision)
+    if form is not None:
+        check_library(form, name)
+    return form
+
+
+def held_by(recipe: ModelSection) -> tuple[str, StoredForm | None]:
+    """How the base of a recipe will be held (`stored_form.held_as`), and how it is stored quantised; no weight is read.
+
+    Raises:
+        ModelError: as `load_base` would, for what its config.json says.
+    """
+    form = form_to_load(recipe.name, revision=recipe.revision)
+    return held_as(form, recipe.quantize, recipe.name), form
+
+
+def check_packed(form: StoredForm | None, packed: bool, device: str) -> None:
+    """Raise `ConfigError` where weights can only be held the other way.
+
+    Args:
+        form: how they are stored quantised; None where they are made NF4 here.
+        device: what computes: "cpu", "cuda" or "mps".
+    """
+    if packed and device == "mps":
+        raise ConfigError("model.packed is true, but no 4-bit kernels are known for Apple GPUs: set it to false.")
+    if packed and form is not None and form.kind in DEQUANTISED:
+        raise ConfigError(
+            f"model.packed is true, but weights stored as {form.label} are always dequantised: their kernels have no "
+            "backward pass. Remove it."
+        )
+    if not packed and form is not None and form.kind not in (*BITSANDBYTES, *DEQUANTISED):
+        raise ConfigError(f"model.packed is false, but {form.label} weights are held as they are stored. Remove it.")
+
+
+def _config_to_load(path: str, form: StoredForm, compute: torch.dtype, **common: Any) -> Any:
+    """A quantised checkpoint's config, told what is computed in, and to dequantise what cannot be trained on."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"{name} is stored quantised, so quantize: nf4 cannot be made of it. Set model.quantize: none (on a "
-            "command line --quantize none): its weights are then used as they are stored."
-        )
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict):
+        if form.kind in BITSANDBYTES:
+            settings["bnb_4bit_compute_dtype"] = str(compute).removeprefix("torch.")
+        elif form.kind in DEQUANTISED:
+            settings["dequantize"] = True
+    return config
 
 
 def load_tokenizer(
@@ -178,22 +243,6 @@ def _why_not_the_hub(name: str) -> str:
         return "; a model of the hub is written owner/name"
     here = owner.strip(".~") and os.path.isdir(owner)
     return f"; the hub is not asked, since there is a folder {owner} here" if here else ""
-
-
-def hold_dequantized(model: PreTrainedModel) -> None:
-    """Replace each linear weight but the head's by its NF4 value, in place and in the compute dtype.
-
-    The function is that of the packed 4-bit model; no pass has to dequantise again.
-    """
-    import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    head = model.get_output_embeddings()
-    for part in model.modules():
-        if isinstance(part, torch.nn.Linear) and part is not head:
-            weight = part.weight.data
-            codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            part.weight.data = dequantize_4bit(codes, state).to(weight.dtype).reshape(weight.shape)
 
 
 def keep_packed_weights_differentiable(model: torch.nn.Module) -> None:
@@ -250,13 +299,20 @@ def _nf4_config(compute: torch.dtype) -> Any:
     )
 
 
-def decide_packed(skeleton: PreTrainedModel, device: torch.device, compute: torch.dtype) -> bool:
+def decide_packed(
+    skeleton: PreTrainedModel, device: torch.device, compute: torch.dtype, form: StoredForm | None = None
+) -> bool:
     """For `packed: auto`: on a CPU hold the weights dequantised if they take at most half of the free memory.
 
     On a GPU they are packed; on Apple's never, since there are no kernels for it.
+
+    Args:
+        form: how the weights are stored quantised; some forms are always packed, some never.
     """
     import psutil
 
+    if form is not None and form.kind not in BITSANDBYTES:
+        return form.kind not in DEQUANTISED
     if device.type != "cpu":
         return device.type == "cuda"
     weights = sum(parameter.numel() for parameter in skeleton.parameters()) * compute.itemsize
@@ -281,12 +337,3 @@ def model_errors(name: str) -> Iterator[None]:
             f"The model {name} could not be loaded: {reason} "
             "Give a model folder, a hub id (with network), or a name of: lora-dpo models list"
         ) from error
-
-
-def nf4_value(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as 4-bit NF4 with double quantisation holds it: what a QLoRA run computes with."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    codes, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
-    value: torch.Tensor = dequantize_4bit(codes, state).to(weight.dtype).reshape(weight.shape)
-    return value

@@ -9,10 +9,12 @@ Finished rows leave the batch, so a batch of uneven answers costs what its token
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.chat_template import Message, prompt_ids
+from lora_dpo.data.thoughts import opened_thought, split_thought, thought_tokens
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.device import free_bytes
 from lora_dpo.text import shown
@@ -63,6 +65,42 @@ class Answer:
     tokens: int
     finished: bool
     """True if the model ended the turn itself, False if `max_new_tokens` cut it."""
+    thought_tokens: int = 0
+    """Tokens of `tokens` that were thought before the answer."""
+
+    @property
+    def said(self) -> str:
+        """`text` without the thought at its start."""
+        return split_thought(self.text)[1] if self.thought_tokens else self.text
+
+    @property
+    def said_tokens(self) -> int:
+        """`tokens` without those of the thought."""
+        return self.tokens - self.thought_tokens
+
+
+def note_of_thoughts(answers: Sequence[Answer]) -> str | None:
+    """That answers begin with thoughts, and what these are not counted in; None if none does."""
+    thinking = [answer for answer in answers if answer.thought_tokens]
+    if not thinking:
+        return None
+    cut = sum(not answer.said and not answer.finished for answer in thinking)
+    return (
+        f"{len(thinking)} of {len(answers)} answers begin with a thought: lengths, repetition and judges leave it out"
+        + (f"; {cut} were cut before they said anything, so raise max_new_tokens" if cut else "")
+        + "."
+    )
+
+
+def answer_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int], stops: frozenset[int]
+) -> Answer:
+    """The answer that ids spell, without a stop token at their end; a thought that the prompt began is whole in it."""
+    finished = bool(ids) and ids[-1] in stops
+    kept = list(ids[:-1] if finished else ids)
+    opened = opened_thought(tokenizer, prompt)
+    text = opened + str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
+    return Answer(text, len(kept), finished, thought_tokens(tokenizer, kept, opened=bool(opened)))
 
 
 def generate(
@@ -71,6 +109,7 @@ def generate(
     conversations: Sequence[Sequence[Message]],
     *,
     sampling: Sampling | None = None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
     batch_size: int | None = None,
     on_answer: Callable[[int], None] | None = None,
 ) -> list[Answer]:
@@ -78,6 +117,7 @@ def generate(
 
     Args:
         conversations: chat messages, each list ending with the user's turn.
+        chat_template_kwargs: keywords for the chat template.
         batch_size: rows decoded together; prompts of like length share a batch. None: as many as fit, at most 128.
         on_answer: called with the number of answers done so far.
 
@@ -85,7 +125,7 @@ def generate(
         One `Answer` per conversation, in the order given.
     """
     sampling = sampling or Sampling()
-    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+    prompts = [prompt_ids(tokenizer, said, chat_template_kwargs=chat_template_kwargs) for said in conversations]
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     together = batch_size or rows_that_fit(model, longest)
@@ -101,10 +141,7 @@ def generate(
                 ended += 1
                 on_answer(ended)
         for index, tokens in zip(rows, written, strict=True):
-            finished = bool(tokens) and tokens[-1] in stops
-            kept = tokens[:-1] if finished else tokens
-            text = tokenizer.decode(kept, skip_special_tokens=True)
-            answers[index] = Answer(str(text).strip(), len(kept), finished)
+            answers[index] = answer_of(tokenizer, prompts[index], tokens, stops)
         if on_answer and ended < len(answers):
             on_answer(len(answers))  # those that `max_new_tokens` cut
         ended = len(answers)
@@ -137,9 +174,18 @@ def stream(
     conversation: Sequence[Message],
     *,
     sampling: Sampling | None = None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
 ) -> Generator[str, None, Answer]:
-    """Yield one answer in pieces of text, as they are decoded; the generator's return value is the whole `Answer`."""
-    return stream_from(model, tokenizer, prompt_ids(tokenizer, conversation), sampling=sampling)
+    """Yield one answer in pieces of text, as they are decoded; the generator's return value is the whole `Answer`.
+
+    A thought that the prompt began is whole: its tag comes first.
+    """
+    prompt = prompt_ids(tokenizer, conversation, chat_template_kwargs=chat_template_kwargs)
+    opened = opened_thought(tokenizer, prompt)
+    if opened:
+        yield opened
+    answer = yield from stream_from(model, tokenizer, prompt, sampling=sampling)
+    return replace(answer, text=opened + answer.text)
 
 
 def stream_from(
@@ -159,6 +205,7 @@ def stream_from(
         stop: the answer ends before the first of these texts, as if the model had ended its turn there.
     """
     stops = stop_token_ids(model, tokenizer)
+    opened = bool(opened_thought(tokenizer, prompt))
     tokens: list[int] = []
     text, shown, finished = "", 0, False
     for _, token in decode(model, [prompt], stops, sampling or Sampling()):
@@ -169,14 +216,14 @@ def stream_from(
         text = str(tokenizer.decode(tokens, skip_special_tokens=True))
         if (end := first_of(text, stop)) is not None:
             yield text[shown:end]
-            return Answer(text[:end], len(tokens), True)
+            return Answer(text[:end], len(tokens), True, thought_tokens(tokenizer, tokens, opened=opened))
         # A character may take several tokens; until it is whole it decodes to U+FFFD.
         ready = shown if text.endswith("\ufffd") else max(shown, len(text) - held_back(text, stop))
         yield text[shown:ready]
         shown = ready
     if len(text) > shown:
         yield text[shown:]  # an answer that ends inside a character, or with the beginning of a stop text
-    return Answer(text, len(tokens), finished)
+    return Answer(text, len(tokens), finished, thought_tokens(tokenizer, tokens, opened=opened))
 
 
 def first_of(text: str, stop: Sequence[str]) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import Base
+from lora_dpo.model.experts import expert_weights, layer_of, short_name
 from lora_dpo.text import shown
 
 if TYPE_CHECKING:
@@ -73,9 +75,10 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
     if layers and (max(layers) >= count or min(layers) < 0):
         raise ConfigError(f"lora.layers is {shown(lora.layers)}: this model has layers 0 to {count - 1}.")
     targets = lora.targets
-    if layers is not None and targets == "all-linear":
-        targets = linear_names(model)  # peft picks layers by number only for named targets
-    return LoraConfig(
+    if targets == "all-linear" and (layers is not None or expert_weights(model)):
+        # peft picks layers by number only for named targets, and takes experts and their router for linear, too
+        targets = linear_names(model)
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # 32 and 32.0 are one file
@@ -84,7 +87,84 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
         layers_to_transform=layers,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
+        target_parameters=_parameters(model, lora, layers),
     )
+    return _as_named(config, model, lora)
+
+
+def _parameters(model: PreTrainedModel, lora: LoraSection, layers: list[int] | None) -> list[str] | None:
+    """`lora.parameters` as names of this model's; with a choice of layers each by its whole name."""
+    if not lora.parameters:
+        return None
+    stacked = expert_weights(model)
+    short = sorted({short_name(name) for name in stacked})
+    wanted = short if lora.parameters == "experts" else lora.parameters
+    if not stacked or (odd := [name for name in wanted if name not in short and name not in stacked]):
+        there = f"Such weights here: {', '.join(short)}." if stacked else "This model has none."
+        what = lora.parameters if not stacked else odd
+        raise ConfigError(f"lora.parameters is {shown(what)}, but these are no stacked weights of experts. {there}")
+    for on, name in ((lora.dropout, "dropout"), (lora.dora, "dora")):
+        if on:
+            raise ConfigError(f"lora.{name} is not possible with lora.parameters: peft has neither for them.")
+    if layers is None:
+        return list(wanted)
+    return [name for name in stacked if layer_of(name) in layers and {name, short_name(name)} & set(wanted)]
+
+
+def _as_named(config: LoraConfig, model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
+    """A config whose targets mean what they name.
+
+    From transformers 5 on a mixture's experts are no linear layers any more, and peft takes such names as `gate_proj`
+    for all of them, also where a dense layer has that name. Those are left out of `all-linear`.
+
+    Raises:
+        ConfigError: the recipe names them.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    if not expert_weights(model):
+        return config
+    read = copy.deepcopy(config)
+    convert_peft_config_for_transformers(read, model=model, conversions=None)
+    taken = set(read.target_parameters or ()) - set(config.target_parameters or ())
+    if not taken:
+        return config
+    if lora.targets != "all-linear":
+        odd = sorted(set(config.target_modules) - set(read.target_modules))
+        raise ConfigError(
+            f"lora.targets names {', '.join(odd)}, which peft takes for the experts of this mixture. Leave them out; "
+            "lora.parameters: experts is for those."
+        )
+    config.target_modules = set(read.target_modules)
+    return config
+
+
+def unreached(model: PeftModel) -> tuple[float, list[str]]:
+    """The share of a model's layers that its adapter does not change, and what these weights are called.
+
+    Counted are matrices and stacked weights; neither embeddings and head, nor vectors such as norms.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    reached = {
+        id(getattr(part.get_base_layer(), getattr(part, "parameter_name", "weight")))
+        for part in model.modules()
+        if isinstance(part, LoraLayer)
+    }
+    base = model.get_base_model()
+    outside = {
+        id(weight) for part in base.modules() if isinstance(part, torch.nn.Embedding) for weight in part.parameters()
+    }
+    outside |= {id(weight) for weight in base.get_output_embeddings().parameters()}
+    sizes = {True: 0, False: 0}
+    names = set()
+    for name, weight in base.named_parameters():
+        if weight.dim() > 1 and id(weight) not in outside and not re.search(r"\.lora_|bias$", name):
+            sizes[id(weight) in reached] += weight.numel()
+            if id(weight) not in reached:
+                names.add(short_name(name).replace("base_layer.", ""))
+    return sizes[False] / max(1, sum(sizes.values())), sorted(names)
 
 
 def to_fp32_masters(model: torch.nn.Module) -> None:

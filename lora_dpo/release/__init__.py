@@ -1,5 +1,7 @@
 """An adapter for elsewhere: merged into its base, mixed with others, exported.
 
+merge_base       which base that is, and its files
+merged_experts   weights that are stored otherwise than the model has them
 merged_weights   base and adapter as one stream of merged tensors
 merged_folder    that stream as an ordinary model folder
 merge_fidelity   how far a merge is from the live adapter

@@ -165,14 +165,15 @@ def recommend(found: Sequence[Fidelity]) -> str:
         )
     [one] = found
     close = "computes what the live adapter computes" if one.mean_delta <= 0.01 else "is not quite the live adapter"
-    more = "; --into both shows it beside the other base" if one.quantize != "none" else ""
+    more = "; --into both shows it beside the other base" if one.quantize == "nf4" else ""
     return f"This merge {close}: {one.mean_delta:.2g} nats a token apart{more}."
 
 
 def _pairs(adapter: Path, pairs: str | Path | None, tokenizer: Any) -> list[TokenPair]:
     if pairs is not None:
         read, _ = read_pairs(str(pairs))
-        found = tokenize_pairs(tokenizer, read, max_length=1024)[0]
+        kwargs = open_adapter(adapter).chat_template_kwargs
+        found = tokenize_pairs(tokenizer, read, max_length=1024, chat_template_kwargs=kwargs)[0]
         if not found:
             raise DataError(f"{pairs} holds no pair that can be compared on: none is left at 1024 tokens.")
         return found

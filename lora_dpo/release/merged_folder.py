@@ -3,7 +3,7 @@
 Two bases can take the update, and the results differ:
 
     base16        the weights as stored; no 4-bit rounding, but not quite what the adapter was trained on
-    trained-base  the NF4 values that the adapter was trained on; the live adapter's own function
+    trained-base  the quantised values that the adapter was trained on; the live adapter's own function
 
 The folder is written shard by shard, each tensor computed when its turn comes (`merged_weights.py`).
 """
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.adapters.folder import warn_of
+from lora_dpo.data.chat_template import hold_defaults
 from lora_dpo.files import atomic_folder, refuse_existing
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.release.merged_weights import Merged, plan_merge, trained_into
+from lora_dpo.release.merge_base import trained_into
+from lora_dpo.release.merged_weights import Merged, plan_merge
 from lora_dpo.text import plain
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def merge(
     adapter, output = Path(adapter), Path(output)
     refuse_existing(output)
     with quiet_libraries():
-        into = into or trained_into(adapter)
+        into = into or trained_into(adapter, model)
         which: tuple[Literal["base16", "trained-base"], ...] = ("base16", "trained-base") if into == "both" else (into,)
         plans = [_plan(adapter, one, model, compared=into == "both") for one in which]
         total = sum(len(plan.shapes) for plan in plans)
@@ -98,7 +100,9 @@ def _write(plan: Merged, folder: Path, dtype: StoredDtype, shard: int, tick: Cal
 
     stored = getattr(torch, dtype)
     _write_weights(plan, folder, stored, shard, tick)
-    AutoTokenizer.from_pretrained(plan.path).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(plan.path)
+    hold_defaults(tokenizer, plan.chat_template_kwargs)
+    tokenizer.save_pretrained(folder)
     for name in ("generation_config.json", "LICENSE"):
         if (plan.path / name).is_file():
             shutil.copyfile(plan.path / name, folder / name)

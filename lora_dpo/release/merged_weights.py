@@ -8,11 +8,10 @@ Sums are made in float32. The tensors come from the base's own files; no model i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.adapter import check_fit, open_adapter
 from lora_dpo.adapters.base_search import base_of
@@ -21,30 +20,24 @@ from lora_dpo.adapters.folder import (
     check_weights_of_base,
     unverified,
 )
-from lora_dpo.adapters.hub import hub_errors
 from lora_dpo.adapters.lora_config import WEIGHTS, AdapterConfig
-from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.parameter_lora import Target, targets_of
 from lora_dpo.adapters.peft_files import LoraModule, check_finite
+from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.errors import AdapterError, ModelError
-from lora_dpo.model.base import load_skeleton, model_errors, nf4_value, resolve_model
+from lora_dpo.model.base import load_skeleton, model_errors
 from lora_dpo.model.identity import chat_template_sha256, tokenizer_sha256, weight_files, weight_fingerprint
+from lora_dpo.model.quantised import nf4_value, orientations, stored_value
+from lora_dpo.model.stored_form import BITSANDBYTES, StoredForm
 from lora_dpo.model.tensor_file import open_tensors
+from lora_dpo.release.merge_base import CONFIG, OF_A_MODEL, Into, check_into, files_of, form_in
+from lora_dpo.release.merged_experts import Piece, merge_piece, merge_stacked, renamed
 from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     import torch
 
     from lora_dpo.adapters.passport import Passport
-
-Into = Literal["base16", "trained-base"]
-
-_CONFIG = "config.json"
-_OF_A_MODEL = (
-    *(_CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*chat_template*"),
-    *("LICENSE*", "README.md"),
-)
-"""The files of a hub repository that a merge reads; others hold the same weights once more in other forms."""
 
 
 @dataclass
@@ -60,20 +53,36 @@ class Merged:
     _files: dict[str, tuple[Path, str]]
     """Where each result's base tensor is: file and stored name."""
     _lora: dict[str, LoraModule] = field(default_factory=dict)
+    _stacked: dict[str, tuple[str, Target]] = field(default_factory=dict)
+    """Stacked weights that the adapter changes, by the model's names, with what its tensors of them are filed under."""
+    _pieces: Mapping[str, Piece] = field(default_factory=dict)
+    """Parts of stacked weights, by their stored names: the result has them like that, too."""
     _saved: dict[str, str] = field(default_factory=dict)
     _adapter: AdapterConfig | None = None
     _folder: Path | None = None
-    _nf4: frozenset[str] = frozenset()
-    _dtype: str = "float32"
+    _nf4: bool = False
+    """Plain weights are made NF4 values on their way."""
+    _layers: Mapping[str, bool] = field(default_factory=dict)
+    """Layers that are quantised, and whether their weight is stored `[in, out]`."""
+    _stored: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    """All tensors of a base that is stored quantised: what a weight stands for is in several."""
+    _dtype: str | None = None
+    """What the quantised values were computed in, where something says so."""
+    form: StoredForm | None = None
+    """How the base is stored quantised, if it is: its values are merged into."""
     untied: bool = False
     """The base has one matrix for embeddings and head, the result two."""
     differences: list[str] = field(default_factory=list)
     """What is not quite as the passport has it, for `folder.warn_of`: another revision, quantisation, tokenizer or
     chat template, or no passport."""
 
+    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
+    """Keywords that the adapter was trained with: defaults of the chat template that is written."""
+
     def adapted(self, name: str) -> bool:
         """True if the adapter changes this parameter."""
-        return name.removesuffix(".weight") in self._lora or name in self._saved
+        parameter = self._pieces[name].parameter if name in self._pieces else name
+        return name.removesuffix(".weight") in self._lora or name in self._saved or parameter in self._stacked
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every parameter of the result: float32 where something was computed, else as it is stored."""
@@ -87,9 +96,10 @@ class Merged:
         module = name.removesuffix(".weight")
         if name in self._saved and self._folder:
             return files.get(self._folder / WEIGHTS, self._saved[name])
-        weight = files.get(*self._files[name])
-        if module in self._nf4:
-            weight = nf4_value(weight.to(getattr(torch, self._dtype)))
+        weight = self._base_value(name, files)
+        piece = self._pieces.get(name)
+        if (found := self._stacked.get(piece.parameter if piece else name)) is not None:
+            return self._with_experts(weight, piece, *found, files)
         lora = self._lora.get(module)
         if lora is None or self._adapter is None or self._folder is None:
             return weight
@@ -105,6 +115,37 @@ class Merged:
         return merge_weight(
             weight, a, b, scale=scale, magnitude=magnitude, transposed=transposed, embedding=lora.embedding
         )
+
+    def _with_experts(
+        self, weight: torch.Tensor, piece: Piece | None, module: str, target: Target, files: _Files
+    ) -> torch.Tensor:
+        import torch
+
+        if self._adapter is None or self._folder is None:
+            return weight
+        lora = self._lora[module]
+        a, b = (files.get(self._folder / WEIGHTS, part.name).float() for part in (lora.a, lora.b))
+        scale = self._adapter.scale_of(target.name, target.rank)
+        weight = weight.to(torch.float32, copy=True)
+        if piece is not None:
+            return merge_piece(weight, piece, target, a, b, scale=scale)
+        return merge_stacked(weight, target, a, b, scale=scale)
+
+    def _base_value(self, name: str, files: _Files) -> torch.Tensor:
+        """A base's weight as it is merged into: as stored, or what its quantised form stands for."""
+        import torch
+
+        transposed = self._layers.get(name.removesuffix(".weight"))
+        path, key = self._files[name]
+        if transposed is None or path == self._folder or not (self._nf4 or self._stored):
+            return files.get(path, key)
+        if self._nf4:
+            weight = files.get(path, key).to(getattr(torch, self._dtype or "float32"))
+            return nf4_value(weight, transposed=transposed)
+        value = stored_value(lambda one: files.get(*self._stored[one]), key, self._stored.keys())
+        if value.shape != torch.Size(self.shapes[name]) or (transposed and self.form and self.form.kind != "fp8"):
+            value = value.T  # bitsandbytes has GPT-2's layers turned
+        return value.to(getattr(torch, self._dtype)) if self._dtype else value
 
 
 def merge_weight(
@@ -132,37 +173,31 @@ def merge_weight(
     return weight
 
 
-def trained_into(adapter: Path) -> Into:
-    """Which base an adapter was trained on, by its passport; base16 if nothing says so. Raises `AdapterError`."""
-    passport = read_passport(adapter)
-    return "base16" if passport is None or passport.quantize == "none" else "trained-base"
-
-
 def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None) -> Merged:
     """Check that an adapter fits its base, and say what the merge would hold; no weight is read yet.
 
     Args:
-        into: "base16", or "trained-base" for the NF4 values that the adapter was trained on.
+        into: "base16", or "trained-base" for the NF4 values that the adapter was trained on, or those of its base as it
+            is stored quantised.
         model: another place of the same base; by default the one that the passport names.
 
     Raises:
         AdapterError: no adapter there, made for another base, or it does something that a weight cannot hold.
-        ModelError: the base is not there, or holds packed 4-bit weights.
+        ModelError: the base is not there, or is stored quantised where a plain one is needed, or in another form.
     """
     opened = open_adapter(adapter)
     passport, config, tensors = opened.passport, opened.config, opened.tensors
     check_finite(adapter)
-    if into == "trained-base" and passport is not None and passport.quantize == "none":
-        raise AdapterError(f"{adapter} was trained on unquantised weights: use --into base16, it is the same base.")
     name, revision = (model, None) if model else base_of(opened)  # another place has its own revisions
     live = "Use the adapter live, with lora-dpo chat or serve."
     merged, skeleton = _open_base(name, revision, live if passport else "Name its 16-bit original with --model.")
+    fingerprint = weight_fingerprint(str(merged.path))
+    check_into(into, passport, adapter, name=name, form=merged.form, fingerprint=fingerprint)
     if passport:
-        fingerprint = weight_fingerprint(str(merged.path))
         merged.differences += check_weights_of_base(
             passport, adapter, name=name, revision=revision, fingerprint=fingerprint
         )
-        quantize = "none" if into == "base16" else "nf4"
+        quantize = "none" if into == "base16" else merged.form.held if merged.form else "nf4"
         merged.differences += _check_tokenizer(passport, adapter, name, merged.path, quantize=quantize)
     check_fit(opened, skeleton, name)
     if passport is None:
@@ -170,11 +205,13 @@ def plan_merge(adapter: Path, *, into: Into = "base16", model: str | None = None
     if config.dora and any(lora.embedding for lora in tensors.lora.values()):
         raise AdapterError(f"{adapter} cannot be merged: it uses DoRA on embeddings. Use it live.")
     merged._folder, merged._adapter, merged._lora = adapter, config, tensors.lora
+    merged.chat_template_kwargs = opened.chat_template_kwargs
+    stacked = targets_of(config, skeleton).items()
+    merged._stacked = {target.name: (module, target) for module, target in stacked if target.experts > 1}
     merged._saved = {name: stored.name for name, stored in tensors.saved.items()}
     merged._files |= {name: (adapter / WEIGHTS, stored.name) for name, stored in tensors.copies.items()}
-    if into == "trained-base":
-        merged._nf4 = _linear_modules(skeleton)
-        merged._dtype = passport.dtype if passport else "float32"
+    merged._nf4 = into == "trained-base" and merged.form is None
+    merged._dtype = passport.dtype if passport and into == "trained-base" else None
     _untie(merged, skeleton)
     return merged
 
@@ -183,14 +220,14 @@ def plan_base(model: str, revision: str | None = None, *, into: Into = "base16")
     """A base without an adapter, in the same form.
 
     Args:
-        into: "base16" as it is stored, or "trained-base": its NF4 values, for an adapter that was trained on them.
+        into: "base16" as it is stored, or "trained-base": its NF4 values, for an adapter that was trained on them. One
+            that is stored quantised has its own values, either way.
 
     Raises:
-        ModelError: the base is not there, or holds packed 4-bit weights.
+        ModelError: the base is not there, or is stored quantised in a form that is not read here.
     """
     merged, skeleton = _open_base(model, revision, "Name its 16-bit original instead.")
-    if into == "trained-base":
-        merged._nf4 = _linear_modules(skeleton)
+    merged._nf4 = into == "trained-base" and merged.form is None
     _untie(merged, skeleton)
     return merged
 
@@ -217,19 +254,17 @@ def predict_bytes(
 
 
 def _open_base(name: str, revision: str | None, instead: str) -> tuple[Merged, torch.nn.Module]:
-    """The base's weights, unchanged, and its skeleton; `instead` is what to do with one that is stored quantised."""
+    """The base's weights, unchanged, and its skeleton; `instead` is what to do with one in a form not read here."""
     from transformers import AutoConfig
 
     with model_errors(name):
-        folder = _files_of(name, revision, (_CONFIG,))
-        raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        if raw.get("quantization_config"):
-            how = plain(raw["quantization_config"].get("quant_method", "quantised"))
+        form = form_in(files_of(name, revision, (CONFIG,)))
+        if form is not None and form.kind not in (*BITSANDBYTES, "fp8"):
             raise ModelError(
-                f"{name} is stored quantised ({how}), so it is neither merged into nor exported: that would round it "
-                f"once more. {instead}"
+                f"{name} is stored quantised ({plain(form.kind)}), in a form whose values are not read here, so it is "
+                f"neither merged into nor exported. {instead}"
             )
-        folder = _files_of(name, revision, _OF_A_MODEL)
+        folder = files_of(name, revision, OF_A_MODEL)
         files = weight_files(str(folder))
         if not files:
             raise ModelError(f"{name} has no safetensors files. Name a copy that has them with --model.")
@@ -240,29 +275,28 @@ def _open_base(name: str, revision: str | None, instead: str) -> tuple[Merged, t
             )
         skeleton = load_skeleton(str(folder))
         stored = {key: (file, key) for file in files for key in _keys(file)}
-        places = _match(name, stored, skeleton)
+        places, pieces = _match(name, stored, skeleton)
         state = skeleton.state_dict()
         config = AutoConfig.from_pretrained(folder)
-        shapes = {key: tuple(state[key].shape) for key in places}
-        return Merged(name, folder, config, shapes, places), skeleton
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the result is not
+        shapes = {key: _piece_shape(stored[key]) if key in pieces else tuple(state[key].shape) for key in places}
+        merged = Merged(name, folder, config, shapes, places, form=form, _layers=orientations(skeleton, form))
+        merged._pieces = pieces
+        merged._stored = stored if form is not None else {}
+        return merged, skeleton
 
 
-def _files_of(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """A model's folder; a hub repository's files of these names are downloaded if they are not in the cache."""
-    from huggingface_hub import snapshot_download
-
-    path = resolve_model(name)
-    if Path(path).is_dir():
-        return Path(path)
-    with hub_errors(path, ModelError):
-        found = snapshot_download(path, revision=revision, allow_patterns=list(patterns), library_name="lora-dpo")
-    if not (Path(found) / _CONFIG).is_file():
-        raise ModelError(f"{name} is no model: there is no {_CONFIG} in it.")
-    return Path(found)
+def _piece_shape(place: tuple[Path, str]) -> tuple[int, ...]:
+    file, key = place
+    with open_tensors(file) as tensors:
+        return tuple(tensors.get_slice(key).get_shape())
 
 
-def _match(name: str, stored: dict[str, tuple[Path, str]], skeleton: Any) -> dict[str, tuple[Path, str]]:
-    """The model's parameter names with the place of each in the files."""
+def _match(
+    name: str, stored: dict[str, tuple[Path, str]], skeleton: Any
+) -> tuple[dict[str, tuple[Path, str]], dict[str, Piece]]:
+    """The model's parameter names, or those of pieces that they are stored in, with the place of each in the files."""
     prefix = f"{skeleton.base_model_prefix}."
     state = skeleton.state_dict()
     places = {}
@@ -273,13 +307,21 @@ def _match(name: str, stored: dict[str, tuple[Path, str]], skeleton: Any) -> dic
             places[key] = found
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
     missing = [key for key in state if key not in places and key not in tied]
+    pieces: dict[str, Piece] = {}
+    if missing:
+        names, pieces = renamed(stored, skeleton)
+        names = names if pieces else {}  # a class that only renames its weights was never tried
+        places |= {key: stored[names[key]] for key in missing if key in names}
+        places |= {key: stored[key] for key in pieces}
+        there = {piece.parameter for piece in pieces.values()} | names.keys()
+        missing = [key for key in missing if key not in there]
     if missing:
         raise ModelError(
             f"{name} stores its weights under other names than the model has ({plain(missing[0])} is not there): "
             "transformers renames or joins them when it loads them, so they are neither merged one by one nor "
             "exported. Use an adapter of it live, with lora-dpo chat or serve."
         )
-    return places
+    return places, pieces
 
 
 def _untie(merged: Merged, skeleton: Any) -> None:
@@ -298,15 +340,6 @@ def _untie(merged: Merged, skeleton: Any) -> None:
     merged.shapes.setdefault(head, merged.shapes[into])
     merged.config.tie_word_embeddings = False
     text.tie_word_embeddings = False
-
-
-def _linear_modules(skeleton: Any) -> frozenset[str]:
-    """The layers that 4-bit loading quantises: every linear one but the head."""
-    import torch
-
-    head = skeleton.get_output_embeddings()
-    modules = skeleton.named_modules()
-    return frozenset(name for name, part in modules if isinstance(part, torch.nn.Linear) and part is not head)
 
 
 class _Files:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.adapters.adapter import open_adapter
 from lora_dpo.adapters.exchange import check_content, named
 from lora_dpo.adapters.folder import check_adapter, put_adapter, put_beside, warn_of
 from lora_dpo.adapters.loading import load_base_of
@@ -28,6 +29,7 @@ from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_config
 from lora_dpo.adapters.passport import Passport, make_passport, read_passport, write_passport
 from lora_dpo.adapters.peft_files import LoraModule, read_adapter
 from lora_dpo.adapters.stored_pairs import save_stored_pairs
+from lora_dpo.config.template_kwargs import TemplateKwargs, as_words
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.evaluation.report.model_card import front_matter
 from lora_dpo.files import atomic_folder, refuse_existing, sha256_of
@@ -179,8 +181,9 @@ def _check_options(
 def _check_kinds(folders: Sequence[Path], method: str, rank: int | None) -> None:
     read = {folder: read_adapter(folder) for folder in folders}
     for folder, (config, tensors) in read.items():
-        if config.dora or tensors.saved:
-            what = "DoRA" if config.dora else "whole saved modules"
+        if config.dora or tensors.saved or config.parameters:
+            stacked = "stacked weights of experts" if config.parameters else "whole saved modules"
+            what = "DoRA" if config.dora else stacked
             raise AdapterError(f"{folder} uses {what}, which cannot be mixed. Merge it into the base instead.")
     targets = {folder: set(tensors.lora) for folder, (_, tensors) in read.items()}
     for folder in folders[1:]:
@@ -248,7 +251,32 @@ def _passport(
     metrics = {"after": {f"pairs of {of}": dataclasses.asdict(found[MIX]) for of, found in scores.items()}}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     recipe = {"mix": {"parts": mixed, **options}}
-    return make_passport(base, reference="base", data=data, metrics=metrics, created=created, recipe=recipe)
+    return make_passport(
+        base,
+        reference="base",
+        data=data,
+        metrics=metrics,
+        created=created,
+        recipe=recipe,
+        chat_template_kwargs=_asked_alike(folders),
+    )
+
+
+def _asked_alike(folders: Sequence[Path]) -> TemplateKwargs:
+    """The keywords for the chat template that all of them were trained with; that some differ is a warning."""
+    given = [open_adapter(folder).chat_template_kwargs for folder in folders]
+    common = {name: value for name, value in given[0].items() if all(one.get(name) == value for one in given)}
+    if any(dict(one) != common for one in given):
+        each = "; ".join(
+            f"{folder.name}: {as_words(one) or 'none'}" for folder, one in zip(folders, given, strict=True)
+        )
+        warn_of(
+            [
+                f"The adapters were trained with other keywords for the chat template ({each}): the mix has those that "
+                "all have."
+            ]
+        )
+    return common
 
 
 def _write_card(

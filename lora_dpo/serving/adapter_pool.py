@@ -10,15 +10,17 @@ import logging
 import math
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_dpo.adapters.adapter import open_adapter
 from lora_dpo.adapters.folder import check_adapter, put_adapter
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
 from lora_dpo.adapters.package import BASE
 from lora_dpo.adapters.passport import PASSPORT
 from lora_dpo.config.reading import nearest
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.errors import AdapterError
 from lora_dpo.model.base import Base
 from lora_dpo.model.lora import share_weights
@@ -58,6 +60,8 @@ class _Seen:
     """Why it does not go onto the base."""
     differs: str | None = None
     """What is not quite the base that it was made on."""
+    template: TemplateKwargs = field(default_factory=dict)
+    """Keywords for the chat template that it was trained with."""
 
 
 class AdapterPool:
@@ -104,6 +108,10 @@ class AdapterPool:
             return None
         seen = self._one(name)
         return seen.reason or seen.differs
+
+    def chat_template_kwargs(self, name: str) -> TemplateKwargs:
+        """Keywords for the chat template that one of `names` was trained with. From any thread."""
+        return NO_KWARGS if name == BASE else self._one(name).template
 
     def resident(self, name: str) -> Any:
         """The modules that answer as `name`. From one thread alone. Raises `AdapterError`."""
@@ -225,9 +233,10 @@ class AdapterPool:
     def _see(self, folder: Path, state: State) -> _Seen:
         try:
             differs = " ".join(check_adapter(self.base, folder)) or None
+            template = open_adapter(folder).chat_template_kwargs
         except AdapterError as error:
             return _Seen(state, str(error))
-        return _Seen(state, differs if self.strict else None, differs)
+        return _Seen(state, differs if self.strict else None, differs, template)
 
 
 def _state(folder: Path) -> State:

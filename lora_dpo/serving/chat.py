@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_dpo.adapters.adapter import open_adapter
 from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.loading import load_base_of
 from lora_dpo.config.recipe import Dtype, Quantize
+from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.data import Message
 from lora_dpo.data.journal import append_durably
 from lora_dpo.errors import OutputError
@@ -35,6 +37,8 @@ class Chat:
     system: str | None = None
     use_adapter: bool = True
     history: list[Message] = field(default_factory=list)
+    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
+    """Keywords for the chat template, for the base as for the adapter."""
 
     def say(self, text: str) -> Iterator[str]:
         """Add the user's turn and yield the answer in pieces; the answer joins the history.
@@ -73,16 +77,19 @@ class Chat:
         append_durably(path, row, ours=False)
 
     def _stream(self, messages: list[Message]) -> Iterator[str]:
-        turns = [Message(role="system", content=self.system)] if self.system else []
         with ExitStack() as stack:
             if not self.use_adapter:
                 stack.enter_context(self.model.disable_adapter())
             yield from stream(
                 self.model,
                 self.base.tokenizer,
-                [*turns, *messages],
+                self._turns(messages),
                 sampling=self.sampling,
+                chat_template_kwargs=self.chat_template_kwargs,
             )
+
+    def _turns(self, messages: list[Message]) -> list[Message]:
+        return [Message(role="system", content=self.system), *messages] if self.system else messages
 
 
 def open_chat(
@@ -93,12 +100,14 @@ def open_chat(
     dtype: Dtype = "auto",
     sampling: Sampling | None = None,
     system: str | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> Chat:
     """Load an adapter's base once, put the adapter on it, and start a conversation.
 
     Args:
         model: another place of the same base; by default the one that the passport names.
         quantize: by default as the adapter was trained.
+        chat_template_kwargs: keywords for the chat template, on top of those that the adapter was trained with.
 
     Raises:
         AdapterError: no adapter there, or made for another base.
@@ -106,4 +115,6 @@ def open_chat(
     """
     adapter = Path(adapter)
     base = load_base_of(adapter, model=model, quantize=quantize, dtype=dtype)
-    return Chat(base, attach_adapter(base, adapter), sampling or Sampling(), system)
+    kwargs = {**open_adapter(adapter).chat_template_kwargs, **(chat_template_kwargs or {})}
+    on_it = attach_adapter(base, adapter)
+    return Chat(base, on_it, sampling or Sampling(), system, chat_template_kwargs=kwargs)

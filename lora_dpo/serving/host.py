@@ -25,18 +25,29 @@ from lora_dpo import places
 from lora_dpo.adapters.folder import is_strict
 from lora_dpo.adapters.package import check_name
 from lora_dpo.config.recipe import Dtype, ModelSection, Quantize, Recipe
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data import Message
 from lora_dpo.data.chat_template import prompt_ids
-from lora_dpo.errors import Busy, ConfigError, LoraDPOError, ModelError, PromptTooLong
+from lora_dpo.data.thoughts import opened_thought
+from lora_dpo.errors import Busy, ConfigError, LoraDPOError, ModelError
 from lora_dpo.events import OnEvent
 from lora_dpo.files import refuse_existing
 from lora_dpo.model.base import Base, load_base
 from lora_dpo.model.decoding import Sampling, stream_from
-from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.lora import share_weights
+from lora_dpo.model.stored_form import can_pack
 from lora_dpo.serving.adapter_pool import AdapterPool
 from lora_dpo.serving.fair_queue import INTERNAL, FairQueue, Task
-from lora_dpo.serving.request import Completion, GenerationRequest, PendingRequest, Stream, StreamItem, refuse_long
+from lora_dpo.serving.request import (
+    Completion,
+    GenerationRequest,
+    PendingRequest,
+    Stream,
+    StreamItem,
+    refuse_long,
+    refuse_prompt,
+    why_it_failed,
+)
 from lora_dpo.serving.training_job import TrainingJob
 from lora_dpo.training.run import Look
 
@@ -118,8 +129,9 @@ class Host:
         """The `model:` of a recipe that trains on this base."""
         base = self.base
         dtype: Any = base.dtype
-        held = ModelSection(name=base.name, revision=base.revision, quantize=base.quantize, dtype=dtype)
-        return held.model_copy(update={"packed": base.packed}) if base.quantize == "nf4" else held
+        held = ModelSection(name=base.name, revision=base.revision, quantize=base.asked, dtype=dtype)
+        choosable = base.asked != "none" and can_pack(base.quantize)
+        return held.model_copy(update={"packed": base.packed}) if choosable else held
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -131,6 +143,7 @@ class Host:
         *,
         client: str,
         stop: Sequence[str] = (),
+        chat_template_kwargs: TemplateKwargs = NO_KWARGS,
     ) -> Stream:
         """One answer in pieces, after waiting for a turn.
 
@@ -138,15 +151,15 @@ class Host:
             who: a name of `names`.
             client: who asks, `PLACE` or `PLACE/NAME`; places take turns, and so do the names of one (`FairQueue`).
             stop: the answer ends before the first of these texts.
+            chat_template_kwargs: keywords for the chat template, on top of those that the adapter was trained with.
 
         Raises:
             Busy: too many wait, or the prompt is too long (`PromptTooLong`).
             AdapterError: there is no such adapter, or it does not fit.
             ModelError: the chat template refuses the conversation.
         """
-        return Stream(
-            lambda deliver: self.submit(who, conversation, sampling, client=client, stop=stop, deliver=deliver)
-        )
+        how: dict[str, Any] = {"client": client, "stop": stop, "chat_template_kwargs": chat_template_kwargs}
+        return Stream(lambda deliver: self.submit(who, conversation, sampling, deliver=deliver, **how))
 
     def answer(
         self,
@@ -156,11 +169,12 @@ class Host:
         *,
         client: str,
         stop: Sequence[str] = (),
+        chat_template_kwargs: TemplateKwargs = NO_KWARGS,
     ) -> Completion:
         """The whole answer, with counts and times; raises as `stream` does."""
-        stream = self.stream(who, conversation, sampling, client=client, stop=stop)
-        for _ in stream:
-            pass
+        kwargs = chat_template_kwargs
+        stream = self.stream(who, conversation, sampling, client=client, stop=stop, chat_template_kwargs=kwargs)
+        list(stream)
         assert stream.reply is not None  # noqa: S101 - a stream that ends without one has raised
         return stream.reply
 
@@ -173,6 +187,7 @@ class Host:
         client: str,
         deliver: Callable[[StreamItem], None],
         stop: Sequence[str] = (),
+        chat_template_kwargs: TemplateKwargs = NO_KWARGS,
     ) -> PendingRequest:
         """`stream` for a caller that must not wait; raises as it does.
 
@@ -183,16 +198,13 @@ class Host:
             raise Busy(self._refusing)
         refuse_long(conversation, most=self.max_prompt_tokens)
         self._pool.check(who)
+        kwargs = {**self._pool.chat_template_kwargs(who), **chat_template_kwargs}
         with self._lock:  # tokenizers are not made for two threads at once
-            prompt = prompt_ids(self.base.tokenizer, conversation)
-        if len(prompt) > self.max_prompt_tokens:
-            raise PromptTooLong(
-                f"The prompt has {len(prompt)} tokens; at most {self.max_prompt_tokens} are taken. Shorten it, or "
-                "leave out older turns."
-            )
-        asked = GenerationRequest(
-            who=who, prompt=prompt, sampling=sampling or Sampling(), stop=tuple(stop), client=client
-        )
+            prompt = prompt_ids(self.base.tokenizer, conversation, chat_template_kwargs=kwargs)
+            thought = opened_thought(self.base.tokenizer, prompt)
+        refuse_prompt(prompt, most=self.max_prompt_tokens)
+        how: dict[str, Any] = {"sampling": sampling or Sampling(), "stop": tuple(stop), "client": client}
+        asked = GenerationRequest(who=who, prompt=prompt, thought=thought, **how)
         return PendingRequest(asked, self._fair_queue, deliver=deliver, compute=self._answer)
 
     def take_turn(self, work: Callable[[Base], Result]) -> Result:
@@ -334,7 +346,7 @@ class Host:
             outcome = error
         except Exception as error:  # whatever it was, the one who waits must be told
             logger.exception("An answer failed.")
-            outcome = ModelError(_sentence(error))
+            outcome = ModelError(why_it_failed(error))
         request.deliver(outcome)
 
     def stream_from(self, *asked: Any, **settings: Any) -> Any:
@@ -372,7 +384,7 @@ def open_host(
     adapters_dir: str | Path | None = None,
     *,
     revision: str | None = None,
-    quantize: Quantize = "nf4",
+    quantize: Quantize = "auto",
     dtype: Dtype = "auto",
     strict: bool | None = None,
     max_waiting: int = 32,
@@ -386,10 +398,3 @@ def open_host(
     base = load_base(model, revision=revision, quantize=quantize, dtype=dtype)
     settings: dict[str, Any] = {"max_waiting": max_waiting, "max_prompt_tokens": max_prompt_tokens}
     return Host(base, Path(adapters_dir or places.adapters()), strict=strict, **settings)
-
-
-def _sentence(error: Exception) -> str:
-    if out_of_memory(error):
-        return "Memory ran out for this answer. Shorten the prompt or the answer."
-    first = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return f"The answer failed unexpectedly ({type(error).__name__}: {first}). The whole error is in the log."

@@ -32,6 +32,7 @@ from lora_dpo.serving.openai_schema import (
     DONE,
     ChatRequest,
     Envelope,
+    check_keywords,
     error_body,
     event,
     finish_reason,
@@ -163,8 +164,15 @@ class _Outbox:
         """Join the host's queue. In a thread: a long prompt takes a while to read."""
 
         def submit() -> None:
+            check_keywords(host.base.tokenizer, asked.chat_template_kwargs)
             self._request = host.submit(
-                asked.model, asked.messages, asked.sampling, stop=asked.stop, client=client, deliver=self._deliver
+                asked.model,
+                asked.messages,
+                asked.sampling,
+                stop=asked.stop,
+                client=client,
+                deliver=self._deliver,
+                chat_template_kwargs=asked.chat_template_kwargs,
             )
 
         await anyio.to_thread.run_sync(submit)

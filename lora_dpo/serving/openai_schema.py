@@ -10,16 +10,21 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from lora_dpo.config.reading import nearest
+from lora_dpo.config.template_kwargs import TemplateKwargs, checked_template_kwargs
 from lora_dpo.data import Message
+from lora_dpo.data.keywords_read import note_of_keywords
 from lora_dpo.errors import RequestRefused
 from lora_dpo.model.decoding import Sampling
 from lora_dpo.serving.request import Completion
 from lora_dpo.text import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "n": (1,),
@@ -57,7 +62,6 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "skip_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "chat_template_kwargs": ({},),
 }
 """Parameters that nothing here computes, with the values that ask for nothing; any other value is refused."""
 
@@ -128,6 +132,7 @@ class _Body(_Strict):
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Annotated[Annotated[list[_Stop], Field(max_length=4)] | None, BeforeValidator(_as_list)] = None
     user: Annotated[str, Field(max_length=MAX_USER)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(checked_template_kwargs)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +146,8 @@ class ChatRequest:
     stream: bool
     include_usage: bool
     user: str
+    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
+    """As vLLM has it: keywords for the chat template."""
 
 
 def read_request(content: bytes, *, max_new_tokens: int) -> ChatRequest:
@@ -177,7 +184,19 @@ def read_request(content: bytes, *, max_new_tokens: int) -> ChatRequest:
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         user=body.user or "",
+        chat_template_kwargs=body.chat_template_kwargs or {},
     )
+
+
+THINKING_OFF = ("enable_thinking", "thinking")
+"""Keywords that ask for nothing where they are false and the chat template does not read them: it does not think."""
+
+
+def check_keywords(tokenizer: PreTrainedTokenizerBase, kwargs: TemplateKwargs) -> None:
+    """Raise `RequestRefused` for keywords that the chat template does not read: nobody would see that they are lost."""
+    asked = {name: value for name, value in kwargs.items() if value or name not in THINKING_OFF}
+    if unread := note_of_keywords(tokenizer, asked):
+        raise RequestRefused(unread, param="chat_template_kwargs")
 
 
 def _checked(content: bytes) -> _Body:
@@ -231,7 +250,8 @@ def _refusal(error: ValidationError) -> RequestRefused:
         return RequestRefused(f"{where} is missing.", param=name)
     if name == "messages" and str(first["loc"][-1]) == "type":
         return RequestRefused(f"{where} is {shown(first['input'])}: only text is understood here.", param=name)
-    return RequestRefused(f"{where}: {first['msg']}.", param=name)
+    said = first["msg"].removeprefix("Value error, ")
+    return RequestRefused(f"{where}: {said}.", param=name)
 
 
 def _message(turn: _Turn) -> Message:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lora_dpo.data import Message
 from lora_dpo.errors import Busy, LoraDPOError, PromptTooLong
 from lora_dpo.model.decoding import Sampling
+from lora_dpo.model.device import out_of_memory
 from lora_dpo.serving.fair_queue import FairQueue
 
 MESSAGE = 4
@@ -48,6 +49,8 @@ class GenerationRequest:
     sampling: Sampling
     stop: tuple[str, ...]
     client: str
+    thought: str = ""
+    """The tag with which the prompt begins a thought, if it does: the answer's text goes on from there."""
 
 
 class PendingRequest:
@@ -139,3 +142,19 @@ def refuse_long(conversation: Sequence[Message], *, most: int) -> None:
             f"The prompt has {characters:,} characters; at most {most} tokens are taken. Shorten it, or leave out "
             "older turns."
         )
+
+
+def refuse_prompt(prompt: Sequence[int], *, most: int) -> None:
+    """Raise `PromptTooLong` for a prompt of more than `most` token ids."""
+    if len(prompt) > most:
+        raise PromptTooLong(
+            f"The prompt has {len(prompt)} tokens; at most {most} are taken. Shorten it, or leave out older turns."
+        )
+
+
+def why_it_failed(error: Exception) -> str:
+    """A sentence on what nobody expected to go wrong with an answer."""
+    if out_of_memory(error):
+        return "Memory ran out for this answer. Shorten the prompt or the answer."
+    first = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"The answer failed unexpectedly ({type(error).__name__}: {first}). The whole error is in the log."

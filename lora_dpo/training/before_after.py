@@ -11,11 +11,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import Message
+from lora_dpo.data.thoughts import said_length
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.evaluation.metrics import AnswerMetrics, PairMetrics, answer_metrics, pair_metrics
-from lora_dpo.events import Stopped
+from lora_dpo.events import Note, Stopped
 from lora_dpo.files import write_json
-from lora_dpo.model.decoding import Answer, Sampling, generate
+from lora_dpo.model.decoding import Answer, Sampling, generate, note_of_thoughts
 from lora_dpo.model.lora import reference
 from lora_dpo.training.prepared import Run
 
@@ -75,7 +76,11 @@ def _answer(run: Run, model: PeftModel, stage: str) -> list[Answer]:
         return []
     sampling = Sampling(max_new_tokens=run.recipe.evaluation.max_new_tokens)
     tick = run.progress(stage, len(asked))
-    return generate(model, run.tokenizer, asked, sampling=sampling, on_answer=tick)
+    kwargs = run.chat_template_kwargs
+    answers = generate(model, run.tokenizer, asked, sampling=sampling, chat_template_kwargs=kwargs, on_answer=tick)
+    if thoughts := note_of_thoughts(answers):
+        run.emit(Note(f"{stage}: {thoughts}"))
+    return answers
 
 
 def _answer_metrics(run: Run, texts: Sequence[Answer]) -> AnswerMetrics | None:
@@ -92,8 +97,9 @@ def _answer_metrics(run: Run, texts: Sequence[Answer]) -> AnswerMetrics | None:
 
 def _yardstick(run: Run) -> float:
     """Mean length of the held-out answers that are good, without their end-of-turn token."""
-    good = [pair.chosen for pair in run.held_out] or [one.answer for one in run.held_out_answers if one.up]
-    return fmean(len(answer) - 1 for answer in good) if good else 0.0
+    held_out = [(pair.prompt, pair.chosen) for pair in run.held_out]
+    good = held_out or [(one.prompt, one.answer) for one in run.held_out_answers if one.up]
+    return fmean(said_length(run.tokenizer, prompt, answer) for prompt, answer in good) if good else 0.0
 
 
 def comparison(before: Measured, after: Measured) -> Iterator[tuple[str, str, str]]:
@@ -109,11 +115,14 @@ def comparison(before: Measured, after: Measured) -> Iterator[tuple[str, str, st
     if before.answers and after.answers:
         a, b = before.answers, after.answers
         if a.answers:
+            thought = max(a.thought_tokens, b.thought_tokens) > 0
             yield (
-                f"answer length (tokens; chosen {a.chosen_mean_tokens:.0f})",
+                f"answer length (tokens{' without thoughts' if thought else ''}; chosen {a.chosen_mean_tokens:.0f})",
                 f"{a.mean_tokens:.1f}",
                 f"{b.mean_tokens:.1f}",
             )
+            if thought:
+                yield "thought before an answer (tokens)", f"{a.thought_tokens:.1f}", f"{b.thought_tokens:.1f}"
             yield "answers that end by themselves", f"{a.finished:.0%}", f"{b.finished:.0%}"
         if a.correct is not None and b.correct is not None:
             counts = [

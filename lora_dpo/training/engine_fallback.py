@@ -52,6 +52,11 @@ def no_engine_because(trainer: trl.DPOTrainer, own: type) -> str | None:
         return f"{args.optim} updates the weights within the backward pass"
     if trainer.use_weighting and "sft" in trainer.loss_types:
         return "TRL weights the sft loss (use_weighting) in place, which batches of one pair alone can take"
+    if trainer.aux_loss_enabled:
+        return (
+            f"the router's auxiliary loss counts (router_aux_loss_coef {trainer.router_aux_loss_coef:g}), which is of "
+            "TRL's batches"
+        )
     own_steps = [name for name in STEPS if getattr(type(trainer), name) is not getattr(own, name)]
     own_steps += [name for name in STEPS if name in vars(trainer)]
     if own_steps:

@@ -297,6 +297,7 @@ def measure_round(run: _Rounds, number: int) -> Measurement:
             policy.base.tokenizer,
             [prompt.messages for prompt in run.held_out],
             sampling=sampling,
+            chat_template_kwargs=run.recipe.model.template,
             batch_size=run.recipe.improve.batch_size,
             on_answer=lambda done: run.tell(Progress(f"held-out answers, round {number}", done, total)),
         )
@@ -335,11 +336,11 @@ def _policy(run: _Rounds, number: int) -> Iterator[LoadedModel]:
     """Round `number`'s model, on the one base; its adapter is taken off again at the end."""
     base, adapter = _base(run), run.adapter(number)
     if adapter is None:
-        yield LoadedModel(base, base.model)
+        yield LoadedModel(base, base.model, chat_template_kwargs=run.recipe.model.template)
         return
     model: Any = attach_adapter(base, adapter)
     try:
-        yield LoadedModel(base, model, adapter)
+        yield LoadedModel(base, model, adapter, run.recipe.model.template)
     finally:
         base.model = detach(model)
 
@@ -363,7 +364,7 @@ def _write_table(run: _Rounds) -> None:
             "round": found.round,
             "adapter": str(run.adapter(found.round)) if run.adapter(found.round) else None,
             "score": found.score,
-            "mean_tokens": fmean(answer.tokens for answer in found.answers),
+            "mean_tokens": fmean(answer.said_tokens for answer in found.answers),
             "finished": fmean(answer.finished for answer in found.answers),
             "pairs": found.pairs,
         }

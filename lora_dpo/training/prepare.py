@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from math import ceil, prod
 from pathlib import Path
@@ -18,21 +19,24 @@ from lora_dpo.config.trl_common import check_optimizer
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 from lora_dpo.data import Message, PreferencePair, TokenPair, read_pairs, tokenize_pairs
 from lora_dpo.data.answers import DEMONSTRATIONS, TokenAnswer, read_answers, tokenize_answers
+from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.data.doctor.checks import prompt_text
+from lora_dpo.data.keywords_read import note_of_keywords
 from lora_dpo.data.pairs import Dropped, ReadReport, UnpairedAnswer, evenly_spaced
 from lora_dpo.data.questions import read_questions
 from lora_dpo.data.read import Made, outcomes
 from lora_dpo.data.rows import refuse_missing
 from lora_dpo.data.template_notes import note_of_templates, notes_of_tokens
 from lora_dpo.data.write import hold_out_prompts
-from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.errors import ConfigError, DataError, ModelError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
-from lora_dpo.model.base import load_skeleton, load_tokenizer
+from lora_dpo.model.base import held_by, load_skeleton, load_tokenizer
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
 from lora_dpo.model.tensor_file import open_tensors
+from lora_dpo.text import shown
 from lora_dpo.training.prepared import Run
-from lora_dpo.training.resolved import lora_line, model_lines, run_lines
+from lora_dpo.training.resolved import lora_line, missed_text, model_lines, run_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +53,8 @@ MAX_WEIGHT = 4.0
 def check_early(recipe: Recipe) -> None:
     """Refuse, within a second, what can be told without torch: wrong settings, and files and folders that are missing.
 
-    The model is not looked at: a command fetches a packaged one when everything else is right.
+    Of the model only the config of a folder is looked at, for how its weights are stored: a command fetches a packaged
+    one when everything else is right.
 
     Raises:
         LoraDPOError: as `read_run` would, a minute later on a slow machine.
@@ -62,6 +67,8 @@ def check_early(recipe: Recipe) -> None:
         read_questions(recipe.evaluation.questions)
     if adapter is not None:
         check_folder(adapter)
+    if os.path.isfile(Path(os.path.expanduser(recipe.model.name)) / "config.json"):
+        held_by(recipe.model)
 
 
 def with_reference(recipe: AnyRecipe) -> AnyRecipe:
@@ -93,12 +100,30 @@ def prepare(
     dropped = [row for report in run.reports.values() for row in report.dropped]
     emit(RowsDropped(tuple((str(row.origin), row.reason) for row in dropped)))
     skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    _check_rows(run, skeleton)
     lines = list(model_lines(recipe, skeleton))
-    trainable = _count_trainable(recipe, skeleton)
+    trainable, missed = _count_trainable(recipe, skeleton)
     check_space(output, needed=space_needed(run, trainable))
-    lines.append(("adapter", f"{trainable:,} trainable parameters in float32{lora_line(recipe)}"))
+    lines.append(("adapter", f"{trainable:,} trainable parameters in float32{lora_line(recipe)}{missed}"))
     emit(Resolved((*lines, *run_lines(run), *more)))
     return run
+
+
+def _check_rows(run: Run, skeleton: PreTrainedModel) -> None:
+    """Raise `ModelError` for a token without a row in the embeddings: a tokenizer that was extended by itself."""
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    pairs = (part for pair in (*run.train, *run.held_out) for part in (pair.prompt, pair.chosen, pair.rejected))
+    answers = (part for one in (*run.answers, *run.held_out_answers) for part in (one.prompt, one.answer))
+    kwargs = run.chat_template_kwargs
+    asked = (prompt_ids(run.tokenizer, prompt, chat_template_kwargs=kwargs) for prompt in run.prompts)
+    highest = max((max(ids, default=0) for ids in (*pairs, *answers, *asked)), default=0)
+    if highest >= rows:
+        token = shown(str(run.tokenizer.convert_ids_to_tokens(highest)))
+        raise ModelError(
+            f"The tokenizer of {run.recipe.model.name} writes token {highest} ({token}), but the model has rows for "
+            f"{rows} tokens: it was extended without its model. Take both from one source, or resize the model's "
+            "embeddings first."
+        )
 
 
 def space_needed(run: Run, trainable: int) -> int:
@@ -144,6 +169,8 @@ def read_run(recipe: Recipe, output: Path, emit: OnEvent, stop: StopSignal) -> R
     tokenizer = load_tokenizer(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     run = Run(recipe, output, emit, stop, tokenizer, settings)
     stop.output = output
+    if unread := note_of_keywords(tokenizer, run.chat_template_kwargs):
+        emit(Note(unread, warning=True))
     asked = _read_pairs(run) if recipe.method == "dpo" else _read_answers(run)
     unique = list(dict.fromkeys(json.dumps(prompt) for prompt in asked))
     spread = evenly_spaced(len(unique), recipe.evaluation.answers)  # files are often sorted by kind
@@ -184,7 +211,10 @@ def _read_answers(run: Run) -> list[tuple[Message, ...]]:
         asked = {prompt_text(vote.prompt) for vote in held_out}
         found = [pair for outcome in made for pair in outcome.pairs if prompt_text(pair.prompt) in asked]
         run.apart = found if apart else []
-        run.held_out, _ = tokenize_pairs(run.tokenizer, found, max_length=run.settings.get("max_length", 1024))
+        max_length = run.settings.get("max_length", 1024)
+        run.held_out, _ = tokenize_pairs(
+            run.tokenizer, found, max_length=max_length, chat_template_kwargs=run.chat_template_kwargs
+        )
     return [vote.prompt for vote in held_out]
 
 
@@ -225,7 +255,10 @@ def _check_kinds(run: Run, votes: Sequence[UnpairedAnswer]) -> None:
 def _tokenize_votes(run: Run, which: str, votes: Sequence[UnpairedAnswer]) -> list[TokenAnswer]:
     max_length = run.settings.get("max_length", 1024)
     tick = run.progress(f"tokenising {which} answers", len(votes))
-    answers, dropped = tokenize_answers(run.tokenizer, votes, max_length=max_length, on_answer=tick)
+    kwargs = run.chat_template_kwargs
+    answers, dropped = tokenize_answers(
+        run.tokenizer, votes, max_length=max_length, chat_template_kwargs=kwargs, on_answer=tick
+    )
     _account_for(run, which, dropped, left=len(answers))
     _warn_of_templates(run, which, votes, answers)
     return answers
@@ -244,7 +277,10 @@ def _read(run: Run, which: str, sources: str | list[str]) -> list[PreferencePair
 def _tokenize(run: Run, which: str, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
     max_length = run.settings.get("max_length", 1024)
     tick = run.progress(f"tokenising {which} pairs", len(pairs))
-    tokens, dropped = tokenize_pairs(run.tokenizer, pairs, max_length=max_length, on_pair=tick)
+    kwargs = run.chat_template_kwargs
+    tokens, dropped = tokenize_pairs(
+        run.tokenizer, pairs, max_length=max_length, chat_template_kwargs=kwargs, on_pair=tick
+    )
     _account_for(run, which, dropped, left=len(tokens))
     _warn_of_templates(run, which, pairs, tokens)
     return tokens
@@ -304,12 +340,16 @@ def _warn_of_leaks(
         run.emit(Note(text, warning=True))
 
 
-def _count_trainable(recipe: Recipe, skeleton: PreTrainedModel) -> int:
-    """Trainable parameters, counted without weights; the skeleton gets the adapter on it."""
+def _count_trainable(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[int, str]:
+    """Trainable parameters, counted without weights, and what is said of those that `all-linear` does not reach.
+
+    The skeleton gets the adapter on it.
+    """
     adapter = recipe.reference_adapter
     if adapter is None:
         model = attach_lora(skeleton, recipe.lora, seed=0)
-        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return count, missed_text(model) if recipe.lora.targets == "all-linear" and recipe.lora.layers == "all" else ""
     check_folder(adapter)
     with open_tensors(adapter / "adapter_model.safetensors") as tensors:
-        return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        return sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys()), ""  # noqa: SIM118

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.config.recipe import Recipe
+from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.data import Message, PreferencePair, ReadReport, TokenPair
 from lora_dpo.data.answers import TokenAnswer
 from lora_dpo.data.questions import Question
@@ -51,6 +52,11 @@ class Run:
     def beta(self) -> float:
         """β of DPO and KTO, TRL's default if the recipe names none; 1 for SFT, whose margins are in plain nats."""
         return 1.0 if self.recipe.method == "sft" else float(self.settings.get("beta", 0.1))
+
+    @property
+    def chat_template_kwargs(self) -> TemplateKwargs:
+        """Keywords for the chat template."""
+        return self.recipe.model.template
 
     @property
     def examples(self) -> int:

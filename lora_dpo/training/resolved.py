@@ -7,14 +7,20 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from lora_dpo.config.recipe import Recipe
+from lora_dpo.config.template_kwargs import as_words
 from lora_dpo.data import TokenPair
 from lora_dpo.data.answers import TokenAnswer
-from lora_dpo.model.base import decide_packed
+from lora_dpo.model.base import check_packed, decide_packed, held_by
 from lora_dpo.model.device import device_name, pick_device, pick_dtype
+from lora_dpo.model.experts import active_parameters, expert_weights
+from lora_dpo.model.lora import unreached
+from lora_dpo.model.quantised import kept_share
+from lora_dpo.model.stored_form import held_text
 from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -24,7 +30,11 @@ def model_lines(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[tuple[str
     device = pick_device()
     dtype = pick_dtype(recipe.model.dtype, device)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
-    yield "model", f"{recipe.model.name}, {total / 1e6:,.0f} M parameters"
+    active = active_parameters(skeleton)
+    used = f", {active / 1e6:,.0f} M of them for a token" if active < total else ""
+    yield "model", f"{recipe.model.name}, {total / 1e6:,.0f} M parameters{used}"
+    if recipe.model.template:
+        yield "template", f"with {as_words(recipe.model.template)}"
     yield "device", device_name(device)
     yield "weights", _weights_line(recipe, skeleton, device, dtype)
     yield _reference_line(recipe)
@@ -82,13 +92,16 @@ def _objective(run: Run) -> str:
 def _weights_line(recipe: Recipe, skeleton: PreTrainedModel, device: torch.device, dtype: str) -> str:
     import torch
 
-    if recipe.model.quantize == "none":
-        return f"as stored, computed in {dtype}"
+    held, form = held_by(recipe.model)
+    if held == "none":
+        return f"{held_text(held)}, computed in {dtype}"
     packed = recipe.model.packed
     if packed == "auto":
-        packed = decide_packed(skeleton, device, getattr(torch, dtype))
-    held = "packed in 4 bits" if packed else "held dequantised"
-    return f"NF4 with double quantisation, {held}, computed in {dtype}"
+        packed = decide_packed(skeleton, device, getattr(torch, dtype), form)
+    check_packed(form, packed, device.type)
+    bits = form.bits if form is not None else 4
+    how = "held dequantised" if not packed else f"packed in {bits} bits" if bits else "packed"
+    return f"{held_text(held, kept_share(skeleton, form))}, {how}, computed in {dtype}"
 
 
 def lora_line(recipe: Recipe) -> str:
@@ -98,7 +111,17 @@ def lora_line(recipe: Recipe) -> str:
     lora = recipe.lora
     extras = [name for name, on in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if on]
     layers = "" if lora.layers == "all" else f", layers {lora.layers}"
-    return f", rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}{layers}{', '.join(['', *extras])}"
+    also = f" and {lora.parameters}" if lora.parameters else ""
+    return f", rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}{also}{layers}{', '.join(['', *extras])}"
+
+
+def missed_text(model: PeftModel) -> str:
+    """What `lora.targets: all-linear` does not reach of a model's layers, where that is more than a hundredth."""
+    share, names = unreached(model)
+    if share <= 0.01:
+        return ""
+    more = "; lora.parameters: experts reaches those" if expert_weights(model.get_base_model()) else ""
+    return f"; {share:.0%} of the layers' weights are not reached ({', '.join(names[:4])}{more})"
 
 
 def _token_line(pairs: Sequence[TokenPair]) -> str:

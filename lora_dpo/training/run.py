@@ -36,7 +36,7 @@ from lora_dpo.evaluation.report.write import PAGE, report_of
 from lora_dpo.evaluation.verify_adapter import write_stored_pairs
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged, Stopped, StopSignal
 from lora_dpo.files import atomic_folder, disk_errors
-from lora_dpo.model.base import Base, load_base, resolve_model
+from lora_dpo.model.base import Base, held_by, load_base, resolve_model
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.identity import commit_of
 from lora_dpo.model.lora import POLICY, attach_lora
@@ -168,6 +168,8 @@ def _optimise(
     callback = _make_callback(run, log)
     if run.recipe.method == "dpo":
         trainer: Any = _dpo_trainer(run, model, dtype=base.dtype, callback=callback)
+        if trainer.engine is not None:
+            run.emit(Note(f"prompts are shared: {trainer.engine.proof.line}"))
     else:
         from lora_dpo.training.sft_kto_trainers import answer_trainer
 
@@ -232,10 +234,11 @@ def _attach(base: Base, recipe: Recipe, *, seed: int) -> PeftModel:
     if base.name != recipe.model.name:
         raise ConfigError(f"The base handed in is {base.name}, but the recipe names {recipe.model.name}.")
     revision = commit_of(resolve_model(recipe.model.name), recipe.model.revision)
-    if (base.quantize, base.revision) != (recipe.model.quantize, revision):
+    held, _ = held_by(recipe.model)
+    if (base.quantize, base.revision) != (held, revision):
         raise ConfigError(
             f"The base handed in is quantised {base.quantize}, revision {base.revision}; the recipe says "
-            f"{recipe.model.quantize}, {revision}. Load it as the recipe says."
+            f"{held}, {revision}. Load it as the recipe says."
         )
     if any("lora_" in name for name, _ in base.model.named_parameters()):
         raise ConfigError("The base handed in has an adapter on it already. Load a base without one.")
@@ -369,6 +372,7 @@ def _save(
         metrics=metrics,
         created=created,
         recipe=settings,
+        chat_template_kwargs=run.chat_template_kwargs,
     )
     shown = evenly_spaced(len(run.prompts), max(run.recipe.evaluation.show, 8))
     samples = [(run.prompts[i][-1]["content"], before.texts[i].text, after.texts[i].text) for i in shown]

@@ -1,16 +1,17 @@
 """What is not supported says which part of it, and what works instead: no advice leads in a circle."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from stored import marked
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.lora_config import CONFIG
 from lora_dpo.adapters.passport import PASSPORT
-from lora_dpo.errors import AdapterError, ModelError
+from lora_dpo.errors import AdapterError, BaseDiffers, ModelError
 from lora_dpo.model.base import load_base
 from lora_dpo.release.exports.export_adapter import export
 from lora_dpo.release.merged_folder import merge
@@ -49,18 +50,40 @@ def test_an_adapter_that_does_more_says_what(tiny_model_folder, tmp_path, settin
         export(folder, tmp_path / "out.gguf", to="gguf-adapter", model=str(tiny_model_folder))
 
 
-def marked_quantised(folder, target):
-    """A copy of a model folder whose config says that its weights are stored in 4 bits."""
-    shutil.copytree(folder, target)
-    path = target / "config.json"
-    how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": how}))
-    return target
+@pytest.mark.parametrize("init", ["eva", "mica", "orthogonal"])
+def test_a_beginning_that_leaves_the_base_alone_is_plain_lora(tiny_model_folder, tmp_path, init):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init)
+    model = get_peft_model(model, lora)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["init_lora_weights"] == init
+    ids = torch.tensor([[257, 5, 6, 7]])
+    with pytest.warns(BaseDiffers, match="unverified"):
+        live = attach_adapter(load_base(str(tiny_model_folder), quantize="none"), tmp_path / "adapter")
+    with pytest.warns(BaseDiffers, match="unverified"):
+        merged = merge(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    assert live.peft_config["default"].init_lora_weights is True  # no singular values of the base are looked for
+    with torch.no_grad():
+        theirs = model.eval()(ids).logits
+        assert torch.allclose(live(ids).logits, theirs, atol=1e-5)
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(merged)(ids).logits, theirs, atol=1e-5)
+
+
+def test_kasa_is_known_to_change_the_base(tiny_model_folder, tmp_path):
+    folder = adapter_of(tiny_model_folder, tmp_path / "adapter")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "kasa_config": {"beta": 1e-4}}))
+    with pytest.raises(AdapterError, match="says kasa_config: such an adapter belongs to a changed base"):
+        attach_adapter(load_base(str(tiny_model_folder), quantize="none"), folder)
 
 
 def test_a_base_that_is_stored_quantised_is_a_sentence_that_ends_somewhere(tiny_model_folder, make_adapter, tmp_path):
-    base = marked_quantised(tiny_model_folder, tmp_path / "base")
-    with pytest.raises(ModelError, match=r"is stored quantised, so quantize: nf4 cannot be made of it\. Set .*none"):
+    base = marked(tiny_model_folder, {"quant_method": "gptq", "bits": 4}, tmp_path / "base")
+    with pytest.raises(ModelError, match=r"stored quantised by gptq, which is loaded with .* Install it .*, or name"):
         load_base(str(base), quantize="nf4", packed=False)
     adapter = make_adapter(tmp_path / "adapter")
     path = adapter / PASSPORT

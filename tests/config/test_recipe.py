@@ -38,7 +38,7 @@ def refusal(**sections: Any) -> str:
 
 def test_a_minimal_recipe_gets_every_default(read):
     recipe = read(MINIMAL)
-    assert recipe.model.quantize == "nf4"
+    assert recipe.model.quantize == "auto"
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (16, 32, "all-linear")
     assert (recipe.reference, recipe.output, recipe.trainer) == ("base", None, {})
 
@@ -86,7 +86,7 @@ def test_nearest_stays_silent_when_nothing_is_near():
         ({"lora": {"alpha": 0}}, "lora.alpha", "0", "greater than 0"),
         ({"lora": {"dropout": 1.0}}, "lora.dropout", "1.0", "less than 1"),
         ({"lora": {"dora": "yes"}}, "lora.dora", "'yes'", "boolean"),
-        ({"model": {"name": "m", "quantize": "int8"}}, "model.quantize", "'int8'", "'nf4' or 'none'"),
+        ({"model": {"name": "m", "quantize": "int8"}}, "model.quantize", "'int8'", "'auto', 'nf4' or 'none'"),
         ({"model": {"name": "m", "packed": "maybe"}}, "model.packed", "'maybe'", "'auto'"),
         ({"model": {"name": "m", "dtype": "half"}}, "model.dtype", "'half'", "'float16'"),
         ({"model": {"name": 7}}, "model.name", "7", "string"),
@@ -343,7 +343,9 @@ scalars = (
 )
 recipes = st.fixed_dictionaries(
     {
-        "model": st.fixed_dictionaries({"name": texts}, optional={"quantize": st.sampled_from(["nf4", "none"])}),
+        "model": st.fixed_dictionaries(
+            {"name": texts}, optional={"quantize": st.sampled_from(["auto", "nf4", "none"])}
+        ),
         "data": st.fixed_dictionaries({"train": texts | st.lists(texts)}, optional={"eval": st.none() | texts}),
     },
     optional={
@@ -403,7 +405,7 @@ def test_every_setting_is_described_with_its_default():
     assert all(text.endswith((".", "…")) and len(text) > 15 for _, text in described.values())
     assert described["model.name"][0] == "required"
     assert described["lora.rank"][0] == "16"
-    assert described["model.quantize"][0] == "nf4"
+    assert described["model.quantize"][0] == "auto"
     assert all(field.description for field in Recipe.model_fields.values())
 
 

@@ -91,7 +91,152 @@ TOOL = {"name": "rain", "description": "Millimetres of rain.", "parameters": {"t
 WRAPPED = {"type": "function", "function": TOOL}
 CALL = {"type": "function", "function": {"name": "rain", "arguments": {"day": "Monday"}}}
 
+ASK = [{"role": "user", "content": "Hello"}]
+WELCOME, WHAT = {"role": "assistant", "content": "Hello, how can I help?"}, {"role": "assistant", "content": "What?"}
+GREETING = ([user("Hello")], [bot("Hello, how can I help?")], [bot("What?")])
+AFTER_SYSTEM = ([system("Be kind."), *GREETING[0]], *GREETING[1:])
+
+
+def voted(winner: Any, column: str = "winner", names: tuple[str, str] = ("response_a", "response_b")) -> dict[str, Any]:
+    return {"prompt": "Hello", names[0]: "Hello, how can I help?", names[1]: "What?", column: winner}
+
+
 CASES = {
+    "axolotl": Case(
+        "axolotl",
+        [
+            {"messages": ASK, "chosen": WELCOME, "rejected": WHAT},
+            {"messages": [{"from": "human", "value": "Hello"}], "chosen": [WELCOME], "rejected": "What?"},
+            {"messages": [*ASK, WELCOME], "chosen": WELCOME, "rejected": WHAT, "system": "Be kind."},
+            {"messages": [*ASK, WELCOME], "chosen": [*ASK, WELCOME], "rejected": [*ASK, WHAT]},
+            {"messages": [*ASK, WHAT], "chosen": WELCOME, "rejected": WHAT},
+            {"messages": ASK, "chosen": WELCOME},
+        ],
+        [GREETING, GREETING, AFTER_SYSTEM, GREETING],
+        dropped=["prompt ends with the assistant", "without 'rejected' (columns: chosen, messages)"],
+    ),
+    "swift": Case(
+        "swift",
+        [
+            {"messages": [*ASK, WELCOME], "rejected_response": "What?"},
+            {"messages": [*ASK, WELCOME], "rejected_messages": [*ASK, WHAT], "tools": [TOOL]},
+            {"system": "Be kind.", "query": "Hello", "response": WELCOME["content"], "rejected_response": "What?"},
+            {
+                "history": [["Hi", "Yes?"]],
+                "query": "Hello",
+                "response": WELCOME["content"],
+                "rejected_response": [WHAT],
+            },
+            {"messages": [*ASK, WELCOME], "rejected_response": WELCOME["content"]},
+        ],
+        [
+            GREETING,
+            GREETING,
+            AFTER_SYSTEM,
+            ([user("Hi"), bot("Yes?"), user("Hello")], *GREETING[1:]),
+        ],
+        tools={1: (WRAPPED,)},
+        dropped=["chosen equals rejected"],
+    ),
+    "openai": Case(
+        "openai",
+        [
+            {"input": {"messages": ASK, "tools": []}, "preferred_output": [WELCOME], "non_preferred_output": [WHAT]},
+            {
+                "input": {"messages": ASK, "tools": [WRAPPED], "parallel_tool_calls": True},
+                "preferred_output": [WELCOME],
+                "non_preferred_output": [WHAT],
+            },
+            {
+                "input": json.dumps({"messages": ASK}),
+                "preferred_output": WELCOME["content"],
+                "non_preferred_output": WHAT,
+            },
+            {"input": {"messages": ASK}, "preferred_output": [WELCOME]},
+        ],
+        [GREETING, GREETING, GREETING],
+        tools={1: (WRAPPED,)},
+        dropped=["without 'non_preferred_output' (columns: input, preferred_output)"],
+    ),
+    "winner": Case(
+        "winner",
+        [
+            voted("A"),
+            voted("b", "preferred", ("response_b", "response_a")),
+            voted("model_a"),
+            voted("Response A", "Preferred", ("Response A", "Response B")),
+            voted("[[A]]", "better", ("answerA", "answerB")),
+            voted(2, "preference", ("completion_2", "completion_1")),
+            voted("1", "choice", ("response1", "response2")),
+            voted(0, "better_response_id", ("response_0", "response_1")),
+            voted(0.0, "better_response_id", ("response_0", "response_1")),
+            voted("Hello, how can I help?"),
+            {"conversation_a": [*ASK, WHAT], "conversation_b": [*ASK, WELCOME], "winner": "model_b"},
+            {
+                "prompt": '["Hello"]',
+                "response_a": '["Hello, how can I help?"]',
+                "response_b": '["What?"]',
+                "winner_model_a": 1,
+                "winner_model_b": 0,
+                "winner_tie": 0,
+            },
+            {**voted("a"), "system": "Be kind."},
+            {
+                "prompt": '["Hi", "Hello"]',
+                "response_a": '["Yes?", "What?"]',
+                "response_b": '["Yes?", "Hm."]',
+                "winner": "B",
+            },
+        ],
+        [*[GREETING] * 12, AFTER_SYSTEM, ([user("Hi"), bot("Yes?"), user("Hello")], [bot("Hm.")], [bot("What?")])],
+    ),
+    "winner-none": Case(
+        "winner",
+        [
+            voted("A"),
+            voted("tie"),
+            voted("Tie (bothbad)"),
+            voted("both_bad", "preferred"),
+            voted("neither"),
+            voted("no preference"),
+            voted(""),
+            voted("C"),
+            voted(1),
+            voted(True),
+            {**voted("A"), "response_b": None},
+            {"response_a": "Yes.", "response_b": "No.", "winner": "A"},
+            {
+                "prompt": "Hello",
+                "response_a": "Yes.",
+                "response_b": "No.",
+                "winner_model_a": 0,
+                "winner_model_b": 0,
+                "winner_tie": 1,
+            },
+            {
+                "prompt": "Hello",
+                "response_a": "Yes.",
+                "response_b": "No.",
+                "winner_model_a": 0,
+                "winner_model_b": 0,
+                "winner_tie": 0,
+            },
+            {"prompt": '["Hi", "Hello"]', "response_a": '["Yes?"]', "response_b": '["Yes?", "Hm."]', "winner": "B"},
+        ],
+        [GREETING],
+        dropped=[
+            "tie: neither answer is preferred",
+            *["tie: both answers are bad"] * 3,
+            "tie: neither answer is preferred",
+            "without a winner",
+            *["the winner is neither a nor b nor a tie"] * 3,
+            "without 'response_b' (columns: prompt, response_a, response_b, winner)",
+            "without 'prompt' (columns: response_a, response_b, winner)",
+            "tie: neither answer is preferred",
+            "without a winner",
+            "the two answers have not as many turns as the prompt",
+        ],
+    ),
     "trl-text": Case(
         "trl",
         [
@@ -1164,3 +1309,18 @@ def test_a_null_that_a_row_wrote_itself_stays(tmp_path):
     (pair,), _ = read_pairs(write(tmp_path / "a.jsonl", row))
     assert pair.prompt[1]["tool_calls"][0]["function"]["arguments"] == {"after": None}
     assert pair.tools[0]["function"]["parameters"]["properties"]["after"]["default"] is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**voted("A"), "response_c": "Well."},
+        {"prompt": "Hello", "response_a": "Yes.", "answer_b": "No.", "winner": "A"},
+        {"prompt": "Hello", "response_a": "Yes.", "response_2": "No.", "winner": "A"},
+        {"prompt": "Hello", "response_a": "Yes.", "response_b": "No."},
+        {"prompt": "Hello", "response_a": "Yes.", "response_b": "No.", "winner_model_a": 1},
+        {**voted("A"), "chosen": "Yes.", "rejected": "No."},
+    ],
+)
+def test_what_is_no_comparison_of_two_answers_is_not_taken_for_one(row):
+    assert format_of(row).name != "winner"

@@ -209,9 +209,9 @@ def test_a_template_that_opens_thinking_in_whole_conversations_only(tokenizer):
     content = "('<think></think>' if message['role'] == 'assistant' else '') + message['content']"
     thinks = with_template(tokenizer, tokenizer.chat_template.replace("message['content']", content))
     tokens = tokenize_pair(thinks, make_pair(), max_length=None)
-    assert tokens.prompt == HI_PROMPT
-    assert tokens.chosen == [*b"<think></think>Yes", END]
-    assert tokens.rejected == [*b"<think></think>No", END]
+    assert tokens.prompt == [*HI_PROMPT, *b"<think></think>"]  # nobody's words: the template's own
+    assert tokens.chosen == [*b"Yes", END]
+    assert tokens.rejected == [*b"No", END]
 
 
 def test_the_common_prefix_ends_at_the_first_difference():
@@ -236,7 +236,7 @@ def test_a_template_that_refuses_the_messages_is_quoted(tokenizer):
 
 def test_a_row_that_the_template_refuses_is_named(tokenizer):
     strict = with_template(tokenizer, "{{ raise_exception('no system turn') }}")
-    says = r"pairs\.jsonl, row 7: The model's chat template refuses .*no system turn\. lora-dpo data check --model"
+    says = r"pairs\.jsonl, row 7: The model's chat template refuses .*no system turn\. .*\. lora-dpo data check --model"
     with pytest.raises(ModelError, match=says):
         tokenize_pairs(strict, [make_pair(row=7)], max_length=None)
 

@@ -14,10 +14,10 @@ from lora_dpo.data import Origin, TokenPair
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.evaluation.evaluate import AssessPlan, assess, pair_part, ratio_interval
-from lora_dpo.evaluation.kl import as_answer, draw, kl_to_reference, text_losses, windows
+from lora_dpo.evaluation.kl import draw, kl_to_reference, text_losses, windows
 from lora_dpo.files import sha256_of
 from lora_dpo.judging import open_judge
-from lora_dpo.model.decoding import Sampling, generate, stop_token_ids
+from lora_dpo.model.decoding import Sampling, answer_of, generate, stop_token_ids
 
 QUICK = AssessPlan(answers=4, kl_answers=3, sampling=Sampling(max_new_tokens=8))
 ASKED = [[{"role": "user", "content": text}] for text in ("Say it.", "Now, please, say it once more.")]
@@ -36,7 +36,7 @@ def test_drawn_answers_are_those_of_generate(policy):
     sampling = Sampling(max_new_tokens=12)
     drawn = draw(policy.model, tokenizer, ASKED, sampling)
     stops = stop_token_ids(policy.model, tokenizer)
-    assert [as_answer(tokenizer, ids, stops) for _, ids in drawn] == generate(
+    assert [answer_of(tokenizer, prompt, ids, stops) for prompt, ids in drawn] == generate(
         policy.model, tokenizer, ASKED, sampling=sampling
     )
     assert [prompt for prompt, _ in drawn] == [prompt_ids(tokenizer, one) for one in ASKED]

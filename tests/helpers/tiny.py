@@ -1,5 +1,7 @@
 """Tiny random models of every supported architecture, a few pairs of token ids, and trainers on them."""
 
+import copy
+
 import torch
 import transformers
 import trl
@@ -84,7 +86,7 @@ def build(trainer_class, model, folder, tmp_path, pairs=PAIRS, lora=LORA, engine
         args=args,
         train_dataset=rows if weights is None else rows.add_column("pair_weight", weights),
         eval_dataset=Dataset.from_list(columns(pairs)),
-        peft_config=lora,
+        peft_config=copy.deepcopy(lora),  # peft writes the names of a model into it
         processing_class=AutoTokenizer.from_pretrained(folder),
         **({"engine": engine} if engine is not None else {}),
         **({"pair_weights": True} if weights is not None else {}),

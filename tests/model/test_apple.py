@@ -8,8 +8,9 @@ from lora_dpo.config.reading import check_recipe
 from lora_dpo.config.trl_dpo import trainer_config, trainer_settings
 from lora_dpo.engine.step_record import answer_sums
 from lora_dpo.errors import ConfigError
-from lora_dpo.model.base import decide_packed, load_base, load_skeleton, nf4_value
+from lora_dpo.model.base import decide_packed, load_base, load_skeleton
 from lora_dpo.model.device import device_name, give_back_memory, pick_device, pick_dtype
+from lora_dpo.model.quantised import nf4_value
 
 
 @pytest.fixture

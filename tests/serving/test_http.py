@@ -16,6 +16,7 @@ import openai
 import psutil
 import pytest
 import uvicorn
+from templates import THINKING
 from typer.testing import CliRunner
 
 from lora_dpo.adapters.folder import attach_adapter
@@ -104,6 +105,39 @@ def test_models_are_the_base_and_the_adapters(client, adapters):
     assert (one.object, one.owned_by, one.created) == ("model", "lora-dpo", int((adapters / "alpha").stat().st_mtime))
     with pytest.raises(openai.NotFoundError, match="There is no model 'gamma' here"):
         client.models.retrieve("gamma")
+
+
+def test_a_request_may_switch_a_thought_off(tiny_model_folder, tmp_path):
+    folder = tmp_path / "thinking"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    thinking = load_base(str(folder), quantize="none")
+    with (
+        Host(thinking, tmp_path / "none") as host,
+        running(host) as port,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0) as client,
+    ):
+        counts = []
+        for kwargs in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+            extra = {"chat_template_kwargs": kwargs}
+            reply = client.chat.completions.create(model="base", messages=ask("Hi"), max_tokens=2, extra_body=extra)
+            wanted = thinking.tokenizer.apply_chat_template(
+                ask("Hi"), add_generation_prompt=True, return_dict=False, **kwargs
+            )
+            counts.append(reply.usage.prompt_tokens - len(wanted))
+        assert counts == [0, 0, 0]
+        extra = {"chat_template_kwargs": {"enable_thinkng": False}}
+        with pytest.raises(openai.BadRequestError, match="Did you mean enable_thinking"):
+            client.chat.completions.create(model="base", messages=ask("Hi"), max_tokens=2, extra_body=extra)
+
+
+def test_a_thought_switched_off_in_a_model_that_has_none_changes_nothing(client):
+    extra = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
+    replies = [
+        client.chat.completions.create(model="base", messages=ask("Hi"), max_tokens=4, temperature=0, extra_body=body)
+        for body in (extra, {})
+    ]
+    assert replies[0].choices[0].message.content == replies[1].choices[0].message.content
 
 
 @pytest.mark.parametrize("who", ["base", "alpha", "beta"])
@@ -216,7 +250,10 @@ CALLS = {
         (dict(extra_body={"top_k": 5}), 400, "top_k", "top_k is not supported here: leave it out."),
         (dict(extra_body={"min_p": 0.05}), 400, "min_p", "min_p is not supported here"),
         (dict(extra_body={"repetition_penalty": 1.1}), 400, "repetition_penalty", "not supported here"),
-        (dict(extra_body={"chat_template_kwargs": {"enable_thinking": False}}), 400, "chat_template_kwargs", "not"),
+        (dict(extra_body={"chat_template_kwargs": {"enable_thinking": True}}), 400, "chat_template_kwargs", "not"),
+        (dict(extra_body={"chat_template_kwargs": {"tokenize": True}}), 400, "chat_template_kwargs", "not for"),
+        (dict(extra_body={"chat_template_kwargs": {"a": "x" * 5000}}), 400, "chat_template_kwargs", "5,009"),
+        (dict(extra_body={"chat_template_kwargs": [1]}), 400, "chat_template_kwargs", "dictionary"),
         (dict(extra_body={"odd": 5}), 400, "odd", "There is no parameter odd."),
         (dict(stop=["a"] * 5), 400, "stop", "at most 4"),
         (dict(stop=""), 400, "stop", "stop text is empty"),
@@ -616,7 +653,7 @@ def test_a_taken_port_and_a_foreign_address_say_what_to_do():
         (["--host", "::"], "no --api-key"),
         (["--api-key", ""], "API key is empty"),
         (["--api-key", " a"], "spaces around it"),
-        (["--quantize", "int8"], "allowed are nf4, none"),
+        (["--quantize", "int8"], "allowed are auto, nf4, none"),
         (["--host", "no such host.invalid"], "is not known here"),
         (["--model", "./nowhere"], "is no model folder"),
     ],

@@ -199,12 +199,11 @@ def _joined(messages: Sequence[Message]) -> str:
 
 
 def _words(said: Message) -> str:
-    """What a turn says and calls: two calls that differ are two answers."""
-    calls = said.get("tool_calls")
-    if not calls:
-        return said["content"]
-    written = json.dumps([call["function"] for call in calls], ensure_ascii=False, sort_keys=True)
-    return f"{said['content']}\n{written}" if said["content"] else written
+    """What a turn thinks beside its content, says and calls: two calls that differ are two answers."""
+    parts = [said.get("reasoning_content", ""), said["content"]]
+    if calls := said.get("tool_calls"):
+        parts.append(json.dumps([call["function"] for call in calls], ensure_ascii=False, sort_keys=True))
+    return "\n".join(filter(None, parts))
 
 
 def _roles(pair: PreferencePair, texts: Texts) -> str | None:

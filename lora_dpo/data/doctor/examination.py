@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.data.chat_template import Message, prompt_ids
 from lora_dpo.data.columns import Wanted
 from lora_dpo.data.doctor.catalogue import CHECKS, Check
@@ -145,6 +146,7 @@ def examine(
     wanted: Wanted = "pairs",
     held_out: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
     max_length: int | None = 1024,
     on_rows: Callable[[int], None] | None = None,
 ) -> Diagnosis:
@@ -154,6 +156,7 @@ def examine(
         columns: names of columns by what they are, as for `read_pairs`.
         wanted: "answers" if rows with one answer are no mistake.
         held_out: data whose prompts must not be among those of `sources`.
+        chat_template_kwargs: keywords for its chat template.
         tokenizer: also look at pairs as the model will read them; lengths are in tokens then.
         max_length: longest sequence in tokens; used with a tokenizer.
         on_rows: called with the number of rows read so far.
@@ -163,7 +166,7 @@ def examine(
         UnclearColumns: what a table's columns are cannot be told, or one that is named is not there.
         ConfigError: there is no format of that name.
     """
-    doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, format, columns))
+    doctor = _Doctor(tokenizer, max_length, _prompts_of(held_out, format, columns), chat_template_kwargs or {})
     report = doctor.found.report
     for outcome in outcomes(
         sources, format=format, min_gap=min_gap, columns=columns, wanted=wanted, tolerant=True, on_note=report.note
@@ -203,9 +206,15 @@ def _prompts_of(sources: Sequence[str], format: str | None, columns: Mapping[str
 class _Doctor:
     """Findings so far, and what must be remembered of earlier pairs to make more."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, held_out: set[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int | None,
+        held_out: set[int],
+        kwargs: TemplateKwargs,
+    ) -> None:
         self.found = Diagnosis(unit="characters" if tokenizer is None else "tokens", max_length=max_length)
-        self.tokenizer, self.max_length, self.held_out = tokenizer, max_length, held_out
+        self.tokenizer, self.max_length, self.held_out, self.kwargs = tokenizer, max_length, held_out, kwargs
         self.origins: list[Origin] = []
         self.judged: dict[int, int] = {}  # comparison -> first pair, times two, plus its direction
         self.repeated: dict[int, list[int]] = {}  # comparison -> all pairs, likewise, where there are several
@@ -263,7 +272,7 @@ class _Doctor:
     def _tokenize(self, pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, *, known: bool) -> None:
         """Look at a pair as the model reads it; `known` is True if a beginning-of-text token was seen in its text."""
         try:
-            tokens = tokenize_pair(tokenizer, pair, max_length=None)
+            tokens = tokenize_pair(tokenizer, pair, max_length=None, chat_template_kwargs=self.kwargs)
         except ModelError as error:
             if not tokenizer.chat_template:
                 raise
@@ -277,7 +286,8 @@ class _Doctor:
         if tokens.left_out:
             self.note("left-out", pair.origin, f"trained on: {tokenizer.decode(tokens.chosen)}")
         if tokens.other_start:
-            self.note("other-start", pair.origin, f"…{tokenizer.decode(prompt_ids(tokenizer, pair.prompt)[-12:])}")
+            asked = prompt_ids(tokenizer, pair.prompt, chat_template_kwargs=self.kwargs)
+            self.note("other-start", pair.origin, f"…{tokenizer.decode(asked[-12:])}")
         if tokens.chosen == tokens.rejected:
             self.note("equal", pair.origin, "the same once written for the model")
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_dpo.data.formats.trl import checked_pair, columns_of, scores_of
+from lora_dpo.data.formats.trl import checked_pair, columns_of, pair_from_row, scores_of
 from lora_dpo.data.messages import (
     BadRow,
     Messages,
@@ -20,6 +20,7 @@ from lora_dpo.data.messages import (
     message,
     number,
     prompt_of,
+    says_the_same,
     split_shared_prefix,
     text_of,
     tools_of,
@@ -164,6 +165,53 @@ def shp(row: Row, origin: Origin) -> PreferencePair:
     ]
     scores = number(row.get(f"score_{better}")), number(row.get(f"score_{worse}"))
     return checked_pair(prompt_of(text_of(row, "history")), sides[0], sides[1], origin, scores=scores)
+
+
+def axolotl(row: Row, origin: Origin) -> PreferencePair:
+    """Axolotl's: `messages` so far, `chosen` and `rejected` as a message each, or as text."""
+    for side in ("chosen", "rejected"):
+        if row.get(side) is None:
+            raise BadRow(f"without '{side}' {columns_of(row)}", "missing")
+    chosen, rejected = (answer_of(row[side], side) for side in ("chosen", "rejected"))
+    if chosen and chosen[0]["role"] not in ("assistant", "tool"):
+        return pair_from_row(row, origin)  # whole conversations; `messages` is one of them once more
+    so_far = conversation(row.get("messages"), "messages")
+    if says_the_same(so_far[-len(chosen) :], chosen):  # the conversation was kept with its answer
+        so_far = so_far[: -len(chosen)]
+    prompt = with_system(row, so_far, "system", "system_prompt")
+    return checked_pair(prompt, chosen, rejected, origin, scores=scores_of(row), tools=tools_of(row))
+
+
+def swift(row: Row, origin: Origin) -> PreferencePair:
+    """ms-swift's: `messages` that end with the better answer, or `query` and `response`; the worse one in
+    `rejected_response`, or the whole other conversation in `rejected_messages`."""
+    if row.get("messages") is not None:
+        whole = conversation(row["messages"], "messages")
+    else:
+        asked = prompt_of(row.get("query"), "query")
+        whole = (*_history(row), *asked, *answer_of(row.get("response"), "response"))
+    if row.get("rejected_messages") is not None:
+        prompt, chosen, rejected = split_shared_prefix(
+            whole, conversation(row["rejected_messages"], "rejected_messages")
+        )
+    else:
+        prompt, chosen = whole[:-1], whole[-1:]
+        rejected = answer_of(row.get("rejected_response"), "rejected_response")
+    prompt = with_system(row, prompt, "system")
+    return checked_pair(prompt, chosen, rejected, origin, scores=scores_of(row), tools=tools_of(row))
+
+
+def openai(row: Row, origin: Origin) -> PreferencePair:
+    """OpenAI's, Azure's and Together's: `input.messages`, `input.tools`, `preferred_output`, `non_preferred_output`."""
+    given = from_json(row.get("input"))
+    given = given if isinstance(given, dict) else {"messages": given}
+    sides = []
+    for name in ("preferred_output", "non_preferred_output"):
+        if row.get(name) is None:
+            raise BadRow(f"without '{name}' {columns_of(row)}", "missing")
+        sides.append(answer_of(row[name], name))
+    prompt = prompt_of(given.get("messages"), "input.messages")
+    return checked_pair(prompt, sides[0], sides[1], origin, scores=scores_of(row), tools=tools_of(given))
 
 
 def _asked_in(row: Row, *names: str) -> str:

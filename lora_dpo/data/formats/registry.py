@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lora_dpo.config.reading import nearest
 from lora_dpo.data.formats import feedback, published
 from lora_dpo.data.formats.trl import pair_from_row
+from lora_dpo.data.formats.winner import names_a_winner, winner
 from lora_dpo.data.messages import is_transcript
 from lora_dpo.data.pairs import Origin, PreferencePair, UnpairedAnswer
 from lora_dpo.data.row_reading import Row
@@ -44,6 +45,13 @@ def _answers(row: Row) -> bool:
 def _is_vote(row: Row) -> bool:
     answered = any(name in row for name in ("completion", "messages", "conversations", "output", "response"))
     return answered and not _answers(row) and any(name in row for name in feedback.LABELS)
+
+
+def _is_swift(row: Row) -> bool:
+    if _answers(row) or not (_has(row, "messages") or _has(row, "response")):
+        return False
+    ours = "rejected_response" in row and "chosen_response" not in row
+    return ours or ("rejected_messages" in row and "chosen_messages" not in row)
 
 
 def _is_hh(row: Row) -> bool:
@@ -89,6 +97,34 @@ FORMATS = (
         "`instruction` or `input`, `system`, `generations`, `ratings`",
         lambda row: "generations" in row and not _answers(row),
         published.ratings,
+    ),
+    Format(
+        "openai",
+        "OpenAI preference pairs",
+        "`input` of `messages` and `tools`, `preferred_output`, `non_preferred_output`",
+        lambda row: "preferred_output" in row or "non_preferred_output" in row,
+        published.openai,
+    ),
+    Format(
+        "swift",
+        "ms-swift pairs",
+        "`messages`, or `query` and `response`; `rejected_response` or `rejected_messages`",
+        _is_swift,
+        published.swift,
+    ),
+    Format(
+        "axolotl",
+        "Axolotl chat pairs",
+        "`messages`, `chosen` and `rejected` of a message each",
+        lambda row: _has(row, "messages") and _answers(row) and not _has(row, "prompt"),
+        published.axolotl,
+    ),
+    Format(
+        "winner",
+        "two answers and a winner",
+        "`prompt`, `response_a` and `response_b` (also `answer_1`, `conversation_a`, …), `winner` or `preferred`",
+        names_a_winner,
+        winner,
     ),
     Format(
         "sharegpt",

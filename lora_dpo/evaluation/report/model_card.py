@@ -11,8 +11,10 @@ import yaml
 
 from lora_dpo.adapters.package import PICTURE
 from lora_dpo.config.recipe import Recipe
+from lora_dpo.config.template_kwargs import as_words
 from lora_dpo.config.trl_sft_kto import TITLES
 from lora_dpo.model.packaged import is_hub_id
+from lora_dpo.model.stored_form import held_text
 
 if TYPE_CHECKING:
     from lora_dpo.adapters.passport import Passport
@@ -55,7 +57,8 @@ def write_card(
         f"lora-dpo train {place}/recipe.yaml output={place}-again",
         "```",
         "",
-        f"Reference: {passport.reference}. Base weights: {_base_line(passport)}. All settings are in `recipe.yaml`, "
+        f"Reference: {passport.reference}. Base weights: {_base_line(passport)}. "
+        f"{_template_line(passport)}All settings are in `recipe.yaml`, "
         "each logged step in `metrics.jsonl`, hashes and versions in `passport.json`.",
         "",
         "## How to use it",
@@ -116,10 +119,14 @@ def _fence(text: str) -> str:
     return f"{ticks}text\n{text}\n{ticks}"
 
 
+def _template_line(passport: Passport) -> str:
+    given = passport.chat_template_kwargs
+    return f"Chat template with {as_words(given)}: ask it with the same. " if given else ""
+
+
 def _base_line(passport: Passport) -> str:
-    if passport.quantize == "none":
-        return f"as stored, computed in {passport.dtype}"
-    return f"4-bit NF4 with double quantisation, computed in {passport.dtype}"
+    bits = "4-bit " if passport.quantize == "nf4" else ""
+    return f"{bits}{held_text(passport.quantize, passport.kept_share)}, computed in {passport.dtype}"
 
 
 def write_curves(path: Path, rows: Sequence[Mapping[str, Any]], *, beta: float, method: str = "dpo") -> None:

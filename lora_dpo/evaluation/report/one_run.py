@@ -8,6 +8,7 @@ from typing import Any
 from lora_dpo.adapters.stored_run import StoredRun
 from lora_dpo.adapters.stored_run import number as number_of
 from lora_dpo.evaluation.report import parts, svg
+from lora_dpo.model.stored_form import held_text
 
 CURVES = (
     ("loss", "loss", 1.0, None),
@@ -237,7 +238,7 @@ def _passport(run: StoredRun) -> Iterator[tuple[str, str]]:
     yield "base revision", passport.base_revision or "not recorded"
     yield "base fingerprint", passport.base_fingerprint or "not recorded"
     yield "base licence", passport.base_licence or "not stated"
-    yield "weights", f"{passport.quantize}, computed in {passport.dtype}"
+    yield "weights", f"{held_text(passport.quantize, passport.kept_share)}, computed in {passport.dtype}"
     yield "reference", passport.reference
     yield "adapter SHA-256", passport.adapter_sha256 or "not recorded"
     yield "made", passport.created

@@ -17,11 +17,13 @@ from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS, read_json
 from lora_dpo.adapters.package import CARD, without_picture
 from lora_dpo.adapters.peft_files import check_finite
 from lora_dpo.adapters.store import adapter_names, find_adapter
+from lora_dpo.data.chat_template import hold_defaults
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import atomic_file, atomic_folder
 from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
-from lora_dpo.release.merged_weights import Into, Merged, plan_base, plan_merge, trained_into
+from lora_dpo.release.merge_base import Into, trained_into
+from lora_dpo.release.merged_weights import Merged, plan_base, plan_merge
 from lora_dpo.text import plain
 
 __all__ = ["adapter_of", "export"]
@@ -70,7 +72,7 @@ def export(
         if to == "peft" and adapter:
             return _peft_folder(adapter, output)
         if adapter:
-            merged = plan_merge(adapter, into=into or trained_into(adapter), model=model)
+            merged = plan_merge(adapter, into=into or trained_into(adapter, model), model=model)
             warn_of(merged.differences)
         else:
             merged = plan_base(str(source), into=into or "base16")
@@ -141,6 +143,7 @@ def _tokenizer(merged: Merged) -> tuple[Any, list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged.path)
+    hold_defaults(tokenizer, merged.chat_template_kwargs)
     path = merged.path / "generation_config.json"
     configured = read_json(path).get("eos_token_id") if path.is_file() else None
     stops = configured if isinstance(configured, list) else [configured]

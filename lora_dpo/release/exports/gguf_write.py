@@ -98,6 +98,7 @@ def write_adapter(adapter: Path, merged: Merged, target: Path, *, kind: str, nam
     config, tensors = read_adapter(adapter)
     reason = (
         ("DoRA" if config.dora else "")
+        or ("stacked weights of experts" if config.parameters else "")
         or ("whole saved modules" if tensors.saved else "")
         or ("embeddings" if any(lora.embedding for lora in tensors.lora.values()) else "")
         or ("a head that the base has in one with its embeddings" if merged.untied else "")

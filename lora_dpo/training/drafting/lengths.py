@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data import PreferencePair, tokenize_pairs
 from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.errors import DataError
@@ -51,14 +52,19 @@ def estimated_lengths(pairs: Sequence[PreferencePair]) -> Lengths:
     )
 
 
-def measured_lengths(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair]) -> Lengths:
+def measured_lengths(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    *,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
+) -> Lengths:
     """Lengths by a base's tokenizer and chat template.
 
     Raises:
         ModelError: the template refuses a row, which is named.
         DataError: no pair is left once they are written for the model.
     """
-    tokens, dropped = tokenize_pairs(tokenizer, pairs, max_length=None)
+    tokens, dropped = tokenize_pairs(tokenizer, pairs, max_length=None, chat_template_kwargs=chat_template_kwargs)
     if not tokens:
         raise DataError(f"No pair is left for {tokenizer.name_or_path}: {dropped[0].origin}: {dropped[0].reason}.")
     limit = int(tokenizer.model_max_length)
@@ -78,7 +84,7 @@ def looked_at(model: ModelSection, pairs: Sequence[PreferencePair]) -> tuple[Len
         DataError: no pair is left once they are written for the model.
     """
     where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    lengths = measured_lengths(load_tokenizer(model.name, **where), pairs)
+    lengths = measured_lengths(load_tokenizer(model.name, **where), pairs, chat_template_kwargs=model.template)
     skeleton = load_skeleton(model.name, **where)
     reads = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (lengths.limit, reads) if limit]

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.data.prompts import Prompt
+from lora_dpo.data.thoughts import said_length
 from lora_dpo.engine.scoring import score_pairs
-from lora_dpo.evaluation.kl import as_answer, kl_to_reference
+from lora_dpo.evaluation.kl import kl_to_reference
 from lora_dpo.judging import Judge
-from lora_dpo.model.decoding import Answer, Sampling, decode, stop_token_ids
+from lora_dpo.model.decoding import Answer, Sampling, answer_of, decode, stop_token_ids
 from lora_dpo.model.lora import reference
 from lora_dpo.training.guard.monitor import HealthSample
 
@@ -41,7 +42,9 @@ class CompletionSampler:
     def __init__(self, run: Run, model: PeftModel) -> None:
         self.run, self.model = run, model
         self.limit = run.recipe.health.max_new_tokens
-        self._messages = {tuple(prompt_ids(run.tokenizer, prompt)): prompt for prompt in run.prompts}
+        kwargs = run.chat_template_kwargs
+        asked = [prompt_ids(run.tokenizer, prompt, chat_template_kwargs=kwargs) for prompt in run.prompts]
+        self._messages = {tuple(ids): prompt for ids, prompt in zip(asked, run.prompts, strict=True)}
         self.prompts = health_prompts(run, self._messages.keys())
         """What is answered at each look."""
         self.judge: Judge | None = None
@@ -91,7 +94,7 @@ class CompletionSampler:
         written: list[list[int]] = [[] for _ in prompts]
         for row, token in decode(self.model, prompts, stops, Sampling(max_new_tokens=self.limit)):
             written[row].append(token)
-        answers = [as_answer(tokenizer, ids, stops) for ids in written]
+        answers = [answer_of(tokenizer, ids, said, stops) for ids, said in zip(prompts, written, strict=True)]
         kl = None
         if step:  # before the first step the policy is the reference
             # Every third answer: scoring one costs as much as writing it.
@@ -104,15 +107,16 @@ class CompletionSampler:
         """A longer answer as it would have been at a look."""
         if answer.tokens < self.limit:
             return answer
+        thought = min(answer.thought_tokens, self.limit)
         ids = self.run.tokenizer.encode(answer.text, add_special_tokens=False)[: self.limit]
-        return Answer(str(self.run.tokenizer.decode(ids)).strip(), self.limit, False)
+        return Answer(str(self.run.tokenizer.decode(ids)).strip(), self.limit, False, thought)
 
     def _sample(self, step: int, answers: Sequence[Answer], kl: float | None) -> HealthSample:
         return HealthSample(
             step=step,
-            tokens=tuple(answer.tokens for answer in answers),
+            tokens=tuple(_length(answer) for answer in answers),
             finished=tuple(answer.finished for answer in answers),
-            texts=tuple(answer.text for answer in answers),
+            texts=tuple(answer.said for answer in answers),
             kl=kl,
             score=self._score(answers),
         )
@@ -155,6 +159,11 @@ class CompletionSampler:
             self.seconds += time.perf_counter() - began
 
 
+def _length(answer: Answer) -> int:
+    """Tokens that an answer says; of one that was cut while it thought all of them, since it is no short answer."""
+    return answer.said_tokens if answer.said or answer.finished else answer.tokens
+
+
 def health_prompts(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list[HealthPrompt]:
     """`health.prompts` prompts, spread over the held-out data if there is any, each prompt once.
 
@@ -164,8 +173,10 @@ def health_prompts(run: Run, answered: Collection[tuple[int, ...]] = ()) -> list
     good = _good_answers(run.held_out, run.held_out_answers) or _good_answers(run.train, run.answers)
     unique: dict[tuple[int, ...], HealthPrompt] = {}
     for prompt, answer in good:
+        # what follows the question, such as an empty thought that the template adds, is the model's own to write
+        asked = max((ids for ids in answered if tuple(prompt[: len(ids)]) == ids), key=len, default=tuple(prompt))
         # less one: the end of turn, which answers are counted without
-        unique.setdefault(tuple(prompt), HealthPrompt(prompt, len(answer) - 1))
+        unique.setdefault(asked, HealthPrompt(list(asked), said_length(run.tokenizer, prompt, answer)))
     found = [prompt for ids, prompt in unique.items() if ids in answered] or list(unique.values())
     return [found[index] for index in evenly_spaced(len(found), run.recipe.health.prompts)]
 

@@ -36,7 +36,8 @@ def asked_in(run: Run) -> tuple[Asked, ...]:
     from lora_dpo.training.guard.completion_sampler import health_prompts
 
     questions = [(Message(role="user", content=question.prompt),) for question in run.questions]
-    ids = [prompt_ids(run.tokenizer, prompt) for prompt in (*run.prompts, *questions)]
+    kwargs = run.chat_template_kwargs
+    ids = [prompt_ids(run.tokenizer, prompt, chat_template_kwargs=kwargs) for prompt in (*run.prompts, *questions)]
     health = run.recipe.health
     found = []
     if ids:

@@ -68,7 +68,7 @@ def memory_lines(planned: Plan) -> Iterator[tuple[str, str]]:
         yield "  libraries", size(memory.libraries)
     if memory.desktop:
         yield "  desktop", f"{size(memory.desktop)}, if one shows on this card (assumed)"
-    yield "  weights", size(memory.weights)
+    yield "  weights", f"{size(memory.weights)}{planned.held and f', {planned.held}'}"
     yield "  adapter", f"{size(memory.adapter)} with its gradient and Adam's moments"
     if memory.activations is not None:
         again = f", {memory.checkpointed} of {memory.layers} layers computed again" if memory.checkpointed else ""

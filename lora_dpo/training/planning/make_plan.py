@@ -20,9 +20,11 @@ from lora_dpo.config.recipe import Recipe
 from lora_dpo.engine.cost_model import PairShape, pair_shape
 from lora_dpo.errors import ConfigError
 from lora_dpo.events import Note, OnEvent, Resolved, RowsDropped, StopSignal
-from lora_dpo.model.base import decide_packed, load_skeleton
+from lora_dpo.model.base import check_packed, decide_packed, form_to_load, held_by, load_skeleton
 from lora_dpo.model.device import device_name, free_bytes, pick_device, pick_dtype
 from lora_dpo.model.lora import attach_lora
+from lora_dpo.model.quantised import kept_share
+from lora_dpo.model.stored_form import held_text
 from lora_dpo.model.stored_size import stored_size
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
@@ -180,7 +182,8 @@ def _costs(run: Run, sizes: dict[str, int], named: Sequence[Card]) -> Costs:
     model = _with_adapter(run.recipe, skeleton)
     shapes = [pair_shape(pair.prompt, pair.chosen, pair.rejected) for pair in run.train]
     machine = _machine(run.recipe, sizes, named)
-    return Costs(model, machine, shapes, run, unsupported_reason(base_of(model)), stored)
+    form = form_to_load(section.name, revision=section.revision)
+    return Costs(model, machine, shapes, run, unsupported_reason(base_of(model)), stored, form)
 
 
 def _with_adapter(recipe: Recipe, skeleton: Any) -> PeftModel:
@@ -232,14 +235,17 @@ def _choice(costs: Costs) -> Choice:
 
     recipe, settings, machine = costs.run.recipe, costs.run.settings, costs.machine
     packed = recipe.model.packed
-    if recipe.model.quantize == "none":
+    held, form = held_by(recipe.model)
+    if held == "none":
         packed = False
     elif packed == "auto":
         device = torch.device(machine.kind)
-        packed = decide_packed(costs.model.get_base_model(), device, getattr(torch, machine.dtype))
+        packed = decide_packed(costs.model.get_base_model(), device, getattr(torch, machine.dtype), form)
+    else:
+        check_packed(form, packed, machine.kind)
     return Choice(
         max_length=settings.get("max_length", 1024),
-        quantize=recipe.model.quantize,
+        quantize=held,
         packed=packed,
         checkpointing=settings.get("gradient_checkpointing", True),  # as settings.trainer_config
         split_pairs=recipe.engine.split_pairs,
@@ -255,6 +261,7 @@ def _plan(costs: Costs, choice: Choice, notes: list[str]) -> Plan:
     notes += _notes(costs)
     return Plan(
         model=run.recipe.model.name,
+        held=_held(costs, choice),
         machine=costs.machine,
         data={which: Rows.of(report) for which, report in run.reports.items()},
         tokens=tokens,
@@ -267,6 +274,13 @@ def _plan(costs: Costs, choice: Choice, notes: list[str]) -> Plan:
         fits_without_desktop=memory.fits is False and fits_without_desktop(costs, cost, choice),
         notes=tuple(notes),
     )
+
+
+def _held(costs: Costs, choice: Choice) -> str:
+    if choice.quantize == "none":
+        return held_text("none")
+    how = "packed" if choice.packed else "held dequantised"
+    return f"{held_text(choice.quantize, kept_share(costs.model.get_base_model(), costs.form))}, {how}"
 
 
 def _measured(planned: Plan, costs: Costs, choice: Choice, emit: OnEvent) -> Plan:
@@ -290,8 +304,19 @@ def _notes(costs: Costs) -> Iterator[str]:
         yield "Nothing here was tried on Apple's GPUs: memory is computed as for a CPU, and no time is claimed."
     if costs.unsupported:
         yield f"TRL's own passes will run ({costs.unsupported}): what they keep is not predicted. Use --measure."
+    elif keeps_states(costs.model):
+        yield "Recurrent layers are counted as if they were attention: memory and time may be others. Use --measure."
     if recipe.lora.dora:
         yield "DoRA keeps more for its backward pass than is predicted here. Use --measure."
+
+
+def keeps_states(model: PeftModel) -> bool:
+    """Whether a model has layers that keep a state from token to token."""
+    from lora_dpo.engine.forked_states import recurrent_layers
+    from lora_dpo.engine.trunk_cache import decoder_layers
+    from lora_dpo.model.lora import base_of
+
+    return bool(recurrent_layers(decoder_layers(base_of(model))))
 
 
 # --- tokens and steps ------------------------------------------------------------------------------

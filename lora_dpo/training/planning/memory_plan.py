@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.engine.cost_model import CostModel, PairShape, footprint
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
+from lora_dpo.model.stored_form import StoredForm, can_pack
 from lora_dpo.model.stored_size import StoredSize
 from lora_dpo.training.planning.answer_memory import Asked, answer_bytes, asked_in
 from lora_dpo.training.planning.cards import Card
@@ -85,13 +86,15 @@ class Costs:
     run: Run
     unsupported: str | None
     stored: StoredSize
+    form: StoredForm | None = None
+    """How the base is stored quantised, if it is."""
 
     def footprint(self, choice: Choice) -> CostModel:
         """The model's costs as `choice` holds it."""
         import torch
 
         itemsize = getattr(torch, self.machine.dtype).itemsize
-        return footprint(self.model, itemsize=itemsize, packed=choice.packed)
+        return footprint(self.model, itemsize=itemsize, packed=choice.packed, form=self.form)
 
     @cached_property
     def asked(self) -> tuple[Asked, ...]:
@@ -292,11 +295,11 @@ def find_fix(costs: Costs, choice: Choice, *, roomy: bool = False) -> Fix | None
         roomy: the first that do not only fit, but are not tight either.
     """
     bases = [choice]
-    if choice.quantize == "nf4" and not choice.packed:  # the same function in a quarter of the memory or less
+    if can_pack(choice.quantize) and not choice.packed:  # the same function in a quarter of the memory or less
         bases.append(replace(choice, packed=True, overrides=("model.packed=true",)))
     if (found := _first_fit(costs, bases, roomy)) is not None:
         return found
-    if (found := _shorten(costs, list(_savers(bases[-1]))[-1], roomy)) is not None or choice.quantize == "nf4":
+    if (found := _shorten(costs, list(_savers(bases[-1]))[-1], roomy)) is not None or choice.quantize != "none":
         return found
     held = ("model.quantize=nf4",) if costs.machine.kind == "cuda" else ("model.quantize=nf4", "model.packed=true")
     small = replace(choice, quantize="nf4", packed=True, overrides=held)

@@ -98,6 +98,8 @@ class Plan:
     """It does not fit, and would if no desktop showed on the card."""
     dry_run: DryRun | None = None
     notes: tuple[str, ...] = ()
+    held: str = ""
+    """How the base's weights are held, for a person."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values under the names of the fields; bytes, seconds, FLOPs and tokens."""

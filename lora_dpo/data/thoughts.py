@@ -1,0 +1,122 @@
+"""What a model thinks before it answers, as text: `<think>…</think>` at an answer's start.
+
+Some prompts end with the opening tag already (`opened_thought`). Tags that a tokenizer holds as special tokens are not
+in a decoded answer, so they are not known here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<seed:think>", "</seed:think>"))
+"""How a thought begins and ends."""
+
+EMPTY_THOUGHT = re.compile(r"\s*<(think|thinking|seed:think)>\s*</\1>\s*")
+
+OPENED = re.compile(r"<(?:think|thinking|seed:think)>\s*\Z")
+"""A text that ends with the tag that begins a thought."""
+
+_TAIL = 16
+"""Tokens at a prompt's end that hold an opening tag and the line break after it."""
+
+
+class ThoughtSplitter:
+    """Takes an answer apart while it is written: `feed` it pieces, then `end` it.
+
+    Both yield `(is_thought, text)`. Text is held back while it may still be a part of a tag.
+    """
+
+    def __init__(self, *, opened: bool = False) -> None:
+        self.inside = opened
+        """True while what comes is a thought."""
+        self._closers = tuple(close for _, close in TAGS)
+        self._started = opened
+        self._held = ""
+        self.ended = False
+        """True once a thought has been ended by its tag."""
+
+    def feed(self, piece: str) -> Iterator[tuple[bool, str]]:
+        """The parts that are certain now."""
+        self._held += piece
+        if not self._started and not self._start():
+            return
+        if self.inside:
+            yield from self._think()
+        if not self.inside and self._held:
+            yield False, self._held
+            self._held = ""
+
+    def end(self) -> Iterator[tuple[bool, str]]:
+        """What was still held back."""
+        if self._held:
+            yield self.inside, self._held
+            self._held = ""
+
+    def _start(self) -> bool:
+        """Whether it is known how the answer begins."""
+        begun = self._held.lstrip()
+        if any(tag.startswith(begun) for tag, _ in TAGS):
+            return False  # nothing, or the beginning of a tag
+        self._started = True
+        for tag, close in TAGS:
+            if begun.startswith(tag):
+                self.inside, self._closers, self._held = True, (close,), begun.removeprefix(tag)
+        return True
+
+    def _think(self) -> Iterator[tuple[bool, str]]:
+        found = [(self._held.find(tag), tag) for tag in self._closers if tag in self._held]
+        if found:
+            place, tag = min(found)
+            thought, self._held = self._held[:place], self._held[place + len(tag) :].lstrip()
+            self.inside, self.ended = False, True
+        else:
+            keep = max(_overlap(self._held, tag) for tag in self._closers)
+            thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        if thought:
+            yield True, thought
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Characters at the end of `text` that may be the beginning of `tag`."""
+    lengths = range(min(len(tag) - 1, len(text)), 0, -1)
+    return next((length for length in lengths if tag.startswith(text[-length:])), 0)
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """`(thought, said)` of a whole answer, both without white space around them; a cut thought leaves nothing said."""
+    splitter = ThoughtSplitter()
+    parts = [*splitter.feed(text), *splitter.end()]
+    thought, said = ("".join(part for inside, part in parts if inside is wanted) for wanted in (True, False))
+    return thought.strip(), said.strip()
+
+
+def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    """The tag with which a prompt of token ids begins the answer's thought, and a line break; empty if it does not."""
+    end = str(tokenizer.decode(list(prompt[-_TAIL:]))).rstrip()
+    return next((f"{tag}\n" for tag, _ in TAGS if end.endswith(tag)), "")
+
+
+def said_length(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: Sequence[int]) -> int:
+    """Tokens of an answer of the data, without the end of its turn and without the thought at its start."""
+    said = answer[:-1]
+    return len(said) - thought_tokens(tokenizer, said, opened=bool(opened_thought(tokenizer, prompt)))
+
+
+def thought_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, opened: bool = False) -> int:
+    """How many tokens at an answer's start are its thought, tags included; all of them if it was cut there."""
+
+    def read(count: int) -> ThoughtSplitter:
+        splitter = ThoughtSplitter(opened=opened)
+        list(splitter.feed(str(tokenizer.decode(list(ids[:count]), skip_special_tokens=True))))
+        return splitter
+
+    whole = read(len(ids))
+    if not whole.ended:
+        return len(ids) if whole.inside else 0
+    return bisect.bisect_left(range(len(ids)), True, key=lambda count: read(count).ended)

@@ -1,0 +1,96 @@
+"""`lora-dpo models check`: what of a base works here, without its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from lora_dpo.cli.commands import main
+from lora_dpo.cli.model_check import check_model, lines
+
+
+@pytest.fixture
+def base(tiny_model_folder, tmp_path):
+    """A model's folder without weights, its files changed."""
+
+    def make(config=None, template=None):
+        folder = tmp_path / "base"
+        shutil.copytree(tiny_model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        return str(folder)
+
+    return make
+
+
+def test_what_works_of_a_small_llama(base):
+    found = check_model(base())
+    assert (found.kind, found.layers, found.streams, found.export) == ("llama", 2, True, None)
+    assert found.modules == 14
+    assert 0 < found.reached < found.parameters
+    assert 0 < found.nf4 < found.half == 2 * found.parameters
+    assert found.pair > 0
+    assert found.template.system == "yes"
+    assert [label for label, _ in lines(found)] == [
+        "model",
+        "weights",
+        "chat",
+        "engine",
+        "lora",
+        "memory",
+        "",
+        "export",
+    ]
+
+
+SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+TURNS = (
+    "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+)
+TOOLS = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+THINKING = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "tools", "keywords"),
+    [
+        (TURNS, "left out", False, ()),
+        (SYSTEM + TURNS, "refused", False, ()),
+        (TOOLS + TURNS + THINKING, "left out", True, ("enable_thinking",)),
+    ],
+)
+def test_what_a_chat_template_takes(base, template, system, tools, keywords):
+    found = check_model(base(template=template)).template
+    assert (found.system, found.tools, found.keywords, found.end) == (system, tools, keywords, "<|end|>")
+
+
+def test_what_does_not_work_is_said_with_its_reason(base):
+    found = check_model(base({"attention_dropout": 0.1, "model_type": "llama"}))
+    assert not found.streams
+    assert found.pair is None
+    said = dict(lines(found))
+    assert said["engine"] == "TRL's own passes (slower, the same result): its attention has dropout"
+
+
+def test_a_type_that_gguf_export_does_not_know(base):
+    found = check_model(base({"model_type": "olmo2"}))
+    assert "GGUF export knows" in found.export
+    assert dict(lines(found))["export"].startswith("PEFT, and merged. No GGUF:")
+
+
+def test_no_template_is_no_chat(base):
+    found = check_model(base(template="{{ raise_exception('never') }}"))
+    assert "refuses these messages" in found.template
+    assert dict(lines(found))["chat"].startswith("no: ")
+
+
+def test_at_the_command_line(base, capsys):
+    assert main(["models", "check", base(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["streams"] is True
+    assert found["template"]["system"] == "yes"
+    assert main(["models", "check", "nowhere/at-all-of-this"]) == 1
