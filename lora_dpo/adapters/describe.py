@@ -66,9 +66,9 @@ def metrics_after(passport: Passport) -> dict[str, dict[str, Any]]:
 MEASURED = {
     "pairs.pairs": ("held-out pairs", "{:,}"),
     "pairs.accuracy": ("held-out accuracy", "{:.2f}"),
-    "pairs.margin": ("held-out reward margin", "{:.2f}"),
-    "pairs.chosen_logratio": ("log-ratio of the chosen answers", "{:+.1f} nats"),
-    "pairs.rejected_logratio": ("log-ratio of the rejected answers", "{:+.1f} nats"),
+    "pairs.margin": ("held-out reward margin", "{:z.2f}"),
+    "pairs.chosen_logratio": ("log-ratio of the chosen answers", "{:+z.1f} nats"),
+    "pairs.rejected_logratio": ("log-ratio of the rejected answers", "{:+z.1f} nats"),
     "answers.answers": ("held-out prompts answered", "{:,}"),
     "answers.mean_tokens": ("length of these answers", "{:.0f} tokens"),
     "answers.finished": ("answers that end by themselves", "{:.0%}"),

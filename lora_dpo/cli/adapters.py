@@ -304,7 +304,7 @@ def _draw_mix(done: Mixed, first: str) -> None:
         for column in ("", "reward accuracy", "margin (nats)"):
             table.add_column(column, justify="left" if not column else "right")
         for name, score in scores.items():
-            table.add_row(escape(name), f"{score.accuracy:.3f}", f"{score.margin:+.2f}")
+            table.add_row(escape(name), f"{score.accuracy:.3f}", f"{score.margin:+z.2f}")
         out.print(table)
     if done.sweep:
         names = list(done.scores)
@@ -312,7 +312,7 @@ def _draw_mix(done: Mixed, first: str) -> None:
         for column in ("weight", *(f"pairs of {name}" for name in names)):
             table.add_column(escape(column), justify="right")
         for weight, swept in done.sweep.items():
-            cells = (f"{swept[name].accuracy:.3f}, {swept[name].margin:+.2f}" for name in names)
+            cells = (f"{swept[name].accuracy:.3f}, {swept[name].margin:+z.2f}" for name in names)
             table.add_row(f"{weight:.2f}", *cells)
         out.print(table)
         out.print(f"plot: {escape(str(done.folder / SWEEP_PLOT))}", highlight=False, soft_wrap=True)

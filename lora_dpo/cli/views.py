@@ -139,7 +139,7 @@ class RunView:
 def step_line(metrics: Mapping[str, float]) -> str:
     """The numbers to watch, short enough for one line."""
     parts = [("loss", "loss"), ("margin", "rewards/margins"), ("acc", "rewards/accuracies")]
-    return "  ".join(f"{label} {metrics[key]:.2f}" for label, key in parts if key in metrics)
+    return "  ".join(f"{label} {metrics[key]:z.2f}" for label, key in parts if key in metrics)
 
 
 def sample_line(numbers: Mapping[str, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,10 @@ from lora_dpo.text import SHOWN, one_line
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+loading = threading.Lock()
+"""Held while weights are loaded: transformers changes torch's default dtype meanwhile, for the whole process, and of two
+loads at once the last one out leaves the other's behind."""
 
 
 @dataclass
@@ -111,7 +116,8 @@ def load_base(
             arguments["config"] = _config_to_load(path, form, compute, **common)
         elif held == "nf4" and packed:
             arguments["quantization_config"] = _nf4_config(compute)
-        model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
+        with loading:
+            model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
     if held != "none":
         with quiet_libraries():
             if form is not None:
@@ -221,7 +227,17 @@ def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: 
     with quiet_libraries(), model_errors(name), torch.device("meta"):
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        stored = config.dtype
+        # Under torch's own dtype: transformers builds under the config's by changing the process's default, so that a
+        # tensor made by another thread meanwhile has the wrong type, and of two builders the last leaves it changed.
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.get_default_dtype(), trust_remote_code=trust_remote_code
+        )
+        if stored is not None:
+            config.dtype = stored
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(stored)
+        return model
 
 
 def resolve_model(name: str) -> str:

@@ -305,7 +305,7 @@ def _write_card(
             "|---" * (len(labels) + 1) + "|",
         ]
         for of, found in scores.items():
-            cells = " | ".join(f"{found[label].accuracy:.2f}, {found[label].margin:+.2f}" for label in labels)
+            cells = " | ".join(f"{found[label].accuracy:.2f}, {found[label].margin:+z.2f}" for label in labels)
             lines.append(f"| {of} | {cells} |")
     path.write_text("\n".join([*lines, ""]), encoding="utf-8", newline="\n")
 

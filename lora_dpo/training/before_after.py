@@ -106,10 +106,10 @@ def comparison(before: Measured, after: Measured) -> Iterator[tuple[str, str, st
     """Rows `(name, before, after)` of all that was measured, formatted."""
     if before.pairs and after.pairs:
         for label, key, form in (
-            ("reward accuracy", "accuracy", "{:.3f}"),
-            ("reward margin", "margin", "{:.3f}"),
-            ("chosen log-ratio (nats)", "chosen_logratio", "{:+.2f}"),
-            ("rejected log-ratio (nats)", "rejected_logratio", "{:+.2f}"),
+            ("reward accuracy", "accuracy", "{:z.3f}"),
+            ("reward margin", "margin", "{:z.3f}"),
+            ("chosen log-ratio (nats)", "chosen_logratio", "{:+z.2f}"),
+            ("rejected log-ratio (nats)", "rejected_logratio", "{:+z.2f}"),
         ):
             yield label, form.format(getattr(before.pairs, key)), form.format(getattr(after.pairs, key))
     if before.answers and after.answers:

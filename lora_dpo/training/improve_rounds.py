@@ -134,7 +134,7 @@ def improve(
             _write_table(run)
             gain, error = run.measured[number].gain_over(run.measured[best])
             if not gain > error:
-                text = f"Round {number} did not raise the score: gain {gain:+.3f}, standard error {error:.3f}."
+                text = f"Round {number} did not raise the score: gain {gain:+z.3f}, standard error {error:.3f}."
                 run.emit(Note(text))
                 break
             best = number

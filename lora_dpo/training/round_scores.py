@@ -43,7 +43,7 @@ def score_table(measured: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
         yield (
             str(found.round) if found.round else "start",
             f"{found.score:.3f}",
-            f"{gain:+.3f} ± {error:.3f}" if found.round else "",
+            f"{gain:+z.3f} ± {error:.3f}" if found.round else "",
             f"{fmean(answer.said_tokens for answer in found.answers):.1f}",
             f"{fmean(answer.finished for answer in found.answers):.0%}",
             str(found.pairs) if found.round else "",

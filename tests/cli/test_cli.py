@@ -389,6 +389,11 @@ def test_a_log_file_gets_one_line_a_step():
     assert said.splitlines() == ["training  loss 0.50  1/2"]
 
 
+def test_a_margin_that_is_rounding_alone_is_drawn_as_none():
+    said = drawn(StepLogged(1, 1, {"loss": 0.69, "rewards/margins": -1e-4}))
+    assert said.splitlines() == ["training  loss 0.69  margin 0.00  1/1"]
+
+
 def test_the_next_command_can_be_copied_whole():
     folder = Path("my adapters", "x" * 90)
     assert f"  lora-dpo chat '{folder}' --compare\n" in drawn(Saved(folder))

@@ -1,4 +1,7 @@
+import json
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from conftest import COMMIT
 
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.errors import ConfigError, ModelError
-from lora_dpo.model.base import load_base, load_tokenizer
+from lora_dpo.model.base import load_base, load_skeleton, load_tokenizer
 from lora_dpo.model.device import pick_dtype
 from lora_dpo.model.identity import weight_fingerprint
 from lora_dpo.model.lora import attach_lora, reference
@@ -219,3 +222,44 @@ def test_a_resumed_run_writes_the_same_alpha(alpha, written, tiny_model_folder, 
     model = attach_lora(load_base(str(tiny_model_folder), quantize="none").model, LoraSection(alpha=alpha), seed=0)
     model.save_pretrained(tmp_path)
     assert f'"lora_alpha": {written},' in (tmp_path / "adapter_config.json").read_text()
+
+
+# --- torch's default dtype, which belongs to the whole process ------------------------------------
+
+
+def test_a_skeleton_leaves_the_default_dtype_alone_while_it_is_built(tiny_model_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "bf16")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    changed, really = [], torch.set_default_dtype
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (changed.append(dtype), really(dtype)))
+    skeleton = load_skeleton(str(folder))
+    assert set(changed) <= {torch.float32}
+    assert {parameter.dtype for parameter in skeleton.parameters()} == {skeleton.config.dtype} == {torch.bfloat16}
+
+
+def test_two_loads_at_once_leave_the_default_dtype_as_it_was(tiny_model_folder, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    inside, seen, really = [], [], AutoModelForCausalLM.from_pretrained
+
+    def slow(*given, **named):
+        inside.append(1)
+        seen.append(len(inside))
+        time.sleep(0.1)
+        model = really(*given, **named)
+        inside.pop()
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", slow)
+    options = {"quantize": "none", "dtype": "bfloat16"}
+    threads = [
+        threading.Thread(target=load_base, args=(str(tiny_model_folder),), kwargs=options, daemon=True)
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == [1, 1, 1]
+    assert torch.get_default_dtype() is torch.float32

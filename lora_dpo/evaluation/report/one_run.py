@@ -16,10 +16,10 @@ CURVES = (
     ("rewards/accuracies", "reward accuracy (batch)", 1.0, 0.5),
 )
 PAIRS = (
-    ("accuracy", "reward accuracy", "{:.3f}"),
-    ("margin", "reward margin", "{:.3f}"),
-    ("chosen_logratio", "chosen log-ratio (nats)", "{:+.2f}"),
-    ("rejected_logratio", "rejected log-ratio (nats)", "{:+.2f}"),
+    ("accuracy", "reward accuracy", "{:z.3f}"),
+    ("margin", "reward margin", "{:z.3f}"),
+    ("chosen_logratio", "chosen log-ratio (nats)", "{:+z.2f}"),
+    ("rejected_logratio", "rejected log-ratio (nats)", "{:+z.2f}"),
 )
 ANSWERS = (
     ("mean_tokens", "answer length (tokens)", "{:.1f}"),
@@ -133,7 +133,7 @@ def _summary(run: StoredRun) -> Iterator[str]:
     if {"pairs", "accuracy", "margin", "chosen_logratio"} <= pairs.keys():
         yield parts.paragraph(
             f"Of {pairs['pairs']} held-out pairs it tells {pairs['accuracy']:.0%} apart as the data does (margin "
-            f"{pairs['margin']:.2f}{' nats' if run.method == 'sft' else ''}); the chosen answers "
+            f"{pairs['margin']:z.2f}{' nats' if run.method == 'sft' else ''}); the chosen answers "
             f"{_likelier(pairs['chosen_logratio'])}."
         )
     if answers.get("answers") and {"mean_tokens", "finished"} <= before.keys() & answers.keys():

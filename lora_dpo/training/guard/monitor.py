@@ -175,12 +175,12 @@ def of_numbers(
         # The value of the sigmoid loss and of KTO's at margin 0, where all losses start.
         name, value = ("stuck at 0.5", "KTO's loss is still 0.5") if method == "kto" else _STUCK_AT_LN_2
         yield tell(
-            name, f"the margin is {margin:+.3f} after {last.step} steps, so {value}", entry="stuck", severe=False
+            name, f"the margin is {margin:+z.3f} after {last.step} steps, so {value}", entry="stuck", severe=False
         )
     if accuracy is not None and accuracy >= 0.99 and margin >= SATURATED_MARGIN:
         yield tell(
             "saturated",
-            f"reward accuracy {accuracy:.2f} at margin {margin:.1f}",
+            f"reward accuracy {accuracy:.2f} at margin {margin:z.1f}",
             cause=f"Of pairs at this margin less than {100 / (1 + math.exp(margin)):.1f}% of the gradient is left: "
             "more steps learn the pairs by heart",
             severe=False,
