@@ -1,7 +1,8 @@
 """Whether a model may run as a stream of pairs, decided by trying: a small random copy of it, both ways.
 
 The copy (`small_copy.py`) computes the loss of four pairs and its gradients on the stream, and by plain passes over
-whole rows, in float32. Equal: the engine runs. Otherwise TRL's own passes do, with the reason and the number. What was
+whole rows, in float32, and in float64 where that differs, since some copies amplify rounding a thousandfold. Equal: the
+engine runs. Otherwise TRL's own passes do, with the reason and the number. What was
 found is kept, by class, configuration and versions, for the process and in the person's cache.
 """
 
@@ -37,7 +38,7 @@ draw in six then rounds to more than the bound; a state or a mask that is anothe
 LENGTHS = ((70, 9, 5), (12, 1, 7), (1, 6, 3), (20, 11, 1))
 """Tokens of prompt, chosen and rejected: across a chunk of linear attention (64) and windows, and answers of one."""
 BETA = 0.1
-VERSION = 1
+VERSION = 2
 """Of the engine's passes and of this check: what was found by another is not believed."""
 
 _found: dict[str, Proof] = {}
@@ -55,15 +56,22 @@ class Proof:
     """Why the model may not run as a stream; None if it may."""
     trunk: bool = False
     """Whether layers may run on what was kept of those below them (`trunk_cache.py`): not where they share keys."""
+    double: bool = False
+    """Whether it was computed in float64, because float32 rounds this model's copy to more than the bound."""
     seconds: float = 0.0
     """What trying took."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether both are within the bounds; nan is not."""
+        return self.loss <= LOSS and self.gradient <= GRADIENT
 
     @property
     def line(self) -> str:
         """What was found, for the header of a run."""
         return (
             f"a small copy of the model has TRL's loss to {self.loss:.0e} and its gradients to {self.gradient:.0e} "
-            f"({self.seconds:.1f} s)"
+            f"({'in float64, ' if self.double else ''}{self.seconds:.1f} s)"
         )
 
 
@@ -93,22 +101,36 @@ def prove(model: Any, copy: Callable[..., Any] = small_copy) -> Proof:
             small = copy(model, seed=seed)
             if (reason := structural_reason(small)) is not None:
                 return Proof(reason=reason)
-            loss, gradient = _differences(small)
-            if seed == 0 or (loss <= LOSS and gradient < best.gradient):
-                best = Proof(loss, gradient)
-            if not loss <= LOSS or gradient <= GRADIENT:  # nan is not equal
+            found = _best_of_both(small)
+            if seed == 0 or (found.loss <= LOSS and found.gradient < best.gradient):
+                best = found
+            if found.equal or not found.loss <= LOSS:
                 break
         trunk = best.loss <= LOSS and _has_trunk(small)
     except Exception as error:  # whatever a model's class raises of sizes and calls that it does not take
         text = one_line(f"{type(error).__name__}: {error}", SHOWN)
         return Proof(reason=f"no small copy of {type(model).__name__} can be tried as a stream ({text})")
     reason = None
-    if not (best.loss <= LOSS and best.gradient <= GRADIENT):
+    if not best.equal:
         reason = (
             f"on a small copy of {type(model).__name__} the engine's loss differs from plain passes by {best.loss:.0e} "
             f"and its gradients by {best.gradient:.0e} (equal: up to {LOSS:.0e} and {GRADIENT:.0e})"
         )
-    return Proof(best.loss, best.gradient, reason, trunk, time.perf_counter() - begin)
+    return dataclasses.replace(best, reason=reason, trunk=trunk, seconds=time.perf_counter() - begin)
+
+
+def _best_of_both(small: Any) -> Proof:
+    """What a copy shows in float32, or else in float64: a state or a mask that is another one shows in both."""
+    single = Proof(*_differences(small))
+    if single.equal:
+        return single
+    try:
+        double = Proof(*_differences(small.double()), double=True)
+    except (RuntimeError, TypeError, ValueError):  # a layer that makes tensors of a type of its own
+        return single
+    finally:
+        small.float()
+    return double if double.equal else single
 
 
 def _differences(model: Any) -> tuple[float, float]:

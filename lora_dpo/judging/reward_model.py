@@ -14,7 +14,7 @@ from lora_dpo.data.prompts import Prompt
 from lora_dpo.errors import JudgeError, ModelError
 from lora_dpo.files import looks_local
 from lora_dpo.judging.judge import Judge, Scores
-from lora_dpo.model.base import loading, resolve_model
+from lora_dpo.model.base import load_lock, resolve_model
 from lora_dpo.model.decoding import Answer
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.identity import weight_fingerprint
@@ -84,7 +84,7 @@ def _load(spec: str, name: str) -> tuple[Any, PreTrainedTokenizerBase, str]:
     dtype = getattr(torch, pick_dtype("auto", device))
     try:
         path = resolve_model(name)
-        with quiet_libraries(), errors_only("transformers"), loading:  # missing weights are told of below
+        with quiet_libraries(), errors_only("transformers"), load_lock:  # missing weights are told of below
             here_alone = looks_local(path)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=here_alone)
             model, loading = AutoModelForSequenceClassification.from_pretrained(

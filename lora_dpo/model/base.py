@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-loading = threading.Lock()
-"""Held while weights are loaded: transformers changes torch's default dtype meanwhile, for the whole process, and of two
-loads at once the last one out leaves the other's behind."""
+load_lock = threading.Lock()
+"""Held while weights are loaded: transformers changes torch's default dtype meanwhile, for the whole process, and the
+last of two loads to end would leave the other's behind."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ def load_base(
             arguments["config"] = _config_to_load(path, form, compute, **common)
         elif held == "nf4" and packed:
             arguments["quantization_config"] = _nf4_config(compute)
-        with loading:
+        with load_lock:
             model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
     if held != "none":
         with quiet_libraries():
@@ -142,6 +142,11 @@ def load_base(
         asked=quantize,
         kept_share=0.0 if held == "none" else kept_share(model, form),
     )
+
+
+def load_recipe_base(section: ModelSection) -> Base:
+    """The base of a recipe, as `load_base` loads it; its template settings are the tokenizer's matter."""
+    return load_base(**section.model_dump(exclude={"template"}))
 
 
 def form_to_load(name: str, *, revision: str | None = None) -> StoredForm | None:

@@ -25,7 +25,7 @@ from lora_dpo.errors import AdapterError, DataError
 from lora_dpo.evaluation.verify_adapter import accuracy
 from lora_dpo.files import disk_errors, replace_file
 from lora_dpo.leftovers import temporary_folder
-from lora_dpo.model.base import load_tokenizer, loading
+from lora_dpo.model.base import load_lock, load_tokenizer
 from lora_dpo.model.decoding import Sampling, decode, stop_token_ids
 from lora_dpo.quiet import quiet_libraries
 
@@ -119,7 +119,7 @@ def fidelity(
             gc.collect()
         found = []
         for into, folder in merged.items():
-            with loading:
+            with load_lock:
                 one = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}).eval()
             ticking = _ticker(tick, into, len(held))
             found.append(_compare(one, into, folder, held, scratch, policy, ref, refs[into], ticking))

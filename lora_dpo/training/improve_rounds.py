@@ -40,7 +40,7 @@ from lora_dpo.judging.pair_making import Selection, make_pairs
 from lora_dpo.judging.samples import SamplePlan
 from lora_dpo.judging.specs import check_specs, is_implicit
 from lora_dpo.leftovers import settle
-from lora_dpo.model.base import Base, load_base
+from lora_dpo.model.base import Base, load_recipe_base
 from lora_dpo.model.decoding import Answer, Sampling, generate
 from lora_dpo.model.lora import detach
 from lora_dpo.training.prepare import with_reference
@@ -319,15 +319,7 @@ def measure_round(run: _Rounds, number: int) -> Measurement:
 
 def _base(run: _Rounds) -> Base:
     if run.base is None:
-        section = run.recipe.model
-        run.base = load_base(
-            section.name,
-            revision=section.revision,
-            quantize=section.quantize,
-            packed=section.packed,
-            dtype=section.dtype,
-            trust_remote_code=section.trust_remote_code,
-        )
+        run.base = load_recipe_base(run.recipe.model)
     return run.base
 
 

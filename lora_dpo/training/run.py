@@ -36,7 +36,7 @@ from lora_dpo.evaluation.report.write import PAGE, report_of
 from lora_dpo.evaluation.verify_adapter import write_stored_pairs
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged, Stopped, StopSignal
 from lora_dpo.files import atomic_folder, disk_errors
-from lora_dpo.model.base import Base, held_by, load_base, resolve_model
+from lora_dpo.model.base import Base, held_by, load_recipe_base, resolve_model
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.identity import commit_of
 from lora_dpo.model.lora import POLICY, attach_lora
@@ -216,16 +216,8 @@ def _dpo_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> An
 
 
 def _load(run: Run) -> Base:
-    section = run.recipe.model
     tick = run.progress("loading the model", 1)
-    base = load_base(
-        section.name,
-        revision=section.revision,
-        quantize=section.quantize,
-        packed=section.packed,
-        dtype=section.dtype,
-        trust_remote_code=section.trust_remote_code,
-    )
+    base = load_recipe_base(run.recipe.model)
     tick(1)
     return base
 

@@ -94,7 +94,7 @@ def build(trainer_class, model, folder, tmp_path, pairs=PAIRS, lora=LORA, engine
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B.default" in name:
-            parameter.data.normal_(0, 0.1)
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(0, 0.1))
     trainer.model.train()
     return trainer
 

@@ -285,7 +285,7 @@ def test_stopped_at_any_step_the_same_call_goes_on_to_the_same_result(recipe, un
 
 def test_a_finished_run_loads_no_model_and_says_the_same(recipe, monkeypatch):
     first = rounds.improve(recipe(improve={"rounds": 1}))
-    monkeypatch.setattr(rounds, "load_base", None)
+    monkeypatch.setattr(rounds, "load_recipe_base", None)
     assert rounds.improve(recipe(improve={"rounds": 1})).measured == first.measured
 
 

@@ -16,7 +16,7 @@ from lora_dpo.engine.cost_model import PairShape
 from lora_dpo.errors import ModelError
 from lora_dpo.events import OnEvent, Progress
 from lora_dpo.leftovers import scratch
-from lora_dpo.model.base import load_base
+from lora_dpo.model.base import load_recipe_base
 from lora_dpo.model.device import out_of_memory, peak_of_process
 from lora_dpo.model.lora import attach_lora
 from lora_dpo.training.prepared import Run
@@ -61,7 +61,7 @@ def try_steps(run: Run, shapes: Sequence[PairShape], *, on_event: OnEvent) -> Dr
     longest = sorted(range(len(shapes)), key=lambda index: -shapes[index].stream)[: run.batch]
     pairs = [run.train[index] for index in longest]
     on_event(Progress("loading the model", 0, 1))
-    base = load_base(**run.recipe.model.model_dump())
+    base = load_recipe_base(run.recipe.model)
     on_event(Progress("loading the model", 1, 1))
     adapter = run.recipe.reference_adapter
     if adapter is None:
