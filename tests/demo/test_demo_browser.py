@@ -366,28 +366,32 @@ def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
         page.click("#train-start")
         me.wait_for("train-state", "step ")
 
-    def press(button, *then):
-        """Click until the page shows one of these words: on a busy machine a click can come while it is redrawn."""
-        for _ in range(6):
-            if page.locator(button).is_visible():
-                page.click(button)
+    def press(button, *then, reads=""):
+        """Click until the page shows one of these words: on a busy machine a click can come while it is redrawn.
+
+        Of a button that does two things in turn, only while it still reads as the one that is wanted.
+        """
+        for _ in range(9):
             with contextlib.suppress(playwright_timeout()):
+                if page.locator(button).is_visible() and reads in page.inner_text(button, timeout=1000):
+                    page.click(button, timeout=1000)
                 page.wait_for_function(
                     "then => then.some(part => document.getElementById('train-state').innerText.includes(part))",
                     arg=list(then),
-                    timeout=30_000,
+                    timeout=10_000,
                 )
                 return
+        raise AssertionError(f"{button} was pressed, and the page shows {me.text('train-state')!r}")
 
     start("kept")
-    press("#train-pause", "paused at")
+    press("#train-pause", "paused at", reads="Pause")
     page.wait_for_timeout(2000)  # the page looks every second and a half
     step = re.compile(r"paused at step \d+")
     paused = step.search(me.text("train-state"))[0]
     assert page.inner_text("#train-pause") == "Continue"
     page.wait_for_timeout(3000)
     assert step.search(me.text("train-state"))[0] == paused
-    press("#train-pause", "left", "stopping")
+    press("#train-pause", " so far · ", "stopping", reads="Continue")
     press("#train-keep", "stopping", "measuring", "saving", "kept can be chosen")
     me.wait_for("train-state", "kept can be chosen")
     assert "kept" in app_state.names()
