@@ -417,6 +417,7 @@ def test_with_a_password_nobody_comes_in_without_it(app_state):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_twenty_clients_for_a_minute_each_get_their_own_answers(tiny_model_folder, tiny_adapter, tmp_path):
     from lora_dpo.serving.host import open_host
 

@@ -68,7 +68,7 @@ def host(base, adapters):
 
 
 def wait_until_warm(host):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # on a machine that is busy with something else
     while host.is_warming():
         assert time.monotonic() < deadline
         time.sleep(0.01)
