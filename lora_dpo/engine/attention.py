@@ -131,8 +131,8 @@ def _interface(
         raise RuntimeError("shared-prefix attention was called without its plan")
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
-        # Queries and keys come out of RoPE in float32. Left to autocast, every slice of every pair is cast by itself, and
-        # the expanded keys are written out once for each query head.
+        # Queries and keys come out of RoPE in float32. Left to autocast, every slice of every pair is cast by itself,
+        # and the expanded keys are written out once for each query head.
         query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     sinks = kwargs.get("s_aux")
