@@ -110,7 +110,8 @@ def _attend(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + mask_QT
     if sink_KG is not None:
-        scores = torch.cat([scores, sink_KG[..., None, None].expand(-1, -1, queries, 1).to(scores.dtype)], dim=-1)
+        # no rounding of a float32 sink to 16 bits: the wider type of the two is taken
+        scores = torch.cat([scores, sink_KG[..., None, None].expand(-1, -1, queries, 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value_KGTD.dtype)
     return weights[..., :keys] @ value_KGTD
 
