@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.errors import ModelError
 from lora_dpo.files import looks_local
 from lora_dpo.model.tensor_file import open_tensors
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,14 +76,21 @@ def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:
 
 
 def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
-    """The safetensors files that hold a model's weights; those of its index, if it has one."""
+    """The safetensors files that hold a model's weights; those of its index, if it has one.
+
+    Raises:
+        ModelError: the index is none.
+    """
     from transformers.utils import cached_file
 
     config = cached_file(path, "config.json", revision=revision, local_files_only=looks_local(path))
     folder = Path(config).parent
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = {str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is no index of weights ({plain(repr(error))}). Download the model again.") from error
         return sorted(folder / name for name in names)
     whole = folder / "model.safetensors"
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
