@@ -126,8 +126,9 @@ class Winners:
             _, reading = _read(said, row, named)
         except BadRow:
             return
+        known = len(self._readings)
         self._readings.add(reading)
-        if len(self._readings) == 2:
+        if known < len(self._readings) == 2:
             self._on_note(f"its column {shown(named.winner)} names answers {' and '.join(sorted(self._readings))}")
 
     def _two_ways(self, named: _Named, seen: set[float]) -> str:
