@@ -267,7 +267,11 @@ def _eight_bit_float_value(weight: torch.Tensor, scale: torch.Tensor) -> torch.T
     scale = (scale.float() - 127).exp2() if exponents else scale.float()
     if scale.numel() > 1:
         for side in (-2, -1):
-            block = -(-weight.shape[side] // scale.shape[side])
-            # blocks are powers of two, and the last one may be cut
-            scale = scale.repeat_interleave(1 << (block - 1).bit_length(), dim=side).narrow(side, 0, weight.shape[side])
+            block = block_side(weight.shape[side], scale.shape[side])
+            scale = scale.repeat_interleave(block, dim=side).narrow(side, 0, weight.shape[side])
     return weight.float() * scale
+
+
+def block_side(side: int, scales: int) -> int:
+    """Numbers along a side that share a scale: blocks are powers of two, and the last one may be cut."""
+    return 1 << (-(-side // scales) - 1).bit_length()

@@ -1357,7 +1357,9 @@ def test_numbers_that_can_be_read_in_two_ways_are_refused(tmp_path, names, winne
             table.writeheader()
             table.writerows(rows)
     for read in (read_pairs, partial(read_answers, good_only=True)):
-        with pytest.raises(DataError, match=r"votes\.\w+: the column 'preference' has the numbers .* in two ways\. Write"):
+        with pytest.raises(
+            DataError, match=r"votes\.\w+: the column 'preference' has the numbers .* in two ways\. Write"
+        ):
             read(str(path))
 
 
@@ -1365,7 +1367,10 @@ def test_numbers_that_can_be_read_in_two_ways_are_refused(tmp_path, names, winne
     ("winner", "names"),
     [
         *((winner, ONE_TWO) for winner in (-1, -2, "-1", "- 1", 0, 1.5, 12, True)),
-        *((winner, ("response_a", "response_b")) for winner in ("-A", "!A", "A>B", "A<B", "A+", "not A", "A is worse", 1)),
+        *(
+            (winner, ("response_a", "response_b"))
+            for winner in ("-A", "!A", "A>B", "A<B", "A+", "not A", "A is worse", 1)
+        ),
     ],
 )
 def test_what_names_no_answer_makes_no_pair(winner, names):
