@@ -64,16 +64,22 @@ def test_every_matrix_of_a_stored_mixture_is_its_value(mixture, stored, kind, mo
         assert (value - plain[name]).norm() <= most * plain[name].norm(), name
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (lambda tensors, name: tensors.pop(f"{name}_scale_inv"), "model.layers.1.mlp.experts.2.up_proj.weight"),
-        (lambda tensors, name: tensors.update({name: tensors[name].view(torch.int8)}), "model.layers.0.mlp.experts.0.down_proj.weight"),
-        (lambda tensors, name: tensors.update({f"{name}_scale_inv": torch.ones(3)}), "model.layers.0.self_attn.q_proj.weight"),
-    ],
-    ids=["no scale", "two 4-bit numbers a byte", "a scale of no block"],
-)  # fmt: skip
+def without_scale(tensors, name):
+    tensors.pop(f"{name}_scale_inv")
+
+
+def two_numbers_a_byte(tensors, name):
+    tensors[name] = tensors[name].view(torch.int8)
+
+
+def a_scale_of_no_block(tensors, name):
+    tensors[f"{name}_scale_inv"] = torch.ones(3)
+
+
+@pytest.mark.parametrize("change", [without_scale, two_numbers_a_byte, a_scale_of_no_block])
+@pytest.mark.parametrize("name", ["mlp.experts.2.up_proj.weight", "self_attn.q_proj.weight"])
 def test_eight_bit_numbers_without_their_scales_are_refused_before_any_is_read(mixture, tmp_path, change, name):
+    name = f"model.layers.1.{name}"
     folder = eight_bit_floats(mixture, tmp_path / "fp8")
     tensors = load_file(folder / "model.safetensors")
     change(tensors, name)

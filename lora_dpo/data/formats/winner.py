@@ -1,8 +1,8 @@
 """Two answers side by side and a column that says which is better: `response_a`, `response_b`, `winner`.
 
 Arenas, labelling tools and hand-made tables have many spellings of this. A winner that is neither of both, nor a tie,
-is no pair: nothing is assigned that the row does not say. Nor is it where two readings are possible: of numbers all of a
-file decide, since 1 is the second answer of those that are counted from 0.
+is no pair: nothing is assigned that the row does not say. Nor is it where two readings are possible: of numbers all of
+a file decide, since 1 is the second answer of those that are counted from 0.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _TIES = _BAD_TIES | {
 }
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _MARKED = re.compile(r"[^\w\s\[\](){}\"'.,:*#-]|(?<!\w)-|-(?!\w)")
-"""What turns a winner's words round or compares them, such as `!A`, `-A` and `A>B`: then the words alone tell no winner."""
+"""What turns a winner's words round or compares them, such as `!A`, `-A` and `A>B`: the words alone tell no winner."""
 _FLAG = re.compile(r"winner (?:model )?(a|b|1|2|0|tie)")
 
 
