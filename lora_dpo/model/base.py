@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from lora_dpo.files import looks_local
 from lora_dpo.model.device import pick_device, pick_dtype
 from lora_dpo.model.experts import expert_weights
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
+from lora_dpo.model.origin import CARRIED, Window, origin_sample
 from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.model.quantised import hold_dequantized, hold_stored_values, kept_share
 from lora_dpo.model.stored_form import BITSANDBYTES, DEQUANTISED, StoredForm, check_library, held_as, stored_form
@@ -53,6 +54,8 @@ class Base:
     """What `load_base` was asked for: the way to load the same once more."""
     kept_share: float = 0.0
     """Of a quantised base: the share of its layers' weights that are in 16 bits or more all the same."""
+    sample: Mapping[str, Window] = field(default_factory=dict, repr=False)
+    """Some numbers of the stored weights (`model.origin`), read when these were."""
 
     @property
     def device(self) -> torch.device:
@@ -137,6 +140,7 @@ def load_base(
         fingerprint=weight_fingerprint(path, revision=revision),
         asked=quantize,
         kept_share=0.0 if held == "none" else kept_share(model, form),
+        sample=origin_sample(path, revision=revision, most=CARRIED),
     )
 
 
