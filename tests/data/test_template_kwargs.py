@@ -1,6 +1,7 @@
 """Keywords for the chat template reach every place that writes with one, and one that it does not read is told."""
 
 import ast
+import keyword
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,22 @@ def test_a_template_that_a_keyword_makes_run_on_is_not_used(tokenizer):
     assert "characters of a few words" in fault_of(once)
     assert fault_of(THINKING) is None
     assert encode(tokenizer, "x") == [120]
+
+
+WORDS = sorted(
+    {*keyword.kwlist, *keyword.softkwlist, "true", "false", "none", "loop", "caller", "set", "endif", "dict", "cycler"}
+)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_keyword_is_one_that_a_template_reads_and_can_be_written_with(name):
+    """A word of Jinja is refused in one sentence, wherever it comes from; any other name works as a default."""
+    template = f"{{{{ {name} }}}}|{{% for one in [1] %}}{{{{ {name} }}}}{{% endfor %}}"
+    try:
+        kwargs = checked_template_kwargs({name: 7})
+    except ValueError as error:
+        assert str(error) == f"{name} is no name of a keyword: it is a word of the language of chat templates"
+        with pytest.raises(ConfigError, match=rf"^--template is '{name}=7': {error}\.$"):
+            parse_template_kwargs(f"{name}=7")
+    else:
+        assert template_environment().from_string(with_defaults(template, kwargs)).render() == "7|7"
