@@ -69,8 +69,8 @@ def checked_template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords that a template may be given.
 
     Raises:
-        ValueError: too many or too long, a name that is none, is reserved or is a word of Jinja, or a value that JSON has not; the text
-            is a sentence's end.
+        ValueError: too many or too long, a name that is none, is reserved or is a word of Jinja, or a value that JSON
+            has not; the text is a sentence's end.
     """
     if len(given) > MOST:
         raise ValueError(f"{len(given)} keywords for the chat template are given, at most {MOST} are taken")
