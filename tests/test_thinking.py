@@ -23,9 +23,11 @@ from lora_dpo.config.improve_recipe import ImproveRecipe
 from lora_dpo.config.reading import check_recipe, read_recipe
 from lora_dpo.data import read_pairs
 from lora_dpo.data.prompts import Prompt
+from lora_dpo.demo.arena import Arena
 from lora_dpo.demo.conversation import Conversation, ask
 from lora_dpo.demo.handlers import folded
 from lora_dpo.demo.html import answer_card
+from lora_dpo.demo.votes import VoteLog
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, NoPairs
 from lora_dpo.evaluation.evaluate import AssessPlan, assess
 from lora_dpo.events import Note, Resolved, StopSignal
@@ -364,3 +366,51 @@ def test_commands_on_data_write_with_them(model, tmp_path, capsys):
     assert "does not read enable_thinkng" in " ".join(capsys.readouterr().err.split())
     assert main(["data", "show", str(path), "--template", "enable_thinking=false"]) == 1
     assert "name it with --model" in capsys.readouterr().err
+
+
+def test_commands_that_ask_a_model_warn_of_a_keyword_that_changes_nothing(run, model, tmp_path, capsys):
+    adapter, prompts = str(run[0]), tmp_path / "prompts.txt"
+    prompts.write_text("How many?\n", encoding="utf-8")
+    short = ["--max-new-tokens", "4", "--template"]
+    pairs = ["pairs", str(prompts), "--model", str(model), "--judge", "rules:no-repeat", "--answers", "2"]
+    for number, (name, warned) in enumerate((("enable_thinkng", True), ("enable_thinking", False))):
+        for words in (
+            ["chat", adapter, "--prompt", "How many?", *short, f"{name}=true"],
+            ["eval", adapter, "--data", str(run[0].parents[1] / "eval.jsonl"), "--answers", "1", "--kl-answers", "0",
+             "--output", str(tmp_path / f"measured{number}"), *short, f"{name}=true"],
+            [*pairs, "--output", str(tmp_path / f"pairs{number}.jsonl"), *short, f"{name}=true"],
+        ):  # fmt: skip
+            main(words)
+            said = " ".join(capsys.readouterr().err.split())
+            assert (f"warning: The chat template of '{model}' does not read {name}" in said) == warned, words[0]
+            assert "error:" not in said or words[0] == "pairs", said
+
+
+def test_the_base_is_asked_as_the_adapter_beside_it(run, model, own, heard, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(run[0], folder / "off")
+    shutil.copytree(run[0], folder / "on")
+    passport = json.loads((folder / "on" / "passport.json").read_text(encoding="utf-8"))
+    (folder / "on" / "passport.json").write_text(json.dumps({**passport, "chat_template_kwargs": {}}), encoding="utf-8")
+    without, with_them = own(QUESTION), own(QUESTION, **OFF)
+    with Host(load_base(str(model), quantize="none", dtype="float32"), folder) as host:
+
+        def asked(*players):
+            heard.clear()
+            list(ask(host, Conversation(), "How many?", players, SHORT))
+            compared = list(heard)
+            heard.clear()
+            arena = Arena(host, VoteLog(tmp_path / "votes.jsonl"), adapters_dir=folder)
+            sampling = Sampling(max_new_tokens=4, temperature=1.0)
+            match = arena.draw(QUESTION, players, sampling)
+            list(arena.answers(match, client="one"))
+            if len(players) == 2:  # in a random order
+                order = dict(zip(match.players, heard, strict=True))
+                assert [order[player] for player in players] == compared
+            return compared
+
+        assert asked("base", "off") == [with_them, with_them]
+        assert asked("off", "base") == [with_them, with_them]
+        assert asked("base", "on") == [without, without]
+        assert asked("off", "on") == [with_them, without]  # each as it was trained
+        assert asked("base") == [without]

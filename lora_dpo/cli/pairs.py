@@ -108,7 +108,7 @@ def pairs(
     """
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.store import find_adapter
-    from lora_dpo.cli.ready import have_base_of, have_model
+    from lora_dpo.cli.ready import have_base_of, have_model, warn_of_keywords
     from lora_dpo.cli.views import RunView
     from lora_dpo.data.prompts import prompts_with_report
     from lora_dpo.data.write import check_name
@@ -146,6 +146,7 @@ def pairs(
             quantize=cast(Any, quantize),
             chat_template_kwargs=template,
         )
+    warn_of_keywords(policy.base.tokenizer, policy.chat_template_kwargs)
     show_lines(
         [
             ("model", policy.base.name + (f" with {folder}" if folder else "")),
