@@ -27,6 +27,7 @@ from lora_dpo.demo.arena import Arena
 from lora_dpo.demo.conversation import Conversation, ask
 from lora_dpo.demo.handlers import folded
 from lora_dpo.demo.html import answer_card
+from lora_dpo.demo.session import AppState
 from lora_dpo.demo.votes import VoteLog
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, NoPairs
 from lora_dpo.evaluation.evaluate import AssessPlan, assess
@@ -41,7 +42,7 @@ from lora_dpo.release.exports.export_adapter import export
 from lora_dpo.release.merged_folder import merge
 from lora_dpo.release.mixture import mix
 from lora_dpo.serving.chat import open_chat
-from lora_dpo.serving.host import Host
+from lora_dpo.serving.host import Host, open_host
 from lora_dpo.training.guard.completion_sampler import health_prompts
 from lora_dpo.training.prepare import read_run
 from lora_dpo.training.run import train
@@ -414,3 +415,46 @@ def test_the_base_is_asked_as_the_adapter_beside_it(run, model, own, heard, tmp_
         assert asked("base", "on") == [without, without]
         assert asked("off", "on") == [with_them, without]  # each as it was trained
         assert asked("base") == [without]
+
+
+@pytest.mark.parametrize(
+    ("named", "kwargs", "said"),
+    [
+        ({}, OFF, "with enable_thinking=false (as the reference adapter was trained)"),
+        (OFF, OFF, "with enable_thinking=false (as the reference adapter was trained)"),
+        ({"enable_thinking": True}, {"enable_thinking": True}, "with enable_thinking=true"),
+    ],
+)
+def test_training_goes_on_with_the_keywords_of_its_reference(
+    run, model, own, heard, recipe_dict, tmp_path, monkeypatch, named, kwargs, said
+):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    settings = recipe_dict(trainer={"max_steps": 1}, reference=f"adapter:{run[0]}", health={"prompts": 1, "every": 1})
+    settings["model"]["name"], settings["model"]["template"] = str(model), named
+    folder = train(check_recipe(settings), name="further", on_event=told.append).folder
+    assert read_passport(folder).chat_template_kwargs == kwargs
+    assert read_recipe(folder / "recipe.yaml").model.template == kwargs
+    lines = next(event.lines for event in told if isinstance(event, Resolved))
+    assert ("template", said) in lines
+    tail = own(QUESTION, **kwargs)[-12:]
+    assert heard
+    assert all(prompt[-12:] == tail for prompt in heard)
+
+
+def test_the_demo_trains_and_watches_with_the_keywords_of_the_reference(run, model, own, heard, recipe_dict, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(run[0], folder / "off")
+    with open_host(str(model), folder, quantize="none", dtype="float32") as host:
+        app_state = AppState(host, tmp_path / "collected", scratch=tmp_path / "scratch")
+        settings = recipe_dict(
+            trainer={"max_steps": 1}, reference=f"adapter:{folder / 'off'}", health={"action": "none"},
+            output=str(folder / "further"),
+        )  # fmt: skip
+        settings["model"] = app_state.host.model_section().model_dump(exclude_defaults=True)
+        training = app_state.start_training(check_recipe(settings), "further", ["How many?"])
+        assert training.job.wait(120)
+        assert training.job.error is None
+    assert read_passport(folder / "further").chat_template_kwargs == OFF
+    assert own("How many?", **OFF) in heard
+    assert own("How many?") not in heard
