@@ -1,7 +1,9 @@
 """Bases as they come: what a checkpoint is stored as is read, said, loaded, trained on, and known again."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -146,6 +148,45 @@ def test_a_library_that_is_missing_is_named_before_any_weight_is_read(original, 
     with pytest.raises(ModelError, match=said):
         load_base(str(base))
     assert loads == []
+
+
+@pytest.fixture
+def optimum(tmp_path, monkeypatch):
+    """A package of that name without quanto in it."""
+    folder = tmp_path / "optimum"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield folder
+    sys.modules.pop("optimum", None)
+
+
+def test_optimum_alone_does_not_load_quanto(optimum):
+    form = form_of({"quantization_config": {"quant_method": "quanto"}}, "m")
+    with pytest.raises(ModelError, match=r"is loaded with optimum-quanto: not installed here"):
+        check_library(form, "m")
+    (optimum / "quanto").mkdir()
+    (optimum / "quanto" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    check_library(form, "m")
+
+
+def test_without_optimum_there_is_no_quanto():
+    with pytest.raises(ModelError, match=r"is loaded with optimum-quanto: not installed here"):
+        check_library(form_of({"quantization_config": {"quant_method": "quanto"}}, "m"), "m")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("nf4", "NF4 with double quantisation"),
+        ("int4-of-2027", "int4-of-2027"),
+        ("int4-of-2027, stored", "INT4-OF-2027 as stored"),
+        ("a\x1b[2Jb", "a\\x1b[2Jb"),
+    ],
+)
+def test_weights_are_called_what_a_passport_says(held, said):
+    assert held_text(held) == said
 
 
 def test_a_library_that_is_there_is_left_to_transformers(monkeypatch):
