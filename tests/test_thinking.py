@@ -23,9 +23,12 @@ from lora_dpo.config.improve_recipe import ImproveRecipe
 from lora_dpo.config.reading import check_recipe, read_recipe
 from lora_dpo.data import read_pairs
 from lora_dpo.data.prompts import Prompt
+from lora_dpo.demo.arena import Arena
 from lora_dpo.demo.conversation import Conversation, ask
 from lora_dpo.demo.handlers import folded
 from lora_dpo.demo.html import answer_card
+from lora_dpo.demo.session import AppState
+from lora_dpo.demo.votes import VoteLog
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, NoPairs
 from lora_dpo.evaluation.evaluate import AssessPlan, assess
 from lora_dpo.events import Note, Resolved, StopSignal
@@ -39,7 +42,7 @@ from lora_dpo.release.exports.export_adapter import export
 from lora_dpo.release.merged_folder import merge
 from lora_dpo.release.mixture import mix
 from lora_dpo.serving.chat import open_chat
-from lora_dpo.serving.host import Host
+from lora_dpo.serving.host import Host, open_host
 from lora_dpo.training.guard.completion_sampler import health_prompts
 from lora_dpo.training.prepare import read_run
 from lora_dpo.training.run import train
@@ -364,3 +367,94 @@ def test_commands_on_data_write_with_them(model, tmp_path, capsys):
     assert "does not read enable_thinkng" in " ".join(capsys.readouterr().err.split())
     assert main(["data", "show", str(path), "--template", "enable_thinking=false"]) == 1
     assert "name it with --model" in capsys.readouterr().err
+
+
+def test_commands_that_ask_a_model_warn_of_a_keyword_that_changes_nothing(run, model, tmp_path, capsys):
+    adapter, prompts = str(run[0]), tmp_path / "prompts.txt"
+    prompts.write_text("How many?\n", encoding="utf-8")
+    short = ["--max-new-tokens", "4", "--template"]
+    pairs = ["pairs", str(prompts), "--model", str(model), "--judge", "rules:no-repeat", "--answers", "2"]
+    for number, (name, warned) in enumerate((("enable_thinkng", True), ("enable_thinking", False))):
+        for words in (
+            ["chat", adapter, "--prompt", "How many?", *short, f"{name}=true"],
+            ["eval", adapter, "--data", str(run[0].parents[1] / "eval.jsonl"), "--answers", "1", "--kl-answers", "0",
+             "--output", str(tmp_path / f"measured{number}"), *short, f"{name}=true"],
+            [*pairs, "--output", str(tmp_path / f"pairs{number}.jsonl"), *short, f"{name}=true"],
+        ):  # fmt: skip
+            main(words)
+            said = " ".join(capsys.readouterr().err.split())
+            assert (f"warning: The chat template of '{model}' does not read {name}" in said) == warned, words[0]
+            assert "error:" not in said or words[0] == "pairs", said
+
+
+def test_the_base_is_asked_as_the_adapter_beside_it(run, model, own, heard, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(run[0], folder / "off")
+    shutil.copytree(run[0], folder / "on")
+    passport = json.loads((folder / "on" / "passport.json").read_text(encoding="utf-8"))
+    (folder / "on" / "passport.json").write_text(json.dumps({**passport, "chat_template_kwargs": {}}), encoding="utf-8")
+    without, with_them = own(QUESTION), own(QUESTION, **OFF)
+    with Host(load_base(str(model), quantize="none", dtype="float32"), folder) as host:
+
+        def asked(*players):
+            heard.clear()
+            list(ask(host, Conversation(), "How many?", players, SHORT))
+            compared = list(heard)
+            heard.clear()
+            arena = Arena(host, VoteLog(tmp_path / "votes.jsonl"), adapters_dir=folder)
+            sampling = Sampling(max_new_tokens=4, temperature=1.0)
+            match = arena.draw(QUESTION, players, sampling)
+            list(arena.answers(match, client="one"))
+            if len(players) == 2:  # in a random order
+                order = dict(zip(match.players, heard, strict=True))
+                assert [order[player] for player in players] == compared
+            return compared
+
+        assert asked("base", "off") == [with_them, with_them]
+        assert asked("off", "base") == [with_them, with_them]
+        assert asked("base", "on") == [without, without]
+        assert asked("off", "on") == [with_them, without]  # each as it was trained
+        assert asked("base") == [without]
+
+
+@pytest.mark.parametrize(
+    ("named", "kwargs", "said"),
+    [
+        ({}, OFF, "with enable_thinking=false (as the reference adapter was trained)"),
+        (OFF, OFF, "with enable_thinking=false (as the reference adapter was trained)"),
+        ({"enable_thinking": True}, {"enable_thinking": True}, "with enable_thinking=true"),
+    ],
+)
+def test_training_goes_on_with_the_keywords_of_its_reference(
+    run, model, own, heard, recipe_dict, tmp_path, monkeypatch, named, kwargs, said
+):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    settings = recipe_dict(trainer={"max_steps": 1}, reference=f"adapter:{run[0]}", health={"prompts": 1, "every": 1})
+    settings["model"]["name"], settings["model"]["template"] = str(model), named
+    folder = train(check_recipe(settings), name="further", on_event=told.append).folder
+    assert read_passport(folder).chat_template_kwargs == kwargs
+    assert read_recipe(folder / "recipe.yaml").model.template == kwargs
+    lines = next(event.lines for event in told if isinstance(event, Resolved))
+    assert ("template", said) in lines
+    tail = own(QUESTION, **kwargs)[-12:]
+    assert heard
+    assert all(prompt[-12:] == tail for prompt in heard)
+
+
+def test_the_demo_trains_and_watches_with_the_keywords_of_the_reference(run, model, own, heard, recipe_dict, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(run[0], folder / "off")
+    with open_host(str(model), folder, quantize="none", dtype="float32") as host:
+        app_state = AppState(host, tmp_path / "collected", scratch=tmp_path / "scratch")
+        settings = recipe_dict(
+            trainer={"max_steps": 1}, reference=f"adapter:{folder / 'off'}", health={"action": "none"},
+            output=str(folder / "further"),
+        )  # fmt: skip
+        settings["model"] = app_state.host.model_section().model_dump(exclude_defaults=True)
+        training = app_state.start_training(check_recipe(settings), "further", ["How many?"])
+        assert training.job.wait(120)
+        assert training.job.error is None
+    assert read_passport(folder / "further").chat_template_kwargs == OFF
+    assert own("How many?", **OFF) in heard
+    assert own("How many?") not in heard

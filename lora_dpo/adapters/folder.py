@@ -30,7 +30,7 @@ from lora_dpo.model.base import Base, resolve_model
 from lora_dpo.model.device import out_of_memory
 from lora_dpo.model.identity import weight_fingerprint
 from lora_dpo.model.lora import POLICY
-from lora_dpo.model.origin import from_text, is_another_form, origin_sample
+from lora_dpo.model.origin import CARRIED, from_text, is_another_form, origin_sample
 from lora_dpo.model.packaged import CONFIG as CONFIG_OF_MODEL
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import plain
@@ -212,7 +212,7 @@ def _is_another_form(passport: Passport, name: str, revision: str | None) -> boo
     if not sample and os.path.isfile(Path(os.path.expanduser(passport.base)) / CONFIG_OF_MODEL):
         with suppress(OSError, ValueError, SafetensorError):  # half a model: it tells nothing
             if weight_fingerprint(resolve_model(passport.base)) == passport.base_fingerprint:
-                sample = origin_sample(resolve_model(passport.base))
+                sample = origin_sample(resolve_model(passport.base), most=CARRIED)
     return is_another_form(resolve_model(name), sample, revision=revision)
 
 

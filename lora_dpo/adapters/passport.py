@@ -19,7 +19,7 @@ from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs, checked_t
 from lora_dpo.errors import AdapterError
 from lora_dpo.files import sha256_of
 from lora_dpo.model.base import Base, resolve_model
-from lora_dpo.model.origin import CARRIED, origin_sample, to_text
+from lora_dpo.model.origin import to_text
 from lora_dpo.model.packaged import PACKAGED_MODELS, is_hub_id
 from lora_dpo.text import plain
 
@@ -62,6 +62,19 @@ class Passport:
     format: int = 2
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What a passport says of files that training does not read: they may be gone when it ends."""
+
+    base_licence: str | None
+    reference_sha256: str | None
+
+
+def sources_of(base: Base, reference: str) -> Sources:
+    """Read them now. Of a base, its weights and what is known of them were read when it was loaded."""
+    return Sources(licence_of(base.name, base.revision), _sha256_of_reference(reference))
+
+
 def make_passport(
     base: Base,
     *,
@@ -71,8 +84,14 @@ def make_passport(
     created: str,
     recipe: dict[str, Any] | None = None,
     chat_template_kwargs: TemplateKwargs = NO_KWARGS,
+    sources: Sources | None = None,
 ) -> Passport:
-    """Describe an adapter that was trained on `base` as it is in memory."""
+    """Describe an adapter that was trained on `base` as it is in memory.
+
+    Args:
+        sources: as they were when training began; by default they are read now.
+    """
+    sources = sources or sources_of(base, reference)
     return Passport(
         base=base.name,
         base_revision=base.revision,
@@ -87,12 +106,12 @@ def make_passport(
         metrics=metrics,
         versions={name: version(name) for name in PACKAGES},
         created=created,
-        base_licence=licence_of(base.name, base.revision),
+        base_licence=sources.base_licence,
         recipe=recipe or {},
-        reference_sha256=_sha256_of_reference(reference),
+        reference_sha256=sources.reference_sha256,
         chat_template_kwargs=dict(chat_template_kwargs),
         kept_share=round(base.kept_share, 4),
-        base_sample=to_text(origin_sample(resolve_model(base.name), revision=base.revision, most=CARRIED)),
+        base_sample=to_text(base.sample),
     )
 
 

@@ -43,7 +43,7 @@ def chat(
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.store import find_adapter
     from lora_dpo.cli.chat_loop import compare_once, converse, say_once
-    from lora_dpo.cli.ready import have_base_of
+    from lora_dpo.cli.ready import have_base_of, warn_of_keywords
     from lora_dpo.config.reading import one_of
     from lora_dpo.model.decoding import Sampling
     from lora_dpo.serving.chat import open_chat
@@ -62,6 +62,7 @@ def chat(
             system=system,
             chat_template_kwargs=template,
         )
+    warn_of_keywords(opened.base.tokenizer, opened.chat_template_kwargs)
     if prompt is None:
         converse(opened, out, compare=compare)
     elif compare:

@@ -327,15 +327,13 @@ def _tokenizer(model: str | None, template: dict[str, Any] | None) -> PreTrained
         if template:
             raise ConfigError("--template is for the chat template of a model: name it with --model.")
         return None
-    from lora_dpo.cli.ready import have_model
-    from lora_dpo.data.keywords_read import note_of_keywords
+    from lora_dpo.cli.ready import have_model, warn_of_keywords
     from lora_dpo.model.base import load_tokenizer
 
     have_model(model)
     with err.status(f"loading the tokenizer of {model}"):
         tokenizer = load_tokenizer(model)
-    if unread := note_of_keywords(tokenizer, template or {}):
-        _warn(unread)
+    warn_of_keywords(tokenizer, template or {})
     return tokenizer
 
 

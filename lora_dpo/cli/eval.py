@@ -94,7 +94,7 @@ def evaluate(
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.loading import load_policy
     from lora_dpo.adapters.store import find_adapter
-    from lora_dpo.cli.ready import have_base_of
+    from lora_dpo.cli.ready import have_base_of, warn_of_keywords
     from lora_dpo.cli.views import RunView
     from lora_dpo.config.reading import one_of
     from lora_dpo.data.prompts import prompts_with_report
@@ -138,6 +138,7 @@ def evaluate(
                 policy, judged_by = load_with_judge(judge, cache=cache, endpoint=endpoint, **how)
             else:
                 policy, judged_by = load_policy(**how), None
+        warn_of_keywords(policy.base.tokenizer, policy.chat_template_kwargs)
         with view.live():
             found = assess(policy, data, plan=plan, judge=judged_by, prompts=asked, on_event=view)
     save_evaluation(target, found)

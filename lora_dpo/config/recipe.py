@@ -75,7 +75,8 @@ class ModelSection(Section):
         dict[str, Any],
         Field(
             description="Keywords for the chat template, such as {enable_thinking: false} (lora-dpo docs thinking). "
-            "The adapter's passport keeps them, and they are given wherever it is used."
+            "The adapter's passport keeps them, and they are given wherever it is used. A reference adapter's own "
+            "go on where none of that name is set here."
         ),
     ] = {}
 

@@ -35,6 +35,33 @@ RESERVED = frozenset(
 )
 """Names that are the conversation itself, the tokenizer's, or parameters of `apply_chat_template`."""
 
+WORDS = frozenset(
+    (
+        *(
+            "true",
+            "false",
+            "none",
+            "True",
+            "False",
+            "None",
+            "not",
+            "and",
+            "or",
+            "in",
+            "is",
+            "if",
+            "elif",
+            "else",
+            "endif",
+        ),
+        *("for", "endfor", "set", "endset", "macro", "endmacro", "call", "endcall", "filter", "endfilter", "block"),
+        *("endblock", "extends", "include", "import", "from", "as", "with", "endwith", "without", "recursive", "break"),
+        *("continue", "generation", "endgeneration", "loop", "caller", "varargs", "kwargs", "super", "context"),
+        *("dict", "cycler", "joiner", "lipsum"),
+    )
+)
+"""Words of Jinja, and names that it sets itself: a template does not read them, or cannot be written with them."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -42,8 +69,8 @@ def checked_template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords that a template may be given.
 
     Raises:
-        ValueError: too many or too long, a name that is none or is reserved, or a value that JSON has not; the text
-            is a sentence's end.
+        ValueError: too many or too long, a name that is none, is reserved or is a word of Jinja, or a value that JSON
+            has not; the text is a sentence's end.
     """
     if len(given) > MOST:
         raise ValueError(f"{len(given)} keywords for the chat template are given, at most {MOST} are taken")
@@ -52,6 +79,8 @@ def checked_template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{shown(name)} is no name of a keyword: letters, digits and _ make one")
         if name in RESERVED or name.startswith("_"):
             raise ValueError(f"{name} is not for a keyword of the chat template: it is set by the conversation")
+        if name in WORDS:
+            raise ValueError(f"{name} is no name of a keyword: it is a word of the language of chat templates")
     try:
         text = json.dumps(dict(given), ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")

@@ -89,6 +89,7 @@ def _outcomes(
             origin, meant = Origin(file, number), row
             try:
                 meant = told.meant(row)
+                told.check(forced or format_of(meant), meant)
                 answers = _answers_of(meant, origin, forced, format, good_only)
             except BadRow as bad:
                 outcome = left_out(origin, bad, _title_of(meant, forced, format), row)

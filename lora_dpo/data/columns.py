@@ -16,8 +16,9 @@ from lora_dpo.config.column_names import COLUMN_NAMES, as_option
 from lora_dpo.config.reading import nearest
 from lora_dpo.data.column_words import CERTAIN, PERHAPS, is_data, role_of, says_answer
 from lora_dpo.data.formats.published import is_demonstration
-from lora_dpo.data.formats.registry import format_of
+from lora_dpo.data.formats.registry import Format, format_of
 from lora_dpo.data.formats.trl import SCORES
+from lora_dpo.data.formats.winner import Winners
 from lora_dpo.data.messages import (
     BadRow,
     Messages,
@@ -96,6 +97,7 @@ class Columns:
         self._sample: list[Row] = []
         self._said: tuple[Any, ...] = ()
         self._notes: set[str] = set()
+        self._winners = Winners(source, self.facts.notes.append)
 
     def over(self, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
         """The rows of the file, some of them looked at ahead where columns have to be told.
@@ -125,6 +127,11 @@ class Columns:
         if self.facts.table:
             meant = self._cells(meant)
         return _with_history(meant) if "history" in self.named else meant
+
+    def check(self, fits: Format, row: Row) -> None:
+        """Hold a row, as it is meant, against the others of the file. Raises `DataError` if they cannot be told."""
+        if fits.name == "winner":
+            self._winners.see(row)
 
     def tell(self, on_note: OnNote | None) -> None:
         """Pass on what was seen of the file since this was asked last."""

@@ -204,6 +204,7 @@ def _of_file(
         try:
             meant = told.meant(row)
             fits = forced or format_of(meant)
+            told.check(fits, meant)
             made = fits.read(meant, origin)
         except BadRow as bad:
             yield left_out(origin, bad, (fits or format_of(row)).title, row)

@@ -100,11 +100,13 @@ class Arena:
         A match that is stopped early stays without its answers: a cut answer would be judged for its cut.
         """
         texts = ["", ""]
+        keywords = self.host.keywords_compared(match.players)
         for side in (0, 1):
             player, sampling = match.players[side], match.sampling[side]
             said = StreamedAnswer(player, "")
             match.weights[side] = self._weights_of(player)
-            with closing(write(self.host, player, match.prompt, sampling, client=client, stop=stop)) as states:
+            how: dict[str, Any] = {"client": client, "stop": stop, "chat_template_kwargs": keywords[side]}
+            with closing(write(self.host, player, match.prompt, sampling, **how)) as states:
                 for said in states:
                     texts[side] = said.text
                     yield texts[0], texts[1]

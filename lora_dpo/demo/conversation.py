@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data import Message
 from lora_dpo.errors import ConfigError, LoraDPOError
 from lora_dpo.model.decoding import Sampling
@@ -124,9 +125,10 @@ def ask(
 ) -> Iterator[Turn]:
     """Say something to one or two models and yield the exchange as its answers grow.
 
-    Both get the same words and the same seed. Ended by `Conversation.stop`, what was said so far is kept; an exchange
-    without any answer is taken out of the conversation again, so that it does not confuse the next one. An answer of
-    this conversation that is still being written is ended.
+    Both get the same words and the same seed, and the base gets the template's keywords of the adapter beside it.
+    Ended by `Conversation.stop`, what was said so far is kept; an exchange without any answer is taken out of the
+    conversation again, so that it does not confuse the next one. An answer of this conversation that is still being
+    written is ended.
 
     Args:
         players: who answers: one name, or two.
@@ -147,10 +149,12 @@ def ask(
     # Before anything is answered: the left answer to these words is not for the right model to see.
     conversations = [conversation.conversation(side, system) for side in range(2)]
     try:
+        keywords = host.keywords_compared(players[:2])
         for side, who in enumerate(players[:2]):
             if stop.is_set():
                 break
-            for said in write(host, who, conversations[side], sampling, client=client, stop=stop):
+            how: dict[str, Any] = {"client": client, "stop": stop, "chat_template_kwargs": keywords[side]}
+            for said in write(host, who, conversations[side], sampling, **how):
                 exchange.answers[side] = said
                 yield exchange
     finally:
@@ -169,15 +173,20 @@ def write(
     *,
     client: str,
     stop: threading.Event | None = None,
+    chat_template_kwargs: TemplateKwargs = NO_KWARGS,
 ) -> Generator[StreamedAnswer, None, None]:
     """Yield one answer as it grows, at most every `SHOW_EVERY` seconds, and at last the whole one with its counts.
 
     A `stop` is seen while it waits for its turn, too; leaving the iterator frees the turn.
+
+    Args:
+        chat_template_kwargs: keywords for the chat template, on top of those that the adapter was trained with.
     """
     outcomes: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
     said = StreamedAnswer(who, "")
     yield said
-    request = host.submit(who, conversation, sampling, client=client, deliver=outcomes.put)
+    how: dict[str, Any] = {"client": client, "chat_template_kwargs": chat_template_kwargs}
+    request = host.submit(who, conversation, sampling, deliver=outcomes.put, **how)
     opened = request.asked.thought
     said = replace(said, prompt_tokens=len(request.asked.prompt))
     began = first = shown = time.monotonic()

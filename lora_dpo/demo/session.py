@@ -32,6 +32,7 @@ from lora_dpo.model.packaged import PACKAGED_MODELS, fetch_model
 from lora_dpo.serving.host import Host, open_host
 from lora_dpo.serving.training_job import TrainingJob
 from lora_dpo.text import SHOWN, one_line, plain
+from lora_dpo.training.prepare import with_reference
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -279,6 +280,7 @@ class AppState:
         asked = [prompt.strip() for prompt in prompts if prompt.strip()]
         if len(asked) > WATCHED:
             raise ConfigError(f"{len(asked)} prompts are to be watched; at most {WATCHED} are answered during a run.")
+        recipe = with_reference(recipe)  # its keywords for the chat template, for the watched prompts too
         self.pairs.clean_runs(recipe.model_dump_json() + self._recipes())
         watch = RunState(name)
         watch.restore(past or ())

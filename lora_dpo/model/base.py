@@ -7,8 +7,8 @@ import os
 import pickle
 import re
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,9 @@ from lora_dpo.data.chat_template import check_default
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.files import looks_local
 from lora_dpo.model.device import out_of_memory, pick_device, pick_dtype
+from lora_dpo.model.experts import expert_weights
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
+from lora_dpo.model.origin import CARRIED, Window, origin_sample
 from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.model.quantised import hold_dequantized, hold_stored_values, kept_share
 from lora_dpo.model.stored_form import BITSANDBYTES, DEQUANTISED, StoredForm, check_library, held_as, stored_form
@@ -53,6 +55,8 @@ class Base:
     """What `load_base` was asked for: the way to load the same once more."""
     kept_share: float = 0.0
     """Of a quantised base: the share of its layers' weights that are in 16 bits or more all the same."""
+    sample: Mapping[str, Window] = field(default_factory=dict, repr=False)
+    """Some numbers of the stored weights (`model.origin`), read when these were."""
 
     @property
     def device(self) -> torch.device:
@@ -100,25 +104,22 @@ def load_base(
     form = form_to_load(name, revision=revision)
     held = held_as(form, quantize, name)
     import torch
-    from transformers import AutoModelForCausalLM
 
     place = pick_device() if device == "auto" else torch.device(device)
     compute = getattr(torch, pick_dtype(dtype, place))
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(name, **common)
-    here_alone = looks_local(path)  # a folder that vanishes now is not asked of the hub either
-    with quiet_libraries(), model_errors(name):
-        if packed == "auto":
-            packed = held != "none" and decide_packed(load_skeleton(name, **common), place, compute, form)
-        check_packed(form, packed, place.type)
-        here = torch.device("cpu") if held != "none" and place.type == "mps" else place  # no 4-bit kernels there
-        arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": here}, "local_files_only": here_alone}
-        if form is not None:
-            arguments["config"] = _config_to_load(path, form, compute, **common)
-        elif held == "nf4" and packed:
-            arguments["quantization_config"] = _nf4_config(compute)
-        with load_lock:
-            model = AutoModelForCausalLM.from_pretrained(path, **arguments, **common)
+    if packed == "auto":
+        packed = held != "none" and decide_packed(load_skeleton(name, **common), place, compute, form)
+    check_packed(form, packed, place.type)
+    here = torch.device("cpu") if held != "none" and place.type == "mps" else place  # no 4-bit kernels there
+    local = looks_local(path)  # a folder that vanishes now is not asked of the hub either
+    arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": here}, "local_files_only": local, **common}
+    if form is not None:
+        arguments["config"] = _config_to_load(name, form, compute, **common)
+    elif held == "nf4" and packed:
+        arguments["quantization_config"] = _nf4_config(compute)
+    model = _load_weights(name, form, arguments)
     if held != "none":
         with quiet_libraries():
             if form is not None:
@@ -129,8 +130,6 @@ def load_base(
     keep_packed_weights_differentiable(model)
     model.requires_grad_(False)
     model.eval()
-    with model_errors(name):
-        fingerprint = weight_fingerprint(path, revision=revision)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -139,10 +138,32 @@ def load_base(
         quantize=held,
         packed=packed and held != "none",
         dtype=str(compute).removeprefix("torch."),
-        fingerprint=fingerprint,
+        fingerprint=weight_fingerprint(path, revision=revision),
         asked=quantize,
         kept_share=0.0 if held == "none" else kept_share(model, form),
+        sample=origin_sample(path, revision=revision, most=CARRIED),
     )
+
+
+def _load_weights(name: str, form: StoredForm | None, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """The model as transformers loads it. Raises `ModelError` for experts that it cannot read."""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(name)
+    with quiet_libraries(), model_errors(name), load_lock:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        except RuntimeError as error:
+            if form is None or "ignore_mismatched_sizes" not in str(error):
+                raise
+            model = None
+    packed = form is not None and form.kind in BITSANDBYTES
+    if model is None or (packed and not all(one.is_floating_point() for one in expert_weights(model).values())):
+        raise ModelError(  # transformers stacks their packed numbers as if they were values
+            f"The model {name} could not be loaded: its experts are stored quantised one by one, which transformers "
+            "does not read any more. Name its 16-bit original instead."
+        )
+    return model
 
 
 def load_recipe_base(section: ModelSection) -> Base:
@@ -191,11 +212,13 @@ def check_packed(form: StoredForm | None, packed: bool, device: str) -> None:
         raise ConfigError(f"model.packed is false, but {form.label} weights are held as they are stored. Remove it.")
 
 
-def _config_to_load(path: str, form: StoredForm, compute: torch.dtype, **common: Any) -> Any:
+def _config_to_load(name: str, form: StoredForm, compute: torch.dtype, **common: Any) -> Any:
     """A quantised checkpoint's config, told what is computed in, and to dequantise what cannot be trained on."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
+    path = resolve_model(name)
+    with quiet_libraries(), model_errors(name):
+        config = AutoConfig.from_pretrained(path, local_files_only=looks_local(path), **common)
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict):
         if form.kind in BITSANDBYTES:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.errors import ModelError
 from lora_dpo.files import looks_local
-from lora_dpo.model.tensor_file import open_tensors
+from lora_dpo.model.tensor_file import State, open_tensors, state_of
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,16 +51,23 @@ def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:
     Covers each stored tensor's name, shape and up to 64 elements of its middle row, as multiples of 2^-12 after
     rounding to bf16: bf16 weights have the same fingerprint in bf16, fp16 and float32 files, whatever the shards.
     (float32 weights keep theirs in bf16, not in fp16, which rounds them elsewhere.) A head that is tied to the
-    embeddings is left out, since some files store it and some do not. None without safetensors files.
+    embeddings is left out, since some files store it and some do not. None without safetensors files. Computed once, as
+    long as the files stay as they are.
     """
+    files = tuple((file, state_of(file)) for file in weight_files(path, revision=revision))
+    return _fingerprint(files, tied=bool(files) and _is_tied(path, revision))
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(files: tuple[tuple[Path, State], ...], *, tied: bool) -> str | None:
     import torch
 
     digest = hashlib.sha256()
     found: dict[str, Path] = {}
-    for file in weight_files(path, revision=revision):
+    for file, _ in files:
         with open_tensors(file) as tensors:
             found |= dict.fromkeys(tensors.keys(), file)
-    if found and _is_tied(path, revision):
+    if tied:
         found.pop("lm_head.weight", None)
     by_file: dict[Path, Any] = {file: open_tensors(file) for file in set(found.values())}
     for name in sorted(found):
@@ -74,14 +84,23 @@ def weight_fingerprint(path: str, *, revision: str | None = None) -> str | None:
 
 
 def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
-    """The safetensors files that hold a model's weights; those of its index, if it has one."""
+    """The safetensors files that hold a model's weights; those of its index, if it has one.
+
+    Raises:
+        ModelError: the index is none.
+    """
     from transformers.utils import cached_file
 
     config = cached_file(path, "config.json", revision=revision, local_files_only=looks_local(path))
     folder = Path(config).parent
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = {str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"{index} is no index of weights ({plain(repr(error))}). Download the model again."
+            ) from error
         return sorted(folder / name for name in names)
     whole = folder / "model.safetensors"
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))

@@ -5,16 +5,24 @@ W̃ = dequantise(quantise(W))   NF4 with double quantisation: Dettmers et al. 20
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.errors import ModelError
 from lora_dpo.model.stored_form import BITSANDBYTES, DEQUANTISED, StoredForm
+from lora_dpo.text import plain
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from lora_dpo.model.tensor_file import Looks
+
+
+_EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2")
+_EIGHT_BITS = ("I8", "U8", *_EIGHT_BIT_FLOATS)
 
 
 def quantised_layers(model: PreTrainedModel, form: StoredForm | None = None) -> dict[str, torch.nn.Module]:
@@ -162,19 +170,83 @@ def stored_value(read: Callable[[str], torch.Tensor], name: str, names: Collecti
         `[out, in]`, in float32 where it was quantised.
 
     Raises:
-        ModelError: an arrangement of 8-bit weights that is not read here.
+        ModelError: as `stored_shape`.
     """
     weight = read(name)
-    if any(f"{name}.quant_state.bitsandbytes__{kind}" in names for kind in ("nf4", "fp4")):
-        return _four_bit_value(weight, {key: read(key) for key in names if key.startswith(f"{name}.")})
-    module = name.removesuffix(".weight")
-    if f"{module}.SCB" in names:
-        if f"{module}.weight_format" in names and read(f"{module}.weight_format").item() != 0:
-            raise ModelError(f"{name} is stored in an arrangement of 8-bit weights that is not read here.")
-        return weight.float() * (read(f"{module}.SCB").float() / 127)[:, None]
-    if f"{name}_scale_inv" in names:
+    kind, _ = _arrangement(lambda key: _looks(read(key)), read, name, names)
+    if kind in ("nf4", "fp4"):
+        return _four_bit_value(weight, {key: read(key) for key in _beside(name, kind) if key in names})
+    if kind == "int8":
+        return weight.float() * (read(f"{name.removesuffix('.weight')}.SCB").float() / 127)[:, None]
+    if kind == "fp8":
         return _eight_bit_float_value(weight, read(f"{name}_scale_inv"))
     return weight
+
+
+def stored_shape(
+    looks: Callable[[str], Looks], read: Callable[[str], torch.Tensor], name: str, names: Collection[str]
+) -> tuple[int, ...]:
+    """The shape of what a weight stands for, of which nothing is read.
+
+    Args:
+        looks: gives the type and the shape of a stored tensor by its name.
+        read: as for `stored_value`; small tensors alone are read.
+
+    Raises:
+        ModelError: 8-bit numbers without their scales, or with scales in an arrangement that is not read here.
+    """
+    return _arrangement(looks, read, name, names)[1]
+
+
+def is_quantised(name: str, names: Collection[str]) -> bool:
+    """Whether what a weight stands for is computed of several tensors of a checkpoint."""
+    module = name.removesuffix(".weight")
+    four_bits = (f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+    return any(key in names for key in (*four_bits, f"{module}.SCB", f"{name}_scale_inv"))
+
+
+def _arrangement(
+    looks: Callable[[str], Looks], read: Callable[[str], torch.Tensor], name: str, names: Collection[str]
+) -> tuple[str, tuple[int, ...]]:
+    """How a weight is stored, "" for plain, and the shape of its value."""
+    for kind in ("nf4", "fp4"):
+        if (state := f"{name}.quant_state.bitsandbytes__{kind}") in names:
+            return kind, tuple(json.loads(bytes(read(state).tolist()).decode())["shape"])
+    dtype, shape = looks(name)
+    scales, module = f"{name}_scale_inv", name.removesuffix(".weight")
+    kind, fits = "", dtype not in _EIGHT_BITS
+    if f"{module}.SCB" in names:
+        turned = f"{module}.weight_format" in names and read(f"{module}.weight_format").item() != 0
+        kind, fits = "int8", dtype == "I8" and not turned and looks(f"{module}.SCB")[1] == shape[:1]
+    elif scales in names:  # an int8 that has them is two 4-bit numbers
+        kind, fits = "fp8", dtype in _EIGHT_BIT_FLOATS and _tiles(looks(scales)[1], shape)
+    if not fits:
+        raise ModelError(
+            f"{plain(name)} is stored in an arrangement of 8-bit weights that is not read here. Name the model's "
+            "16-bit original instead."
+        )
+    return kind, shape
+
+
+def _looks(tensor: torch.Tensor) -> Looks:
+    import torch
+
+    eight = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+    return eight.get(tensor.dtype, "other"), tuple(tensor.shape)
+
+
+def _tiles(scales: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether there is one scale, or one for each block of a matrix, or of each of several stacked ones."""
+    if all(side == 1 for side in scales):
+        return True
+    alike = len(scales) == len(shape) > 1 and scales[:-2] == shape[:-2]
+    return alike and all(scale <= side for scale, side in zip(scales[-2:], shape[-2:], strict=True))
+
+
+def _beside(name: str, kind: str) -> tuple[str, ...]:
+    """What bitsandbytes stores beside a 4-bit weight."""
+    ends = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"quant_state.bitsandbytes__{kind}")
+    return tuple(f"{name}.{end}" for end in ends)
 
 
 def _four_bit_value(packed: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -188,11 +260,18 @@ def _four_bit_value(packed: torch.Tensor, beside: Mapping[str, torch.Tensor]) ->
 
 
 def _eight_bit_float_value(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """W[i, j] · s[i / b, j / b] of blocks of b, or s alone for the whole weight."""
-    scale = scale.float()
+    """W[i, j] · s[i / b, j / b] of blocks of b, or s alone for the whole weight; of stacked matrices for each."""
+    import torch
+
+    exponents = scale.dtype == torch.uint8  # of MXFP8: s = 2^(byte - 127)
+    scale = (scale.float() - 127).exp2() if exponents else scale.float()
     if scale.numel() > 1:
-        for side in (0, 1):
-            block = -(-weight.shape[side] // scale.shape[side])
-            # blocks are powers of two, and the last one may be cut
-            scale = scale.repeat_interleave(1 << (block - 1).bit_length(), dim=side).narrow(side, 0, weight.shape[side])
+        for side in (-2, -1):
+            block = block_side(weight.shape[side], scale.shape[side])
+            scale = scale.repeat_interleave(block, dim=side).narrow(side, 0, weight.shape[side])
     return weight.float() * scale
+
+
+def block_side(side: int, scales: int) -> int:
+    """Numbers along a side that share a scale: blocks are powers of two, and the last one may be cut."""
+    return 1 << (-(-side // scales) - 1).bit_length()

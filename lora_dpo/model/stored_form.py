@@ -32,7 +32,7 @@ _LIBRARIES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "hqq": (("hqq", "hqq"),),
     "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
     "torchao": (("torchao", "torchao"),),
-    "quanto": (("optimum", "optimum-quanto"),),
+    "quanto": (("optimum.quanto", "optimum-quanto"),),
     "auto-round": (("auto_round", "auto-round"),),
     "aqlm": (("aqlm", "aqlm"),),
     "eetq": (("kernels", "kernels"),),
@@ -133,6 +133,11 @@ def can_pack(held: str) -> bool:
     return held.removesuffix(STORED) in BITSANDBYTES
 
 
+def can_dequantise(form: StoredForm) -> bool:
+    """Whether the values of weights of this form can be held in their place."""
+    return form.kind in (*BITSANDBYTES, *DEQUANTISED)
+
+
 def held_text(held: str, kept_share: float = 0.0) -> str:
     """How weights are held, for a person: such as `FP4 as stored; 89% of the layers' weights stay unquantised`.
 
@@ -141,14 +146,28 @@ def held_text(held: str, kept_share: float = 0.0) -> str:
     """
     if held == "none":
         return "as stored"
-    text = f"{held.removesuffix(STORED).upper()} as stored" if is_stored(held) else "NF4 with double quantisation"
+    if is_stored(held):
+        text = f"{plain(held.removesuffix(STORED)).upper()} as stored"
+    else:  # a passport from elsewhere may say what it likes
+        text = "NF4 with double quantisation" if held == "nf4" else plain(held)
     return f"{text}; {kept_share:.0%} of the layers' weights stay unquantised" if kept_share > 0.01 else text
+
+
+def missing_libraries(form: StoredForm) -> list[str]:
+    """Packages that weights of this form are loaded with and that are not installed."""
+    return [package for module, package in _LIBRARIES.get(form.kind, ()) if not _is_there(module)]
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is a part of, which others share
+        return False
 
 
 def check_library(form: StoredForm, name: str) -> None:
     """Raise `ModelError` if what loads weights of this form is not installed."""
-    missing = [package for module, package in _LIBRARIES.get(form.kind, ()) if not importlib.util.find_spec(module)]
-    if missing:
+    if missing := missing_libraries(form):
         raise ModelError(
             f"{name} is stored quantised by {form.kind}, which is loaded with {' and '.join(missing)}: not installed "
             f"here. Install it (pip install {' '.join(missing)}), or name the model's 16-bit original."

@@ -8,10 +8,16 @@ renames nor removes what is mapped, as long as any tensor of it is held.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 State = tuple[int, int, int, int]
 """Modified, changed (ns), size and inode of a file: another state, another content."""
+
+Looks = tuple[str, tuple[int, ...]]
+"""A stored tensor's type, as safetensors files call it, and its shape."""
 
 
 def open_tensors(path: Path, framework: str = "pt") -> Any:
@@ -19,6 +25,34 @@ def open_tensors(path: Path, framework: str = "pt") -> Any:
     from safetensors import safe_open
 
     return safe_open(path, framework=framework, backend="pread")
+
+
+class OpenFiles:
+    """Open safetensors files, each once."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._open.clear()
+
+    def get(self, file: Path, name: str) -> torch.Tensor:
+        """A tensor."""
+        tensor: torch.Tensor = self._of(file).get_tensor(name)
+        return tensor
+
+    def looks(self, file: Path, name: str) -> Looks:
+        """A tensor's type and shape; it is not read."""
+        part = self._of(file).get_slice(name)
+        return part.get_dtype(), tuple(part.get_shape())
+
+    def _of(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = open_tensors(file)
+        return self._open[file]
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

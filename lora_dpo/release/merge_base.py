@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +11,7 @@ from lora_dpo.adapters.hub import hub_errors
 from lora_dpo.adapters.passport import read_passport
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.model.base import resolve_model
-from lora_dpo.model.stored_form import StoredForm, form_of, held_text
+from lora_dpo.model.stored_form import StoredForm, held_text, stored_form
 
 if TYPE_CHECKING:
     from lora_dpo.adapters.passport import Passport
@@ -35,11 +34,11 @@ def trained_into(adapter: Path, model: str | None = None) -> Into:
 
     Raises:
         AdapterError: no adapter there, or it does not say what its base is.
-        ModelError: the base is not there.
+        ModelError: the base is not there, or its config.json is none.
     """
     passport = read_passport(adapter)
     name, revision = (model, None) if model else base_of(open_adapter(adapter))
-    if form_in(files_of(name, revision, (CONFIG,))) is not None:
+    if stored_form(str(files_of(name, revision, (CONFIG,)))) is not None:
         return "trained-base"
     return "trained-base" if passport is not None and passport.quantize.startswith("nf4") else "base16"
 
@@ -94,8 +93,3 @@ def files_of(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path
     if not (Path(found) / CONFIG).is_file():
         raise ModelError(f"{name} is no model: there is no {CONFIG} in it.")
     return Path(found)
-
-
-def form_in(folder: Path) -> StoredForm | None:
-    """How the weights of a model folder are stored quantised, if they are."""
-    return form_of(json.loads((folder / CONFIG).read_text(encoding="utf-8")), str(folder))

@@ -27,10 +27,10 @@ from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.errors import AdapterError, ModelError
 from lora_dpo.model.base import load_skeleton, model_errors
 from lora_dpo.model.identity import chat_template_sha256, tokenizer_sha256, weight_files, weight_fingerprint
-from lora_dpo.model.quantised import nf4_value, orientations, stored_value
-from lora_dpo.model.stored_form import BITSANDBYTES, StoredForm
-from lora_dpo.model.tensor_file import open_tensors
-from lora_dpo.release.merge_base import CONFIG, OF_A_MODEL, Into, check_into, files_of, form_in
+from lora_dpo.model.quantised import is_quantised, nf4_value, orientations, stored_shape, stored_value
+from lora_dpo.model.stored_form import BITSANDBYTES, StoredForm, stored_form
+from lora_dpo.model.tensor_file import OpenFiles, open_tensors
+from lora_dpo.release.merge_base import CONFIG, OF_A_MODEL, Into, check_into, files_of
 from lora_dpo.release.merged_experts import Piece, merge_piece, merge_stacked, renamed
 from lora_dpo.text import plain
 
@@ -86,11 +86,11 @@ class Merged:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every parameter of the result: float32 where something was computed, else as it is stored."""
-        with _Files() as files:
+        with OpenFiles() as files:
             for name in self.shapes:
                 yield name, self._tensor(name, files)
 
-    def _tensor(self, name: str, files: _Files) -> torch.Tensor:
+    def _tensor(self, name: str, files: OpenFiles) -> torch.Tensor:
         import torch
 
         module = name.removesuffix(".weight")
@@ -117,7 +117,7 @@ class Merged:
         )
 
     def _with_experts(
-        self, weight: torch.Tensor, piece: Piece | None, module: str, target: Target, files: _Files
+        self, weight: torch.Tensor, piece: Piece | None, module: str, target: Target, files: OpenFiles
     ) -> torch.Tensor:
         import torch
 
@@ -131,19 +131,21 @@ class Merged:
             return merge_piece(weight, piece, target, a, b, scale=scale)
         return merge_stacked(weight, target, a, b, scale=scale)
 
-    def _base_value(self, name: str, files: _Files) -> torch.Tensor:
+    def _base_value(self, name: str, files: OpenFiles) -> torch.Tensor:
         """A base's weight as it is merged into: as stored, or what its quantised form stands for."""
         import torch
 
-        transposed = self._layers.get(name.removesuffix(".weight"))
         path, key = self._files[name]
-        if transposed is None or path == self._folder or not (self._nf4 or self._stored):
-            return files.get(path, key)
-        if self._nf4:
+        transposed = self._layers.get(name.removesuffix(".weight"))
+        if self._nf4 and transposed is not None and path != self._folder:
             weight = files.get(path, key).to(getattr(torch, self._dtype or "float32"))
             return nf4_value(weight, transposed=transposed)
+        # a mixture's stored matrices are no layers of the model: what lies beside a weight says whether it is quantised
+        quantised = is_quantised(key, self._stored)
+        if path == self._folder or not (quantised or (self._stored and transposed is not None)):
+            return files.get(path, key)
         value = stored_value(lambda one: files.get(*self._stored[one]), key, self._stored.keys())
-        if value.shape != torch.Size(self.shapes[name]) or (transposed and self.form and self.form.kind != "fp8"):
+        if quantised and transposed and self.form and self.form.kind != "fp8":
             value = value.T  # bitsandbytes has GPT-2's layers turned
         return value.to(getattr(torch, self._dtype)) if self._dtype else value
 
@@ -257,40 +259,54 @@ def _open_base(name: str, revision: str | None, instead: str) -> tuple[Merged, t
     """The base's weights, unchanged, and its skeleton; `instead` is what to do with one in a form not read here."""
     from transformers import AutoConfig
 
+    form = stored_form(str(files_of(name, revision, (CONFIG,))))
+    if form is not None and form.kind not in (*BITSANDBYTES, "fp8"):
+        raise ModelError(
+            f"{name} is stored quantised ({plain(form.kind)}), in a form whose values are not read here, so it is "
+            f"neither merged into nor exported. {instead}"
+        )
+    folder = files_of(name, revision, OF_A_MODEL)
+    files = weight_files(str(folder))
+    if not files:
+        raise ModelError(f"{name} has no safetensors files. Name a copy that has them with --model.")
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ModelError(
+            f"{name} is not whole: {len(absent)} of its {len(files)} files of weights are missing "
+            f"({plain(absent[0])}). Download it again, or name a whole copy with --model."
+        )
+    skeleton = load_skeleton(str(folder))
     with model_errors(name):
-        form = form_in(files_of(name, revision, (CONFIG,)))
-        if form is not None and form.kind not in (*BITSANDBYTES, "fp8"):
-            raise ModelError(
-                f"{name} is stored quantised ({plain(form.kind)}), in a form whose values are not read here, so it is "
-                f"neither merged into nor exported. {instead}"
-            )
-        folder = files_of(name, revision, OF_A_MODEL)
-        files = weight_files(str(folder))
-        if not files:
-            raise ModelError(f"{name} has no safetensors files. Name a copy that has them with --model.")
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise ModelError(
-                f"{name} is not whole: {len(absent)} of its {len(files)} files of weights are missing "
-                f"({plain(absent[0])}). Download it again, or name a whole copy with --model."
-            )
-        skeleton = load_skeleton(str(folder))
-        stored = {key: (file, key) for file in files for key in _keys(file)}
-        places, pieces = _match(name, stored, skeleton)
-        state = skeleton.state_dict()
         config = AutoConfig.from_pretrained(folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the result is not
-        shapes = {key: _piece_shape(stored[key]) if key in pieces else tuple(state[key].shape) for key in places}
-        merged = Merged(name, folder, config, shapes, places, form=form, _layers=orientations(skeleton, form))
-        merged._pieces = pieces
-        merged._stored = stored if form is not None else {}
-        return merged, skeleton
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the result is not
+    stored = {key: (file, key) for file in files for key in _keys(file)}
+    places, pieces = _match(name, stored, skeleton)
+    shapes = _shapes(places, pieces, stored if form is not None else {}, skeleton)
+    merged = Merged(name, folder, config, shapes, places, form=form, _layers=orientations(skeleton, form))
+    merged._pieces = pieces
+    merged._stored = stored if form is not None else {}
+    return merged, skeleton
 
 
-def _piece_shape(place: tuple[Path, str]) -> tuple[int, ...]:
-    file, key = place
-    with open_tensors(file) as tensors:
-        return tuple(tensors.get_slice(key).get_shape())
+def _shapes(
+    places: Mapping[str, tuple[Path, str]],
+    pieces: Collection[str],
+    stored: Mapping[str, tuple[Path, str]],
+    skeleton: Any,
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight, and that what a quantised one (of `stored`) stands for can be computed."""
+    state = skeleton.state_dict()
+    found = {}
+    with OpenFiles() as files:
+        for name, (file, key) in places.items():
+            if stored:
+                shape = stored_shape(
+                    lambda one: files.looks(*stored[one]), lambda one: files.get(*stored[one]), key, stored
+                )
+            else:
+                _, shape = files.looks(file, key)
+            found[name] = shape if name in pieces else tuple(state[name].shape)
+    return found
 
 
 def _match(
@@ -340,25 +356,6 @@ def _untie(merged: Merged, skeleton: Any) -> None:
     merged.shapes.setdefault(head, merged.shapes[into])
     merged.config.tie_word_embeddings = False
     text.tie_word_embeddings = False
-
-
-class _Files:
-    """Open safetensors files, each once."""
-
-    def __init__(self) -> None:
-        self.open: dict[Path, Any] = {}
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        self.open.clear()
-
-    def get(self, file: Path, name: str) -> torch.Tensor:
-        if file not in self.open:
-            self.open[file] = open_tensors(file)
-        tensor: torch.Tensor = self.open[file].get_tensor(name)
-        return tensor
 
 
 def _keys(file: Path) -> list[str]:

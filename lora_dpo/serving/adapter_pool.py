@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,21 @@ class AdapterPool:
     def chat_template_kwargs(self, name: str) -> TemplateKwargs:
         """Keywords for the chat template that one of `names` was trained with. From any thread."""
         return NO_KWARGS if name == BASE else self._one(name).template
+
+    def keywords_compared(self, players: Sequence[str]) -> list[TemplateKwargs]:
+        """Keywords for the chat template, for each of those whose answers are compared. From any thread.
+
+        Adapters have their own; the base is asked with those of the adapter beside it, so that models are compared and
+        not prompts.
+
+        Raises:
+            AdapterError: one is none of `names`.
+        """
+        for name in players:
+            self.check(name)
+        own = [self.chat_template_kwargs(name) for name in players]
+        beside = next((kwargs for name, kwargs in zip(players, own, strict=True) if name != BASE), NO_KWARGS)
+        return [beside if name == BASE else kwargs for name, kwargs in zip(players, own, strict=True)]
 
     def resident(self, name: str) -> Any:
         """The modules that answer as `name`. From one thread alone. Raises `AdapterError`."""

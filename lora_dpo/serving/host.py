@@ -67,8 +67,7 @@ class Host:
     Args:
         base: without an adapter on it; it stays so.
         adapters_dir: adapters are the folders in it, by their names; by default `adapters/`.
-        strict: leave out those that are not quite as their passports say; by default what `adapters.folder.strictness`
-            says.
+        strict: leave out those that are not quite as their passports say; by default as `strictness` says.
         max_waiting: requests that may wait; one more is refused, or takes the place of one of whoever has most.
         max_prompt_tokens: longest prompt; by default three quarters of the model's context, at most 4,096.
     """
@@ -91,11 +90,12 @@ class Host:
         """The training that goes on, or the last one."""
         self._fair_queue = FairQueue(max_waiting)
         self._pool = AdapterPool(base, self.adapters_dir, strict=self.strict)
+        self.keywords_compared = self._pool.keywords_compared
+        """See there."""
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing = self._warming = False
         self._refusing: str | None = None
         """Why no request and no training is taken, after `drain`."""
-        self._warming = False
         self._ahead: threading.Thread | None = None
         """Puts adapters into memory ahead."""
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
-from lora_dpo.adapters.passport import check_folder
+from lora_dpo.adapters.passport import check_folder, read_passport
 from lora_dpo.adapters.run_folder import check_space, partial_of
 from lora_dpo.adapters.store import find_adapter
 from lora_dpo.config.improve_recipe import ImproveRecipe
@@ -74,8 +74,11 @@ def check_early(recipe: Recipe) -> None:
 def with_reference(recipe: AnyRecipe) -> AnyRecipe:
     """The recipe with its reference adapter as a folder: it may name one as the command line does.
 
+    The keywords for the chat template that the adapter was trained with go on, but for those that the recipe names:
+    with others the training would begin at prompts that the adapter never saw.
+
     Raises:
-        AdapterError: there is no such adapter.
+        AdapterError: there is no such adapter, or its passport cannot be read.
         ConfigError: a `lora:` section beside it.
     """
     if recipe.reference == "base":
@@ -84,7 +87,10 @@ def with_reference(recipe: AnyRecipe) -> AnyRecipe:
         given = ", ".join(sorted(recipe.lora.model_fields_set))
         raise ConfigError(f"lora ({given}) comes from the reference adapter and cannot be set. Remove that section.")
     folder = find_adapter(recipe.reference.removeprefix("adapter:"))
-    return recipe.model_copy(update={"reference": f"adapter:{folder}"})
+    passport = read_passport(folder)
+    template = {**(passport.chat_template_kwargs if passport else {}), **recipe.model.template}
+    model = recipe.model.model_copy(update={"template": template}) if template else recipe.model
+    return recipe.model_copy(update={"reference": f"adapter:{folder}", "model": model})
 
 
 def prepare(

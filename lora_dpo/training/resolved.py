@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
+from lora_dpo.adapters.passport import read_passport
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.config.template_kwargs import as_words
 from lora_dpo.data import TokenPair
@@ -34,10 +35,21 @@ def model_lines(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[tuple[str
     used = f", {active / 1e6:,.0f} M of them for a token" if active < total else ""
     yield "model", f"{recipe.model.name}, {total / 1e6:,.0f} M parameters{used}"
     if recipe.model.template:
-        yield "template", f"with {as_words(recipe.model.template)}"
+        yield "template", f"with {as_words(recipe.model.template)}{_of_reference(recipe)}"
     yield "device", device_name(device)
     yield "weights", _weights_line(recipe, skeleton, device, dtype)
     yield _reference_line(recipe)
+
+
+def _of_reference(recipe: Recipe) -> str:
+    """What is said of keywords for the chat template that are those of the reference adapter."""
+    passport = read_passport(recipe.reference_adapter) if recipe.reference_adapter else None
+    own = passport.chat_template_kwargs if passport else {}
+    same = {name: value for name, value in recipe.model.template.items() if name in own and own[name] == value}
+    if not same:
+        return ""
+    which = "" if len(same) == len(recipe.model.template) else f"{', '.join(same)} "
+    return f" ({which}as the reference adapter was trained)"
 
 
 def _reference_line(recipe: Recipe) -> tuple[str, str]:

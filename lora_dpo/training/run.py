@@ -24,7 +24,7 @@ from lora_dpo.adapters.checkpoints import (
     tokens_seen,
 )
 from lora_dpo.adapters.folder import attach_adapter, restore_adapter
-from lora_dpo.adapters.passport import make_passport, write_passport
+from lora_dpo.adapters.passport import Sources, make_passport, sources_of, write_passport
 from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, discard_own, open_run, release, resume_command
 from lora_dpo.adapters.stored_pairs import HELD_OUT
 from lora_dpo.config.reading import dump_recipe
@@ -149,6 +149,7 @@ def _leave(partial: Path) -> None:
 def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
     odd = findings(run.recipe.data, run.reports["train"].rows, run.recipe.method)
     base = base or _load(run)
+    sources = sources_of(base, run.recipe.reference)  # hours later they may have moved
     model = _attach(base, run.recipe, seed=run.settings["seed"])
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
     ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
@@ -167,7 +168,8 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     after = measure_after(run, model, pad, ref_scores)
     rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
     _report(run, before, after, rows)
-    _save(run, base, model, log, (before, after), rows, record(run, before, after, outcome, odd))
+    found = record(run, before, after, outcome, odd)
+    _save(run, base, model, log, sources, (before, after), rows, found)
     return TrainResult(run.output, base, model, before, after, outcome)
 
 
@@ -354,6 +356,7 @@ def _save(
     base: Base,
     model: PeftModel,
     log: RunLog,
+    sources: Sources,
     measured: tuple[Measured, Measured],
     compared: Rows,
     found: dict[str, Any],
@@ -375,6 +378,7 @@ def _save(
         created=created,
         recipe=settings,
         chat_template_kwargs=run.chat_template_kwargs,
+        sources=sources,
     )
     shown = evenly_spaced(len(run.prompts), max(run.recipe.evaluation.show, 8))
     samples = [(run.prompts[i][-1]["content"], before.texts[i].text, after.texts[i].text) for i in shown]

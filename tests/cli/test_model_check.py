@@ -24,6 +24,7 @@ def base(tiny_model_folder, tmp_path):
             (folder / "chat_template.jinja").write_text(template)
         return str(folder)
 
+    make.folder = tmp_path / "base"
     return make
 
 
@@ -32,7 +33,8 @@ def test_what_works_of_a_small_llama(base):
     assert (found.kind, found.layers, found.streams, found.export) == ("llama", 2, True, None)
     assert found.modules == 14
     assert 0 < found.reached < found.parameters
-    assert 0 < found.nf4 < found.half == 2 * found.parameters
+    assert 0 < found.packed < found.half == 2 * found.parameters
+    assert (found.form, found.missing) == (None, ())
     assert found.pair > 0
     assert found.template.system == "yes"
     assert [label for label, _ in lines(found)] == [
@@ -74,6 +76,34 @@ def test_what_does_not_work_is_said_with_its_reason(base):
     assert found.pair is None
     said = dict(lines(found))
     assert said["engine"] == "TRL's own passes (slower, the same result): its attention has dropout"
+
+
+@pytest.mark.parametrize(
+    ("form", "packed", "half", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, True, True, "packed as stored (INT8)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, True, True, "(FP4)"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, False, True, "GB as values in 16 bits"),
+        ({"quant_method": "gptq", "bits": 8}, True, False, "packed as stored (GPTQ)"),
+    ],
+)
+def test_a_base_that_came_quantised_is_counted_as_it_will_be_held(base, monkeypatch, form, packed, half, said):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gptqmodel" else name)
+    plain = check_model(base())
+    shutil.rmtree(base.folder)
+    found = check_model(base({"quantization_config": form}))
+    told = dict(lines(found))
+    assert told["weights"].startswith("stored quantised (")
+    assert (found.packed is not None, found.half is not None) == (packed, half)
+    assert said in told["memory"]
+    assert "in 4 bits" not in told["memory"]
+    assert found.half in (None, plain.half)
+    if 8 in form.values() or "load_in_8bit" in form:
+        assert plain.packed < found.packed < plain.half
+    assert found.missing == (("gptqmodel",) if form["quant_method"] == "gptq" else ())
+    assert told.get("library", "none") == (
+        "not installed: gptqmodel, which loads such weights (pip install gptqmodel)" if found.missing else "none"
+    )
 
 
 def test_a_type_that_gguf_export_does_not_know(base):

@@ -10,6 +10,7 @@ import json
 import random
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import pytest
 import torch
 
 from lora_dpo.data import Message, Origin, read_pairs
+from lora_dpo.data.answers import read_answers
 from lora_dpo.data.chat_template import render
 from lora_dpo.data.doctor.examination import examine
 from lora_dpo.data.formats.feedback import matched
 from lora_dpo.data.formats.registry import FORMATS, format_of
 from lora_dpo.data.formats.trl import SCORES
+from lora_dpo.data.messages import BadRow
 from lora_dpo.data.pairs import UnpairedAnswer
 from lora_dpo.data.tokenize import tokenize_pair
 from lora_dpo.data.write import canonical_row
@@ -1324,3 +1327,71 @@ def test_a_null_that_a_row_wrote_itself_stays(tmp_path):
 )
 def test_what_is_no_comparison_of_two_answers_is_not_taken_for_one(row):
     assert format_of(row).name != "winner"
+
+
+ONE_TWO = ("response_1", "response_2")
+
+
+@pytest.mark.parametrize(
+    ("names", "winners"),
+    [
+        (ONE_TWO, [-1, 1]),
+        (ONE_TWO, [1, 2, -2]),
+        (ONE_TWO, [0, 1]),
+        (ONE_TWO, ["1", "0"]),
+        (ONE_TWO, [1, 2, 3]),
+        (ONE_TWO, [1.0, 1.5]),
+        (("response_0", "response_1"), [-1, 0, 1]),
+        (("response_0", "response_1"), [1, 2]),
+    ],
+)
+@pytest.mark.parametrize("end", ["jsonl", "csv"])
+def test_numbers_that_can_be_read_in_two_ways_are_refused(tmp_path, names, winners, end):
+    rows = [{**voted(winner, "preference", names), "prompt": f"Hello {at}"} for at, winner in enumerate(winners)]
+    path = tmp_path / f"votes.{end}"
+    if end == "jsonl":
+        write(path, *rows)
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    for read in (read_pairs, partial(read_answers, good_only=True)):
+        with pytest.raises(
+            DataError, match=r"votes\.\w+: the column 'preference' has the numbers .* in two ways\. Write"
+        ):
+            read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("winner", "names"),
+    [
+        *((winner, ONE_TWO) for winner in (-1, -2, "-1", "- 1", 0, 1.5, 12, True)),
+        *(
+            (winner, ("response_a", "response_b"))
+            for winner in ("-A", "!A", "A>B", "A<B", "A+", "not A", "A is worse", 1)
+        ),
+    ],
+)
+def test_what_names_no_answer_makes_no_pair(winner, names):
+    with pytest.raises(BadRow, match="the winner is neither"):
+        format_of(row := voted(winner, names=names)).read(row, Origin("a.jsonl", 1))
+
+
+def test_a_letter_that_is_the_other_answers_text_makes_no_pair():
+    choices = {"prompt": "Which? A) red B) blue", "response_a": "B", "response_b": "A"}
+    for winner in ("A", "B"):
+        with pytest.raises(BadRow, match="the letter or number of one answer and the text of the other"):
+            format_of(row := {**choices, "winner": winner}).read(row, Origin("a.jsonl", 1))
+    alike = {**choices, "response_a": "A", "response_b": "B", "winner": "B"}
+    assert format_of(alike).read(alike, Origin("a.jsonl", 1)).chosen[0]["content"] == "B"
+    flagged = {**choices, "winner_model_a": 1, "winner_model_b": 0}
+    assert format_of(flagged).read(flagged, Origin("a.jsonl", 1)).chosen[0]["content"] == "B"
+
+
+def test_winners_in_two_forms_are_told(tmp_path):
+    rows = [voted("A"), {**voted("Hello, how can I help?"), "prompt": "Hi"}, {**voted("B"), "prompt": "Hey"}]
+    pairs, report = read_pairs(write(tmp_path / "votes.jsonl", *rows))
+    assert len(pairs) == 3
+    (note,) = report.noted()
+    assert note == "its column 'winner' names answers by their letters or numbers and by their texts"

@@ -1,6 +1,9 @@
 """Keywords for the chat template reach every place that writes with one, and one that it does not read is told."""
 
 import ast
+import json
+import keyword
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,9 @@ from hypothesis import strategies as st
 from templates import CHANNELS, HEADERS, NO_SYSTEM, THINKING, with_template
 
 import lora_dpo
+from lora_dpo.adapters.passport import read_passport
 from lora_dpo.config.reading import check_recipe
-from lora_dpo.config.template_kwargs import RESERVED, checked_template_kwargs, parse_template_kwargs
+from lora_dpo.config.template_kwargs import RESERVED, WORDS, checked_template_kwargs, parse_template_kwargs
 from lora_dpo.data import Message, Origin, PreferencePair, tokenize_pairs
 from lora_dpo.data.answers import tokenize_answers
 from lora_dpo.data.chat_template import encode, hold_defaults, prompt_ids, render, with_defaults
@@ -20,7 +24,7 @@ from lora_dpo.data.pairs import UnpairedAnswer
 from lora_dpo.data.template_trial import fault_of, template_environment
 from lora_dpo.data.token_view import view_pair
 from lora_dpo.data.tokenize import tokenize_pair
-from lora_dpo.errors import ConfigError
+from lora_dpo.errors import AdapterError, ConfigError
 
 OFF, ON = {"enable_thinking": False}, {"enable_thinking": True}
 EMPTY = "<think>\n\n</think>\n\n"
@@ -275,3 +279,29 @@ def test_a_template_that_a_keyword_makes_run_on_is_not_used(tokenizer):
     assert "characters of a few words" in fault_of(once)
     assert fault_of(THINKING) is None
     assert encode(tokenizer, "x") == [120]
+
+
+NAMES = sorted({*WORDS, *keyword.kwlist, *keyword.softkwlist, "namespaces", "style"} - {"_"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_keyword_is_one_that_a_template_reads_and_can_be_written_with(name):
+    """A word of Jinja is refused in one sentence, wherever it comes from; any other name works as a default."""
+    if name in WORDS:
+        with pytest.raises(
+            ConfigError, match=rf"^--template is '{name}=7': {name} is no name of a keyword: it is a word"
+        ):
+            parse_template_kwargs(f"{name}=7")
+        return
+    kwargs = checked_template_kwargs({name: 7})
+    template = f"{{{{ {name} }}}}|{{% for one in [1] %}}{{{{ {name} }}}}{{% endfor %}}"
+    assert template_environment().from_string(with_defaults(template, kwargs)).render() == "7|7"
+
+
+@pytest.mark.parametrize("name", ["not", "true", "None", "loop", "in"])
+def test_words_that_a_template_cannot_be_written_with_are_refused_of_a_passport_too(tiny_adapter, tmp_path, name):
+    adapter = shutil.copytree(tiny_adapter, tmp_path / "foreign")
+    passport = json.loads((adapter / "passport.json").read_text())
+    (adapter / "passport.json").write_text(json.dumps({**passport, "chat_template_kwargs": {name: 1}}))
+    with pytest.raises(AdapterError, match=f"passport.json cannot be read .{name} is no name of a keyword"):
+        read_passport(adapter)

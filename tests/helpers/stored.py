@@ -4,6 +4,7 @@ import json
 import shutil
 
 import torch
+from bitsandbytes.functional import quantize_4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -42,6 +43,25 @@ def eight_bit_floats(folder, target, block=32):
     save_file(found, target / "model.safetensors", metadata={"format": "pt"})
     how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
     return marked(target, {**how, "modules_to_not_convert": ["lm_head"]})
+
+
+def bitsandbytes_pieces(folder, target, kind):
+    """A copy of a mixture whose experts are quantised one by one ("nf4", "int8"), as older transformers stored them."""
+    shutil.copytree(folder, target)
+    found = load_file(target / "model.safetensors")
+    for name in [name for name in found if name.endswith("_proj.weight")]:
+        weight = found[name].to(torch.bfloat16)
+        if kind == "int8":
+            scales = weight.float().abs().amax(dim=1)
+            found[name] = (weight.float() / scales[:, None] * 127).round().to(torch.int8)
+            found[f"{name.removesuffix('.weight')}.SCB"] = scales
+        else:
+            found[name], state = quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+            found |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(found, target / "model.safetensors", metadata={"format": "pt"})
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True}
+    how = {"load_in_8bit": True} if kind == "int8" else {**four, "bnb_4bit_compute_dtype": "bfloat16"}
+    return marked(target, {"quant_method": "bitsandbytes", **how})
 
 
 def marked(folder, how, target=None):

@@ -305,3 +305,14 @@ def test_two_loads_at_once_leave_the_default_dtype_as_it_was(tiny_model_folder, 
         thread.join(60)
     assert seen == [1, 1, 1]
     assert torch.get_default_dtype() is torch.float32
+
+
+def test_a_fault_of_our_own_is_not_told_as_one_of_the_files(tiny_model_folder, monkeypatch):
+    def faulty(*_, **__):
+        raise AttributeError("ours")
+
+    for name in ("decide_packed", "check_packed", "weight_fingerprint"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lora_dpo.model.base.{name}", faulty)
+            with pytest.raises(AttributeError, match="ours"):
+                load_base(str(tiny_model_folder), quantize="nf4")

@@ -1,19 +1,23 @@
 """Bases as they come: what a checkpoint is stored as is read, said, loaded, trained on, and known again."""
 
+import importlib
 import json
+import shutil
+import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stored import BITSANDBYTES, bfloat16, bitsandbytes, eight_bit_floats, marked
 
 from lora_dpo.config.recipe import LoraSection, ModelSection
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.model.base import held_by, load_base
 from lora_dpo.model.lora import attach_lora
-from lora_dpo.model.origin import from_text, origin_sample, same_origin, to_text
+from lora_dpo.model.origin import from_text, is_another_form, origin_sample, same_origin, to_text
 from lora_dpo.model.quantised import kept_share, quantised_layers, stored_value
 from lora_dpo.model.stored_form import check_library, form_of, held_as, held_text
+from lora_dpo.model.tensor_file import open_tensors
 
 IDS = torch.tensor([[257, 5, 6, 7, 8, 9]])
 
@@ -146,6 +150,45 @@ def test_a_library_that_is_missing_is_named_before_any_weight_is_read(original, 
     assert loads == []
 
 
+@pytest.fixture
+def optimum(tmp_path, monkeypatch):
+    """A package of that name without quanto in it."""
+    folder = tmp_path / "optimum"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield folder
+    sys.modules.pop("optimum", None)
+
+
+def test_optimum_alone_does_not_load_quanto(optimum):
+    form = form_of({"quantization_config": {"quant_method": "quanto"}}, "m")
+    with pytest.raises(ModelError, match=r"is loaded with optimum-quanto: not installed here"):
+        check_library(form, "m")
+    (optimum / "quanto").mkdir()
+    (optimum / "quanto" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    check_library(form, "m")
+
+
+def test_without_optimum_there_is_no_quanto():
+    with pytest.raises(ModelError, match=r"is loaded with optimum-quanto: not installed here"):
+        check_library(form_of({"quantization_config": {"quant_method": "quanto"}}, "m"), "m")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("nf4", "NF4 with double quantisation"),
+        ("int4-of-2027", "int4-of-2027"),
+        ("int4-of-2027, stored", "INT4-OF-2027 as stored"),
+        ("a\x1b[2Jb", "a\\x1b[2Jb"),
+    ],
+)
+def test_weights_are_called_what_a_passport_says(held, said):
+    assert held_text(held) == said
+
+
 def test_a_library_that_is_there_is_left_to_transformers(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     check_library(form_of({"quantization_config": {"quant_method": "awq"}}, "m"), "m")
@@ -246,9 +289,6 @@ def test_an_adapter_on_the_model_is_not_counted(tiny_model_folder):
 # --- one model in two forms -----------------------------------------------------------------------
 
 
-ONE_MODEL = ["original", "nf4", "nf4-double", "int8", "fp8"]
-
-
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double", "nf4-bf16", "nf4-kept", "fp4", "int8", "fp8"])
 def test_a_base_is_known_again_in_another_form(stored, original, kind):
     whole, part = origin_sample(str(original)), origin_sample(str(stored(kind)), most=6)
@@ -271,17 +311,88 @@ def changed(by, only=""):
 
 @pytest.mark.parametrize(
     ("by", "only"),
-    [(0.03, ""), (1.0, "layers.1.mlp.up_proj"), (10.0, "")],
-    ids=["tuned further", "one matrix", "another"],
+    [(0.003, ""), (0.01, ""), (0.01, "attn"), (1.0, "layers.1.mlp.up_proj"), (10.0, "")],
+    ids=["a fine-tune", "a longer one", "of attention alone", "one matrix", "another"],
 )
 def test_another_model_of_the_same_shapes_is_not(stored, original, tmp_path, by, only):
-    other = bfloat16(original, tmp_path / "other", changed(by, only))
-    sample = origin_sample(str(other))
-    for kind in ("nf4", "nf4-double", "fp4"):
+    sample = origin_sample(str(bfloat16(original, tmp_path / "other", changed(by, only))))
+    for kind in ("nf4", "nf4-double", "fp4", "int8", "fp8"):
         assert not same_origin(origin_sample(str(stored(kind))), sample), kind
-    if by > 0.5:
-        assert not same_origin(origin_sample(str(stored("int8"))), sample)
-        assert not same_origin(origin_sample(str(stored("fp8"))), sample)
+        assert not same_origin(from_text(to_text(sample)), origin_sample(str(stored(kind)))), kind
+
+
+def test_a_fine_tune_that_was_quantised_is_not_the_untuned_model(stored, original, tmp_path):
+    other = bfloat16(original, tmp_path / "other", changed(0.003))
+    for kind in ("nf4", "int8"):
+        theirs = origin_sample(str(bitsandbytes(other, tmp_path / kind, kind)))
+        assert same_origin(origin_sample(str(other)), theirs), kind
+        assert not same_origin(origin_sample(str(original)), theirs), kind
+    assert not same_origin(origin_sample(str(stored("nf4-double"))), origin_sample(str(tmp_path / "nf4")))
+    assert same_origin(origin_sample(str(stored("nf4-double"))), origin_sample(str(stored("nf4"))))
+
+
+def test_scales_that_were_rounded_are_no_other_model(stored, original, tmp_path):
+    folder = shutil.copytree(stored("fp8"), tmp_path / "rounded")
+    tensors = load_file(folder / "model.safetensors")
+    rounded = {name: one.to(torch.bfloat16) if name.endswith("_scale_inv") else one for name, one in tensors.items()}
+    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+    assert same_origin(origin_sample(str(folder)), origin_sample(str(original)))
+    tuned = bfloat16(original, tmp_path / "tuned", changed(0.01))
+    assert not same_origin(origin_sample(str(folder)), origin_sample(str(tuned)))
+
+
+class Watched:
+    """An open safetensors file that counts the numbers which are read of its weights."""
+
+    def __init__(self, file, numbers):
+        self.file, self.numbers = file, numbers
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_tensor(self, name):
+        tensor = self.file.get_tensor(name)
+        self.numbers[name] = self.numbers.get(name, 0) + tensor.numel()
+        return tensor
+
+    def get_slice(self, name):
+        return WatchedSlice(self.file.get_slice(name), name, self.numbers)
+
+
+class WatchedSlice:
+    def __init__(self, part, name, numbers):
+        self.part, self.name, self.numbers = part, name, numbers
+
+    def __getattr__(self, name):
+        return getattr(self.part, name)
+
+    def __getitem__(self, at):
+        found = self.part[at]
+        self.numbers[self.name] = self.numbers.get(self.name, 0) + found.numel()
+        return found
+
+
+@pytest.mark.parametrize("kind", ["original", "nf4", "int8", "fp8"])
+def test_a_window_is_all_that_is_read_of_a_weight_and_once(stored, original, tmp_path, monkeypatch, kind):
+    folder = shutil.copytree(original if kind == "original" else stored(kind), tmp_path / "copy")
+    numbers, opened = {}, []
+
+    def watched(path):
+        opened.append(path)
+        return Watched(open_tensors(path), numbers)
+
+    monkeypatch.setattr("lora_dpo.model.origin.open_tensors", watched)
+    sample = origin_sample(str(folder))
+    assert len(sample) == 15
+    assert max(numbers.get(name, 0) for name in sample) <= 128  # a window, or the one row it is in
+    for _ in range(3):
+        assert origin_sample(str(folder)).keys() == sample.keys()
+        assert is_another_form(str(folder), sample) is False or kind != "original"
+    assert len(opened) <= 2  # all its weights, and those of the sample
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    origin_sample(str(folder))
+    assert len(opened) == 3  # the file is another one now
 
 
 def test_one_matrix_of_many_that_differs_is_another_model(stored, original):

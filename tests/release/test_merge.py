@@ -22,6 +22,8 @@ from lora_dpo.config.reading import check_recipe
 from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.errors import AdapterError, BaseDiffers, ModelError, OutputError
 from lora_dpo.model.base import load_base
+from lora_dpo.release.exports.export_adapter import export
+from lora_dpo.release.merge_base import trained_into
 from lora_dpo.release.merge_fidelity import Fidelity, fidelity, recommend, thinned
 from lora_dpo.release.merged_folder import shard_files
 from lora_dpo.release.merged_weights import merge_weight, plan_merge, predict_bytes
@@ -462,3 +464,26 @@ def test_a_plan_reads_no_weight_and_says_what_is_adapted(adapter):
     plan = plan_merge(adapter)
     assert plan.adapted("model.layers.0.mlp.down_proj.weight")
     assert not plan.adapted("model.norm.weight")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"quantization_config": 4}'])
+def test_a_bad_config_of_a_base_is_one_sentence(tiny_adapter, tiny_model_folder, tmp_path, text):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_folder, base)
+    (base / "config.json").write_text(text)
+    for work in (
+        lambda: trained_into(tiny_adapter, str(base)),
+        lambda: merge(tiny_adapter, tmp_path / "out", model=str(base)),
+        lambda: export(tiny_adapter, tmp_path / "out.gguf", to="gguf", model=str(base)),
+    ):
+        with pytest.raises(ModelError, match=r"config\.json"):
+            work()
+
+
+def test_a_fault_of_our_own_is_not_told_as_one_of_the_files(tiny_adapter, tmp_path, monkeypatch):
+    def faulty(*_, **__):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("lora_dpo.release.merged_weights.orientations", faulty)
+    with pytest.raises(KeyError, match="ours"):
+        merge(tiny_adapter, tmp_path / "out")

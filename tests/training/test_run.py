@@ -1,5 +1,7 @@
 """The whole path on a tiny model: recipe to adapter folder, interrupted and resumed, loaded elsewhere."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import COMMIT, OLD_COMMIT
@@ -15,7 +17,10 @@ from lora_dpo.data import Origin, TokenPair
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import AdapterError, ConfigError, OutputError
 from lora_dpo.events import Compared, Note, Progress, Resolved, Saved, StepLogged, Stopped, StopSignal
+from lora_dpo.files import sha256_of
 from lora_dpo.model.base import load_base
+from lora_dpo.model.identity import weight_fingerprint
+from lora_dpo.model.origin import CARRIED, origin_sample, to_text
 from lora_dpo.serving.chat import open_chat
 from lora_dpo.training.run import train
 
@@ -287,3 +292,29 @@ def test_the_steps_that_a_run_announces_are_those_that_it_takes(size, gathered, 
     said = dict(next(event for event in events if isinstance(event, Resolved)).lines)["steps"]
     last = max(event.step for event in events if isinstance(event, StepLogged))
     assert said.startswith(f"{last} of ")
+
+
+@pytest.mark.parametrize("change", ["moved", "replaced"])
+def test_a_base_and_a_reference_that_move_meanwhile_cost_no_finished_run(
+    recipe, tiny_model_folder, tiny_adapter, tmp_path, change
+):
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    (base / "LICENSE").write_text("Licence of the base")
+    reference = shutil.copytree(tiny_adapter, tmp_path / "reference")
+    settings = {"model__name": str(base), "reference": f"adapter:{reference}", "trainer__max_steps": 1}
+
+    def look(step, *_):
+        if step == 1 and base.exists():
+            shutil.rmtree(base)
+            shutil.rmtree(reference)
+            if change == "replaced":
+                base.mkdir()
+                (base / "config.json").write_text("{")
+                (base / "model.safetensors").write_text("not whole")
+
+    passport = read_passport(train(recipe(**settings), name="late", look=look).folder)
+    assert not reference.exists()
+    assert passport.base_licence == "Licence of the base"
+    assert passport.reference_sha256 == sha256_of(tiny_adapter / "adapter_model.safetensors")
+    sample = to_text(origin_sample(str(tiny_model_folder), most=CARRIED))
+    assert (passport.base_fingerprint, passport.base_sample) == (weight_fingerprint(str(tiny_model_folder)), sample)
