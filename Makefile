@@ -4,7 +4,7 @@
 # make test-rounding   those on how trainings end, with the CPU held to older instructions, which round otherwise
 # make fuzz    broken and hostile files of every kind, by the thousand (about 20 minutes on 2 cores, by estimate)
 # make demo    set everything up, then chat, vote, train and swap in a browser
-# make check   lint, types and all tests: what CI runs
+# make check   lint, types and all tests; CI leaves out those that take minutes each
 # make bench   a step of ours and of stock TRL, side by side on three shapes of data (an hour on 2 cores, by estimate)
 # make study   DPO against PPO, SFT and best-of-n on one known reward (hours; goes on where it was stopped)
 # make study-quick   the same, small: the frontier's shape
@@ -13,6 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m
+SLOW ?= slow
 
 .PHONY: train test test-rounding test-slow fuzz demo check lint types bench study study-quick setup clean
 
@@ -27,8 +28,9 @@ demo: $(BIN)/.demo $(MODEL)/config.json
 test: $(BIN)/.dev $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
+# CI's: make test-slow SLOW="slow and not long"
 test-slow: $(BIN)/.dev $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(SLOW)"
 
 # The second with two threads in one process: two such processes on two cores take five times as long.
 test-rounding: $(BIN)/.dev $(MODEL)/config.json

@@ -2,7 +2,7 @@
 
     python benchmarks/architectures.py                       every type of decoder, by its configuration's defaults
     python benchmarks/architectures.py qwen3_5_text lfm2     these
-    python benchmarks/architectures.py --table               what was found, as the table of docs/engine.md
+    python benchmarks/architectures.py --table               what was found, as the table of docs/architectures.md
 
 What is found is put into results/architectures.json. The numbers hang on the CPU's rounding.
 """

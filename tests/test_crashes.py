@@ -85,6 +85,7 @@ def test_a_few_crashes_of_quick_commands(library, start):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_crashes_of_commands_that_write_files(library, start):
     wanted = {
         "split": [40, 12], "fix": [20, 10], "convert": [10, 5], "pack": [10, 5], "install": [25, 10],
@@ -95,6 +96,7 @@ def test_many_crashes_of_commands_that_write_files(library, start):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_crashes_of_a_training(library, start):
     done = crashes(library, start, {"train": [24, 10], "resume": [12, 4], "pairs": [10, 4], "improve": [4, 2]}, seed=3)
     assert done["killed"] >= 30

@@ -79,11 +79,12 @@ def test_merge_into_the_trained_base_reloads_in_plain_transformers_with_the_live
     base = load_base("smollm2-135m", quantize="nf4")
     live = PeftModel.from_pretrained(base.model, str(adapter)).eval()  # plain peft, no code of ours
     held_out = pairs(tokenizer, workplace)
-    for ours, theirs in zip(
-        score_pairs(merged, held_out, pad_id=2), score_pairs(live, held_out, pad_id=2), strict=True
-    ):
-        # An answer of one likely token has a log-probability near 0, where float32 rounds absolutely: up to 4e-5 seen.
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
+    tokens = [len(pair.chosen) for pair in held_out], [len(pair.rejected) for pair in held_out]
+    live_scores = score_pairs(live, held_out, pad_id=2)
+    for ours, theirs, lengths in zip(score_pairs(merged, held_out, pad_id=2), live_scores, tokens, strict=True):
+        # float32 rounds differently from CPU to CPU: whole answers were 4e-5 nats apart on one, 3e-4 on another
+        for our, their, length in zip(ours, theirs, lengths, strict=True):
+            assert our == pytest.approx(their, rel=0, abs=1e-4 * length)
 
 
 def test_packed_4bit_weights_give_the_same_scores_as_the_held_ones(adapter, workplace, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bounded import EXAMPLES, ends_well
+from bounded import EXAMPLES, ends_well, yaml_bomb
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -295,6 +295,16 @@ def test_reports_of_foreign_folders(name, parts, tmp_path):
                 assert len(report_of(folders)) < LARGE
 
     run()
+
+
+def test_a_report_of_a_recipe_whose_aliases_multiply_is_one_short_sentence(parts, tmp_path):
+    # in the place of a setting that a report shows
+    hostile = f"{yaml_bomb()}\nmodel: {{name: *a7}}\ntrainer: *a7\n".encode()
+    folder = rewritten(tmp_path / "odd", {**parts, "recipe.yaml": hostile})
+    with ends_well() as said:
+        report_of([folder])
+    assert "too much in it" in str(said[0])
+    assert len(str(said[0])) < 1000
 
 
 def test_reports_of_foreign_evaluations(tmp_path):

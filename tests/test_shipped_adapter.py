@@ -79,8 +79,14 @@ def test_it_chats(workplace, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "limit", "pairs"),
-    [("bfloat16", 0.01, ROOT / "data" / "quickstart-eval.jsonl"), ("float32", 1e-4, None)],
-    ids=["bfloat16, all held-out pairs", "float32, the pairs that it carries"],
+    [
+        pytest.param(
+            *("bfloat16", 0.01, ROOT / "data" / "quickstart-eval.jsonl"),
+            id="bfloat16, all held-out pairs",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("float32", 1e-4, None, id="float32, the pairs that it carries"),
+    ],
 )
 def test_merging_into_the_trained_base_keeps_its_log_probabilities(workplace, dtype, limit, pairs, tmp_path):
     folder = merge("adapters/quickstart", tmp_path / "merged", into="trained-base", dtype=dtype)

@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_dpo.adapters.lora_config import CONFIG, WEIGHTS
 from lora_dpo.config.reading import read_recipe
-from lora_dpo.errors import LoraDPOError
+from lora_dpo.errors import LoraDPOError, OutputError
 from lora_dpo.files import replace_file, sha256_of
 from lora_dpo.leftovers import discard
 from lora_dpo.systems import sync, sync_folder
@@ -98,6 +98,30 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state of a checkpoint."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return state
+
+
+def check_states(checkpoint: Path) -> None:
+    """Raise `OutputError` if torch would not read what a run goes on from: its manifest vouches for any bytes.
+
+    torch reads tensors and plain values alone, so that nothing in a pickle is run; but what it says of one that wants
+    more, in the middle of a training, names no file.
+    """
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    for path in sorted(path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")):
+        try:
+            with safe_globals():  # what the trainer reads NumPy's state with
+                found = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception:  # whatever the bytes make of the reader: UnpicklingError, EOFError, RuntimeError, KeyError …
+            found = None
+        if not isinstance(found, dict):
+            raise OutputError(
+                f"{path} is damaged, or a pickle that holds more than a training's state, which is never loaded. "
+                f"Remove {checkpoint} to go on from the checkpoint before it."
+            )
 
 
 def tokens_seen(checkpoint: Path) -> int:

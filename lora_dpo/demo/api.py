@@ -20,7 +20,7 @@ from lora_dpo.config.column_names import parse_columns
 from lora_dpo.data import Message
 from lora_dpo.demo import downloads
 from lora_dpo.demo.conversation import ask, conversation_of
-from lora_dpo.demo.handlers import client_of, sampling_of, told
+from lora_dpo.demo.handlers import client_of, sampling_of, told, typed
 from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.demo.session import AppState
 from lora_dpo.demo.tab_train import drafted, end, pause
@@ -38,7 +38,7 @@ def add(app_state: AppState, *, public: bool = False) -> None:
     if not public:
         verbs += [_pairs(app_state), _training(app_state), _adapters(app_state)]
     for function in (function for functions in verbs for function in functions):
-        endpoint(told(function), api_name=function.__name__, concurrency_limit=None)
+        endpoint(told(typed(function)), api_name=function.__name__, concurrency_limit=None)
     if not public:
         _files(app_state)
 
@@ -247,8 +247,8 @@ def _files(app_state: AppState) -> None:
         columns = gr.Textbox("", label="columns")
         given, made, place = gr.File(label="package"), gr.File(label="file"), gr.Textbox(label="place")
         button = cast(Any, gr.Button())
-        button.click(told(upload_pairs), [given, columns], place, api_name="upload_pairs")
-        button.click(told(export_pairs), name, made, api_name="export_pairs")
-        button.click(told(pack), name, made, api_name="pack")
-        button.click(told(install_package), given, place, api_name="install")
-        button.click(told(export_adapter), [name, form], [place, made], api_name="export_adapter")
+        button.click(told(typed(upload_pairs)), [given, columns], place, api_name="upload_pairs")
+        button.click(told(typed(export_pairs)), name, made, api_name="export_pairs")
+        button.click(told(typed(pack)), name, made, api_name="pack")
+        button.click(told(typed(install_package)), given, place, api_name="install")
+        button.click(told(typed(export_adapter)), [name, form], [place, made], api_name="export_adapter")

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 import gradio as gr
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -15,12 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_dpo.demo import api, page_head, tab_adapters, tab_chat, tab_data, tab_train, tab_vote
 from lora_dpo.demo.follow import Followed, follow, lead_to_chat
+from lora_dpo.demo.handlers import refusal
 from lora_dpo.demo.server import serving_on
 from lora_dpo.demo.session import AppState
 from lora_dpo.demo.tab_train import trained_last
 from lora_dpo.demo.theme import TITLE, css, head, theme
+from lora_dpo.errors import ConfigError
 from lora_dpo.leftovers import give_up
 from lora_dpo.serving.address import is_cross_site, is_local_name, listen
+from lora_dpo.text import SHOWN, one_line
 
 MAX_UPLOAD = "1gb"
 """Largest file that a browser may send: an adapter's package. Files of pairs have a limit of their own."""
@@ -43,6 +47,22 @@ POLICY = "; ".join(
 """Content-Security-Policy of every response: whatever a text says, the page talks to this server alone."""
 
 
+class Page(gr.Blocks):
+    """Gradio's page, which says to whoever calls it what it cannot read; Gradio alone logs a traceback for that."""
+
+    async def preprocess_data(self, *args: Any, **kwargs: Any) -> Any:
+        """The values of a call as its parts take them. Raises `gr.Error`."""
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except Exception as error:  # too few values, no upload where one belongs, a choice that is none
+            raise refusal(ConfigError(f"What was sent cannot be read: {_reason(error)}")) from None
+
+
+def _reason(error: Exception) -> str:
+    said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else getattr(error, "message", str(error))
+    return one_line(str(said).strip().partition("\n")[0], SHOWN)
+
+
 def build(app_state: AppState, *, public: bool = False) -> gr.Blocks:
     """The page, ready to launch.
 
@@ -50,7 +70,7 @@ def build(app_state: AppState, *, public: bool = False) -> gr.Blocks:
         public: for visitors whom nobody knows: they chat and vote. Training, data and adapters are not there, their
             endpoints neither.
     """
-    page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400))
+    page = Page(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400))
     with page:
         header = page_head.build(app_state, public=public)
         with gr.Tabs(overflow_behavior="wrap") as tabs:

@@ -7,15 +7,17 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from html import escape
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import gradio as gr
+from pydantic import TypeAdapter, ValidationError
 
 from lora_dpo.data.thoughts import split_thought
 from lora_dpo.demo.html import note, thought_title
 from lora_dpo.demo.machine_paths import without_paths
-from lora_dpo.errors import LoraDPOError
+from lora_dpo.errors import ConfigError, LoraDPOError
 from lora_dpo.model.decoding import Sampling
+from lora_dpo.text import SHOWN, one_line, shown
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Given = dict[Any, Any]
@@ -51,6 +53,55 @@ def told(handler: Handler) -> Handler:
             raise refusal(error) from None
 
     return function  # type: ignore[return-value]
+
+
+def typed(handler: Handler) -> Handler:
+    """A handler whose values are held to the types of its parameters: what a script sends may be any JSON.
+
+    A null in the place of a parameter that has a default is that default. Raises `ConfigError` for another type.
+    """
+    signature = inspect.signature(handler)
+    hints = {name: hint for name, hint in get_type_hints(handler).items() if name not in ("request", "return")}
+    checks = {name: TypeAdapter(hint) for name, hint in hints.items()}
+
+    def taken(args: Any, kwargs: Any) -> inspect.BoundArguments:
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            default = signature.parameters[name].default
+            if name in checks and value is None and default is not inspect.Parameter.empty:
+                given.arguments[name] = default
+            elif name in checks:
+                try:
+                    given.arguments[name] = checks[name].validate_python(value)
+                except ValidationError as error:
+                    raise _of_another_type(name, error) from None
+        return given
+
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            given = taken(args, kwargs)
+            yield from handler(*given.args, **given.kwargs)
+
+        return generator  # type: ignore[return-value]
+
+    @functools.wraps(handler)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        given = taken(args, kwargs)
+        return handler(*given.args, **given.kwargs)
+
+    return function  # type: ignore[return-value]
+
+
+def _of_another_type(name: str, error: ValidationError) -> ConfigError:
+    """Pydantic's first complaint of a parameter's value, as a sentence."""
+    first = error.errors(include_url=False)[0]
+    where = one_line(".".join(map(str, (name, *first["loc"]))), SHOWN)
+    said = first["msg"]
+    return ConfigError(
+        f"{where} is {shown(first['input'])}, which this call does not take: {said[0].lower()}{said[1:]}."
+    )
 
 
 def refusal(error: LoraDPOError) -> gr.Error:

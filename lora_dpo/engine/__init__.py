@@ -19,6 +19,7 @@ prequential_count   accuracy on each prompt before its first update, counted in 
 step_record         a step as it was run: its pairs, and the policy's log-probabilities of them
 whole_step          forward and backward of that batch, in as many parts as fit
 engine              the entry point (`Engine.step`), bound to one trainer
+layer_costs         bytes that a layer keeps a token, from the modules that are in it
 cost_model          bytes and FLOPs of a step, from the architecture alone
 """
 

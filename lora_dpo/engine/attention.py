@@ -110,7 +110,8 @@ def _attend(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + mask_QT
     if sink_KG is not None:
-        scores = torch.cat([scores, sink_KG[..., None, None].expand(-1, -1, queries, 1).to(scores.dtype)], dim=-1)
+        # no rounding of a float32 sink to 16 bits: the wider type of the two is taken
+        scores = torch.cat([scores, sink_KG[..., None, None].expand(-1, -1, queries, 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value_KGTD.dtype)
     return weights[..., :keys] @ value_KGTD
 
@@ -129,6 +130,11 @@ def _interface(
     plan = kwargs.get(PLAN)
     if not isinstance(plan, StreamPlan) or attention_mask is not None or query.shape[0] != 1:
         raise RuntimeError("shared-prefix attention was called without its plan")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        # Queries and keys come out of RoPE in float32. Left to autocast, every slice of every pair is cast by itself,
+        # and the expanded keys are written out once for each query head.
+        query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     sinks = kwargs.get("s_aux")
     out = pair_attention(query[0], key[0], value[0], plan, scaling, window=window, softcap=softcap, sink_H=sinks)  # type: ignore[arg-type]

@@ -7,7 +7,9 @@ A layer keeps for its backward pass, per token (`pair_forward`, with its remater
 
     each norm        its input: E·w, once more in float32 where w < 4, and 1/rms: 4
     attention        query H·D·w, key and value 2·K·D·w, output H·D·w twice, log-sum-exp 4·H
-    MLP              gate and up: 2·I·w (what follows from them is made again)
+    MLP              gate and up: 2·I·w (what follows from them is made again); or both ends of an activation
+    mixture          of each expert that is used gate, up and their product: 3·I·w, and its output: E·w
+    recurrent layer  what a run of it on tensors without values keeps (`layer_costs.py`)
     each adapter     A's output r·w; its input too where it is not a norm's output or the MLP's product
 
 and per pair the keys and values that the rejected branch reads, copied: 2·K·D·w·(prefix + rejected), and that
@@ -20,6 +22,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.engine.layer_costs import PARTS, AttentionSizes, attention_sizes, layer_token_bytes, norm_bytes
 from lora_dpo.model.experts import active_share, expert_weights
 from lora_dpo.model.quantised import quantised_layers
 
@@ -88,6 +91,8 @@ class LayerShape:
     """Elements of its frozen matrices."""
     adapter: int
     """Its trainable parameters."""
+    attention: AttentionSizes
+    """Of its attention, if it has one."""
     window: int | None
     """How many tokens back it sees; None: all."""
 
@@ -103,11 +108,8 @@ class CostModel:
     vocabulary: int
     widest: int
     """I: outputs of the widest matrix of a layer."""
-    heads: int
-    query_width: int
-    key_width: int
     softcap: bool
-    """Attention scores are bounded, which fused kernels cannot do: they are kept."""
+    """Attention scores are bounded, or have a sink beside them, which fused kernels cannot do: they are kept."""
     itemsize: int
     outside_bytes: int
     """Bytes that a token keeps outside the layers: position tables, the last norm."""
@@ -119,11 +121,11 @@ class CostModel:
         prefix, chosen, rejected = pair.spans
         kept = float(pair.stream * layer.token_bytes)
         if rejected:
-            kept += 2 * self.key_width * self.itemsize * (prefix + rejected)
+            kept += 2 * layer.attention.key * self.itemsize * (prefix + rejected)
         for queries, keys in ((prefix + chosen, prefix + chosen), (rejected, prefix + rejected)):
             if self.softcap:  # tanh, softmax in float32 and in the compute dtype
                 each = self.itemsize + 4 + (self.itemsize if self.itemsize < 4 else 0)
-                kept += queries * keys * self.heads * each
+                kept += queries * keys * layer.attention.heads * each
         return kept
 
     def mask_bytes(self, pair: PairShape) -> float:
@@ -183,7 +185,7 @@ class CostModel:
         seen = before * (before + 1) / 2 + rejected * prefix + rejected * (rejected + 1) / 2
         if layer.window is not None:
             seen = min(seen, float(pair.stream * layer.window))
-        return 4 * self.query_width * seen
+        return 4 * layer.attention.query * seen
 
 
 def pair_shape(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> PairShape:
@@ -209,8 +211,8 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
     base: Any = base_of(model)
     config = base.config
     layers = decoder_layers(base)
-    width = _head_width(config)
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = [attention_sizes(layer, config) for layer in layers]
+    width = max(one.query // one.heads if one.heads else 0 for one in sizes)
     kinds = getattr(config, "layer_types", None) or [None] * len(layers)
     window = getattr(config, "sliding_window", None)
     whole = [kind is not None and kind != "sliding_attention" for kind in kinds]
@@ -221,9 +223,10 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
     return CostModel(
         layers=tuple(
             LayerShape(
-                token_bytes=_layer_token_bytes(layer, config, itemsize, copies=copies),
+                token_bytes=layer_token_bytes(layer, config, itemsize, copies=copies),
                 weights=_active_weights(layer, stacked, share),
                 adapter=sum(p.numel() for p in layer.parameters() if p.requires_grad),
+                attention=sizes[number],
                 window=None if whole[number] else window,
             )
             for number, layer in enumerate(layers)
@@ -231,13 +234,10 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
         depth=lowest_adapted_layer(base),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
-        widest=config.intermediate_size,
-        heads=config.num_attention_heads,
-        query_width=config.num_attention_heads * width,
-        key_width=keys * width,
-        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        widest=_widest(layers),
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)) or _has_sinks(layers),
         itemsize=itemsize,
-        outside_bytes=2 * tables * width * itemsize + _norm_bytes(config.hidden_size, 1, itemsize),
+        outside_bytes=2 * tables * width * itemsize + norm_bytes(config.hidden_size, 1, itemsize),
         weight_bytes=weight_bytes(base, itemsize=itemsize, packed=packed, form=form),
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     )
@@ -261,41 +261,12 @@ def weight_bytes(model: Any, *, itemsize: int, packed: bool, form: StoredForm | 
     return int(sum(p.numel() * (each if packed and id(p) in linear else itemsize) for p in frozen))
 
 
-def _layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -> int:
-    """Bytes that a token keeps in a layer, from the modules that are in it."""
-    heads = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    width = _head_width(config)
-    query, key = heads * width, keys * width
-    kept = (2 * query + 2 * key) * itemsize + 4 * heads
-    bare_input: set[str] = set()
-    for path, part in layer.named_modules():
-        name = path.rpartition(".")[2]
-        if type(part).__name__.endswith("RMSNorm"):
-            per_head = part.weight.numel() == width and name in ("q_norm", "k_norm")
-            rows = {"q_norm": heads, "k_norm": keys}[name] if per_head else 1
-            kept += _norm_bytes(part.weight.numel(), rows, itemsize)
-        elif name == "qkv_proj":  # the values are a view of queries, keys and values together
-            kept += (query + key) * itemsize
-        elif name in ("gate_proj", "gate_up_proj"):  # gate and up; what follows from them is made again
-            kept += 2 * config.intermediate_size * itemsize
-        if hasattr(part, "lora_A") and "default" in part.lora_A:
-            kept += part.lora_A["default"].out_features * itemsize
-            read = part.lora_A["default"].in_features * itemsize
-            own = copies or name == "o_proj" or type(part.lora_dropout["default"]).__name__ == "Dropout"
-            if own:
-                kept += read
-            elif name != "down_proj" and not hasattr(layer, "input_layernorm"):
-                parent = path.rpartition(".")[0]  # the layer's own input, one tensor for all that read it
-                kept += 0 if parent in bare_input else read
-                bare_input.add(parent)
-    return int(kept)
+def _widest(layers: Sequence[Any]) -> int:
+    """Outputs of the widest matrix of a layer; one that is several in one is taken for its parts."""
+    parts = ((path.rpartition(".")[2], part) for layer in layers for path, part in layer.named_modules())
+    widths = (getattr(part, "out_features", 0) // PARTS.get(name, 1) for name, part in parts)
+    return int(max(widths))
 
 
-def _norm_bytes(width: int, rows: int, itemsize: int) -> int:
-    """What a norm over `width` numbers keeps for each of `rows`; it computes in float32."""
-    return rows * (width * (itemsize + (4 if itemsize < 4 else 0)) + 4)
-
-
-def _head_width(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _has_sinks(layers: Sequence[Any]) -> bool:
+    return any(name.endswith("sinks") for layer in layers for name, _ in layer.named_parameters())

@@ -3,20 +3,25 @@
 The copy (`small_copy.py`) computes the loss of four pairs and its gradients on the stream, and by plain passes over
 whole rows, in float32, and in float64 where that differs, since some copies amplify rounding a thousandfold. Equal: the
 engine runs. Otherwise TRL's own passes do, with the reason and the number. What was
-found is kept, by class, configuration and versions, for the process and in the person's cache.
+found is kept, by class, configuration, versions and the engine's own source, for the process and in the person's cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 import math
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,10 +43,10 @@ draw in six then rounds to more than the bound; a state or a mask that is anothe
 LENGTHS = ((70, 9, 5), (12, 1, 7), (1, 6, 3), (20, 11, 1))
 """Tokens of prompt, chosen and rejected: across a chunk of linear attention (64) and windows, and answers of one."""
 BETA = 0.1
-VERSION = 2
-"""Of the engine's passes and of this check: what was found by another is not believed."""
 
 _found: dict[str, Proof] = {}
+_trying = threading.Lock()
+"""Held while a copy is tried: fused kernels are off for the whole process meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Proof:
     double: bool = False
     """Whether it was computed in float64, because float32 rounds this model's copy to more than the bound."""
     seconds: float = 0.0
-    """What trying took."""
+    """What trying took; 0 if it was tried before."""
 
     @property
     def equal(self) -> bool:
@@ -69,9 +74,10 @@ class Proof:
     @property
     def line(self) -> str:
         """What was found, for the header of a run."""
+        when = f"{self.seconds:.1f} s" if self.seconds else "tried before"
         return (
             f"a small copy of the model has TRL's loss to {self.loss:.0e} and its gradients to {self.gradient:.0e} "
-            f"({'in float64, ' if self.double else ''}{self.seconds:.1f} s)"
+            f"({'in float64, ' if self.double else ''}{when})"
         )
 
 
@@ -83,9 +89,16 @@ def unsupported_reason(model: Any) -> str | None:
 def proof_of(model: Any) -> Proof:
     """What trying a small copy of a base model found; its tensors may be on the meta device."""
     key = key_of(model)
-    if key not in _found:
-        _found[key] = _read(key) or _kept(key, prove(model))
-    return _found[key]
+    if key in _found:
+        return _found[key]
+    found = _read(key)
+    if found is None:
+        found = prove(model)
+        if math.isnan(found.loss):  # nothing was computed: memory that was short, a package that is missing
+            return found
+        _keep(key, found)
+    _found[key] = dataclasses.replace(found, seconds=0.0)
+    return found
 
 
 def prove(model: Any, copy: Callable[..., Any] = small_copy) -> Proof:
@@ -95,28 +108,67 @@ def prove(model: Any, copy: Callable[..., Any] = small_copy) -> Proof:
         copy: makes the copy of a model, with weights by `seed`.
     """
     begin = time.perf_counter()
-    best, trunk = Proof(math.inf, math.inf), False
     try:
-        for seed in range(DRAWS):
-            small = copy(model, seed=seed)
-            if (reason := structural_reason(small)) is not None:
-                return Proof(reason=reason)
-            found = _best_of_both(small)
-            if seed == 0 or (found.loss <= LOSS and found.gradient < best.gradient):
-                best = found
-            if found.equal or not found.loss <= LOSS:
-                break
-        trunk = best.loss <= LOSS and _has_trunk(small)
+        with _trying, _own_settings(), _without_kernels(model):
+            best = _tried(model, copy)
     except Exception as error:  # whatever a model's class raises of sizes and calls that it does not take
         text = one_line(f"{type(error).__name__}: {error}", SHOWN)
         return Proof(reason=f"no small copy of {type(model).__name__} can be tried as a stream ({text})")
-    reason = None
-    if not best.equal:
+    reason = best.reason
+    if reason is None and not best.equal:
         reason = (
             f"on a small copy of {type(model).__name__} the engine's loss differs from plain passes by {best.loss:.0e} "
             f"and its gradients by {best.gradient:.0e} (equal: up to {LOSS:.0e} and {GRADIENT:.0e})"
         )
-    return dataclasses.replace(best, reason=reason, trunk=trunk, seconds=time.perf_counter() - begin)
+    return dataclasses.replace(best, reason=reason, seconds=time.perf_counter() - begin)
+
+
+def _tried(model: Any, copy: Callable[..., Any]) -> Proof:
+    """The best of a few draws of a copy, without its verdict."""
+    best = Proof(math.inf, math.inf)
+    for seed in range(DRAWS):
+        small = copy(model, seed=seed)
+        if (reason := structural_reason(small)) is not None:
+            return Proof(reason=reason)
+        found = _best_of_both(small)
+        if seed == 0 or (found.loss <= LOSS and found.gradient < best.gradient):
+            best = found
+        if found.equal or not found.loss <= LOSS:
+            break
+    return dataclasses.replace(best, trunk=best.loss <= LOSS and _has_trunk(small))
+
+
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    """The copy is tried with gradients and in its own precision, whatever the caller has switched on."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def _without_kernels(model: Any) -> Iterator[None]:
+    """Layers compute with torch alone: transformers binds fused kernels, where installed, also for tensors on a CPU."""
+    modules = {sys.modules[type(part).__module__] for part in model.modules()}
+    fused = [
+        (module, name, function)
+        for module in modules
+        for name, function in vars(module).items()
+        if isinstance(function, FunctionType) and "kernel" in function.__code__.co_qualname
+    ]
+    try:
+        for module, name, function in fused:
+            setattr(module, name, _unfused(function))
+        yield
+    finally:
+        for module, name, function in fused:
+            setattr(module, name, function)
+
+
+def _unfused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a kernel stands in for, called with what it takes."""
+    plain = inspect.unwrap(function)
+    taken = inspect.signature(plain).parameters
+    return lambda *given, **named: plain(*given, **{name: value for name, value in named.items() if name in taken})
 
 
 def _best_of_both(small: Any) -> Proof:
@@ -217,8 +269,15 @@ def key_of(model: Any) -> str:
     except Exception as error:  # as in `prove`, which says it
         config = {"none": f"{type(error).__name__}: {error}", **model.config.to_dict()}
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    about = [VERSION, torch.__version__, transformers.__version__, kind, config]
+    about = [engine_source(), torch.__version__, transformers.__version__, kind, config]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def engine_source() -> str:
+    """Of the engine's passes and of this check: what was found by others is not believed."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _path(key: str) -> Path | None:
@@ -231,16 +290,15 @@ def _read(key: str) -> Proof | None:
     if path is None:
         return None
     try:
-        return Proof(**json.loads(path.read_text(encoding="utf-8")))
+        return dataclasses.replace(Proof(**json.loads(path.read_text(encoding="utf-8"))), seconds=0.0)
     except (OSError, ValueError, TypeError):
         return None  # not there, or not whole: it is tried again
 
 
-def _kept(key: str, proof: Proof) -> Proof:
+def _keep(key: str, proof: Proof) -> None:
     path = _path(key)
     if path is not None:
         # where nothing can be written, it is tried again in the next process
         with contextlib.suppress(OSError, OutputError):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps(dataclasses.asdict(proof)))
-    return proof

@@ -79,7 +79,7 @@ def small_copy(model: torch.nn.Module, *, seed: int = 0) -> Any:
     """
     config = small_config(model.config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone: `torch.manual_seed` seeds every GPU, too
         small: Any = type(model)(config).float()
         with torch.no_grad():
             for parameter in small.parameters():

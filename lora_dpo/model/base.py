@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from lora_dpo.config.recipe import Dtype, ModelSection, Quantize
 from lora_dpo.data.chat_template import check_default
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.files import looks_local
-from lora_dpo.model.device import pick_device, pick_dtype
+from lora_dpo.model.device import out_of_memory, pick_device, pick_dtype
 from lora_dpo.model.experts import expert_weights
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
 from lora_dpo.model.origin import CARRIED, Window, origin_sample
@@ -149,14 +150,14 @@ def _load_weights(name: str, form: StoredForm | None, arguments: Mapping[str, An
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
+    packed = form is not None and form.kind in BITSANDBYTES
     with quiet_libraries(), model_errors(name), load_lock:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, **arguments)
         except RuntimeError as error:
-            if form is None or "ignore_mismatched_sizes" not in str(error):
+            if not packed or "ignore_mismatched_sizes" not in str(error):
                 raise
             model = None
-    packed = form is not None and form.kind in BITSANDBYTES
     if model is None or (packed and not all(one.is_floating_point() for one in expert_weights(model).values())):
         raise ModelError(  # transformers stacks their packed numbers as if they were values
             f"The model {name} could not be loaded: its experts are stored quantised one by one, which transformers "
@@ -367,16 +368,23 @@ def decide_packed(
 def model_errors(name: str) -> Iterator[None]:
     """What libraries raise of a model's files, of whatever shape they are, as a `ModelError` with the next step."""
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     expected = (OSError, ValueError, ImportError)
     # JSON of another shape than transformers expects: it looks at nothing before it uses it
     misshapen = (StrictDataclassError, TypeError, KeyError, IndexError, AttributeError)
+    # weights that are cut off, no weights at all, or a pickle that wants to run something: torch runs none of it
+    unreadable = (pickle.UnpicklingError, EOFError, SafetensorError)
     try:
         yield
-    except (*expected, *misshapen) as error:
+    except (*expected, *misshapen, *unreadable, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and (type(error) is not RuntimeError or out_of_memory(error)):
+            raise
         reason = re.split(r"\n(?! )|(?<=\.) ", str(error).strip())[0]
-        if isinstance(error, misshapen):
+        if isinstance(error, (*misshapen, RuntimeError)):  # torch's own of a zip that holds something else
             reason = f"transformers cannot read its files ({type(error).__name__}: {one_line(reason, SHOWN)})."
+        elif isinstance(error, unreadable):
+            reason = "its weights are damaged, or a pickle that holds more than tensors, which is never loaded."
         raise ModelError(
             f"The model {name} could not be loaded: {reason} "
             "Give a model folder, a hub id (with network), or a name of: lora-dpo models list"

@@ -15,8 +15,13 @@ _USED = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_topk"
 
 def expert_weights(model: Any) -> dict[str, torch.nn.Parameter]:
     """The stacked weights `[experts, ·, ·]` of a model, or of its skeleton, by name; none without experts."""
-    count = _first(model.config.get_text_config(), _EXPERTS)
-    weights = model.named_parameters()
+    return expert_weights_of(model, model.config.get_text_config())
+
+
+def expert_weights_of(part: Any, config: Any) -> dict[str, torch.nn.Parameter]:
+    """Those of a part of a model, such as a layer; `config` is the text model's."""
+    count = _first(config, _EXPERTS)
+    weights = part.named_parameters()
     return {name: w for name, w in weights if w.dim() == 3 and w.shape[0] == count and ".lora_" not in name}
 
 

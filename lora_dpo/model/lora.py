@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 POLICY, REFERENCE = "default", "ref"
 """Adapter names on the model; TRL and plain peft use the same two."""
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+PAST_ADAPTERS = frozenset({"out_proj", "conv1d"})
+"""In such models peft refuses to adapt these: their kernels read the weights past an adapter."""
 
 
 def share_weights(base: Base) -> Base:
@@ -52,12 +55,13 @@ def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
     import torch
     from peft import get_peft_model
 
+    names = linear_names(base)
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, lora_config(base, lora))
     except ValueError as error:
         reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
-        raise ConfigError(f"lora: {reason}. Linear layers here: {', '.join(linear_names(base))}.") from None
+        raise ConfigError(f"lora: {reason}. Linear layers here: {', '.join(names)}.") from None
     to_fp32_masters(model)
     return model
 
@@ -75,9 +79,10 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
     if layers and (max(layers) >= count or min(layers) < 0):
         raise ConfigError(f"lora.layers is {shown(lora.layers)}: this model has layers 0 to {count - 1}.")
     targets = lora.targets
-    if targets == "all-linear" and (layers is not None or expert_weights(model)):
+    past = PAST_ADAPTERS if model.config.get_text_config().model_type in MAMBA else frozenset()
+    if targets == "all-linear" and (layers is not None or expert_weights(model) or past):
         # peft picks layers by number only for named targets, and takes experts and their router for linear, too
-        targets = linear_names(model)
+        targets = [name for name in linear_names(model) if name not in past]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,

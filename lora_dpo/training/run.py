@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo import places
-from lora_dpo.adapters.checkpoints import checkpoint_callback, checkpoints, clear_torn, read_state, tokens_seen
+from lora_dpo.adapters.checkpoints import (
+    check_states,
+    checkpoint_callback,
+    checkpoints,
+    clear_torn,
+    read_state,
+    tokens_seen,
+)
 from lora_dpo.adapters.folder import attach_adapter, restore_adapter
 from lora_dpo.adapters.passport import Sources, make_passport, sources_of, write_passport
 from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, discard_own, open_run, release, resume_command
@@ -105,6 +112,9 @@ def train(
         run = prepare(recipe, output, emit, stop or StopSignal(), more=[changed] if changed else [])
     checkpoint = open_run(recipe, output, resume=resume, say=lambda text: emit(Note(text, warning=True)))
     try:
+        if checkpoint is not None:
+            with disk_errors(output), quiet_libraries():
+                check_states(checkpoint)
         with _how_to_go_on(run), disk_errors(output), _memory_errors(recipe.method), quiet_libraries():
             return _execute(run, base, checkpoint, look)
     finally:

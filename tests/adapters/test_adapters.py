@@ -23,6 +23,7 @@ from lora_dpo.adapters.store import find_adapter, list_adapters, record_verified
 from lora_dpo.cli.commands import main
 from lora_dpo.errors import AdapterError, BaseDiffers, OutputError, PackageError
 from lora_dpo.evaluation.verify_adapter import verify
+from lora_dpo.files import sha256_of
 from lora_dpo.model.base import load_base
 from lora_dpo.model.identity import weight_fingerprint
 from lora_dpo.release.merged_folder import merge
@@ -44,6 +45,10 @@ def scale_weights(folder, factor=1.02):
     path = folder / "model.safetensors"
     found = {name: tensor * factor if "up_proj" in name else tensor for name, tensor in load_file(path).items()}
     save_file(found, path, metadata={"format": "pt"})
+
+
+def scale_adapter(adapter, factor=2):
+    save_file({name: value * factor for name, value in load_file(adapter / WEIGHTS).items()}, adapter / WEIGHTS)
 
 
 def loaders(adapter):
@@ -429,6 +434,30 @@ def test_list_shows_each_adapter_and_what_is_broken(place, capsys):
     said = capsys.readouterr().out
     assert "smollm2-135m" in said
     assert "broken" in said
+
+
+def test_an_adapter_with_the_name_of_the_model_alone_says_why_nobody_serves_it(place, capsys):
+    shutil.copytree(place / "adapters" / "mine", place / "adapters" / "base")
+    record_verified(place / "adapters" / "base", place / "adapters")
+    [base, mine] = list_adapters(place / "adapters")
+    assert base.state.startswith("not served: that is the name of the model without an adapter")
+    assert mine.state == "not yet verified"
+    assert main(["adapters", "list"]) == 0
+    assert "Rename the folder" in " ".join(capsys.readouterr().out.split())
+
+
+def test_weights_are_hashed_again_only_where_they_changed(place, monkeypatch):
+    root = place / "adapters"
+    record_verified(root / "mine", root)
+    hashed = []
+    monkeypatch.setattr("lora_dpo.adapters.adapter.sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    for _ in range(3):
+        assert [row.state[:8] for row in list_adapters(root)] == ["verified"]
+    assert len(hashed) == 1
+    scale_adapter(root / "mine")
+    for _ in range(2):
+        assert [row.state[:6] for row in list_adapters(root)] == ["broken"]  # not the weights of its passport
+    assert len(hashed) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,6 +296,41 @@ def test_a_damaged_checkpoint_is_told_of_as_a_warning(recipe, monkeypatch):
     told = []
     train(recipe, resume=True, on_event=lambda event: told.append(event) if isinstance(event, Note) else None)
     assert any(note.warning and "checkpoint-3 is not whole" in note.text for note in told)
+
+
+class Runs:
+    """What makes a folder wherever it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+def saved(thing):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getvalue()
+
+
+def test_a_state_that_is_none_is_named_and_nothing_in_it_is_run(recipe, monkeypatch):
+    [checkpoint] = checkpoints(cut(recipe, 2))
+    monkeypatch.setattr("lora_dpo.training.run.load_recipe_base", None)  # it is said before the base is loaded
+    for name, content in (
+        ("optimizer.pt", pickle.dumps(Runs())),
+        ("scheduler.pt", saved({"last_epoch": Runs()})),
+        ("rng_state.pth", saved({"python": Runs()})),
+        ("optimizer.pt", saved([])),
+        ("optimizer.pt", b""),
+        ("optimizer.pt", b"PK" + bytes(100)),
+    ):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content)
+        (checkpoint / "manifest.json").unlink()
+        seal(checkpoint)
+        with pytest.raises(OutputError, match=f"checkpoint-2/{name} is damaged, or a pickle that holds more than"):
+            train(recipe, resume=True)
+        assert not Path("it-ran").exists()
+        assert list(PARTIAL.glob("running.*")) == []
+        (checkpoint / name).write_bytes(whole)
 
 
 def test_the_space_that_is_asked_for_holds_every_checkpoint(recipe_dict, tokenizer, tiny_model_folder, monkeypatch):

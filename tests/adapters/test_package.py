@@ -441,6 +441,19 @@ def test_a_name_taken_is_an_error(place):
         pack(place / "adapters" / "mine")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("base", "cannot be called base"), ("../up", "is no name"), (".hidden", "is no name")]
+)
+def test_a_name_that_no_adapter_may_have_is_refused_at_installing_too(name, said, place, capsys):
+    file = pack(place / "adapters" / "mine")
+    before = state(place)
+    with pytest.raises(PackageError, match=said):
+        install(file, name=name)
+    assert main(["adapters", "install", str(file), "--name", name]) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert state(place) == before
+
+
 def test_the_card_of_a_package_shows_no_picture_that_is_not_in_it(place):
     card = place / "adapters" / "mine" / "README.md"
     card.write_text("# mine\n\n![training curves](curves.png)\n\n## How\n")

@@ -237,7 +237,7 @@ def never(*arguments: object, **named: object) -> None:
 @pytest.fixture
 def train_complaint(complaint, write_recipe, recipe_dict, monkeypatch) -> Any:
     # by module: the package's attribute `train` is the function
-    monkeypatch.setattr(importlib.import_module("lora_dpo.training.run"), "load_base", never)
+    monkeypatch.setattr(importlib.import_module("lora_dpo.training.run"), "load_recipe_base", never)
 
     def run(**changes: Any) -> str:
         return complaint("train", write_recipe(recipe_dict(**changes)))
@@ -273,6 +273,11 @@ def test_a_trainer_field_that_trl_does_not_know_is_named(train_complaint):
 
 def test_a_scheduler_that_trl_does_not_know_is_found_before_loading(train_complaint):
     assert "cosin" in train_complaint(trainer={"lr_scheduler_type": "cosin"})
+
+
+def test_a_schedule_that_lacks_its_arguments_is_found_before_loading(train_complaint, monkeypatch):
+    monkeypatch.setattr("lora_dpo.training.prepare.load_tokenizer", never)
+    assert "min_lr" in train_complaint(trainer={"lr_scheduler_type": "cosine_with_min_lr"})
 
 
 def test_lora_targets_that_match_nothing_are_found_before_loading(train_complaint):

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from bounded import ends_well, within
+from bounded import ends_well, within, yaml_bomb
 
 from lora_dpo.config.reading import check_recipe, parse_settings
 from lora_dpo.config.yaml import MAX_TEXT, dump_yaml, parse_yaml
 from lora_dpo.errors import ConfigError
 
-
-def bomb(fan=9, levels=8):
-    lines = ["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * fan)}]" for n in range(1, levels))]
-    return "\n".join(lines)
-
-
 HOSTILE = {
-    "aliases that multiply": (bomb(), "too much in it"),
-    "aliases that nest": (bomb(1, 2000), "too much in it"),
+    "aliases that multiply": (yaml_bomb(), "too much in it"),
+    "aliases that nest": (yaml_bomb(1, 2000), "too much in it"),
     "merges that multiply": (
         "a0: &a0 {x: 1}\n" + "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9)),
         "too much in it",

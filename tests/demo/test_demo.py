@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -200,6 +201,52 @@ def test_errors_reach_a_script_in_their_own_words(client):
         client.predict("../../etc/passwd", "", api_name="/pairs")
 
 
+def called(address, verb, *values):
+    """What the demo tells a script that sends any JSON, as no client of Gradio's would."""
+    body = json.dumps({"data": values}).encode()
+    request = urllib.request.Request(f"{address}gradio_api/call{verb}", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        event = json.loads(answer.read())["event_id"]
+    with urllib.request.urlopen(f"{address}gradio_api/call{verb}/{event}") as answer:
+        kind, data = answer.read().decode().strip().splitlines()[-2:]
+    return kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+CHAT = ("Hi", "base", "", 0, 0.95, 4, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("verb", "values", "said"),
+    [
+        ("/chat", (*CHAT[:3], "hot", *CHAT[4:]), "temperature is .*hot.*: input should be a valid number"),
+        ("/chat", (*CHAT[:5], "9" * 5000, *CHAT[6:]), "max_new_tokens is .*: unable to parse input string"),
+        ("/chat", (3, *CHAT[1:]), "message is 3, which this call does not take: input should be a valid string"),
+        ("/chat", ("Hi", None, *CHAT[2:]), None),  # nothing is what it is by default
+        ("/chat", (*CHAT[:7], ["Hi"]), r"history\.0 is .*Hi.*: input should be a valid dictionary"),
+        ("/compare", ("Hi", ["base"], "base", *CHAT[2:]), "left is .*: input should be a valid string"),
+        ("/match", ("Hi", 3, 0.8, 4, ""), "players is 3, .*: input should be a valid list"),
+        ("/match", ("Hi", [None, {}], 0.8, 4, ""), "players.0 is None, .*: input should be a valid string"),
+        ("/vote", ([], "a"), r"match_id is \[\], .*: input should be a valid string"),
+        ("/train", ({}, "mine", "quick", "", []), r"pairs is \{\}, .*: input should be a valid list"),
+        ("/pause_training", ("perhaps",), "paused is .*: input should be a valid boolean"),
+        ("/chat", ("Hi",), r"What was sent cannot be read: .*needed: 8, got: 1\)"),
+        ("/upload_pairs", ("pairs.jsonl", ""), "What was sent cannot be read: "),
+        ("/upload_pairs", (None, ""), "path is None, .*: input should be a valid string"),
+        ("/install", ({"path": "/etc/passwd"},), "What was sent cannot be read: "),
+    ],
+)
+def test_values_of_another_type_are_one_sentence_for_who_sent_them(address, verb, values, said, capfd):
+    capfd.readouterr()
+    kind, told = called(address, verb, *values)
+    if said is None:
+        assert kind == "complete"
+    else:
+        assert kind == "error"
+        assert re.match(said, told["error"])
+        assert "\n" not in told["error"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_script_votes_blind_trains_and_swaps(client, app_state, tmp_path):
     # blind: the answers come without names; after the vote they are told
     for number in range(3):
@@ -381,6 +428,22 @@ def test_a_port_that_is_taken_meanwhile_is_one_sentence(app_state):
             app.launch(app_state, host="127.0.0.1", port=taken.getsockname()[1], auth=None, block=False)
 
 
+def test_a_machine_too_busy_to_show_its_own_page_in_time_shows_it_all_the_same(app_state, monkeypatch):
+    from gradio import networking
+
+    from lora_dpo.demo import app
+
+    monkeypatch.setattr(networking, "url_ok", lambda url: False)  # Gradio gives itself three seconds
+    shown = app.launch(app_state, host="127.0.0.1", port=None, auth=None, block=False)
+    with urllib.request.urlopen(f"{shown}config") as answer:
+        assert answer.status == 200
+
+
+def test_looks_at_data_and_answers_have_a_tokenizer_each(app_state):
+    assert app_state.tokenizer is not app_state.host.base.tokenizer
+    assert app_state.tokenizer.get_vocab() == app_state.host.base.tokenizer.get_vocab()
+
+
 def test_an_export_ends_with_its_page_and_one_is_written_at_a_time(app_state):
     from lora_dpo.demo.downloads import exported
 
@@ -417,6 +480,7 @@ def test_with_a_password_nobody_comes_in_without_it(app_state):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_twenty_clients_for_a_minute_each_get_their_own_answers(tiny_model_folder, tiny_adapter, tmp_path):
     from lora_dpo.serving.host import open_host
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -281,6 +282,21 @@ def test_too_many_prompts_are_refused_before_anything_starts(host, recipe, tmp_p
     with pytest.raises(ConfigError, match="4 prompts are to be watched; at most 3"):
         app_state.start_training(recipe, "mine", list("abcd"))
     assert host.job is None
+
+
+def test_a_training_clears_away_what_no_run_uses_any_more(host, recipe, tmp_path, monkeypatch):
+    app_state = AppState(host, tmp_path / "collected", scratch=tmp_path / "scratch")
+    runs = app_state.pairs.runs
+    runs.mkdir(parents=True)
+    (host.adapters_dir / "earlier").mkdir(parents=True)
+    (host.adapters_dir / "earlier/recipe.yaml").write_text("data: {train: collected/runs/earlier.train.jsonl}")
+    for name in ("this.train.jsonl", "earlier.train.jsonl", "unused.train.jsonl"):
+        (runs / name).write_text("{}")
+        os.utime(runs / name, (1e9, 1e9))
+    monkeypatch.setattr(host, "start_training", lambda *args, **options: None)
+    data = recipe.data.model_copy(update={"train": "collected/runs/this.train.jsonl"})
+    app_state.start_training(recipe.model_copy(update={"data": data}), "mine")
+    assert {path.name for path in runs.iterdir()} == {"this.train.jsonl", "earlier.train.jsonl"}
 
 
 def test_the_next_free_name(host, tmp_path):

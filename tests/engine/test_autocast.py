@@ -7,6 +7,7 @@ import torch
 from tiny import PAIRS, build, columns, gradients_of, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
+from lora_dpo.engine import attention
 from lora_dpo.engine.pair_batch import PairBatch, model_inputs
 
 
@@ -47,6 +48,22 @@ def test_the_reference_is_scored_in_the_precision_that_names_it(tiny_model_folde
     seen = watch(trainer)
     trainer.engine.with_reference(trainer.data_collator(columns(PAIRS)))
     assert seen == {torch.bfloat16}
+
+
+def test_queries_and_keys_are_cast_once_and_the_keys_stay_one_a_group(tiny_model_folder, tmp_path, monkeypatch):
+    seen = []
+    right = attention.scaled_dot_product_attention
+
+    def watched(query, key, value, **options):
+        assert key.stride(1) == value.stride(1) == 0
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return right(query, key, value, **options)
+
+    trainer = fresh(tiny_model_folder, tmp_path)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    trainer.train()
+    # in float32 the engine is held against TRL's own pass, before the first step
+    assert set(seen) == {(torch.float32,) * 3, (torch.bfloat16,) * 3}
 
 
 def test_memory_is_measured_as_training_keeps_it(tiny_model_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 
@@ -13,9 +14,11 @@ from peft import LoraConfig, get_peft_model
 from tiny import PAIRS, Stock, build, columns, gradients_of
 
 from lora_dpo import DPOTrainer, places
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.engine import PairForward, attention, forked_states, proof, unsupported_reason
 from lora_dpo.engine.proof import GRADIENT, LOSS, prove
 from lora_dpo.engine.small_copy import HEAD, VOCABULARY, small_config, small_copy
+from lora_dpo.model.lora import lora_config
 from lora_dpo.training.planning.make_plan import keeps_states
 
 QUICK = ("llama", "gemma4_text", "gpt_oss", "qwen3_5_text")
@@ -78,12 +81,6 @@ def step(trainer_class, kind, seed, folder, tmp_path, dtype=torch.float32, **opt
     return loss.item(), gradients_of(trainer), trainer
 
 
-NO_OUT_PROJ = LoraConfig(
-    task_type="CAUSAL_LM", r=4, target_modules="all-linear", exclude_modules=["out_proj", "conv1d"]
-)
-"""peft refuses these two of falcon_h1 and nemotron_h: their kernels read the weights past the adapter."""
-
-
 def assert_steps_are_stock_trls(kind, folder, tmp_path, **options):
     """Of up to three draws, and of these in float64 too: some models round float32 to more than the bound.
 
@@ -111,7 +108,9 @@ def apart(ours, theirs):
 
 @pytest.mark.parametrize("kind", each(STREAMS))
 def test_a_step_has_stock_trls_loss_and_lora_gradients(kind, tiny_model_folder, tmp_path):
-    options = {"lora": NO_OUT_PROJ} if kind in ("falcon_h1", "nemotron_h") else {}
+    options = {}
+    if kind in ("falcon_h1", "nemotron_h"):
+        options["lora"] = lora_config(small_copy(skeleton(kind)), LoraSection(rank=4))
     assert_steps_are_stock_trls(kind, tiny_model_folder, tmp_path, **options)
 
 
@@ -247,6 +246,36 @@ def test_the_draws_of_others_stay_as_they_were():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_no_generator_of_a_gpu_is_seeded(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.mps, "manual_seed", seeded.append)
+    prove(skeleton("llama"))
+    assert seeded == []
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_the_caller_has_switched_on_does_not_matter(around):
+    with around():
+        found = prove(skeleton("llama"))
+    assert found.equal
+    assert not found.double
+
+
+def test_fused_kernels_that_want_a_gpu_do_not_matter(monkeypatch):
+    from transformers.models.lfm2 import modeling_lfm2
+
+    plain = modeling_lfm2.causal_conv1d_fn
+
+    @functools.wraps(plain)
+    def kernel(*given, **named):
+        raise RuntimeError("Expected x.is_cuda() to be true, but got false.")
+
+    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", kernel)
+    assert prove(skeleton("lfm2")).reason is None
+    assert modeling_lfm2.causal_conv1d_fn is kernel
+
+
 @pytest.mark.parametrize(("kind", "keeps"), [("llama", False), ("qwen3_5_text", True), ("lfm2", True), ("bamba", True)])
 def test_the_plan_knows_layers_that_keep_a_state(kind, keeps):
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
@@ -291,6 +320,34 @@ def test_what_was_found_is_kept_for_the_process_and_on_the_disk(monkeypatch, tmp
     assert stored["loss"] <= LOSS
     assert unsupported_reason(a_copy("llama", rms_norm_eps=1.6e-6)) is None
     assert len(tried) == 2
+
+
+def test_what_could_not_be_tried_is_tried_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_DPO_CACHE", str(tmp_path))
+    model = a_copy("llama", rms_norm_eps=1.7e-6)
+
+    def short(model, *, seed):
+        raise MemoryError("std::bad_alloc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "prove", lambda model: prove(model, copy=short))
+        assert "no small copy of LlamaForCausalLM can be tried" in unsupported_reason(model)
+    assert not places.proofs().exists()
+    assert unsupported_reason(model) is None
+
+
+def test_another_engine_tries_again(monkeypatch):
+    model, source = a_copy("llama"), proof.engine_source()
+    key = proof.key_of(model)
+    monkeypatch.setattr(proof, "engine_source", lambda: source[::-1])
+    assert proof.key_of(model) != key
+
+
+def test_the_time_that_another_run_took_is_not_told_as_this_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_DPO_CACHE", str(tmp_path))
+    model = a_copy("llama", rms_norm_eps=1.8e-6)
+    assert proof.proof_of(model).line.endswith(" s)")
+    assert proof.proof_of(model).line.endswith("(tried before)")
 
 
 KEPT = '{"loss": 0.0, "gradient": 0.0, "reason": "kept", "trunk": true, "seconds": 0.1}'

@@ -12,7 +12,7 @@ from tiny import LORA, PAIRS, build, columns, pair, tiny
 from lora_dpo import DPOTrainer, EngineSection
 from lora_dpo.config.recipe import LoraSection
 from lora_dpo.engine.engine import answer_sums
-from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, pair_key, reference_name
+from lora_dpo.engine.reference_cache import FORMAT, PairLogps, ReferenceCache, pair_key, reference_name
 from lora_dpo.model.base import load_base
 from lora_dpo.model.lora import attach_lora
 
@@ -79,6 +79,13 @@ def test_quantisation_is_another_reference(tiny_model_folder):
         names.add(reference_name(model, torch.float32))
         names.add(reference_name(model, torch.bfloat16))
     assert len(names) == 6
+
+
+def test_what_another_format_stored_is_not_found(tiny_model_folder, monkeypatch):
+    model = attach_lora(load_base(str(tiny_model_folder), quantize="none").model, LoraSection(rank=2), seed=0)
+    name = reference_name(model, torch.float32)
+    monkeypatch.setattr("lora_dpo.engine.reference_cache.FORMAT", FORMAT - 1)
+    assert reference_name(model, torch.float32) != name
 
 
 def test_the_policy_plays_no_part_in_the_name_but_a_reference_adapter_does(tiny_model_folder, tmp_path):

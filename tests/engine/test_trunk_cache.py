@@ -7,6 +7,7 @@ from peft import LoraConfig
 from tiny import PAIRS, Stock, assert_close, build, columns, gradients_of, tiny
 
 from lora_dpo import DPOTrainer, EngineSection
+from lora_dpo.engine.pair_batch import model_inputs
 from lora_dpo.engine.trunk_cache import TrunkCache, lowest_adapted_layer
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,6 +62,24 @@ def test_the_layers_below_run_once_a_pair(where, tiny_model_folder, tmp_path):
         assert len(list((tmp_path / "trunk").glob("*.safetensors"))) == 4
         trainer.close()
         assert not (tmp_path / "trunk").exists()
+
+
+@pytest.mark.parametrize("where", ["memory", "off"])
+def test_the_layers_below_keep_nothing_for_a_backward_pass(where, tiny_model_folder, tmp_path):
+    trainer = build(DPOTrainer, tiny("llama", **DEEP), tiny_model_folder, tmp_path, lora=TOP,
+                    engine=EngineSection(trunk_cache=where), gradient_checkpointing=True)  # fmt: skip
+    trainer.model.enable_input_require_grads()  # as trainers do for checkpointing: then every layer has a gradient
+    layers, seen = trainer.model.get_base_model().model.layers, {0: [], 3: []}
+    batch = trainer._prepare_inputs(trainer.data_collator(columns(PAIRS)))
+    trainer.engine.with_reference(batch)
+    for number, found in seen.items():
+        layers[number].register_forward_hook(
+            lambda layer, inputs, output, found=found: found.append(output.requires_grad)
+        )
+    with trainer.engine.forward.log(False):
+        trainer.model(**model_inputs(batch)).log_probs.sum().backward()
+    assert seen[0].count(True) == 0
+    assert seen[3].count(True) == 1
 
 
 def test_a_part_of_known_and_new_pairs_is_right(tiny_model_folder, tmp_path):

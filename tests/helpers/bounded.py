@@ -13,6 +13,12 @@ EXAMPLES = int(os.environ.get("LORA_DPO_FUZZ", "0"))
 """Examples of each fuzz test; 0 for the few of an ordinary run. `make fuzz` sets it."""
 
 
+def yaml_bomb(fan: int = 9, levels: int = 8) -> str:
+    """A little YAML whose aliases stand for `fan ** levels` values."""
+    lines = ["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * fan)}]" for n in range(1, levels))]
+    return "\n".join(lines)
+
+
 @contextmanager
 def within(seconds: float = 2.0) -> Iterator[None]:
     """The block takes no more processor time than that (of this process: a busy machine does not matter)."""

@@ -1,7 +1,11 @@
+import io
 import json
+import os
+import pickle
 import shutil
 import threading
 import time
+import zipfile
 
 import pytest
 import torch
@@ -185,6 +189,44 @@ def test_files_of_a_model_that_have_another_shape_are_one_sentence(tiny_model_fo
             ModelError, match=r"(could not be loaded: .*lora-dpo models list|Download the model again\.)$"
         ):
             read(str(tmp_path / "odd"))
+
+
+class Runs:
+    """What makes a folder wherever it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+def zipped(**files):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"weights/{name}", content)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [pickle.dumps(Runs()), b"", b"garbage " * 9, zipped(other=b"x")],
+    ids=["hostile", "empty", "garbage", "another-zip"],
+)
+def test_weights_that_are_none_are_one_sentence(name, content, tiny_model_folder, in_an_empty_folder):
+    shutil.copytree(tiny_model_folder, "odd")
+    os.unlink("odd/model.safetensors")
+    (in_an_empty_folder / "odd" / name).write_bytes(content)
+    with pytest.raises(ModelError, match=r"could not be loaded: (its weights are damaged|transformers cannot).*list$"):
+        load_base("./odd", quantize="none")
+    assert not os.path.exists("it-ran")
+
+
+def test_weights_in_a_pickle_of_tensors_alone_are_loaded(tiny_model_folder, tmp_path):
+    shutil.copytree(tiny_model_folder, tmp_path / "old")
+    (tmp_path / "old/model.safetensors").unlink()
+    whole = load_base(str(tiny_model_folder), quantize="none").model
+    torch.save(whole.state_dict(), tmp_path / "old/pytorch_model.bin")
+    assert torch.equal(logits(load_base(str(tmp_path / "old"), quantize="none").model), logits(whole))
 
 
 def test_auto_dtype_is_float32_on_a_cpu():

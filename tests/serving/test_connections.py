@@ -6,13 +6,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+from types import SimpleNamespace
 
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from lora_dpo.serving import connections
+from lora_dpo.serving import connections, http
 from lora_dpo.serving.address import listen
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -52,6 +53,25 @@ def port(monkeypatch):
 
 
 @contextlib.contextmanager
+def served_by_the_command(app, sock):
+    """As `lora-dpo serve` does, which ends at a signal alone."""
+    host = SimpleNamespace(stop_answering=lambda: None)
+    thread = threading.Thread(target=http.run, args=(app, sock, host), daemon=True)
+    thread.start()
+    yield lambda: thread.join(20)
+
+
+@contextlib.contextmanager
+def served_as_the_demo(app, sock):
+    http_server = pytest.importorskip("gradio.http_server")
+    from lora_dpo.demo.server import serving_on
+
+    with serving_on(sock, "127.0.0.1"):
+        *_, server = http_server.start_server(app)
+    yield server.close
+
+
+@contextlib.contextmanager
 def connected(port, sent=b""):
     with socket.create_connection(("127.0.0.1", port), timeout=20) as found:
         found.sendall(sent)
@@ -71,6 +91,27 @@ def answered(connection):
     while not found.endswith(b"fine") and (part := connection.recv(4096)):
         found += part
     return b"200 OK" in found and found.endswith(b"fine")
+
+
+@pytest.mark.parametrize("served", [served_by_the_command, served_as_the_demo])
+def test_serve_and_demo_wait_for_no_request_without_end(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_TIME", 0.3)
+    begun = []
+    startup = connections.Server.startup
+
+    async def watched(self, sockets=None):
+        begun.append(self)
+        await startup(self, sockets)
+
+    monkeypatch.setattr(connections.Server, "startup", watched)
+    app = Starlette(routes=[Route("/", answer)])
+    with listen("127.0.0.1", 0) as sock, served(app, sock) as close:
+        with connected(sock.getsockname()[1], GET) as whole, connected(sock.getsockname()[1], b"GET /") as half:
+            assert answered(whole)
+            assert ended(half)
+        [server] = begun
+        server.should_exit = True
+        close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: loc", POST, POST + b"half"])

@@ -453,6 +453,8 @@ def test_a_collator_that_masks_something_gets_references_of_its_own(tiny_model_f
     ("lora", "says"),
     [
         (LoraConfig(**{**LORA.to_dict(), "init_lora_weights": "olora"}), "init_lora_weights='olora' starts an adapter"),
+        (LoraConfig(**{**LORA.to_dict(), "init_lora_weights": "pissa"}), "init_lora_weights='pissa' starts an adapter"),
+        (LoraConfig(**{**LORA.to_dict(), "init_lora_weights": "pissa_niter_2"}), "'pissa_niter_2' starts an adapter"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "With PromptTuningConfig"),
     ],
 )

@@ -57,7 +57,7 @@ def answer_bytes(asked: Sequence[Asked], cost: CostModel, *, free: float) -> tup
         free: bytes that are free when it begins.
     """
     layers = len(cost.layers)
-    token_bytes = 2 * layers * cost.key_width * cost.itemsize
+    token_bytes = 2 * sum(layer.attention.key for layer in cost.layers) * cost.itemsize
     most, rows_then = 0, 0
     for group in asked:
         row_bytes = token_bytes * (group.longest + group.limit)

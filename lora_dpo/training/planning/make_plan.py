@@ -305,7 +305,10 @@ def _notes(costs: Costs) -> Iterator[str]:
     if costs.unsupported:
         yield f"TRL's own passes will run ({costs.unsupported}): what they keep is not predicted. Use --measure."
     elif keeps_states(costs.model):
-        yield "Recurrent layers are counted as if they were attention: memory and time may be others. Use --measure."
+        yield (
+            "Recurrent layers are counted as transformers' own functions keep them (fused kernels keep less), and "
+            "their time as that of their matrices. Use --measure."
+        )
     if recipe.lora.dora:
         yield "DoRA keeps more for its backward pass than is predicted here. Use --measure."
 

@@ -1,0 +1,64 @@
+"""What a step is predicted to keep, against what the engine keeps, on a small copy of each kind of model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kinds import STREAMS, skeleton
+
+from lora_dpo.config.recipe import LoraSection
+from lora_dpo.engine import PairForward
+from lora_dpo.engine.cost_model import footprint, pair_shape
+from lora_dpo.engine.small_copy import small_copy
+from lora_dpo.model.lora import attach_lora, base_of
+
+QUICK = ("llama", "qwen3_moe", "gpt_oss", "gemma4_text", "qwen3_5_text", "falcon_h1")
+
+
+def pair_of_tokens(prompt=150, answer=50):
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 300, (length,), generator=draw).tolist() for length in (prompt, answer, answer)]
+
+
+def kept_by_the_engine(model, prompt, chosen, rejected):
+    ids = torch.tensor([prompt + chosen, prompt + rejected])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    base = base_of(model)
+    forward = PairForward(base)
+    try:
+        with forward.count_kept() as kept:
+            base(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
+    finally:
+        forward.close()
+    assert forward.streams == 1
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in STREAMS]
+)
+def test_bytes_that_a_pair_keeps_are_predicted_for_every_kind_of_layer(kind):
+    small = small_copy(skeleton(kind))
+    model = attach_lora(small.requires_grad_(False), LoraSection(rank=4), seed=0).train()
+    pair = pair_of_tokens()
+    predicted = footprint(model, itemsize=4, packed=False).kept_bytes(pair_shape(*pair))
+    assert 0.8 < kept_by_the_engine(model, *pair) / predicted < 1.25
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in STREAMS]
+)
+def test_a_model_of_its_real_size_is_counted_without_its_weights(kind):
+    model = attach_lora(skeleton(kind), LoraSection(rank=16), seed=0)
+    cost = footprint(model, itemsize=2, packed=True)
+    assert len(cost.layers) == model.config.num_hidden_layers
+    assert all(layer.token_bytes > 0 for layer in cost.layers)
+    assert cost.widest >= cost.hidden or kind == "nanochat"
+
+
+def test_what_no_adapter_can_be_put_on_is_left_out_of_all_linear():
+    model = attach_lora(skeleton("falcon_h1"), LoraSection(rank=4), seed=0)
+    adapted = {name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "lora_A")}
+    assert "out_proj" not in adapted
+    assert {"in_proj", "q_proj", "down_proj"} <= adapted
