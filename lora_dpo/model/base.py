@@ -150,14 +150,14 @@ def _load_weights(name: str, form: StoredForm | None, arguments: Mapping[str, An
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
+    packed = form is not None and form.kind in BITSANDBYTES
     with quiet_libraries(), model_errors(name), load_lock:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, **arguments)
         except RuntimeError as error:
-            if form is None or "ignore_mismatched_sizes" not in str(error):
+            if not packed or "ignore_mismatched_sizes" not in str(error):
                 raise
             model = None
-    packed = form is not None and form.kind in BITSANDBYTES
     if model is None or (packed and not all(one.is_floating_point() for one in expert_weights(model).values())):
         raise ModelError(  # transformers stacks their packed numbers as if they were values
             f"The model {name} could not be loaded: its experts are stored quantised one by one, which transformers "
