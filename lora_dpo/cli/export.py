@@ -33,7 +33,11 @@ def export(
     to: Annotated[str, typer.Option(help="gguf-adapter, gguf, ollama or peft.")] = "gguf",
     kind: Annotated[
         str | None,
-        typer.Option("--type", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default f16; f32 for gguf-adapter."),
+        typer.Option(
+            "--type",
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with llama.cpp's llama-quantize q4_k_m and the other "
+            "K-quants. Default f16; f32 for gguf-adapter.",
+        ),
     ] = None,
     into: Annotated[
         str | None,

@@ -159,7 +159,7 @@ def lines(found: ModelCheck) -> Iterator[tuple[str, str]]:
         prompt, whole, _ = PAIR
         text = f"a pair of {prompt} + 2 × {whole - prompt} tokens {found.pair / GB:.1f} GB more, without checkpointing"
         yield "", f"{text}; computed, not measured. For your pairs: lora-dpo plan"
-    yield "export", "GGUF, Ollama, PEFT" if found.export is None else f"PEFT, and merged. No GGUF: {found.export}"
+    yield "export", "GGUF, Ollama, PEFT" if found.export is None else f"PEFT, and merged. {found.export}"
 
 
 def _of_template(template: Template) -> str:
@@ -209,10 +209,14 @@ def _stored(config: Any, form: StoredForm | None) -> str:
 
 
 def _export_reason(config: Any, name: str) -> str | None:
-    from lora_dpo.release.exports.gguf_arch import arch_of
+    from lora_dpo.release.exports.gguf_arch import ARCHS, arch_of
+    from lora_dpo.release.exports.llama_cpp_tools import CONVERTER, INSTALL, is_installed
 
+    if config.model_type not in ARCHS:
+        there = "which is installed" if is_installed(CONVERTER) else f"which is not installed ({INSTALL})"
+        return f"GGUF of the merged model by llama.cpp's own converter, {there}"
     try:
         arch_of(config, name)
     except LoraDPOError as error:
-        return str(error)
+        return f"No GGUF: {error}"
     return None

@@ -73,7 +73,7 @@ def merge(
             for one, plan in zip(which, plans, strict=True):
                 place = folder / one if into == "both" else folder
                 place.mkdir(exist_ok=True)
-                _write(plan, place, dtype, shard, _counter(on_tensor, done, total))
+                write_merged(plan, place, dtype, shard, _counter(on_tensor, done, total))
                 done += len(plan.shapes)
     return output
 
@@ -93,8 +93,13 @@ def _counter(on_tensor: OnTensor | None, start: int, total: int) -> Callable[[in
     return count
 
 
-def _write(plan: Merged, folder: Path, dtype: StoredDtype, shard: int, tick: Callable[[int], None]) -> None:
-    """Write weights, tokenizer and config; the config last, since a folder without it is no model."""
+def write_merged(plan: Merged, folder: Path, dtype: StoredDtype, shard: int, tick: Callable[[int], None]) -> None:
+    """Write weights, tokenizer and config into a folder; the config last, since a folder without it is no model.
+
+    Args:
+        shard: bytes of a file of weights, at most.
+        tick: called with the number of tensors written.
+    """
     import torch
     from transformers import AutoTokenizer
 

@@ -108,8 +108,15 @@ def test_a_base_that_came_quantised_is_counted_as_it_will_be_held(base, monkeypa
 
 def test_a_type_that_gguf_export_does_not_know(base):
     found = check_model(base({"model_type": "olmo2"}))
-    assert "GGUF export knows" in found.export
-    assert dict(lines(found))["export"].startswith("PEFT, and merged. No GGUF:")
+    assert "by llama.cpp's own converter, which is" in found.export
+    assert dict(lines(found))["export"].startswith("PEFT, and merged. GGUF of the merged model by llama.cpp's")
+
+
+def test_settings_that_llama_cpp_computes_otherwise(base):
+    told = dict(
+        lines(check_model(base({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}})))
+    )
+    assert told["export"].startswith("PEFT, and merged. No GGUF: ")
 
 
 def test_no_template_is_no_chat(base):

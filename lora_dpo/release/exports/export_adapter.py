@@ -20,6 +20,7 @@ from lora_dpo.adapters.store import adapter_names, find_adapter
 from lora_dpo.data.chat_template import hold_defaults
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.files import atomic_file, atomic_folder
+from lora_dpo.leftovers import temporary_folder
 from lora_dpo.model.packaged import PACKAGED_MODELS
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.release.merge_base import Into, trained_into
@@ -49,7 +50,8 @@ def export(
             folder).
         to: "gguf-adapter" (llama.cpp's --lora), "gguf" (the merged model), "ollama" (that and a Modelfile), or
             "peft" (the two files that servers read).
-        kind: how weights are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default f16; f32 of an adapter.
+        kind: how weights are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, or a K-quant such as q4_k_m where
+            llama.cpp's `llama-quantize` is installed. Default f16; f32 of an adapter.
         into: what is merged into, as in `merge`; by default what the adapter was trained on. Of a base model: as it
             is stored (the default), or its NF4 values.
         model: another place of the same base.
@@ -58,7 +60,8 @@ def export(
     Raises:
         ConfigError: a type that there is not, or `into` where nothing is merged.
         AdapterError: the adapter is broken, does not fit, or does what the form cannot hold.
-        ModelError: an architecture, tokenizer or template without an equal in llama.cpp.
+        ModelError: an architecture, tokenizer or template without an equal in llama.cpp, or that its converter is
+            needed for, which is not installed.
         OutputError: `output` exists or cannot be written.
     """
     output = Path(output)
@@ -114,10 +117,11 @@ def _near(name: str, names: list[str]) -> bool:
 def _kind(kind: str | None, default: str) -> str:
     from lora_dpo.config.reading import nearest
     from lora_dpo.release.exports.gguf_write import KINDS
+    from lora_dpo.release.exports.llama_cpp_tools import K_QUANTS
 
-    kind = kind or default
-    if kind not in KINDS:
-        raise ConfigError(f"--type is {kind!r}: allowed are {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+    kind, known = (kind or default).lower(), (*KINDS, *K_QUANTS)
+    if kind not in known:
+        raise ConfigError(f"--type is {kind!r}: allowed are {', '.join(known)}.{nearest(kind, known)}")
     return kind
 
 
@@ -132,8 +136,22 @@ def _gguf_adapter(adapter: Path, merged: Merged, output: Path, kind: str, name: 
 
 
 def _gguf_model(merged: Merged, target: Path, kind: str, name: str, on_tensor: OnTensor | None) -> None:
+    """A merged model as GGUF: written here, or by llama.cpp's own programs where it is not known how."""
+    from lora_dpo.release.exports.gguf_arch import ARCHS
     from lora_dpo.release.exports.gguf_write import write_model
+    from lora_dpo.release.exports.llama_cpp_tools import K_QUANTS, check_quantize, convert, quantize
 
+    if kind in K_QUANTS:
+        check_quantize(kind)
+        with temporary_folder(target) as folder:
+            _gguf_model(merged, folder / "f16.gguf", "f16", name, on_tensor)
+            quantize(folder / "f16.gguf", folder / "made.gguf", kind=kind)
+            os.replace(folder / "made.gguf", target)
+        return
+    if merged.config.model_type not in ARCHS:
+        total = len(merged.shapes)
+        convert(merged, target, kind=kind, tick=lambda done: on_tensor(done, total) if on_tensor else None)
+        return
     tokenizer, stops = _tokenizer(merged)
     write_model(merged, target, kind=kind, tokenizer=tokenizer, stops=stops, name=name, on_tensor=on_tensor)
 

@@ -44,8 +44,8 @@ def arch_of(config: Any, name: str) -> Arch:
     arch = ARCHS.get(config.model_type)
     if arch is None:
         raise ModelError(
-            f"{name} is of type {config.model_type}; GGUF export knows {', '.join(ARCHS)}. "
-            "Merge it instead and use llama.cpp's own converter."
+            f"{name} is of type {config.model_type}; of an adapter alone GGUF export knows {', '.join(ARCHS)}. "
+            "Take --to gguf, the merged model: llama.cpp's own converter writes it."
         )
     _refuse_what_differs(config, name)
     return arch
