@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from lora_dpo.config.column_names import checked_columns
 from lora_dpo.config.template_kwargs import checked_template_kwargs
+from lora_dpo.text import shown
 
 Quantize = Literal["auto", "nf4", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -107,6 +108,20 @@ class LoraSection(Section):
         str | list[int],
         Field(description="all, top-N (the last N decoder layers), or a list of layer numbers from 0."),
     ] = "all"
+    rank_pattern: Annotated[
+        dict[str, Annotated[int, Field(ge=1)]],
+        Field(
+            description="Other ranks for some layers, such as {down_proj: 32, layers.0.self_attn.q_proj: 4}: by the "
+            "end of their names, the first that fits. Their scale is alpha over their own rank."
+        ),
+    ] = {}
+    init: Annotated[
+        Literal["default", "gaussian"],
+        Field(
+            description="What A is drawn from: Kaiming's uniform distribution, or a normal one of deviation 1 / rank. "
+            "B is zero, so that the policy begins as the reference."
+        ),
+    ] = "default"
     rslora: Annotated[bool, Field(description="Rank-stabilised scale alpha / sqrt(rank).")] = False
     dora: Annotated[bool, Field(description="Weight-decomposed LoRA: trains magnitudes too; slower.")] = False
 
@@ -115,6 +130,14 @@ class LoraSection(Section):
     def _layers_form(cls, value: str | list[int]) -> str | list[int]:
         if isinstance(value, str) and not re.fullmatch(r"all|top-[1-9]\d*", value):
             raise ValueError("allowed: all, top-N such as top-8, or a list of layer numbers")
+        return value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _names_alone(cls, value: dict[str, int]) -> dict[str, int]:
+        odd = [name for name in value if not re.fullmatch(r"\w+(\.\w+)*", name)]
+        if odd:
+            raise ValueError(f"{shown(odd[0])} is no name of a layer: names and ends of names alone, no patterns")
         return value
 
 

@@ -62,8 +62,21 @@ def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
     except ValueError as error:
         reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ConfigError(f"lora: {reason}. Linear layers here: {', '.join(names)}.") from None
+    _check_ranks(model, lora)
     to_fp32_masters(model)
     return model
+
+
+def _check_ranks(model: PeftModel, lora: LoraSection) -> None:
+    """Raise `ConfigError` for an entry of `rank_pattern` that no adapted layer has the name of."""
+    adapted = [f".{name}" for name, part in model.named_modules() if hasattr(part, "lora_A")]
+    for wanted in lora.rank_pattern:
+        if not any(name.endswith(f".{wanted}") for name in adapted):
+            there = sorted({name.rpartition(".")[2] for name in adapted})
+            raise ConfigError(
+                f"lora.rank_pattern names {shown(wanted)}, which no adapted layer is called. Adapted here: "
+                f"{', '.join(there)}."
+            )
 
 
 def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
@@ -93,6 +106,8 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         target_parameters=_parameters(model, lora, layers),
+        rank_pattern=dict(lora.rank_pattern),
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
     return _as_named(config, model, lora)
 
@@ -111,6 +126,8 @@ def _parameters(model: PreTrainedModel, lora: LoraSection, layers: list[int] | N
     for on, name in ((lora.dropout, "dropout"), (lora.dora, "dora")):
         if on:
             raise ConfigError(f"lora.{name} is not possible with lora.parameters: peft has neither for them.")
+    if lora.rank_pattern:
+        raise ConfigError("lora.rank_pattern is not possible with lora.parameters: experts have lora.rank.")
     if layers is None:
         return list(wanted)
     return [name for name in stacked if layer_of(name) in layers and {name, short_name(name)} & set(wanted)]

@@ -124,7 +124,9 @@ def lora_line(recipe: Recipe) -> str:
     extras = [name for name, on in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if on]
     layers = "" if lora.layers == "all" else f", layers {lora.layers}"
     also = f" and {lora.parameters}" if lora.parameters else ""
-    return f", rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}{also}{layers}{', '.join(['', *extras])}"
+    others = "".join(f", of {name} {rank}" for name, rank in lora.rank_pattern.items())
+    extras += ["A from a normal distribution"] if lora.init == "gaussian" else []
+    return f", rank {lora.rank}{others}, alpha {lora.alpha:g}, {lora.targets}{also}{layers}{', '.join(['', *extras])}"
 
 
 def missed_text(model: PeftModel) -> str:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lora_dpo.config.improve_recipe import read_improve_recipe
 from lora_dpo.config.reading import check_recipe, describe_fields, dump_recipe, nearest, read_recipe, read_settings
-from lora_dpo.config.recipe import Recipe
+from lora_dpo.config.recipe import LoraSection, Recipe
 from lora_dpo.errors import ConfigError
 
 MINIMAL = "model:\n  name: some-model\ndata:\n  train: pairs.jsonl\n"
@@ -573,3 +573,9 @@ def test_held_out_pairs_come_from_one_place():
 def test_a_share_is_read_from_the_command_line_as_a_number(read):
     assert read(MINIMAL, "data.hold_out=0.2").data.hold_out == 0.2
     assert read(MINIMAL, "data.hold_out=12").data.hold_out == 12
+
+
+@pytest.mark.parametrize("name", [".*proj", "q_proj|k_proj", "layers.", "", "q proj"])
+def test_ranks_are_given_to_names_and_not_to_patterns(name):
+    with pytest.raises(ValidationError, match="is no name of a layer"):
+        LoraSection(rank_pattern={name: 4})

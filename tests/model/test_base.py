@@ -40,6 +40,34 @@ def test_a_fresh_adapter_changes_nothing(tiny_model_folder):
     assert torch.equal(logits(attach_lora(base.model, LoraSection(rank=4), seed=0)), before)
 
 
+def test_layers_have_the_ranks_that_are_named(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    ranks = {"layers.0.mlp.down_proj": 6, "down_proj": 3}
+    model = attach_lora(base.model, LoraSection(rank=4, alpha=8, rank_pattern=ranks), seed=0)
+    found = {name: part for name, part in model.named_modules() if hasattr(part, "lora_A")}
+    for name, part in found.items():
+        rank = 6 if name.endswith("0.mlp.down_proj") else 3 if name.endswith("down_proj") else 4
+        assert part.lora_A["default"].weight.shape[0] == rank
+        assert part.scaling["default"] == pytest.approx(8 / rank)
+
+
+@pytest.mark.parametrize("name", ["downproj", "proj", "layers.9.mlp.down_proj", "lm_head"])
+def test_a_rank_for_no_layer_is_an_error(tiny_model_folder, name):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    with pytest.raises(ConfigError, match=rf"lora.rank_pattern names '{name}'.*Adapted here: down_proj, gate_proj"):
+        attach_lora(base.model, LoraSection(rank_pattern={name: 2}), seed=0)
+
+
+def test_a_is_drawn_from_a_normal_distribution_where_that_is_asked(tiny_model_folder):
+    base = load_base(str(tiny_model_folder), quantize="none")
+    before = logits(base.model)
+    model = attach_lora(base.model, LoraSection(rank=4, init="gaussian"), seed=0)
+    drawn = torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
+    assert drawn.std().item() == pytest.approx(1 / 4, rel=0.05)
+    assert (drawn.abs() > 1 / 2).float().mean().item() == pytest.approx(0.0455, rel=0.3)  # beyond two deviations
+    assert torch.equal(logits(model), before)
+
+
 def test_reference_turns_the_adapter_off_and_on_again(tiny_model_folder):
     base = load_base(str(tiny_model_folder), quantize="none")
     plain = logits(base.model)
