@@ -59,6 +59,14 @@ AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gr
 ABOVE_ZERO = ("beta", "learning_rate", "num_train_epochs")
 
 
+def have_trl() -> None:
+    """Import TRL in one thread, before several do: it puts another module into its own place meanwhile.
+
+    Of two threads that import it at once, one is given the empty module that was there before.
+    """
+    import trl  # noqa: F401
+
+
 def check_given(given: dict[str, Any], kind: str, elsewhere: dict[str, str]) -> None:
     """Hold a `trainer:` section against the fields of TRL's config class of that name; torch is not loaded for it.
 

@@ -17,6 +17,7 @@ from lora_dpo.adapters.package import BASE, check_name
 from lora_dpo.adapters.run_folder import discard_run, interrupted_runs, logged_rows, partial_of
 from lora_dpo.config.reading import nearest, read_recipe
 from lora_dpo.config.recipe import Quantize, Recipe
+from lora_dpo.config.trl_common import have_trl
 from lora_dpo.data import Message
 from lora_dpo.demo.arena import Arena
 from lora_dpo.demo.base_choice import check_base, close_and_forget, held_as, still_used
@@ -95,6 +96,7 @@ class AppState:
     """
 
     def __init__(self, host: Host, folder: Path, *, scratch: Path | None = None) -> None:
+        have_trl()  # before a look at the plan and a click on Start import it at once
         self.adapters_dir = host.adapters_dir
         self.pairs = PairStore(folder)
         self.scratch = scratch or scratch_folder("demo")

@@ -92,7 +92,7 @@ def build(app_state: AppState, item: gr.Tab) -> Parts:
     begun = [parts.planned, parts.refused, *parts.followed]
     parts.start.click(tab.begin, {*parts.chosen, parts.prompts, parts.refused}, begun, **quiet)
     gr.Timer(LOOK_EVERY).tick(tab.follow, parts.seen, parts.followed, **at_once)
-    parts.pause.click(lambda: toggle(app_state), None, None, **at_once)
+    parts.pause.click(lambda said: press_pause(app_state, said), parts.pause, parts.pause, **at_once)
     parts.keep.click(lambda: end(app_state, keep=True), None, None, **at_once)
     parts.discard.click(lambda: end(app_state, keep=False), None, None, **at_once)
     row, which, go_on, drop = parts.left
@@ -364,9 +364,11 @@ def trained_last(app_state: AppState) -> str | None:
     return now.job.name if now is not None and now.job.state == "done" else None
 
 
-def toggle(app_state: AppState) -> None:
-    """Pause the run that goes on, or let the paused one go on."""
-    pause(app_state, paused=app_state.training is not None and app_state.training.job.state != "paused")
+def press_pause(app_state: AppState, said: str) -> str:
+    """Do what the button said when it was pressed, whatever came since; what it says next."""
+    paused = said == "Pause"
+    pause(app_state, paused=paused)
+    return "Continue" if paused else "Pause"
 
 
 def pause(app_state: AppState, *, paused: bool) -> None:

@@ -444,6 +444,14 @@ def test_looks_at_data_and_answers_have_a_tokenizer_each(app_state):
     assert app_state.tokenizer.get_vocab() == app_state.host.base.tokenizer.get_vocab()
 
 
+def test_trl_is_there_before_two_threads_can_import_it_at_once(app_state, tmp_path, monkeypatch):
+    from lora_dpo.demo.session import AppState
+
+    monkeypatch.delitem(sys.modules, "trl", raising=False)
+    AppState(app_state.host, tmp_path / "collected", scratch=tmp_path / "scratch")
+    assert "trl" in sys.modules
+
+
 def test_an_export_ends_with_its_page_and_one_is_written_at_a_time(app_state):
     from lora_dpo.demo.downloads import exported
 
