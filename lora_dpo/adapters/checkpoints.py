@@ -113,7 +113,7 @@ def check_states(checkpoint: Path) -> None:
         try:
             with safe_globals():  # what the trainer reads NumPy's state with
                 found = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
+        except (OSError, MemoryError):  # neither is the file's fault
             raise
         except Exception:  # whatever the bytes make of the reader: UnpicklingError, EOFError, RuntimeError, KeyError …
             found = None

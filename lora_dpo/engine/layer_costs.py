@@ -137,20 +137,14 @@ def _module_bytes(name: str, part: Any, sizes: AttentionSizes, config: Any, item
     kind = type(part).__name__
     if kind.endswith("RMSNorm"):
         weight = getattr(part, "weight", None)
-        width = config.hidden_size if weight is None else weight.numel()
-        rows = 1
-        if name in ("q_norm", "k_norm") and sizes.heads:
-            own = sizes.query if name == "q_norm" else sizes.key
-            rows = max(1, own // (sizes.query // sizes.heads)) if width < own or weight is None else 1
-            width = width if weight is not None else sizes.query // sizes.heads
-        return norm_bytes(width, rows, itemsize)
+        read = {"q_norm": sizes.query, "k_norm": sizes.key}.get(name) or int(config.hidden_size)
+        width = weight.numel() if weight is not None else sizes.query // sizes.heads if name.endswith("_norm") else read
+        return norm_bytes(width, max(1, read // width), itemsize)
     if "LayerNorm" in kind:
         return norm_bytes(int(config.hidden_size), 1, itemsize) + 4
     if name in _FUSED:  # the values are a view of queries, keys and values together
         return (sizes.query + sizes.key) * itemsize
-    if name in ("gate_up_proj", "input_linear") and hasattr(
-        part, "out_features"
-    ):  # gate and up; what follows from them is made again
+    if name in ("gate_up_proj", "input_linear") and hasattr(part, "out_features"):  # what follows is made again
         return _width_out(part) * itemsize
     if name == "gate_proj":
         return 2 * _width_out(part) * itemsize

@@ -33,6 +33,7 @@ from lora_dpo.engine.small_copy import small_config, small_copy
 from lora_dpo.engine.trunk_cache import TrunkCache
 from lora_dpo.errors import OutputError
 from lora_dpo.files import replace_file
+from lora_dpo.model.device import out_of_memory
 from lora_dpo.text import SHOWN, one_line
 
 LOSS, GRADIENT = 1e-5, 3e-5
@@ -178,7 +179,9 @@ def _best_of_both(small: Any) -> Proof:
         return single
     try:
         double = Proof(*_differences(small.double()), double=True)
-    except (RuntimeError, TypeError, ValueError):  # a layer that makes tensors of a type of its own
+    except (RuntimeError, TypeError, ValueError) as error:  # a layer that makes tensors of a type of its own
+        if out_of_memory(error):
+            raise
         return single
     finally:
         small.float()
@@ -210,7 +213,9 @@ def _has_trunk(model: Any) -> bool:
         with torch.no_grad():
             for _ in range(2):  # the first pass keeps, the second reads
                 ours_RT = model(**call, fused_lm_head=True).log_probs
-    except Exception:  # whatever a layer raises that wants more of those below it than their output, or gives more
+    except Exception as error:  # whatever a layer raises that wants more of those below it than their output
+        if out_of_memory(error):
+            raise
         return False
     finally:
         forward.close()

@@ -110,7 +110,7 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
 
     said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _OUT_OF_MEMORY)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in said for words in _OUT_OF_MEMORY)
 
 
 _OUT_OF_MEMORY = (

@@ -83,3 +83,15 @@ def bfloat16(folder, target, change=None):
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(folder).save_pretrained(target)
     return target
+
+
+def copies_of(folder, pack=bitsandbytes):
+    """Give copies of a model folder by how they are stored, each made once beside it; `pack` makes all but FP8's."""
+
+    def make(kind):
+        target = folder.parent / kind
+        if not target.exists():
+            eight_bit_floats(folder, target) if kind == "fp8" else pack(folder, target, kind)
+        return target
+
+    return make

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stored import BITSANDBYTES, bfloat16, bitsandbytes, eight_bit_floats, marked
+from stored import BITSANDBYTES, bfloat16, bitsandbytes, copies_of, marked
 
 from lora_dpo.config.recipe import LoraSection, ModelSection
 from lora_dpo.errors import ConfigError, ModelError
@@ -32,13 +32,7 @@ def original(tiny_model_folder, tmp_path_factory):
 def stored(original):
     """Copies of it by kind, each made once."""
 
-    def make(kind):
-        target = original.parent / kind
-        if not target.exists():
-            eight_bit_floats(original, target) if kind == "fp8" else bitsandbytes(original, target, kind)
-        return target
-
-    return make
+    return copies_of(original)
 
 
 def logits(model):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stored import bitsandbytes_pieces, eight_bit_floats
+from stored import bitsandbytes_pieces, copies_of, eight_bit_floats
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lora_dpo import merge
@@ -32,13 +32,7 @@ def mixture(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stored(mixture):
-    def make(kind):
-        target = mixture.parent / kind
-        if not target.exists():
-            eight_bit_floats(mixture, target) if kind == "fp8" else bitsandbytes_pieces(mixture, target, kind)
-        return target
-
-    return make
+    return copies_of(mixture, bitsandbytes_pieces)
 
 
 def log_probabilities(model):

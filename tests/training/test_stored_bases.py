@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from stored import bfloat16, bitsandbytes, eight_bit_floats
+from stored import bfloat16, bitsandbytes, copies_of
 from transformers import AutoModelForCausalLM
 
 from lora_dpo import merge
@@ -31,13 +31,7 @@ def original(tiny_model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base_of_kind(original):
-    def make(kind):
-        target = original.parent / kind
-        if not target.exists():
-            eight_bit_floats(original, target) if kind == "fp8" else bitsandbytes(original, target, kind)
-        return target
-
-    return make
+    return copies_of(original)
 
 
 @pytest.fixture
