@@ -352,3 +352,12 @@ def test_a_passport_that_says_anything_stops_no_page(app_state):
     assert "learnt from 4 pairs" in who_line(app_state, "first", public=False)
     assert "75% of 4 held-out pairs" in who_line(app_state, "first", public=False)
     assert "4 pairs" not in who_line(app_state, "first", public=True)  # a stranger is told no more than what it is
+
+
+def test_a_second_press_of_pause_lets_no_run_go_on():
+    done = []
+    job = SimpleNamespace(running=True, pause=lambda: done.append("paused"), resume=lambda: done.append("goes on"))
+    app_state = SimpleNamespace(training=SimpleNamespace(job=job))
+    said = [tab_train.press_pause(app_state, said) for said in ("Pause", "Pause", "Continue")]
+    assert said == ["Continue", "Continue", "Pause"]
+    assert done == ["paused", "paused", "goes on"]

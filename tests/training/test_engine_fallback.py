@@ -613,3 +613,7 @@ def test_a_base_that_the_caller_quantised(how, evaluated, quantised, tiny_model_
 )
 def test_which_errors_say_that_memory_ran_out(message, ran_out):
     assert out_of_memory(RuntimeError(message)) is ran_out
+
+
+def test_memory_that_python_lacks_has_run_out():
+    assert out_of_memory(MemoryError("std::bad_alloc"))
