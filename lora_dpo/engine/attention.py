@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -21,21 +22,34 @@ PLAN = "lora_dpo_plan"
 
 
 class StreamPlan:
-    """Where the pairs of a stream lie, and the masks of their branches, which all layers share."""
+    """Where the pairs of a stream lie, and what of that all layers share: masks, and places of keys."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
         self._masks: dict[tuple[int, int, int | None, torch.dtype], torch.Tensor] = {}
+        self._seen: torch.Tensor | None = None
+
+    def seen(self, device: torch.device) -> torch.Tensor:
+        """`[T]`: of each pair in turn the places that its prefix and chosen branch see, then those of its rejected one.
+
+        A prefix is in it twice, so its gradient is a sum of two terms, the same in whatever order they come.
+        """
+        if self._seen is None:
+            places = [place for span in self.spans for place in span.seen]
+            self._seen = torch.tensor(places, dtype=torch.long).to(device)
+        return self._seen
 
     def mask(self, queries: int, before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """`[Q, before + Q]`: 0 where a query sees, -inf where not, in the dtype and on the device of `like`."""
         key = (queries, before, window, like.dtype)
         if key not in self._masks:
-            sees_QT = torch.ones(queries, before + queries, dtype=torch.bool, device=like.device).tril(before)
+            # Rows a multiple of 8 apart: others are copied by CUDA's memory-efficient attention in every layer.
+            wide = -(-(before + queries) // 8) * 8
+            sees_QT = torch.ones(queries, wide, dtype=torch.bool, device=like.device).tril(before)
             if window is not None:
                 sees_QT = sees_QT.triu(before - window + 1)
             blank_QT = torch.zeros(sees_QT.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = blank_QT.masked_fill(~sees_QT, float("-inf"))
+            self._masks[key] = blank_QT.masked_fill(~sees_QT, float("-inf"))[:, : before + queries]
         return self._masks[key]
 
 
@@ -62,27 +76,27 @@ def pair_attention(
         `[S, H, D]`.
     """
     groups = query_HSD.shape[0] // key_KSD.shape[0]
-    # One key head serves G query heads without a copy: the group axis of keys and values has stride 0.
     query_KGSD = query_HSD.view(-1, groups, *query_HSD.shape[1:])
-    key_KGSD, value_KGSD = (part.unsqueeze(1).expand(-1, groups, -1, -1) for part in (key_KSD, value_KSD))
     sink_KG = None if sink_H is None else sink_H.view(-1, groups)
-    done = []
-    for span in plan.spans:
-        first = slice(span.start, span.chosen)  # prefix and chosen branch lie in order: plain causal attention
-        if span.chosen > span.start:
-            query, key, value = (part[:, :, first] for part in (query_KGSD, key_KGSD, value_KGSD))
-            done.append(_attend(query, key, value, 0, plan, scale, window, softcap, sink_KG))
-        own = slice(span.chosen, span.end)
-        if span.end > span.chosen:
-            prefix = span.prefix - span.start
-            keys, values = (
-                torch.cat([part[:, span.start : span.prefix], part[:, own]], dim=1)
-                .unsqueeze(1)
-                .expand(-1, groups, -1, -1)
-                for part in (key_KSD, value_KSD)
-            )
-            done.append(_attend(query_KGSD[:, :, own], keys, values, prefix, plan, scale, window, softcap, sink_KG))
+    # Split, not sliced: the backward pass of a split is one concatenation, of a slice a stream of zeros to be added up.
+    queries = query_KGSD.split([size for span in plan.spans for size in span.queries], dim=2)
+    seen_T = plan.seen(key_KSD.device)
+    lengths = [size for span in plan.spans for size in span.keys]
+    keys, values = (part.index_select(1, seen_T).split(lengths, dim=1) for part in (key_KSD, value_KSD))
+    before = [known for span in plan.spans for known in (0, span.prefix - span.start)]
+    done = [
+        _attend(
+            query, _for_groups(key, groups), _for_groups(value, groups), known, plan, scale, window, softcap, sink_KG
+        )
+        for query, key, value, known in zip(queries, keys, values, before, strict=True)
+        if query.shape[2]
+    ]
     return torch.cat([part.permute(2, 0, 1, 3).flatten(1, 2) for part in done])
+
+
+def _for_groups(part_KTD: torch.Tensor, groups: int) -> torch.Tensor:
+    """`[K, G, T, D]` without a copy: one key head serves G query heads, on an axis of stride 0."""
+    return part_KTD.unsqueeze(1).expand(-1, groups, -1, -1)
 
 
 def _attend(
@@ -102,6 +116,8 @@ def _attend(
         window = None
     if softcap is None and window is None and sink_KG is None and before == 0:
         return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, is_causal=True, scale=scale)
+    if softcap is None and window is None and sink_KG is None and is_fused_lower_right(query_KGQD.device):
+        return lower_right(query_KGQD, key_KGTD, value_KGTD, scale)
     mask_QT = plan.mask(queries, before, window, query_KGQD)
     if softcap is None and sink_KG is None:
         return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, attn_mask=mask_QT, scale=scale)
@@ -114,6 +130,22 @@ def _attend(
         scores = torch.cat([scores, sink_KG[..., None, None].expand(-1, -1, queries, 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value_KGTD.dtype)
     return weights[..., :keys] @ value_KGTD
+
+
+def is_fused_lower_right(device: torch.device) -> bool:
+    """Whether fused kernels there can do causal attention of the last Q of T tokens without a mask."""
+    return device.type == "cuda"
+
+
+def lower_right(
+    query_KGQD: torch.Tensor, key_KGTD: torch.Tensor, value_KGTD: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Causal attention of the last Q of T tokens by CUDA's fused kernels, which need no mask; `[K, G, Q, D]`.
+
+    A mask would turn flash attention off, and be padded and copied in every layer.
+    """
+    bias = causal_lower_right(query_KGQD.shape[2], key_KGTD.shape[2])
+    return scaled_dot_product_attention(query_KGQD, key_KGTD, value_KGTD, attn_mask=bias, scale=scale)
 
 
 def _interface(

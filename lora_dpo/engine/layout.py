@@ -34,6 +34,23 @@ class Span:
     chosen: int
     end: int
 
+    @property
+    def queries(self) -> tuple[int, int]:
+        """Tokens of prefix and chosen branch together, and of the rejected branch."""
+        return self.chosen - self.start, self.end - self.chosen
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """Tokens that these two see: themselves, and the rejected branch its prefix before."""
+        first, second = self.queries
+        return first, second + (self.prefix - self.start if second else 0)
+
+    @property
+    def seen(self) -> list[int]:
+        """The places of these, first those of the one, then of the other."""
+        again = [*range(self.start, self.prefix), *range(self.chosen, self.end)] if self.end > self.chosen else []
+        return [*range(self.start, self.chosen), *again]
+
 
 @dataclass(frozen=True)
 class Layout:
