@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_dpo.engine.products import product
+
 TILE = 1 << 25
 """Logits in memory at once: 134 MB in float32."""
 
@@ -99,7 +101,7 @@ def _tile(
     slope: bool,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Values of c tokens and, if asked for, ∂ log p / ∂h `[c, E]` in float32. The tile is used up in place."""
-    logits_cV = torch.mm(hidden_cE, weight_VE.t()).float()
+    logits_cV = product(hidden_cE, weight_VE.t(), torch.float32)
     if bias_V is not None:
         logits_cV += bias_V
     if scale != 1.0:
@@ -127,13 +129,12 @@ def _tile(
         values["log_sum_sq_probs"] = torch.log(exp_cV.square().sum(dim=-1)) - 2 * torch.log(sum_c)
     if not slope:
         return values, hidden_cE[:0].float()
-    own_cE = weight_VE[label_c].float()
+    # The products run in the compute dtype, so the softmax is scaled to [0, 1] before it is rounded to that. The 1 of
+    # the label is taken off before, too: of a token that is nearly certain, rounding would lose the difference.
+    slope_cV = exp_cV.div_(sum_c[:, None]).neg_().scatter_add_(1, label_c1, torch.ones_like(picked_c)[:, None])
     if bend_cV is not None:
-        own_cE = own_cE * bend_cV.gather(1, label_c1)
-        exp_cV = exp_cV.mul_(bend_cV)
-    # The products run in the compute dtype, so the softmax is scaled to [0, 1] before it is rounded to that.
-    probs_cV = exp_cV.div_(sum_c[:, None]).to(weight_VE.dtype)
-    return values, (own_cE - torch.mm(probs_cV, weight_VE).float()) * scale
+        slope_cV = slope_cV.mul_(bend_cV)
+    return values, product(slope_cV.to(weight_VE.dtype), weight_VE, torch.float32) * scale
 
 
 def to_rows(value_L: torch.Tensor, source_RT: torch.Tensor) -> torch.Tensor:

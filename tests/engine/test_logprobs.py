@@ -6,7 +6,7 @@ from tiny import PAIRS, build, columns, gradients_of, tiny
 from trl.kernels import ChunkedLogProbFunction
 
 from lora_dpo import DPOTrainer
-from lora_dpo.engine import logprobs
+from lora_dpo.engine import logprobs, products
 from lora_dpo.engine.logprobs import EXTRAS, head_values
 
 
@@ -105,3 +105,28 @@ def test_rematerialised_results_change_memory_not_a_bit_of_the_gradient(kind, ti
     assert kept[0] < 0.9 * kept[1]
     for name, gradient in found[1].items():
         assert torch.equal(found[0][name], gradient), name
+
+
+def test_a_token_that_is_nearly_certain_has_its_gradient_in_16_bits():
+    # p > 0.99: what is left of 1 - p must not be lost in the rounding of p
+    _, weight, _, label = inputs(tokens=200, width=32, vocabulary=64, dtype=torch.bfloat16)
+    hidden = 0.09 * weight[label]  # a label's logit is then some 12
+    exact = hidden.double().requires_grad_()
+    logps = (exact @ weight.double().t()).log_softmax(-1).gather(1, label[:, None]).squeeze(1)
+    logps.sum().backward()
+    certain = (logps.exp() > 0.99) & (logps.exp() < 0.9999)
+    assert int(certain.sum()) > 50
+    ours = hidden.clone().requires_grad_()
+    head_values(ours, weight, None, label).log_probs.sum().backward()
+    off = (ours.grad.double() - exact.grad)[certain].norm() / exact.grad[certain].norm()
+    assert float(off) < 0.06  # rounded before the label was taken off: 0.6
+
+
+def test_logits_that_a_gpu_need_not_round_are_not(monkeypatch):
+    hidden, weight, _, label = inputs(tokens=50, width=64, vocabulary=99, dtype=torch.bfloat16)
+    wanted = (hidden.double() @ weight.double().t()).log_softmax(-1).gather(1, label[:, None]).squeeze(1)
+    rounded = head_values(hidden, weight, None, label).log_probs
+    monkeypatch.setattr(products, "widens", lambda device: True)
+    monkeypatch.setattr(products, "wide_product", lambda left, right: (left.double() @ right.double()).float())
+    exact = head_values(hidden, weight, None, label).log_probs
+    assert float((exact - wanted).abs().mean()) < 1e-4 < 1e-2 < float((rounded - wanted).abs().mean())
