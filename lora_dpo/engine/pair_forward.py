@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from lora_dpo.engine.attention import NAME, PLAN, StreamPlan
 from lora_dpo.engine.forked_states import fork, join
+from lora_dpo.engine.fused_layers import FusedLayers
 from lora_dpo.engine.layout import Layout, lay_out
 from lora_dpo.engine.logprobs import HeadValues, head_values, to_rows
 from lora_dpo.engine.pair_batch import Part, rows_of
@@ -180,6 +181,7 @@ class PairForward:
         self.part: Part | None = None
         """The part of a batch that the next passes are of (`on`)."""
         self.rematerialiser = Rematerialiser(model) if rematerialise else None
+        self.fused = FusedLayers(model)
         inner = self
 
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +194,9 @@ class PairForward:
         """Give the model its own layers back, until the next stream."""
         self.model.config._attn_implementation = self.plain
         join(decoder_layers(self.model))
+        self.fused.remove()
+        if self.rematerialiser is not None:
+            self.rematerialiser.release()
 
     def close(self) -> None:
         """Give the model its own forward and attention back."""
@@ -208,11 +213,10 @@ class PairForward:
             return self.before(*args, **kwargs)
         ids_RT, mask_RT, labels_RT = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
         part = self.part
-        rows = part.tokens if part is not None else rows_of(ids_RT, mask_RT)
+        rows, scored = (part.tokens, part.scored) if part is not None else rows_of(mask_RT, ids_RT, labels_RT != -100)
         if max(map(len, rows)) < 2:  # no token predicts another: a stream of none
             self.rest()
             return self.before(**kwargs)
-        scored = part.scored if part is not None else rows_of(labels_RT != -100, mask_RT)
         wanted = [[bool(one) for one in row] for row in scored]
         layout = to_device(lay_out(rows, wanted, width=ids_RT.shape[1]), ids_RT.device)
         self.streams += 1
@@ -287,6 +291,7 @@ class PairForward:
 
     def hidden(self, layout: Layout, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """The last hidden states `[S, E]` of a stream, from the trunk cache up where there is one."""
+        self.fused.install()
         keep = self.rematerialiser is not None and torch.is_grad_enabled()
         with self.rematerialiser.active() if keep else contextlib.nullcontext():  # type: ignore[union-attr]
             if self.trunk is None or self.depth == 0:

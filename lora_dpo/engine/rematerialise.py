@@ -19,15 +19,26 @@ from lora_dpo.engine.trunk_cache import decoder_layers
 Recipe = Callable[[], torch.Tensor]
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """Which memory a tensor lies in, by its owner: tensors without values have no address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    return storage_of(tensor), tensor.storage_offset()
+
+
 class Rematerialiser:
     """Hooks on one model instance, there only inside `active`: a model with hooks could not be pickled."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._recipes: dict[int, tuple[weakref.ref[torch.Tensor], Recipe]] | None = None
+        self._recipes: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], Recipe]] | None = None
         self.kept: dict[int, int] | None = None
         """Set it to {} to count: bytes of each storage that a forward pass keeps for its backward pass."""
         self._checkpointed = False
-        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._made: tuple[Recipe | None, Any] = (None, None)
+        """What was made again last."""
+        self._weights = {storage_of(parameter) for parameter in model.parameters()}
         self._hooks: list[tuple[Callable[[Any], Any], Any]] = []
         """What registers a hook, and the hook."""
         for part in model.modules():
@@ -45,7 +56,7 @@ class Rematerialiser:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Keep recipes for the length of the block, which runs the forward pass."""
-        self._recipes = {}
+        self._recipes, self._made = {}, (None, None)
         registered = [register(hook) for register, hook in self._hooks]
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -54,6 +65,10 @@ class Rematerialiser:
             self._recipes = None
             for handle in registered:
                 handle.remove()
+
+    def release(self) -> None:
+        """Let go of what was made again last."""
+        self._made = (None, None)
 
     def _watch_mlp(self, down: Any, act: Any, up_source: Any, up_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """down(act(gate) * up): the activation follows from `gate`, the product from `gate` and `up`."""
@@ -88,24 +103,24 @@ class Rematerialiser:
 
     def _note_output(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if self._recipes is not None:
-            source = inputs[0].detach()
-            self.note(output, lambda: module(source), source)
+            source, forward = inputs[0].detach(), module.forward  # as it is now: the stream's own ends with its pass
+            self.note(output, lambda: forward(source), source)
 
     def note(self, tensor: torch.Tensor, recipe: Recipe, *sources: torch.Tensor) -> None:
         """Remember how a tensor is made again from `sources`, so that it need not be kept."""
         if self._recipes is None or self._checkpointed:
             return
-        self._recipes[tensor.data_ptr()] = (weakref.ref(tensor), recipe)
+        self._recipes[_place(tensor)] = (weakref.ref(tensor), recipe)
         for source in sources:
             self._count(source)
 
     def _count(self, tensor: torch.Tensor) -> None:
-        if self.kept is not None and tensor.untyped_storage().data_ptr() not in self._weights:
-            self.kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if self.kept is not None and storage_of(tensor) not in self._weights:
+            self.kept[storage_of(tensor)] = tensor.untyped_storage().nbytes()
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         # While the noted tensor lives, nothing else can lie at its address: only itself and its views.
-        noted = self._recipes.get(tensor.data_ptr()) if self._recipes else None
+        noted = self._recipes.get(_place(tensor)) if self._recipes else None
         original = noted[0]() if noted else None
         if noted is None or original is None or original.numel() != tensor.numel() or not tensor.is_contiguous():
             self._count(tensor)
@@ -116,6 +131,8 @@ class Rematerialiser:
         if isinstance(packed, torch.Tensor):
             return packed
         recipe, shape = packed
-        with torch.no_grad():
-            made: torch.Tensor = recipe()
+        if recipe is not self._made[0]:  # several layers read one norm's output, one after the other
+            with torch.no_grad():
+                self._made = recipe, recipe()
+        made: torch.Tensor = self._made[1]
         return made.view(shape)
