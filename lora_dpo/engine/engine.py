@@ -18,7 +18,7 @@ from lora_dpo.config.recipe import EngineSection
 from lora_dpo.engine import PairForward
 from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
-from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs
+from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs, padded
 from lora_dpo.engine.pair_forward import largest_difference
 from lora_dpo.engine.prequential_count import PrequentialCount
 from lora_dpo.engine.proof import proof_of
@@ -108,11 +108,13 @@ class Engine:
 
     def _note_first_sight(self, step: StepRecord) -> None:
         """Count the step's prompts that no process has had before."""
-        gather = self.objective.accelerator.gather
         margin_B = step.log_ratios(self.objective.ld_alpha) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-        prompt_B = torch.tensor(step.batch.prompts, device=self.device)
-        margins = gather(margin_B.float().to(self.device)).tolist()
-        self.first_sight.note(gather(prompt_B).tolist(), margins, moved=self.moved)
+        prompts, margins = step.batch.prompts, margin_B.tolist()
+        if self.objective.args.world_size > 1:
+            gather = self.objective.accelerator.gather
+            prompts = gather(torch.tensor(prompts, device=self.device)).tolist()
+            margins = gather(margin_B.float().to(self.device)).tolist()
+        self.first_sight.note(prompts, margins, moved=self.moved)
 
     def difference(self, inputs: Inputs) -> str | None:
         """How far the engine is from TRL's own pass on the two shortest pairs of a batch, if it is too far.
@@ -229,7 +231,7 @@ class Engine:
                 part = batch.select(chosen)
                 with self.forward.on(part):
                     log_probs_RT = model(**model_inputs(part.inputs)).log_probs
-                sums = answer_sums(log_probs_RT, part.inputs["completion_mask"])
+                sums = answer_sums(log_probs_RT, padded(part.scored, log_probs_RT.shape[1] + 1))
                 scored.update(zip(chosen, sums, strict=True))
 
 

@@ -46,8 +46,7 @@ class PairBatch:
     @classmethod
     def of(cls, inputs: Inputs) -> PairBatch:
         """The batch with its rows found."""
-        mask_RT = inputs["attention_mask"]
-        return cls(inputs, rows_of(inputs["input_ids"], mask_RT), rows_of(inputs["completion_mask"], mask_RT))
+        return cls(inputs, *rows_of(inputs["attention_mask"], inputs["input_ids"], inputs["completion_mask"]))
 
     def __len__(self) -> int:
         """Pairs."""
@@ -100,10 +99,18 @@ class PairBatch:
         return Part(self.inputs, rows, self.tokens, self.scored)
 
 
-def rows_of(values_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[list[int]]:
-    """The values of each row of a padded batch, without those of the padding."""
-    rows = zip(values_RT.tolist(), mask_RT.tolist(), strict=True)  # one wait for a GPU each, not one a row
-    return [[value for value, kept in zip(row, mask, strict=True) if kept] for row, mask in rows]
+def rows_of(mask_RT: torch.Tensor, *values_RT: torch.Tensor) -> list[list[list[int]]]:
+    """Of each table of values its rows, without those of the padding. A GPU is waited for once."""
+    mask, *tables = torch.stack([mask_RT.long(), *(values.long() for values in values_RT)]).tolist()
+    return [
+        [[value for value, kept in zip(row, marks, strict=True) if kept] for row, marks in zip(rows, mask, strict=True)]
+        for rows in tables
+    ]
+
+
+def padded(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """Rows as a table `[R, T]` on the CPU, 0 behind their ends."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 def model_inputs(inputs: Inputs) -> Inputs:

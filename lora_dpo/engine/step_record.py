@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_dpo.engine.pair_batch import PairBatch
+from lora_dpo.engine.pair_batch import PairBatch, padded
 from lora_dpo.engine.reference_cache import PairLogps
 
 
@@ -33,10 +33,11 @@ class StepRecord:
             ld_alpha: what the tokens weigh by which the longer answer is longer (LD-DPO); None is 1.
         """
         inputs = self.batch.inputs
-        policy = answer_sums(self.log_probs_RT, inputs["completion_mask"])
+        references_R1 = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])[:, None]
+        host_RT = torch.cat([self.log_probs_RT.float(), references_R1.float()], dim=1).cpu()  # one wait for a GPU
+        policy = answer_sums(host_RT[:, :-1], padded(self.batch.scored, self.log_probs_RT.shape[1] + 1))
         policy_B2 = torch.tensor([logps.sums(ld_alpha) for logps in policy], dtype=torch.float64)
-        ref_B2 = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1).cpu()
-        return policy_B2 - ref_B2
+        return policy_B2 - torch.stack(host_RT[:, -1].chunk(2), dim=1)
 
 
 def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairLogps]:
@@ -44,9 +45,9 @@ def answer_sums(log_probs_RT: torch.Tensor, mask_RT: torch.Tensor) -> list[PairL
 
     Args:
         log_probs_RT: `[R, T-1]` per-token values.
-        mask_RT: `[R, T]`, 1 on answer tokens.
+        mask_RT: `[R, T]` on the CPU, 1 on answer tokens.
     """
-    mask_RT, log_probs_RT = mask_RT[:, 1:].cpu(), log_probs_RT.detach().cpu()  # Apple's GPUs have no float64
+    mask_RT, log_probs_RT = mask_RT[:, 1:], log_probs_RT.detach().cpu()  # Apple's GPUs have no float64
     place_RT = mask_RT.cumsum(dim=1)
     shorter_B = torch.minimum(*mask_RT.sum(dim=1).chunk(2))
     head_RT = place_RT <= torch.cat([shorter_B, shorter_B])[:, None]

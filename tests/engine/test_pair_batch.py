@@ -21,7 +21,7 @@ def padded(tiny_model_folder, tmp_path):
 
 def test_rows_without_the_padding():
     values, mask = torch.tensor([[5, 6, 0], [7, 0, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert rows_of(values, mask) == [[5, 6], [7]]
+    assert rows_of(mask, values, values == 6) == [[[5, 6], [7]], [[0, 1], [0]]]
 
 
 def test_a_batch_knows_what_its_pairs_were(padded):
@@ -43,7 +43,7 @@ def test_a_part_has_the_rows_of_its_pairs(padded):
     assert part.tokens == [batch.tokens[row] for row in (3, 1, 7, 5)]
     assert part.scored == [batch.scored[row] for row in (3, 1, 7, 5)]
     assert part.inputs["pair_weight"].tolist() == [4.0, 2.0]
-    assert rows_of(part.inputs["input_ids"], part.inputs["attention_mask"]) == part.tokens
+    assert rows_of(part.inputs["attention_mask"], part.inputs["input_ids"]) == [part.tokens]
     assert batch.whole().tokens == batch.tokens
 
 
@@ -51,7 +51,7 @@ def test_one_branch_stands_beside_a_sequence_that_adds_nothing(padded):
     part = PairBatch.of(padded).branch(5)
     assert part.rows.tolist() == [5]
     for name, found in (("input_ids", part.tokens), ("completion_mask", part.scored)):
-        assert rows_of(part.inputs[name], part.inputs["attention_mask"]) == found
+        assert rows_of(part.inputs["attention_mask"], part.inputs[name]) == [found]
     assert len(part.tokens[1]) == 1
     assert part.scored[1] == [0]
 
@@ -72,15 +72,15 @@ def test_a_step_finds_its_rows_once_however_many_parts_it_has(settings, tiny_mod
     trainer.training_step(trainer.model, rows)  # compares the engine with TRL's passes, and measures the memory
     found = []
 
-    def counted(values, mask):
-        found.append(len(values))
-        return rows_of(values, mask)
+    def counted(mask, *values):
+        found.append(len(mask))
+        return rows_of(mask, *values)
 
     monkeypatch.setattr(pair_batch, "rows_of", counted)
     monkeypatch.setattr(pair_forward, "rows_of", counted)
     trainer.training_step(trainer.model, rows)
     assert trainer.engine.last.parts > (1 if settings else 0)
-    assert found == [2 * len(PAIRS)] * 2  # token ids, and which of them belong to an answer
+    assert found == [2 * len(PAIRS)]
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5, 1.0]])

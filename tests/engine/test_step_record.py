@@ -18,12 +18,9 @@ def test_answers_are_summed_up_to_the_shorter_ones_length_and_beyond():
 
 @pytest.mark.parametrize(("alpha", "chosen"), [(None, -7.0), (0.5, -4.0), (0.0, -1.0)])
 def test_log_ratios_are_the_policys_sums_less_the_references(alpha, chosen):
-    inputs = {
-        "completion_mask": MASK,
-        "ref_chosen_logps": torch.tensor([-3.0]),
-        "ref_rejected_logps": torch.tensor([-0.25]),
-    }
-    step = StepRecord(torch.tensor(0.0), PairBatch(inputs, [], []), LOG_PROBS, parts=1)
+    inputs = {"ref_chosen_logps": torch.tensor([-3.0]), "ref_rejected_logps": torch.tensor([-0.25])}
+    batch = PairBatch(inputs, tokens=[[1, 2, 3, 4, 5], [1, 2]], scored=[[0, 1, 1, 1, 0], [0, 1]])
+    step = StepRecord(torch.tensor(0.0), batch, LOG_PROBS, parts=1)
     assert step.log_ratios(alpha).tolist() == [[chosen + 3.0, -0.25]]
 
 
