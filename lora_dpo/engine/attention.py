@@ -79,10 +79,10 @@ def pair_attention(
     query_KGSD = query_HSD.view(-1, groups, *query_HSD.shape[1:])
     sink_KG = None if sink_H is None else sink_H.view(-1, groups)
     # Split, not sliced: the backward pass of a split is one concatenation, of a slice a stream of zeros to be added up.
-    queries = query_KGSD.split([size for span in plan.spans for size in span.queries], dim=2)
+    queries = torch.split(query_KGSD, [size for span in plan.spans for size in span.queries], dim=2)
     seen_T = plan.seen(key_KSD.device)
     lengths = [size for span in plan.spans for size in span.keys]
-    keys, values = (part.index_select(1, seen_T).split(lengths, dim=1) for part in (key_KSD, value_KSD))
+    keys, values = (torch.split(part.index_select(1, seen_T), lengths, dim=1) for part in (key_KSD, value_KSD))
     before = [known for span in plan.spans for known in (0, span.prefix - span.start)]
     done = [
         _attend(

@@ -25,7 +25,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    return storage_of(tensor), tensor.storage_offset()
+    return storage_of(tensor), int(tensor.storage_offset())
 
 
 class Rematerialiser:
