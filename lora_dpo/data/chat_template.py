@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.template_trial import fault_of
+from lora_dpo.data.thoughts import CHANNELS, split_thought
 from lora_dpo.errors import ModelError
 from lora_dpo.text import shown
 
@@ -32,6 +33,15 @@ class Message(TypedDict):
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which messages hold, and templates read, what a turn thought."""
+
+
+def assistant_turn(text: str) -> Message:
+    """An answer as a turn: as it was written, but of gpt-oss's channels the thought beside the content."""
+    if not text.lstrip().startswith(CHANNELS):
+        return Message(role="assistant", content=text)
+    thought, said = split_thought(text)
+    beside = Message(role="assistant", content=said, reasoning_content=thought)
+    return beside if thought else Message(role="assistant", content=said)
 
 
 def prompt_ids(

@@ -1,25 +1,48 @@
-"""What a model thinks before it answers, as text: `<think>…</think>` at an answer's start.
+"""What a model thinks before it answers, as text: `<think>…</think>` at an answer's start, or other `TAGS`.
 
-Some prompts end with the opening tag already (`opened_thought`). Tags that a tokenizer holds as special tokens are not
-in a decoded answer, so they are not known here.
+Some prompts end with the opening tag already (`opened_thought`). Tags that a tokenizer holds as special tokens are in
+the text that `answer_decoder` makes of ids, and in no other that skips special tokens.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<seed:think>", "</seed:think>"))
-"""How a thought begins and ends."""
+_NEXT = "<|end|><|start|>assistant"
+"""Between two messages of one answer in gpt-oss's response format."""
 
-EMPTY_THOUGHT = re.compile(r"\s*<(think|thinking|seed:think)>\s*</\1>\s*")
+TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|channel|>analysis<|message|>", f"{_NEXT}<|channel|>final<|message|>"),
+)
+"""How a thought begins and ends. The channels: https://developers.openai.com/cookbook/articles/openai-harmony"""
 
-OPENED = re.compile(r"<(?:think|thinking|seed:think)>\s*\Z")
+CHANNELS = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
+"""How a thought begins in gpt-oss's format, and how an answer without one does."""
+
+_BEGINNINGS = (*TAGS, (CHANNELS[1], ""))
+
+_GOES_ON = f"{_NEXT}<|channel|>analysis<|message|>"
+"""Between two parts of a thought."""
+
+_OPENING = "|".join(re.escape(tag) for tag, _ in TAGS)
+_EMPTY = "|".join(re.escape(tag) + r"\s*" + re.escape(close) for tag, close in TAGS)
+
+EMPTY_THOUGHT = re.compile(rf"\s*(?:{_EMPTY})\s*")
+
+OPENED = re.compile(rf"(?:{_OPENING})\s*\Z")
 """A text that ends with the tag that begins a thought."""
 
 _TAIL = 16
@@ -35,7 +58,7 @@ class ThoughtSplitter:
     def __init__(self, *, opened: bool = False) -> None:
         self.inside = opened
         """True while what comes is a thought."""
-        self._closers = tuple(close for _, close in TAGS)
+        self._closers: tuple[str, ...] = tuple(close for _, close in TAGS)
         self._started = opened
         self._held = ""
         self.ended = False
@@ -61,22 +84,23 @@ class ThoughtSplitter:
     def _start(self) -> bool:
         """Whether it is known how the answer begins."""
         begun = self._held.lstrip()
-        if any(tag.startswith(begun) for tag, _ in TAGS):
+        if any(tag != begun and tag.startswith(begun) for tag, _ in _BEGINNINGS):
             return False  # nothing, or the beginning of a tag
         self._started = True
-        for tag, close in TAGS:
+        for tag, close in _BEGINNINGS:
             if begun.startswith(tag):
                 self.inside, self._closers, self._held = True, (close,), begun.removeprefix(tag)
         return True
 
     def _think(self) -> Iterator[tuple[bool, str]]:
+        self._held = self._held.replace(_GOES_ON, "\n\n")
         found = [(self._held.find(tag), tag) for tag in self._closers if tag in self._held]
         if found:
             place, tag = min(found)
             thought, self._held = self._held[:place], self._held[place + len(tag) :].lstrip()
             self.inside, self.ended = False, True
         else:
-            keep = max(_overlap(self._held, tag) for tag in self._closers)
+            keep = max(_overlap(self._held, tag) for tag in (*self._closers, _GOES_ON))
             thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         if thought:
             yield True, thought
@@ -96,6 +120,31 @@ def split_thought(text: str) -> tuple[str, str]:
     return thought.strip(), said.strip()
 
 
+def answer_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """What makes text of an answer's ids, all of them or its first: without special tokens but for a thought's tags."""
+    tags, special = _special_ids(tokenizer, len(tokenizer))
+
+    def decode(ids: Sequence[int]) -> str:
+        if tags.isdisjoint(ids):
+            return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(tokenizer.decode([token for token in ids if token in tags or token not in special]))
+
+    return decode
+
+
+@functools.lru_cache(maxsize=8)
+def _special_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[frozenset[int], frozenset[int]]:
+    """Special tokens that are parts of a thought's tags, and all special tokens; `size` says that none came later."""
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known = added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    # One or two characters are a padding token that somebody took from ordinary text, such as "!".
+    names = {token for token in known.values() if len(token.strip()) > 2}
+    # Phi's <|end|> is in the channels' tags, too: a kind is known by the token that begins it, or alone ends it.
+    kinds = [begin + end for begin, end in TAGS if end in names or any(token in begin for token in names)]
+    tags = {token for token in names if any(token in kind for kind in kinds)}
+    return frozenset(number for number, token in known.items() if token in tags), frozenset(known)
+
+
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
     """The tag with which a prompt of token ids begins the answer's thought, and a line break; empty if it does not."""
     end = str(tokenizer.decode(list(prompt[-_TAIL:]))).rstrip()
@@ -111,9 +160,11 @@ def said_length(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answe
 def thought_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, opened: bool = False) -> int:
     """How many tokens at an answer's start are its thought, tags included; all of them if it was cut there."""
 
+    decode = answer_decoder(tokenizer)
+
     def read(count: int) -> ThoughtSplitter:
         splitter = ThoughtSplitter(opened=opened)
-        list(splitter.feed(str(tokenizer.decode(list(ids[:count]), skip_special_tokens=True))))
+        list(splitter.feed(decode(ids[:count])))
         return splitter
 
     whole = read(len(ids))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.chat_template import Message, encode, render
 from lora_dpo.data.pairs import Dropped, Origin, PreferencePair
-from lora_dpo.data.thoughts import EMPTY_THOUGHT, OPENED
+from lora_dpo.data.thoughts import EMPTY_THOUGHT, OPENED, TAGS
 from lora_dpo.errors import ModelError
 
 if TYPE_CHECKING:
@@ -200,11 +200,13 @@ def _conversation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """What a tokenizer takes out of any text as a special token, the longest first; None if there is nothing.
 
-    Added tokens that are not special, such as Qwen's `<think>`, are meant to be written in messages.
+    Added tokens that are not special, such as Qwen's `<think>`, are meant to be written in messages; so are a thought's
+    tags in any case.
     """
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     # One or two characters are a padding token that somebody took from ordinary text, such as "!".
     known = {token for token in (*tokenizer.all_special_tokens, *added) if len(token.strip()) > 2}
+    known -= {tag for tags in TAGS for tag in tags}
     return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True)))) if known else None
 
 

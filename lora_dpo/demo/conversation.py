@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data import Message
+from lora_dpo.data.chat_template import assistant_turn
 from lora_dpo.errors import ConfigError, LoraDPOError
 from lora_dpo.model.decoding import Sampling
 from lora_dpo.serving.host import Host
@@ -79,7 +80,7 @@ class Conversation:
             turns.append(Message(role="user", content=exchange.user))
             said = exchange.answers[side] or exchange.answers[1 - side]
             if said is not None and said.text.strip():
-                turns.append(Message(role="assistant", content=said.text.strip()))
+                turns.append(assistant_turn(said.text.strip()))
         return turns
 
     def cut_from(self, index: int) -> list[Turn]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_dpo.data import Message, Origin
+from lora_dpo.data.chat_template import assistant_turn
 from lora_dpo.data.formats.trl import checked_pair
 from lora_dpo.data.journal import append_durably
 from lora_dpo.data.messages import BadRow
@@ -181,7 +182,7 @@ def _changed(path: Path) -> tuple[int, int]:
 
 
 def _pair_row(prompt: Sequence[Message], chosen: ShownAnswer, rejected: ShownAnswer, origin: Row) -> Row:
-    sides = [(Message(role="assistant", content=side.text),) for side in (chosen, rejected)]
+    sides = [(assistant_turn(side.text),) for side in (chosen, rejected)]
     origin = {**origin, "chosen": _facts(chosen), "rejected": _facts(rejected)}
     try:
         pair = checked_pair(tuple(prompt), sides[0], sides[1], Origin("vote", 1), provenance=origin)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
-from lora_dpo.data import Message, Origin, PreferencePair, TokenPair
+from lora_dpo.data import Origin, PreferencePair, TokenPair
+from lora_dpo.data.chat_template import assistant_turn
 from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.tokenize import tokenize_pair
 from lora_dpo.engine.scoring import score_pairs
@@ -52,7 +53,7 @@ def _by_twos(texts: Sequence[str]) -> list[tuple[str, str]]:
 def _two(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, first: str, second: str, kwargs: TemplateKwargs
 ) -> TokenPair:
-    sides = [(Message(role="assistant", content=text),) for text in (first, second)]
+    sides = [(assistant_turn(text),) for text in (first, second)]
     origin = Origin(prompt.source, prompt.row)
     pair = PreferencePair(prompt=prompt.messages, chosen=sides[0], rejected=sides[1], origin=origin)
     return tokenize_pair(tokenizer, pair, max_length=None, chat_template_kwargs=kwargs)

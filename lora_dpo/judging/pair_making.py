@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_dpo.data.chat_template import assistant_turn
 from lora_dpo.data.journal import Journal, Row, alone
 from lora_dpo.data.prompts import Prompt, accepted_hash
 from lora_dpo.data.write import check_name, write_rows
@@ -211,7 +212,7 @@ def _pair_rows(
             lengths.append(tuple(len(sample.answer.said.split()) for sample in sides.values()))
             yield {
                 "prompt": [dict(message) for message in prompt.messages],
-                **{side: [{"role": "assistant", "content": sides[side].answer.text}] for side in sides},
+                **{side: [assistant_turn(sides[side].answer.text)] for side in sides},
                 "chosen_score": row[a],
                 "rejected_score": row[b],
                 "origin": {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.chat_template import Message, prompt_ids
-from lora_dpo.data.thoughts import opened_thought, split_thought, thought_tokens
+from lora_dpo.data.thoughts import answer_decoder, opened_thought, split_thought, thought_tokens
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.device import free_bytes
 from lora_dpo.text import shown
@@ -99,7 +99,7 @@ def answer_of(
     finished = bool(ids) and ids[-1] in stops
     kept = list(ids[:-1] if finished else ids)
     opened = opened_thought(tokenizer, prompt)
-    text = opened + str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
+    text = opened + answer_decoder(tokenizer)(kept).strip()
     return Answer(text, len(kept), finished, thought_tokens(tokenizer, kept, opened=bool(opened)))
 
 
@@ -205,7 +205,7 @@ def stream_from(
         stop: the answer ends before the first of these texts, as if the model had ended its turn there.
     """
     stops = stop_token_ids(model, tokenizer)
-    opened = bool(opened_thought(tokenizer, prompt))
+    opened, text_of = bool(opened_thought(tokenizer, prompt)), answer_decoder(tokenizer)
     tokens: list[int] = []
     text, shown, finished = "", 0, False
     for _, token in decode(model, [prompt], stops, sampling or Sampling()):
@@ -213,7 +213,7 @@ def stream_from(
             finished = True
             break
         tokens.append(token)
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        text = text_of(tokens)
         if (end := first_of(text, stop)) is not None:
             yield text[shown:end]
             return Answer(text[:end], len(tokens), True, thought_tokens(tokenizer, tokens, opened=opened))

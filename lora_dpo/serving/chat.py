@@ -17,6 +17,7 @@ from lora_dpo.adapters.loading import load_base_of
 from lora_dpo.config.recipe import Dtype, Quantize
 from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.data import Message
+from lora_dpo.data.chat_template import assistant_turn
 from lora_dpo.data.journal import append_durably
 from lora_dpo.errors import OutputError
 from lora_dpo.model.base import Base
@@ -53,7 +54,7 @@ class Chat:
                 yield piece
         finally:
             if said.strip():
-                self.history.append(Message(role="assistant", content=said.strip()))
+                self.history.append(assistant_turn(said.strip()))
             else:
                 self.history.pop()  # a turn without an answer would confuse the next one
 
