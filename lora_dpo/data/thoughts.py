@@ -61,6 +61,8 @@ class ThoughtSplitter:
         self._closers: tuple[str, ...] = tuple(close for _, close in TAGS)
         self._started = opened
         self._held = ""
+        self._between = False
+        """True after a thought, until something but white space is said."""
         self.ended = False
         """True once a thought has been ended by its tag."""
 
@@ -71,9 +73,12 @@ class ThoughtSplitter:
             return
         if self.inside:
             yield from self._think()
-        if not self.inside and self._held:
-            yield False, self._held
+        if not self.inside:
+            said = self._held.lstrip() if self._between else self._held
             self._held = ""
+            if said:
+                self._between = False
+                yield False, said
 
     def end(self) -> Iterator[tuple[bool, str]]:
         """What was still held back."""
@@ -97,8 +102,8 @@ class ThoughtSplitter:
         found = [(self._held.find(tag), tag) for tag in self._closers if tag in self._held]
         if found:
             place, tag = min(found)
-            thought, self._held = self._held[:place], self._held[place + len(tag) :].lstrip()
-            self.inside, self.ended = False, True
+            thought, self._held = self._held[:place], self._held[place + len(tag) :]
+            self.inside, self.ended, self._between = False, True, True
         else:
             keep = max(_overlap(self._held, tag) for tag in (*self._closers, _GOES_ON))
             thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

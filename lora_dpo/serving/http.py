@@ -31,6 +31,7 @@ from lora_dpo.serving.host import Host
 from lora_dpo.serving.openai_schema import (
     DONE,
     ChatRequest,
+    Deltas,
     Envelope,
     check_keywords,
     error_body,
@@ -123,7 +124,7 @@ class _Api:
         except BaseException:
             outbox.close()
             raise
-        envelope = Envelope(asked.model, self.fingerprint)
+        envelope, deltas = Envelope(asked.model, self.fingerprint), outbox.deltas(asked)
         if asked.stream:
             try:
                 first = await _unless_gone(request, outbox.first())
@@ -132,14 +133,14 @@ class _Api:
             except BaseException:
                 outbox.close()
                 raise
-            return _EventStream(outbox, _events(outbox, first, asked, envelope))
+            return _EventStream(outbox, _events(outbox, first, asked, envelope, deltas))
         try:
             reply = await _unless_gone(request, outbox.reply())
         finally:
             outbox.close()
         if reply is None:
             raise ClientDisconnect
-        return JSONResponse(envelope.completion(reply))
+        return JSONResponse(envelope.completion(reply, deltas))
 
     def _entry(self, name: str) -> dict[str, Any]:
         created = self.began
@@ -177,6 +178,11 @@ class _Outbox:
 
         await anyio.to_thread.run_sync(submit)
 
+    def deltas(self, asked: ChatRequest) -> Deltas:
+        """What makes deltas of the pieces, once it is asked."""
+        opened = self._request is not None and bool(self._request.asked.thought)
+        return Deltas(opened=opened, apart=asked.thoughts_apart)
+
     def close(self) -> None:
         """Nobody wants more: free the turn."""
         if self._request is not None:
@@ -208,7 +214,7 @@ class _Outbox:
 
 
 async def _events(
-    outbox: _Outbox, first: StreamItem | None, asked: ChatRequest, envelope: Envelope
+    outbox: _Outbox, first: StreamItem | None, asked: ChatRequest, envelope: Envelope, deltas: Deltas
 ) -> AsyncIterator[str]:
     yield event(envelope.chunk({"role": "assistant", "content": ""}))
     outcome = first
@@ -220,11 +226,13 @@ async def _events(
                 yield ": waiting\n\n"  # a comment, which clients pass over
                 continue
         if isinstance(outcome, str):
-            if outcome:
-                yield event(envelope.chunk({"content": outcome}))
+            for delta in deltas.feed(outcome):
+                yield event(envelope.chunk(delta))
             outcome = None
             continue
         if isinstance(outcome, Completion):
+            for delta in deltas.end():
+                yield event(envelope.chunk(delta))
             yield event(envelope.chunk({}, finish_reason(outcome)))
             if asked.include_usage:
                 yield event(envelope.usage_chunk(outcome))

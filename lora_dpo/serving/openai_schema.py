@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fai
 from lora_dpo.config.reading import nearest
 from lora_dpo.config.template_kwargs import TemplateKwargs, checked_template_kwargs
 from lora_dpo.data import Message
+from lora_dpo.data.chat_template import assistant_turn
 from lora_dpo.data.keywords_read import note_of_keywords
+from lora_dpo.data.thoughts import ThoughtSplitter
 from lora_dpo.errors import RequestRefused
 from lora_dpo.model.decoding import Sampling
 from lora_dpo.serving.request import Completion
@@ -77,9 +79,11 @@ NEUTRAL_OF_TURN: Mapping[str, Sequence[Any]] = {
 }
 """The same of a message."""
 
-NOTES_OF_TURN = ("id", "object", "created", "created_at", "timestamp", "metadata", "reasoning_content", "reasoning")
-"""What clients keep beside the text of a message and send back with it. The reasoning of an earlier answer is no part
-of the conversation: chat templates leave it out, too."""
+REASONING_OF_TURN = ("reasoning_content", "reasoning")
+"""Where clients keep what an earlier answer was thought through with: for the chat template, if it reads that."""
+
+NOTES_OF_TURN = ("id", "object", "created", "created_at", "timestamp", "metadata", *REASONING_OF_TURN)
+"""What clients keep beside the text of a message and send back with it."""
 
 
 MAX_STOP = 1000
@@ -110,6 +114,7 @@ class _Turn(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[_TextPart], FailFast(), BeforeValidator(_as_parts)]
     name: str | None = None
+    reasoning_content: str = ""
 
 
 _Stop = Annotated[str, Field(max_length=MAX_STOP)]
@@ -133,6 +138,7 @@ class _Body(_Strict):
     stop: Annotated[Annotated[list[_Stop], Field(max_length=4)] | None, BeforeValidator(_as_list)] = None
     user: Annotated[str, Field(max_length=MAX_USER)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(checked_template_kwargs)] | None = None
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +154,8 @@ class ChatRequest:
     user: str
     chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
     """As vLLM has it: keywords for the chat template."""
+    thoughts_apart: bool = True
+    """As llama.cpp has it: `reasoning_format`, but for `none`."""
 
 
 def read_request(content: bytes, *, max_new_tokens: int) -> ChatRequest:
@@ -185,6 +193,7 @@ def read_request(content: bytes, *, max_new_tokens: int) -> ChatRequest:
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         user=body.user or "",
         chat_template_kwargs=body.chat_template_kwargs or {},
+        thoughts_apart=body.reasoning_format != "none",
     )
 
 
@@ -229,7 +238,10 @@ def _asked_of_turn(turn: Any, where: str) -> Any:
     """A message without what asks for nothing. Raises `RequestRefused` for what is not understood here."""
     if not isinstance(turn, dict):
         return turn
+    thoughts = [turn[name] for name in REASONING_OF_TURN if turn.get(name) and isinstance(turn[name], str)]
     turn = {name: value for name, value in turn.items() if value is not None and name not in NOTES_OF_TURN}
+    if thoughts and turn.get("role") == "assistant":
+        turn["reasoning_content"] = thoughts[0]
     for name, values in NEUTRAL_OF_TURN.items():
         asked = turn.pop(name, None)
         if asked is not None and asked not in values:
@@ -255,11 +267,57 @@ def _refusal(error: ValidationError) -> RequestRefused:
 
 
 def _message(turn: _Turn) -> Message:
-    role = "system" if turn.role == "developer" else turn.role
-    return Message(role=role, content="".join(part.text for part in turn.content))
+    text = "".join(part.text for part in turn.content)
+    if turn.role != "assistant":
+        return Message(role="system" if turn.role == "developer" else turn.role, content=text)
+    said = assistant_turn(text)
+    if turn.reasoning_content:
+        said["reasoning_content"] = turn.reasoning_content
+    return said
 
 
 # --- what is sent back ----------------------------------------------------------------------------
+
+
+class Deltas:
+    """Pieces of an answer as `delta`s: `reasoning_content` for what is thought before it, `content` for what is said.
+
+    Source: https://api-docs.deepseek.com/guides/reasoning_model
+
+    Args:
+        opened: the prompt began a thought already.
+        apart: False leaves the text as the model writes it.
+    """
+
+    def __init__(self, *, opened: bool, apart: bool) -> None:
+        self._splitter = ThoughtSplitter(opened=opened) if apart else None
+        self._thinks = False
+        self._space = ""
+        """White space that may be the thought's end: none is around it."""
+
+    def feed(self, piece: str) -> Iterator[dict[str, str]]:
+        """What is certain now."""
+        if self._splitter is not None:
+            yield from self._named(self._splitter.feed(piece))
+        elif piece:
+            yield {"content": piece}
+
+    def end(self) -> Iterator[dict[str, str]]:
+        """What was still held back."""
+        if self._splitter is not None:
+            yield from self._named(self._splitter.end())
+
+    def _named(self, parts: Iterator[tuple[bool, str]]) -> Iterator[dict[str, str]]:
+        for inside, part in parts:
+            if not inside:
+                yield {"content": part}
+                continue
+            text = self._space + part if self._thinks else part.lstrip()
+            thought = text.rstrip()
+            self._space = text[len(thought) :]
+            if thought:
+                self._thinks = True
+                yield {"reasoning_content": thought}
 
 
 @dataclass(frozen=True)
@@ -271,9 +329,12 @@ class Envelope:
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def completion(self, reply: Completion) -> dict[str, Any]:
+    def completion(self, reply: Completion, deltas: Deltas) -> dict[str, Any]:
         """A whole answer."""
-        message = {"role": "assistant", "content": reply.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        for delta in (*deltas.feed(reply.text), *deltas.end()):
+            for name, text in delta.items():
+                message[name] = message.get(name, "") + text
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage(reply)}
 

@@ -136,7 +136,7 @@ def refuse_long(conversation: Sequence[Message], *, most: int) -> None:
             f"The prompt has {len(conversation):,} messages; at most {most // MESSAGE:,} are taken. Leave out older "
             "turns."
         )
-    characters = sum(len(said["content"]) for said in conversation)
+    characters = sum(len(said["content"]) + len(said.get("reasoning_content", "")) for said in conversation)
     if characters > CHARACTERS * most:
         raise PromptTooLong(
             f"The prompt has {characters:,} characters; at most {most} tokens are taken. Shorten it, or leave out "
