@@ -66,7 +66,7 @@ def stats_view(diagnosis: Diagnosis, console: Console, *, read: bool = True) -> 
     table.add_column(f"length in {diagnosis.unit}")
     for rank in PERCENTILES:
         table.add_column("longest" if rank == 100 else f"{rank}%", justify="right")
-    for part, values in diagnosis.lengths.items():
+    for part, values in {**diagnosis.lengths, **diagnosis.said}.items():
         table.add_row(part, *(f"{value:,}" for value in percentiles(values).values()))
     console.print(table)
     for label, text in _facts(diagnosis):
@@ -81,6 +81,8 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     facts.append(
         ("length", f"chosen is longer in {bias.chosen_longer:.0%} of the pairs; {bias.sentence(diagnosis.unit)}")
     )
+    if diagnosis.note_of_thoughts:
+        facts.append(("thoughts", diagnosis.note_of_thoughts))
     noise = diagnosis.noise
     if noise.flip_rate is not None:
         text = f"{noise.disagreed} of {noise.judged_twice} repeated judgements disagree"

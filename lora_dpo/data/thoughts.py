@@ -46,7 +46,7 @@ OPENED = re.compile(rf"(?:{_OPENING})\s*\Z")
 """A text that ends with the tag that begins a thought."""
 
 _TAIL = 16
-"""Tokens at a prompt's end that hold an opening tag and the line break after it."""
+"""Tokens at a prompt's end, or at an answer's start, that hold an opening tag and a line break beside it."""
 
 
 class ThoughtSplitter:
@@ -59,7 +59,8 @@ class ThoughtSplitter:
         self.inside = opened
         """True while what comes is a thought."""
         self._closers: tuple[str, ...] = tuple(close for _, close in TAGS)
-        self._started = opened
+        self.started = opened
+        """True once it is known whether there is a thought."""
         self._held = ""
         self._between = False
         """True after a thought, until something but white space is said."""
@@ -69,7 +70,7 @@ class ThoughtSplitter:
     def feed(self, piece: str) -> Iterator[tuple[bool, str]]:
         """The parts that are certain now."""
         self._held += piece
-        if not self._started and not self._start():
+        if not self.started and not self._start():
             return
         if self.inside:
             yield from self._think()
@@ -91,7 +92,7 @@ class ThoughtSplitter:
         begun = self._held.lstrip()
         if any(tag != begun and tag.startswith(begun) for tag, _ in _BEGINNINGS):
             return False  # nothing, or the beginning of a tag
-        self._started = True
+        self.started = True
         for tag, close in _BEGINNINGS:
             if begun.startswith(tag):
                 self.inside, self._closers, self._held = True, (close,), begun.removeprefix(tag)
@@ -172,6 +173,8 @@ def thought_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, op
         list(splitter.feed(decode(ids[:count])))
         return splitter
 
+    if (head := read(_TAIL)).started and not head.inside and not head.ended:
+        return 0  # without reading all of it
     whole = read(len(ids))
     if not whole.ended:
         return len(ids) if whole.inside else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from rich.console import Console
+from templates import THINKING, with_template
 
+from lora_dpo.cli.data_views import stats_view
 from lora_dpo.data import Message, Origin, PreferencePair, read_pairs
 from lora_dpo.data.doctor import checks
 from lora_dpo.data.doctor.catalogue import CHECKS
@@ -606,6 +610,46 @@ def test_length_bias_is_a_finding_only_with_enough_pairs(tmp_path):
     pairs = [{**clean(draw), "chosen": "Yes.", "rejected": sentence(draw, 9)} for _ in range(40)]
     assert "length-bias" in rows_of(write(tmp_path / "a.jsonl", *pairs))
     assert "length-bias" not in rows_of(write(tmp_path / "b.jsonl", *pairs[:20]))
+
+
+@pytest.mark.parametrize("kind", ["in the content", "beside it", "special"])
+def test_thoughts_are_no_part_of_lengths(tokenizer, tmp_path, kind):
+    def bot(thought, said):
+        if kind == "beside it":
+            return [{"role": "assistant", "content": said, "reasoning_content": thought}]
+        begin, end = ("[THINK]", "[/THINK]") if kind == "special" else ("<think>\n", "\n</think>\n\n")
+        return [{"role": "assistant", "content": f"{begin}{thought}{end}{said}"}]
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {n}?"}],
+            "chosen": bot("Hm, hm. " * 9, f"It is {n}." if n % 2 else f"It is {n}, I think."),
+            "rejected": bot("Hm.", f"It is {n}, I think." if n % 2 else f"It is {n}."),
+        }
+        for n in range(10, 50)
+    ]
+    source = write(tmp_path / "a.jsonl", *rows)
+    think = with_template(tokenizer, THINKING)
+    if kind == "special":
+        think = with_template(tokenizer, tokenizer.chat_template, tokens=("[THINK]", "[/THINK]"))
+    for found in (examine([source]), examine([source], tokenizer=think)):
+        assert found.bias == LengthBias(0.5, 0.0, 0.5)
+        assert "length-bias" not in found.findings
+        tokens = found.unit == "tokens"
+        between = 2 if tokens and kind != "special" else 0  # the line breaks after the thought
+        assert set(found.said["chosen"]) == {between + tokens + count for count in (9, 18)}
+        assert min(found.lengths["chosen"]) > 70
+        assert found.note_of_thoughts.startswith("in 40 of 40 pairs an answer begins with a thought: lengths and")
+        assert found.as_json()["length"]["chosen"]["100"] == between + tokens + 18
+        assert found.as_json()["pairs_with_thoughts"] == 40
+        console = Console(file=io.StringIO(), width=200)
+        stats_view(found, console)
+        assert "in 40 of 40 pairs an answer begins with a thought" in console.file.getvalue()
+        table = console.file.getvalue().splitlines()
+        [chosen] = [line.split() for line in table if line.startswith("chosen ")]
+        assert chosen[-1] == str(between + tokens + 18)
+        assert ("max_length cuts them, too" in console.file.getvalue()) == tokens
+    assert examine([write(tmp_path / "b.jsonl", {**rows[0], "chosen": "a", "rejected": "b"})]).note_of_thoughts is None
 
 
 def test_length_bias_by_hand():

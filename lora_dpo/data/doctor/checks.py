@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lora_dpo.data.chat_template import Message
 from lora_dpo.data.language import differ
 from lora_dpo.data.pairs import PreferencePair
+from lora_dpo.data.thoughts import split_thought
 
 _BOS = (
     "<s>",
@@ -149,6 +150,17 @@ class Texts:
     def of(cls, pair: PreferencePair) -> Texts:
         """Turns of each part, joined by blank lines."""
         return cls(*(_joined(part) for part in (pair.prompt, pair.chosen, pair.rejected)))
+
+
+def thought_length(answer: Sequence[Message]) -> int:
+    """Characters of an answer that are the thought at its start, tags and the space around them included."""
+    first = answer[0]
+    said = split_thought(first["content"])[1]
+    if said == first["content"].strip() and "reasoning_content" not in first:
+        return 0
+    bare = first.copy()
+    bare.pop("reasoning_content", None)
+    return len(_joined(answer)) - len(_joined([{**bare, "content": said}, *answer[1:]]))
 
 
 def prompt_text(prompt: Sequence[Message]) -> str:

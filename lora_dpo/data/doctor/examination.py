@@ -17,12 +17,20 @@ from lora_dpo.config.template_kwargs import TemplateKwargs
 from lora_dpo.data.chat_template import Message, prompt_ids
 from lora_dpo.data.columns import Wanted
 from lora_dpo.data.doctor.catalogue import CHECKS, Check
-from lora_dpo.data.doctor.checks import Texts, ends_with_marker, prompt_text, special_findings, text_findings
+from lora_dpo.data.doctor.checks import (
+    Texts,
+    ends_with_marker,
+    prompt_text,
+    special_findings,
+    text_findings,
+    thought_length,
+)
 from lora_dpo.data.doctor.near_duplicates import NearDuplicates
 from lora_dpo.data.doctor.statistics import LengthBias, Noise, length_bias, percentiles
 from lora_dpo.data.language import named_language
 from lora_dpo.data.pairs import Origin, PreferencePair, ReadReport
 from lora_dpo.data.read import account, outcomes
+from lora_dpo.data.thoughts import opened_thought, thought_tokens
 from lora_dpo.data.tokenize import special_tokens, tokenize_pair
 from lora_dpo.errors import DataError, ModelError
 
@@ -61,6 +69,10 @@ class Diagnosis:
         default_factory=lambda: {part: array("L") for part in ("prompt", "chosen", "rejected")}
     )
     """Of each pair, in tokens with a tokenizer, else in characters."""
+    said: dict[str, array[int]] = field(default_factory=lambda: {part: array("L") for part in ("chosen", "rejected")})
+    """The same of the answers, without the thoughts at their starts."""
+    thinking: int = 0
+    """Pairs of which an answer begins with a thought."""
     unit: str = "characters"
     languages: Counter[str] = field(default_factory=Counter)
     """Of the chosen answers: the language if it can be told, the script if it is not Latin, else why it is not told."""
@@ -80,6 +92,15 @@ class Diagnosis:
     def pairs(self) -> int:
         """Pairs that were looked at."""
         return len(self.lengths["prompt"])
+
+    @property
+    def note_of_thoughts(self) -> str | None:
+        """That answers begin with thoughts, and what these are not counted in; None if none does."""
+        if not self.thinking:
+            return None
+        counted = "; max_length cuts them, too" if self.unit == "tokens" else ""
+        what = "an answer begins with a thought: lengths and length bias leave it out"
+        return f"in {self.thinking} of {self.pairs} pairs {what}{counted}"
 
     def removals(self) -> dict[Origin, str]:
         """Rows that `--fix` takes out, with the first reason."""
@@ -110,9 +131,10 @@ class Diagnosis:
             "findings": [_finding_as_json(finding) for finding in self.findings.values()],
             "length": {
                 "unit": self.unit,
-                **{part: percentiles(values) for part, values in self.lengths.items()},
+                **{part: percentiles(values) for part, values in {**self.lengths, **self.said}.items()},
                 "share_cut": {str(cut): self.share_cut(cut) for cut in self.cuts()} if tokens else None,
             },
+            "pairs_with_thoughts": self.thinking,
             "length_bias": self.bias.as_json(),
             "label_noise": self.noise.as_json(),
             "languages": dict(self.languages.most_common()),
@@ -243,14 +265,18 @@ class _Doctor:
         self.marked.append(ends_with_marker(texts.chosen))
         self.found.languages[named_language(texts.chosen)] += 1
         self.found.scored += pair.gap is not None
+        thoughts = thought_length(pair.chosen), thought_length(pair.rejected)
+        self.found.thinking += any(thoughts)
         if self.tokenizer is None:
-            self._measure(len(texts.prompt), len(texts.chosen), len(texts.rejected))
+            self._measure(len(texts.prompt), len(texts.chosen), len(texts.rejected), thoughts)
         else:
             self._tokenize(pair, self.tokenizer, known="double-bos" in shown)
 
-    def _measure(self, prompt: int, chosen: int, rejected: int) -> None:
+    def _measure(self, prompt: int, chosen: int, rejected: int, thoughts: tuple[int, int] = (0, 0)) -> None:
         for part, length in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
             self.found.lengths[part].append(length)
+        self.found.said["chosen"].append(chosen - thoughts[0])
+        self.found.said["rejected"].append(rejected - thoughts[1])
 
     def _compare(self, index: int, texts: Texts, pair: PreferencePair) -> None:
         """With earlier pairs and with held-out prompts."""
@@ -279,7 +305,9 @@ class _Doctor:
             self.note("template", pair.origin, str(error))
             self._measure(0, 0, 0)
             return
-        self._measure(len(tokens.prompt), len(tokens.chosen), len(tokens.rejected))
+        opened = bool(opened_thought(tokenizer, tokens.prompt))
+        chosen, rejected = (thought_tokens(tokenizer, ids, opened=opened) for ids in (tokens.chosen, tokens.rejected))
+        self._measure(len(tokens.prompt), len(tokens.chosen), len(tokens.rejected), (chosen, rejected))
         bos = tokenizer.bos_token_id
         if not known and bos is not None and (bos, bos) in pairwise(tokens.prompt):
             self.note("double-bos", pair.origin, tokenizer.decode(tokens.prompt[:8]))
@@ -317,7 +345,7 @@ class _Doctor:
                 if not marked:
                     self.note("lost-end", origin, "no end-of-turn token, which most of the others have")
         found.prompts = len(self.prompts)
-        found.bias = length_bias(found.lengths["chosen"], found.lengths["rejected"])
+        found.bias = length_bias(found.said["chosen"], found.said["rejected"])
         if found.bias.predicts >= BIASED and found.pairs >= BIASED_FROM:
             finding = found.findings.setdefault("length-bias", Finding(CHECKS["length-bias"]))
             finding.examples.append((Origin("all pairs", 0), found.bias.sentence(found.unit)))
