@@ -286,6 +286,20 @@ def test_conservative_dpo_is_said_to_have_no_counterpart(read):
     assert "no running mean" in loud["pref_bco_weight: 0.2"]
 
 
+@pytest.mark.parametrize(("written", "wanted"), [("false", False), ("true", True), ("null", None)])
+def test_llama_factory_says_whether_a_model_thinks(read, written, wanted):
+    made = read(LLAMA_FACTORY + f"enable_thinking: {written}\n")
+    assert made.settings["model"].get("template") == (None if wanted is None else {"enable_thinking": wanted})
+    changed, left_out, loud = remarks(made)
+    assert ("an empty thought was trained on" in changed.get("enable_thinking", "")) == (wanted is True)
+    assert not [name for name in (*left_out, *loud) if name.startswith("enable_thinking")]
+
+
+def test_llama_factory_says_what_is_no_switch(read):
+    _, _, loud = remarks(read(LLAMA_FACTORY + "enable_thinking: often\n"))
+    assert loud["enable_thinking: often"] == "it is on or off"
+
+
 # --- Axolotl --------------------------------------------------------------------------------------
 
 AXOLOTL = """
@@ -391,6 +405,29 @@ def test_axolotl_dpo_with_qlora(read):
         "lora_modules_to_save: ['embed_tokens']": "only the adapter's matrices are trained",
         "fsdp_config: {'offload_params': False}": ONE_DEVICE,
     }
+
+
+def test_axolotl_has_keywords_for_the_template(read):
+    made = read(AXOLOTL + "chat_template_kwargs: {enable_thinking: false, reasoning_effort: low}\n")
+    assert made.settings["model"]["template"] == {"enable_thinking": False, "reasoning_effort": "low"}
+    assert not [name for name in remarks(made)[2] if name.startswith("chat_template_kwargs")]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("{messages: x}", "it is set by the conversation"), ("often", "are names with values"), ("{}", None)],
+)
+def test_axolotls_keywords_that_are_none_are_said(read, given, said):
+    made = read(AXOLOTL + f"chat_template_kwargs: {given}\n")
+    assert "template" not in made.settings["model"]
+    found = [why for name, why in remarks(made)[2].items() if name.startswith("chat_template_kwargs")]
+    assert [said in why for why in found] == ([] if said is None else [True])
+
+
+@pytest.mark.parametrize(("key", "known"), [("thinking", True), ("cot", False)])
+def test_axolotls_key_of_thoughts_is_one_that_is_read(read, key, known):
+    made = read(AXOLOTL.replace("  - path: owner/pairs\n", f"  - path: owner/pairs\n    field_thinking: {key}\n"))
+    assert ("datasets.field_thinking: cot" in remarks(made)[2]) != known
 
 
 def test_axolotl_kto_without_an_adapter_and_ipo(read):

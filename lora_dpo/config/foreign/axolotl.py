@@ -17,6 +17,7 @@ from lora_dpo.config.foreign.shared import (
     half,
     held_out,
     hub_source,
+    keywords,
     lora,
     quantised,
     reasons,
@@ -52,6 +53,9 @@ NAMES = {
 """Its names for what transformers and TRL call otherwise."""
 FIELDS = {"field_system": "system", "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message under which what was thought before it is read."""
+
 _QUIET = reasons(
     {
         "which class loads the base is decided by its own files": (
@@ -76,7 +80,7 @@ _LOUD = reasons(
     {
         "no plugin of theirs runs here": ("plugins",),
         TEMPLATE: (
-            "chat_template_jinja", "chat_template_kwargs", "eot_tokens", "special_tokens",
+            "chat_template_jinja", "eot_tokens", "special_tokens",
         ),
         "set it in a system turn of the rows": ("default_system_message",),
         "the tokenizer is the base's own": ("tokenizer_config",),
@@ -135,6 +139,7 @@ def _model(t: Translation) -> None:
     half(t, "bf16", "fp16", "bfloat16", "float16")
     if t.switch("float32"):
         t.put("model.dtype", "float32", "float32")
+    keywords(t, "chat_template_kwargs", t.take("chat_template_kwargs"))
     template = t.take("chat_template")
     if template not in (None, "tokenizer_default"):
         t.miss("chat_template", TEMPLATE, value=template, loud=True)
@@ -246,6 +251,9 @@ def _source(t: Translation, entry: dict[str, Any], name: str) -> list[str]:
         if template not in ("chat_template", "passthrough", "user_defined"):
             text = "what a row means is found by its columns, and the chat template is the base's own"
             t.miss(f"{name}.type", text, value=kind, loud=template != "alpaca")
+    thought = entry.get("field_thinking")
+    if thought and thought not in THOUGHTS:
+        t.miss(f"{name}.field_thinking", "call that key reasoning_content in the data", value=thought, loud=True)
     for part, loud in (("revision", True), ("shards", True), ("roles", False), ("message_property_mappings", False)):
         if entry.get(part) and not _is_plain(part, entry[part]):
             t.miss(f"{name}.{part}", "no counterpart: rows are read as their columns say", value=entry[part], loud=loud)

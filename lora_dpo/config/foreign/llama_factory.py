@@ -20,6 +20,7 @@ from lora_dpo.config.foreign.shared import (
     half,
     held_out,
     hub_source,
+    keywords,
     lora,
     quantised,
     reasons,
@@ -119,6 +120,14 @@ def _model(t: Translation) -> None:
         )
         t.miss("adapter_name_or_path", text, value=adapter, loud=True)
     t.take("create_new_adapter")
+    thinks = t.take("enable_thinking")
+    if isinstance(thinks, bool):
+        keywords(t, "enable_thinking", {"enable_thinking": thinks})
+        if thinks:
+            text = "model.template; there an empty thought was trained on where an answer has none, here it is prompt"
+            t.change("enable_thinking", text)
+    elif thinks is not None:
+        t.miss("enable_thinking", "it is on or off", value=thinks, loud=True)
     template = t.take("template")
     if template is not None:
         t.miss("template", TEMPLATE, value=template, loud=True)

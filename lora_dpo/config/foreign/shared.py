@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any
 
 from lora_dpo.config.foreign.translation import Translation
+from lora_dpo.config.template_kwargs import checked_template_kwargs
 from lora_dpo.errors import ConfigError
 from lora_dpo.text import shown
 
@@ -119,6 +120,21 @@ def full(t: Translation, name: str, value: Any) -> None:
 
 
 TEMPLATE = "the chat template is the base's own; look at a pair with lora-dpo data show DATA --model NAME"
+
+
+def keywords(t: Translation, name: str, value: Any) -> None:
+    """Keywords for the chat template, such as whether it asks for a thought: `model.template`."""
+    if value is None or value == {}:
+        return
+    try:
+        found = checked_template_kwargs(value) if isinstance(value, dict) else None
+    except ValueError as error:
+        t.miss(name, str(error), value=value, loud=True)
+        return
+    if found is None:
+        t.miss(name, "keywords for the chat template are names with values", value=value, loud=True)
+    else:
+        t.put("model.template", found, t.origin(name))
 
 
 def base(t: Translation, *, revision: str) -> None:
