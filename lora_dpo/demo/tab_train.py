@@ -25,6 +25,8 @@ from lora_dpo.training.planning.plan_values import Plan
 
 LOOK_EVERY = 1.5
 """Seconds between two looks at a run."""
+FILL_IN = "(now, since, coming, put) => [since ?? '', put].includes(now ?? '') ? [coming, coming] : [now, put]"
+"""Settings that came for a choice are put in, unless others were typed since: in the browser, where that is known."""
 NOTHING = "Choose pairs: vote on a few answers first, or upload some on the Data tab."
 
 
@@ -59,6 +61,8 @@ class Parts:
     filled: gr.Textbox
     """The settings as they were filled in: others were changed by hand. Not shown; it is a box, and no state here, so
     that it comes from the browser together with the settings."""
+    coming: tuple[gr.Textbox, gr.Textbox, gr.Textbox]
+    """The settings as they were read, those to be put in their place, and those that were put in last; not shown."""
     refused: gr.State
     """Settings that do not fit by the plan; whoever starts them once more means it."""
     seen: gr.State
@@ -82,12 +86,12 @@ def build(app_state: AppState, item: gr.Tab) -> Parts:
     tab = Tab(app_state, parts)
     quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
     at_once: dict[str, Any] = {"queue": False, **quiet}
-    expect = [parts.expected, parts.recipe, parts.filled]
-    # What fills the settings in comes at once, and no plan does: it would come over what is written meanwhile.
+    expect = [parts.expected, parts.filled, *parts.coming[:2]]
     seen = item.select(tab.look, parts.chosen, expect, **at_once)
     chosen = gr.on([parts.sources.change, parts.preset.change], tab.choose, parts.chosen, expect, **at_once)
+    settings: Any = [parts.recipe, *parts.coming], [parts.recipe, parts.coming[2]]
     for event in (seen, chosen):
-        event.then(tab.expect, parts.chosen, parts.expected, **quiet)
+        event.then(None, *settings, js=FILL_IN, **PRIVATE).then(tab.expect, parts.chosen, parts.expected, **quiet)
     parts.see_plan.click(tab.show_plan, parts.chosen, [parts.expected, parts.planned], **quiet)
     begun = [parts.planned, parts.refused, *parts.followed]
     parts.start.click(tab.begin, {*parts.chosen, parts.prompts, parts.refused}, begun, **quiet)
@@ -159,6 +163,7 @@ def _layout(app_state: AppState) -> Parts:
         terminal=folded,
         commands=commands,
         filled=gr.Textbox("", visible=False),
+        coming=(gr.Textbox("", visible=False), gr.Textbox("", visible=False), gr.Textbox("", visible=False)),
         refused=gr.State(""),
         seen=gr.State(None),
     )
@@ -221,8 +226,9 @@ class Tab:
 
     def choose(self, given: Given) -> Update:
         """Other pairs or another preset: settings of its own."""
-        fresh: Update = {self.parts.recipe: "", self.parts.filled: ""}
-        return {**fresh, **self.look({**given, **fresh})}
+        since, coming, _ = self.parts.coming
+        fresh: Update = {self.parts.filled: "", coming: ""}
+        return {**fresh, **self.look({**given, **fresh, self.parts.recipe: ""}), since: given[self.parts.recipe]}
 
     def expect(self, given: Given) -> str:
         """What to expect with time and memory, which take a second; not while a run goes on."""
@@ -317,8 +323,9 @@ class Tab:
 
     def _filled(self, given: Given, made: Draft) -> Update:
         """The whole settings; those that were changed by hand stay known as that."""
-        text = settings_text(made.recipe)
-        return {self.parts.recipe: text} | ({} if self._is_changed(given) else {self.parts.filled: text})
+        text, (since, coming, _) = settings_text(made.recipe), self.parts.coming
+        filled = {} if self._is_changed(given) else {self.parts.filled: text}
+        return {since: given[self.parts.recipe], coming: text, **filled}
 
     def _told_first(self, given: Given, made: Draft) -> list[Line]:
         entries = (entry for name in given[self.parts.sources] for entry in self.app_state.pairs.entries(name))

@@ -524,10 +524,7 @@ def use_it(me, tmp_path, album, steps, votes, pairs):
     me.wait_for("train-expected", "It fits", 90)
     me.open("Settings")
     small = "trainer:\n  max_steps: %d\n  per_device_train_batch_size: 2\nevaluation:\n  answers: 2\n  show: 2\n"
-    settings = small % steps + "  max_new_tokens: 32\n"
-    while page.input_value("#train-recipe textarea") != settings:
-        page.fill("#train-recipe textarea", settings)
-        page.wait_for_timeout(1500)  # what other pairs fill in may still be on its way
+    page.fill("#train-recipe textarea", small % steps + "  max_new_tokens: 32\n")
     page.click("#train-plan")
     me.wait_for("train-planned", f"{steps} of 2 pairs", 90)
     me.open("Settings")
@@ -536,6 +533,50 @@ def use_it(me, tmp_path, album, steps, votes, pairs):
         me.wait_for("train-state", f"step {steps // 2} of {steps}", 240)
         album.add("demo-training")
     me.wait_for("train-state", "mine can be chosen in every tab", 240)
+
+
+def test_settings_that_are_typed_while_others_come_stay(browser, served, tmp_path, monkeypatch):
+    from lora_dpo.demo import tab_train
+
+    app_state, address = served
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}.", "rejected": "No, never."} for n in range(30)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    app_state.pairs.take_in(tmp_path / "mine.jsonl", "mine.jsonl")
+    real = tab_train.draft
+
+    def slow(*asked, **how):
+        time.sleep(0.8)
+        return real(*asked, **how)
+
+    monkeypatch.setattr(tab_train, "draft", slow)
+    me = Visitor(browser, address)
+    page, box = me.page, "#train-recipe textarea"
+    me.tab("Train")
+    me.open("Settings")
+
+    def choose(preset):
+        page.locator(f"#train-preset input[value={preset}]").check()
+
+    def wait_for_steps(text):
+        page.wait_for_function(f"document.querySelector('#train-recipe textarea').value.includes('max_steps: {text}')")
+
+    page.locator("#train-pairs label", has_text="mine").locator("input").set_checked(True)
+    choose("quick")
+    choose("balanced")  # the second of two quick choices is the one that is put in
+    me.wait_for("train-expected", "It fits")
+    page.wait_for_timeout(3000)
+    balanced = page.input_value(box)
+    choose("quick")
+    wait_for_steps("12")
+    assert page.input_value(box) != balanced
+    choose("balanced")
+    page.wait_for_timeout(200)
+    page.fill(box, "trainer:\n  max_steps: 4\n")
+    page.wait_for_timeout(4000)
+    assert page.input_value(box) == "trainer:\n  max_steps: 4\n"
+    choose("quick")  # and nothing is typed after it
+    wait_for_steps("12")
+    assert me.errors == []
 
 
 # --- scripts --------------------------------------------------------------------------------------

@@ -185,6 +185,7 @@ def train(app_state, tmp_path, monkeypatch):
         parts = tab_train.build(app_state, item)
     page = Page(parts, dict.fromkeys(parts.followed, ""))
     page.set(sources=["mine"], preset="quick", name="new", recipe="", filled="", prompts="", refused="", seen=None)
+    page.values |= dict.fromkeys(parts.coming, "")
     page.tab = tab_train.Tab(app_state, parts)
     page.began = []
     job = SimpleNamespace(running=True, state="running", name="new", error="", ended=None)
@@ -198,19 +199,27 @@ def train(app_state, tmp_path, monkeypatch):
     return page
 
 
+def come(page, update):
+    """What a choice brings is put in, as the browser does it (`FILL_IN`)."""
+    page.takes(update)
+    since, coming, put = page.parts.coming
+    if page["recipe"] in (page.values[since], page.values[put]):
+        page.values[page.parts.recipe] = page.values[put] = page.values[coming]
+
+
 def begin(page):
     for update in page.tab.begin(dict(page.values)):
         page.takes(update)
 
 
 def test_what_to_expect_is_said_before_the_click(train):
-    train.takes(train.tab.look(dict(train.values)))
+    come(train, train.tab.look(dict(train.values)))
     assert "23 pairs to learn from." in train["expected"]
     assert "accuracy and margin on 7 held-out pairs, and 7 answers" in train["expected"]
     assert "max_steps: 12" in train["recipe"]
     assert train.tab.expect(dict(train.values)).count("for 12 steps, and the measuring on top. It fits") == 1
     train.set(sources=["few"])
-    train.takes(train.tab.choose(dict(train.values)))
+    come(train, train.tab.choose(dict(train.values)))
     assert "5 pairs to learn from. Below 20 the difference is small." in train["expected"]
     assert "5 of 12 different prompts before anything can be measured" in train["expected"]
     assert "max_steps: 3" in train["recipe"]
@@ -229,18 +238,39 @@ def test_start_works_at_once_and_shows_the_plan(train):
 
 
 def test_settings_that_were_changed_by_hand_are_what_is_trained_also_after_a_look_at_the_plan(train):
-    train.takes(train.tab.look(dict(train.values)))
+    come(train, train.tab.look(dict(train.values)))
     train.set(recipe=train["recipe"].replace("max_steps: 12", "max_steps: 7"))
     train.takes(train.tab.show_plan(dict(train.values)))
     assert "7 of 4 pairs" in train["planned"]
-    train.takes(train.tab.look(dict(train.values)))  # another tab, and back
+    come(train, train.tab.look(dict(train.values)))  # another tab, and back
     begin(train)
     assert train.began[0][0].trainer["max_steps"] == 7
 
 
+def test_settings_that_are_typed_while_others_come_stay(train):
+    come(train, train.tab.look(dict(train.values)))
+    train.set(preset="balanced")
+    asked = dict(train.values)
+    train.set(recipe=train["recipe"].replace("max_steps: 12", "max_steps: 7"))
+    come(train, train.tab.choose(asked))
+    assert "max_steps: 7" in train["recipe"]
+    begin(train)
+    assert train.began[0][0].trainer["max_steps"] == 7
+
+
+def test_of_two_choices_the_second_is_put_in(train):
+    train.set(sources=["few"])
+    first = dict(train.values)
+    train.set(sources=["mine"])
+    second = dict(train.values)
+    come(train, train.tab.choose(first))
+    come(train, train.tab.choose(second))
+    assert "max_steps: 12" in train["recipe"]
+
+
 def test_settings_that_were_not_changed_follow_the_pairs(train, app_state):
     train.set(sources=["few"])
-    train.takes(train.tab.look(dict(train.values)))
+    come(train, train.tab.look(dict(train.values)))
     assert "max_steps: 3" in train["recipe"]
     app_state.pairs.delete("few", app_state.pairs.entries("few")[:3])
     begin(train)
@@ -284,9 +314,9 @@ def test_whatever_goes_wrong_the_button_is_there_again(train, monkeypatch):
 
 
 def test_a_plan_that_is_on_its_way_writes_over_nothing(train):
-    train.takes(train.tab.look(dict(train.values)))
+    come(train, train.tab.look(dict(train.values)))
     for update in (train.tab.show_plan(dict(train.values)), *train.tab.begin(dict(train.values))):
-        assert not {train.parts.recipe, train.parts.filled} & set(update)
+        assert not {train.parts.recipe, train.parts.filled, *train.parts.coming} & set(update)
 
 
 # --- Data -----------------------------------------------------------------------------------------
