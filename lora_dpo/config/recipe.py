@@ -116,9 +116,10 @@ class LoraSection(Section):
         ),
     ] = {}
     init: Annotated[
-        Literal["default", "gaussian"],
+        Literal["default", "gaussian", "eva"],
         Field(
             description="What A is drawn from: Kaiming's uniform distribution, or a normal one of deviation 1 / rank. "
+            "eva: the first principal directions of what each layer reads, over 2,048 tokens of the training data. "
             "B is zero, so that the policy begins as the reference."
         ),
     ] = "default"

@@ -11,6 +11,7 @@ base          loading it, once, in 4 bits or as stored
 stored_size   how many bytes its weights have, and how many are here
 experts       a mixture's stacked experts
 lora          adapters on it: policy with them on, reference with them off
+eva           a fresh adapter's A from what its layers read
 decoding      answers from it: one loop for chat, evaluation and sampling
 """
 

@@ -107,6 +107,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
         use_dora=lora.dora,
         target_parameters=_parameters(model, lora, layers),
         rank_pattern=dict(lora.rank_pattern),
+        # EVA's A is set once the base is in memory (`eva.py`); what is saved is an ordinary adapter
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
     return _as_named(config, model, lora)
@@ -123,6 +124,8 @@ def _parameters(model: PreTrainedModel, lora: LoraSection, layers: list[int] | N
         there = f"Such weights here: {', '.join(short)}." if stacked else "This model has none."
         what = lora.parameters if not stacked else odd
         raise ConfigError(f"lora.parameters is {shown(what)}, but these are no stacked weights of experts. {there}")
+    if lora.init == "eva":
+        raise ConfigError("lora.init: eva is not possible with lora.parameters: experts read no rows of a fixed order.")
     for on, name in ((lora.dropout, "dropout"), (lora.dora, "dora")):
         if on:
             raise ConfigError(f"lora.{name} is not possible with lora.parameters: peft has neither for them.")

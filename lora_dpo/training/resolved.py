@@ -125,7 +125,8 @@ def lora_line(recipe: Recipe) -> str:
     layers = "" if lora.layers == "all" else f", layers {lora.layers}"
     also = f" and {lora.parameters}" if lora.parameters else ""
     others = "".join(f", of {name} {rank}" for name, rank in lora.rank_pattern.items())
-    extras += ["A from a normal distribution"] if lora.init == "gaussian" else []
+    begins = {"gaussian": "A from a normal distribution", "eva": "A from what the layers read (EVA)"}
+    extras += [begins[lora.init]] if lora.init in begins else []
     return f", rank {lora.rank}{others}, alpha {lora.alpha:g}, {lora.targets}{also}{layers}{', '.join(['', *extras])}"
 
 

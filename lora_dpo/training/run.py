@@ -23,7 +23,7 @@ from lora_dpo.adapters.checkpoints import (
     read_state,
     tokens_seen,
 )
-from lora_dpo.adapters.folder import attach_adapter, restore_adapter
+from lora_dpo.adapters.folder import restore_adapter
 from lora_dpo.adapters.passport import Sources, make_passport, sources_of, write_passport
 from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, discard_own, open_run, release, resume_command
 from lora_dpo.adapters.stored_pairs import HELD_OUT
@@ -36,22 +36,22 @@ from lora_dpo.data.answers import crossed
 from lora_dpo.data.pairs import evenly_spaced
 from lora_dpo.data.write import write_pairs
 from lora_dpo.engine.token_budget import memory_advice
-from lora_dpo.errors import ConfigError, ModelError, OutputError
+from lora_dpo.errors import ModelError, OutputError
 from lora_dpo.evaluation.metrics import to_json
 from lora_dpo.evaluation.report.model_card import write_card, write_curves
 from lora_dpo.evaluation.report.write import PAGE, report_of
 from lora_dpo.evaluation.verify_adapter import write_stored_pairs
 from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, StepLogged, Stopped, StopSignal
 from lora_dpo.files import atomic_folder, disk_errors
-from lora_dpo.model.base import Base, held_by, load_recipe_base, resolve_model
+from lora_dpo.model.base import Base
 from lora_dpo.model.device import out_of_memory
-from lora_dpo.model.identity import commit_of
-from lora_dpo.model.lora import POLICY, attach_lora
+from lora_dpo.model.lora import POLICY
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.before_after import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.training.data_record import changed_data, data_record
 from lora_dpo.training.guard.callback import add_guard
 from lora_dpo.training.guard.training_guard import Guard, Outcome, check_health, was_stopped
+from lora_dpo.training.policy import attach, load
 from lora_dpo.training.prepare import check_early, prepare, with_reference
 from lora_dpo.training.prepared import Run
 from lora_dpo.training.run_summary import Stopwatch, findings, record, write_record
@@ -148,9 +148,9 @@ def _leave(partial: Path) -> None:
 
 def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
     odd = findings(run.recipe.data, run.reports["train"].rows, run.recipe.method)
-    base = base or _load(run)
+    base = base or load(run)
     sources = sources_of(base, run.recipe.reference)  # hours later they may have moved
-    model = _attach(base, run.recipe, seed=run.settings["seed"])
+    model = attach(run, base, fresh=checkpoint is None)
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
     ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
     state = read_state(checkpoint) if checkpoint else {}
@@ -224,31 +224,7 @@ def _dpo_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> An
         )
 
 
-# --- one base in memory ---------------------------------------------------------------------------
-
-
-def _load(run: Run) -> Base:
-    tick = run.progress("loading the model", 1)
-    base = load_recipe_base(run.recipe.model)
-    tick(1)
-    return base
-
-
-def _attach(base: Base, recipe: Recipe, *, seed: int) -> PeftModel:
-    if base.name != recipe.model.name:
-        raise ConfigError(f"The base handed in is {base.name}, but the recipe names {recipe.model.name}.")
-    revision = commit_of(resolve_model(recipe.model.name), recipe.model.revision)
-    held, _ = held_by(recipe.model)
-    if (base.quantize, base.revision) != (held, revision):
-        raise ConfigError(
-            f"The base handed in is quantised {base.quantize}, revision {base.revision}; the recipe says "
-            f"{held}, {revision}. Load it as the recipe says."
-        )
-    if any("lora_" in name for name, _ in base.model.named_parameters()):
-        raise ConfigError("The base handed in has an adapter on it already. Load a base without one.")
-    if recipe.reference_adapter is None:
-        return attach_lora(base.model, recipe.lora, seed=seed)
-    return attach_adapter(base, recipe.reference_adapter, trainable=True)
+# --- the trainer's parts --------------------------------------------------------------------------
 
 
 def _training_set(run: Run) -> Any:
