@@ -10,6 +10,7 @@ pair_batch          a step's pairs: gradient-accumulation batches as one, and it
 pair_forward        a transformers model on a stream of pairs
 small_copy          a model's class and configuration at a size that runs in milliseconds
 proof               whether a model may run as a stream: its small copy, both ways
+rope                how long rows may be to share rotary frequencies
 scoring             log-probabilities of both answers of each pair, outside training
 objective           the protocol that `DPOTrainer` implements: the model, and the loss of log-probabilities
 preference_loss     DPO's own loss, to read and for the check at step 0; what trains is TRL's (`DPOTrainer.loss_of`)

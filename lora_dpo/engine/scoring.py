@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data import TokenPair
@@ -23,19 +24,27 @@ def score_pairs(
 ) -> tuple[list[float], list[float]]:
     """Log-probability of each chosen and each rejected answer, `(chosen, rejected)` of N numbers each.
 
-    The model is scored as it is: inside `reference(model)` with the adapters off.
+    The model is scored as it is: inside `reference(model)` with the adapters off. Rows so long that rotary frequencies
+    would depend on what is beside them are scored one by one.
 
     Args:
         on_pair: called with the number of pairs done so far.
     """
     from lora_dpo.engine.proof import unsupported_reason
+    from lora_dpo.engine.rope import shared_rope_limit
 
     streams = unsupported_reason(base_of(model)) is None
+    found = shared_rope_limit(base_of(model).config)
+    if found is not None:
+        _forget_longest(model)
     chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
     finished = 0
-    for batch in _batches(pairs):
+    for batch in _batches(pairs, limit=found[1] if found is not None else None):
         part = [pairs[index] for index in batch]
-        scores = (_stream_logps if streams else _padded_logps)(model, part, pad_id)
+        if found is not None and len(part) == 1 and _longest(part[0]) > found[1]:
+            scores = _logps_one_by_one(model, part[0], pad_id)
+        else:
+            scores = (_stream_logps if streams else _padded_logps)(model, part, pad_id)
         for index, of_chosen, of_rejected in zip(batch, *scores, strict=True):
             chosen[index], rejected[index] = of_chosen, of_rejected
         finished += len(batch)
@@ -44,17 +53,47 @@ def score_pairs(
     return chosen, rejected
 
 
-def _batches(pairs: Sequence[TokenPair]) -> Iterator[list[int]]:
-    """Indices of pairs of like length, at most `TOKENS_PER_BATCH` tokens together, at least one pair."""
+def _batches(pairs: Sequence[TokenPair], *, limit: int | None) -> Iterator[list[int]]:
+    """Indices of pairs of like length, at most `TOKENS_PER_BATCH` tokens together, at least one pair.
+
+    Args:
+        limit: pairs with a longer row come alone, at the end.
+    """
     sizes = [2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    alone = [index for index, pair in enumerate(pairs) if limit is not None and _longest(pair) > limit]
     batch: list[int] = []
-    for index in sorted(range(len(pairs)), key=lambda index: sizes[index]):
+    for index in sorted(set(range(len(pairs))) - set(alone), key=lambda index: (sizes[index], index)):
         if batch and sizes[index] * (len(batch) + 1) > TOKENS_PER_BATCH:
             yield batch
             batch = []
         batch.append(index)
     if batch:
         yield batch
+    yield from ([index] for index in alone)
+
+
+def _longest(pair: TokenPair) -> int:
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+
+
+def _forget_longest(model: Any) -> None:
+    """Make a rotary embedding of the kind `dynamic` begin anew: it keeps the frequencies of the longest row so far,
+    until one comes that is short."""
+    import torch
+
+    base = base_of(model)
+    one_11 = torch.zeros(1, 1, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        base.base_model(input_ids=one_11, use_cache=False)
+
+
+def _logps_one_by_one(model: Any, pair: TokenPair, pad_id: int) -> tuple[list[float], list[float]]:
+    """Score a pair of long rows, each as if it were alone."""
+    scores = []
+    for answer in (pair.chosen, pair.rejected):
+        _forget_longest(model)
+        scores.append(_padded_logps(model, [replace(pair, chosen=answer, rejected=answer)], pad_id)[0])
+    return scores[0], scores[1]
 
 
 def _stream_logps(model: Any, pairs: Sequence[TokenPair], pad_id: int) -> tuple[list[float], list[float]]:

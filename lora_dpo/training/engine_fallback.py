@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_dpo.engine import unsupported_reason
+from lora_dpo.engine.rope import shared_rope_limit
 from lora_dpo.model.lora import base_of
 
 if TYPE_CHECKING:
@@ -88,19 +89,14 @@ def _base_reason(trainer: trl.DPOTrainer) -> str | None:
 
 def _rope_reason(config: Any, max_length: int | None) -> str | None:
     """Rotary frequencies that change with the longest row of a call are those of the pair's own rows up to a limit."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # some have one a layer type
-        kind = each.get("rope_type", "default")
-        if kind not in ("dynamic", "longrope"):
-            continue
-        limit = each.get("original_max_position_embeddings") if kind == "longrope" else None
-        limit = limit or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-        if max_length is None or max_length > limit:
-            return (
-                f"its rotary embedding ({kind}) depends on the longest row of a batch beyond {limit} tokens, and "
-                f"max_length is {max_length}"
-            )
-    return None
+    found = shared_rope_limit(config)
+    if found is None or (max_length is not None and max_length <= found[1]):
+        return None
+    kind, limit = found
+    return (
+        f"its rotary embedding ({kind}) depends on the longest row of a batch beyond {limit} tokens, and max_length is "
+        f"{max_length}"
+    )
 
 
 def unsupported_batch(inputs: dict[str, Any], *, weighted: bool) -> str | None:
