@@ -128,7 +128,7 @@ def check_model(name: str, *, revision: str | None = None) -> ModelCheck:
         half=weight_bytes(base, itemsize=2, packed=False, form=form) if form is None or can_dequantise(form) else None,
         form=None if form is None else form.label,
         missing=() if form is None else tuple(missing_libraries(form)),
-        pair=None if cost is None else int(cost.kept_bytes(PairShape(*PAIR, common=PAIR[0]))),
+        pair=None if cost is None else int(cost.kept_bytes(PairShape(*PAIR, common=PAIR[0])) + cost.pass_bytes()),
         export=export,
     )
 

@@ -10,10 +10,12 @@ A layer keeps for its backward pass, per token (`pair_forward`, with its remater
     MLP              gate and up: 2·I·w (what follows from them is made again); or both ends of an activation
     mixture          of each expert that is used gate, up and their product: 3·I·w, and its output: E·w
     recurrent layer  what a run of it on tensors without values keeps (`layer_costs.py`)
-    each adapter     A's output r·w; its input too where it is not a norm's output or the MLP's product
+    each adapter     A's output r·w; its input too where it is not a norm's output or the MLP's product; of an expert
+                     what it reads: E·w and I·w
 
 and per pair the keys and values that the rejected branch reads, copied: 2·K·D·w·(prefix + rejected), and that
-branch's mask: w·rejected·(prefix + rejected).
+branch's mask: w·rejected·(prefix + rejected). A pass over any number of pairs keeps each stacked weight that has an
+adapter once more, with B·A in it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_dpo.engine.layer_costs import PARTS, AttentionSizes, attention_sizes, layer_token_bytes, norm_bytes
+from lora_dpo.engine.layer_costs import (
+    PARTS,
+    AttentionSizes,
+    attention_sizes,
+    layer_token_bytes,
+    merged_sizes,
+    norm_bytes,
+)
 from lora_dpo.model.experts import active_share, expert_weights
 from lora_dpo.model.quantised import quantised_layers
 
@@ -95,6 +104,8 @@ class LayerShape:
     """Of its attention, if it has one."""
     window: int | None
     """How many tokens back it sees; None: all."""
+    merged: tuple[int, ...] = ()
+    """Elements of each stacked weight with an adapter on it."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,16 @@ class CostModel:
         kept += 0.0 if self.softcap else self.mask_bytes(pair)
         each = [self.layer_bytes(layer, pair) for layer in active]
         return kept + sum(each[again:]) + (max(each[:again]) if again else 0.0)
+
+    def pass_bytes(self, *, checkpointed: int = 0) -> float:
+        """Bytes that a pass keeps however many tokens it has: stacked weights with their adapters in them."""
+        each = [sum(layer.merged) * self.itemsize for layer in self.layers[self.depth :]]
+        again = min(len(each), checkpointed)
+        return float(sum(each[again:]) + (max(each[:again]) if again else 0))
+
+    def gradient_bytes(self) -> float:
+        """Of the gradient of the largest such weight, from which those of A and B are made."""
+        return float(max((size for layer in self.layers for size in layer.merged), default=0) * self.itemsize)
 
     def policy_flops(self, pair: PairShape, *, checkpointed: int = 0, below: bool = True) -> float:
         """FLOPs of a forward and backward pass: 4·N·S + 4·E·V·L, adapters and attention.
@@ -228,6 +249,7 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
                 adapter=sum(p.numel() for p in layer.parameters() if p.requires_grad),
                 attention=sizes[number],
                 window=None if whole[number] else window,
+                merged=tuple(merged_sizes(layer)),
             )
             for number, layer in enumerate(layers)
         ),

@@ -78,7 +78,7 @@ def layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -
             continue
         name = path.rpartition(".")[2]
         kept += _module_bytes(name, part, sizes, config, itemsize)
-        if hasattr(part, "lora_A") and "default" in part.lora_A:
+        if hasattr(part, "lora_A") and "default" in part.lora_A and not hasattr(part, "parameter_name"):
             kept += part.lora_A["default"].out_features * itemsize
             read = part.lora_A["default"].in_features * itemsize
             own = copies or name in _OUT or type(part.lora_dropout["default"]).__name__ == "Dropout"
@@ -89,6 +89,12 @@ def layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -
                 kept += 0 if parent in bare_input else read
                 bare_input.add(parent)
     return int(kept + _expert_bytes(layer, config, itemsize))
+
+
+def merged_sizes(layer: Any) -> list[int]:
+    """Elements of each stacked weight with an adapter on it: peft adds B·A to the whole weight, once a pass."""
+    parts = [part for part in layer.modules() if hasattr(part, "parameter_name") and "default" in part.lora_A]
+    return [part.get_param().numel() for part in parts]
 
 
 def recurrent_modules(layer: Any) -> list[Any]:
@@ -166,7 +172,10 @@ def norm_bytes(width: int, rows: int, itemsize: int) -> int:
 
 
 def _expert_bytes(layer: Any, config: Any, itemsize: int) -> float:
-    """What a mixture keeps: of each expert that a token uses gate and up, their product, and the weighted output."""
+    """What a mixture keeps: of each expert that a token uses gate and up, their product, and the weighted output.
+
+    For the gradient of an expert with an adapter also what it reads, gathered by experts.
+    """
     stacked = expert_weights_of(layer, config)
     down = next((weight for name, weight in stacked.items() if name.endswith("down_proj")), None)
     if down is None:
@@ -175,7 +184,9 @@ def _expert_bytes(layer: Any, config: Any, itemsize: int) -> float:
     used = active_share(config) * count
     hidden = int(config.hidden_size)
     inner = down.numel() // (count * hidden)
-    return (used * (3 * inner + hidden) + 5 * count) * itemsize
+    adapted = {getattr(part, "parameter_name", "") for part in layer.modules()} - {""}
+    read = (hidden if adapted - {"down_proj"} else 0) + (inner if "down_proj" in adapted else 0)
+    return (used * (3 * inner + hidden + read) + 5 * count) * itemsize
 
 
 def _width_out(part: Any) -> int:

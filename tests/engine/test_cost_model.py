@@ -46,6 +46,34 @@ def test_bytes_that_a_pair_keeps_are_predicted_for_every_kind_of_layer(kind):
     assert 0.8 < kept_by_the_engine(model, *pair) / predicted < 1.25
 
 
+MIXTURES = ("qwen3_moe", "olmoe", "mixtral", "gpt_oss")
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("parameters", ["experts", ["mlp.experts.down_proj"], ["mlp.experts.gate_up_proj"]])
+def test_adapters_on_experts_keep_the_whole_weight_once_and_what_it_reads(kind, parameters):
+    def kept(lora, length):
+        small = small_copy(skeleton(kind))
+        model = attach_lora(small.requires_grad_(False), LoraSection(rank=4, **lora), seed=0).train()
+        cost = footprint(model, itemsize=4, packed=False)
+        pair = pair_of_tokens(length)
+        return kept_by_the_engine(model, *pair), cost.kept_bytes(pair_shape(*pair)), cost.pass_bytes()
+
+    for length in (150, 300):
+        counted, predicted, whole = kept({"parameters": parameters}, length)
+        plain, plainly, none = kept({}, length)
+        assert none == 0
+        assert counted - plain == pytest.approx(predicted - plainly + whole, rel=1e-6)
+
+
+def test_a_checkpointed_layer_keeps_no_merged_weight_but_while_it_is_run_again():
+    model = attach_lora(small_copy(skeleton("qwen3_moe")), LoraSection(rank=4, parameters="experts"), seed=0)
+    cost = footprint(model, itemsize=2, packed=False)
+    layer = 4 * (96 * 128 + 128 * 48) * 2
+    assert [cost.pass_bytes(checkpointed=count) for count in (0, 1, 2)] == [2 * layer, 2 * layer, layer]
+    assert cost.gradient_bytes() == 4 * 96 * 128 * 2
+
+
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in STREAMS]
 )

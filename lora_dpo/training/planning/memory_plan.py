@@ -193,7 +193,7 @@ def memory_of(
     free = max(1, costs.machine.memory - held) * SHARE
     may = known.layers if choice.checkpointing else 0
     tokens, checkpointed = fit(
-        token_bytes=cost.kept_bytes(longest) / longest.stream,
+        token_bytes=(cost.kept_bytes(longest) + cost.pass_bytes()) / longest.stream,  # as training measures it
         checkpoint_bytes=cost.hidden * cost.itemsize,
         layers=known.layers,
         may_checkpoint=may,
@@ -264,8 +264,9 @@ def _most(cost: CostModel, parts: Sequence[Sequence[PairShape]], checkpointed: i
 def _part_bytes(cost: CostModel, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
     """What a part keeps for its backward pass, and the space that it works in at the peak."""
     kept = sum(cost.kept_bytes(pair, checkpointed=checkpointed) for pair in part)
+    kept += cost.pass_bytes(checkpointed=checkpointed)
     labels = sum(pair.labels for pair in part)
-    temporaries = 5 * sum(pair.stream for pair in part) * cost.widest * cost.itemsize
+    temporaries = 5 * sum(pair.stream for pair in part) * cost.widest * cost.itemsize + cost.gradient_bytes()
     # the head's gradient, [L, E] in float32, is made in its forward pass
     return kept + labels * cost.hidden * 4, max(_head_bytes(cost, labels), temporaries)
 
