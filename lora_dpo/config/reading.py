@@ -149,13 +149,20 @@ def _sentences(error: ValidationError, kind: type[Section]) -> Iterator[str]:
     for problem in error.errors()[:3]:
         key = one_line(".".join(str(part) for part in problem["loc"] if not _is_type_tag(part)), SHOWN)
         if problem["type"] == "extra_forbidden":
-            hint = _meant(key, problem["input"], known)
+            hint = _ABSENT.get(key) or _meant(key, problem["input"], known)
             yield f"{key} is not a setting.{hint or ' Fields of TRL go under trainer:.'}"
         elif problem["type"] == "missing":
             yield f"{key} is missing; it has no default."
         else:
             message = problem["msg"].removeprefix("Value error, ")
             yield f"{key} is {shown(problem['input'])}: {message[0].lower()}{message[1:]}."
+
+
+_ABSENT = {
+    "lora.trainable_tokens": " Rows of the embeddings are not trained alone here: train all of them with "
+    "lora.modules_to_save: [embed_tokens] (lora-dpo docs decisions)."
+}
+"""What is said of settings that were decided against."""
 
 
 def _meant(key: str, value: Any, known: list[str]) -> str:

@@ -123,6 +123,14 @@ class LoraSection(Section):
             "B is zero, so that the policy begins as the reference."
         ),
     ] = "default"
+    modules_to_save: Annotated[
+        list[str],
+        Field(
+            description="Modules to train whole beside the adapter, by the ends of their names, such as [lm_head], "
+            "[embed_tokens] or [model.norm]. Their weights are saved with the adapter. With a head among them, or tied "
+            "embeddings, TRL's own passes run."
+        ),
+    ] = []
     rslora: Annotated[bool, Field(description="Rank-stabilised scale alpha / sqrt(rank).")] = False
     dora: Annotated[bool, Field(description="Weight-decomposed LoRA: trains magnitudes too; slower.")] = False
 
@@ -133,9 +141,9 @@ class LoraSection(Section):
             raise ValueError("allowed: all, top-N such as top-8, or a list of layer numbers")
         return value
 
-    @field_validator("rank_pattern")
+    @field_validator("rank_pattern", "modules_to_save")
     @classmethod
-    def _names_alone(cls, value: dict[str, int]) -> dict[str, int]:
+    def _names_alone(cls, value: dict[str, int] | list[str]) -> dict[str, int] | list[str]:
         odd = [name for name in value if not re.fullmatch(r"\w+(\.\w+)*", name)]
         if odd:
             raise ValueError(f"{shown(odd[0])} is no name of a layer: names and ends of names alone, no patterns")

@@ -126,6 +126,8 @@ class CostModel:
     """Bytes that a token keeps outside the layers: position tables, the last norm."""
     weight_bytes: int
     trainable: int
+    whole: int = 0
+    """Of these, the parameters of modules that are trained whole."""
 
     def layer_bytes(self, layer: LayerShape, pair: PairShape) -> float:
         """Bytes that one pair keeps in one layer."""
@@ -262,6 +264,7 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
         outside_bytes=2 * tables * width * itemsize + norm_bytes(config.hidden_size, 1, itemsize),
         weight_bytes=weight_bytes(base, itemsize=itemsize, packed=packed, form=form),
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        whole=sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name),
     )
 
 

@@ -33,7 +33,9 @@ def structural_reason(model: Any) -> str | None:
     config = model.config
     if not isinstance(getattr(model.base_model, "layers", None), torch.nn.ModuleList):
         return f"{type(model).__name__} keeps its decoder layers elsewhere than in one list called layers"
-    if not isinstance(head := model.get_output_embeddings(), torch.nn.Linear):
+    if hasattr(head := model.get_output_embeddings(), "modules_to_save"):
+        return "its output head is trained (modules_to_save)"
+    if not isinstance(head, torch.nn.Linear):
         return f"its output head is no linear layer, but {type(head).__name__}"
     if getattr(config, "attention_dropout", 0.0):
         return "its attention has dropout"

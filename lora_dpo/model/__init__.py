@@ -10,6 +10,7 @@ origin        whether two checkpoints are one model, stored in two forms
 base          loading it, once, in 4 bits or as stored
 stored_size   how many bytes its weights have, and how many are here
 experts       a mixture's stacked experts
+whole_parts   modules that are trained whole beside an adapter
 lora          adapters on it: policy with them on, reference with them off
 eva           a fresh adapter's A from what its layers read
 decoding      answers from it: one loop for chat, evaluation and sampling

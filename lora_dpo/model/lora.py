@@ -17,6 +17,7 @@ from lora_dpo.config.recipe import LoraSection
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import Base
 from lora_dpo.model.experts import expert_weights, layer_of, short_name
+from lora_dpo.model.whole_parts import copies_of, finish_copies, is_tied, whole_modules
 from lora_dpo.text import shown
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
     from peft import get_peft_model
 
     names = linear_names(base)
+    whole = whole_modules(base, lora.modules_to_save)
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, lora_config(base, lora))
@@ -64,6 +66,8 @@ def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
         raise ConfigError(f"lora: {reason}. Linear layers here: {', '.join(names)}.") from None
     _check_ranks(model, lora)
     to_fp32_masters(model)
+    if whole:
+        finish_copies(model, whole)
     return model
 
 
@@ -96,6 +100,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
     if targets == "all-linear" and (layers is not None or expert_weights(model) or past):
         # peft picks layers by number only for named targets, and takes experts and their router for linear, too
         targets = [name for name in linear_names(model) if name not in past]
+    whole = whole_modules(model, lora.modules_to_save)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -107,6 +112,8 @@ def lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
         use_dora=lora.dora,
         target_parameters=_parameters(model, lora, layers),
         rank_pattern=dict(lora.rank_pattern),
+        modules_to_save=whole or None,
+        ensure_weight_tying=is_tied(model, whole),
         # EVA's A is set once the base is in memory (`eva.py`); what is saved is an ordinary adapter
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
@@ -252,7 +259,10 @@ def is_reference(model: PeftModel) -> bool:
 
 def detach(model: PeftModel) -> PreTrainedModel:
     """Take all adapters off again: the base as it was before any was put on, the same object."""
+    own = {name: part.original_module for name, part in copies_of(model).items()}
     base: PreTrainedModel = model.unload()
+    for name, part in own.items():  # in whose places peft leaves the adapter's copies
+        base.set_submodule(name, part)
     if not hasattr(base, "_hf_hook"):  # an offloading hook of accelerate sits on the forward, too, and stays
         vars(base).pop("forward", None)  # TRL leaves its own there, one around the other with each training
     base.gradient_checkpointing_disable()

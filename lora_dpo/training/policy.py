@@ -10,6 +10,7 @@ from lora_dpo.model.base import Base, held_by, load_recipe_base, resolve_model
 from lora_dpo.model.eva import drawn_batch, init_from_inputs
 from lora_dpo.model.identity import commit_of
 from lora_dpo.model.lora import attach_lora
+from lora_dpo.model.whole_parts import copies_of
 from lora_dpo.training.prepared import Run
 
 if TYPE_CHECKING:
@@ -46,7 +47,14 @@ def attach(run: Run, base: Base, *, fresh: bool) -> PeftModel:
     if any("lora_" in name for name, _ in base.model.named_parameters()):
         raise ConfigError("The base handed in has an adapter on it already. Load a base without one.")
     if recipe.reference_adapter is not None:
-        return attach_adapter(base, recipe.reference_adapter, trainable=True)
+        model = attach_adapter(base, recipe.reference_adapter, trainable=True)
+        whole = ", ".join(copies_of(model))
+        if whole and base.dtype != "float32":
+            raise ConfigError(
+                f"The adapter {recipe.reference_adapter} has whole modules ({whole}), and training does not go on with "
+                f"whole modules in 16 bits ({base.dtype}). Set model.dtype: float32."
+            )
+        return model
     model = attach_lora(base.model, recipe.lora, seed=run.settings["seed"])
     if fresh and recipe.lora.init == "eva":
         _init_from_data(run, model)

@@ -124,6 +124,7 @@ def lora_line(recipe: Recipe) -> str:
     extras = [name for name, on in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if on]
     layers = "" if lora.layers == "all" else f", layers {lora.layers}"
     also = f" and {lora.parameters}" if lora.parameters else ""
+    also += f", {', '.join(lora.modules_to_save)} whole" if lora.modules_to_save else ""
     others = "".join(f", of {name} {rank}" for name, rank in lora.rank_pattern.items())
     begins = {"gaussian": "A from a normal distribution", "eva": "A from what the layers read (EVA)"}
     extras += [begins[lora.init]] if lora.init in begins else []

@@ -28,6 +28,7 @@ OUTPUT = "the adapter goes to adapters/ by the recipe's name; set output: for an
 DTYPE = "model.dtype stays auto: bfloat16 on GPUs that have it, float16 on others, float32 on CPUs"
 SHARE = "trainer.warmup_steps: 0.1, which below 1 is a share of all steps"
 READ = "rows are read and tokenised before training starts, in one process"
+WHOLE = "set lora.modules_to_save to them: each is copied whole, beside the base's own"
 NO_DROPOUT = "it did nothing there: DPO and KTO switch all dropout off"
 ONE_DEVICE = "a run has one base on one device; a script with lora_dpo.DPOTrainer can be sharded"
 
@@ -402,7 +403,7 @@ def test_axolotl_dpo_with_qlora(read):
             "what a row means is found by its columns, and the chat template is the base's own"
         ),
         "datasets' field_ names": DIFFERENT_COLUMNS,
-        "lora_modules_to_save: ['embed_tokens']": "only the adapter's matrices are trained",
+        "lora_modules_to_save: ['embed_tokens']": WHOLE,
         "fsdp_config: {'offload_params': False}": ONE_DEVICE,
     }
 
@@ -546,7 +547,7 @@ def test_an_unsloth_script_is_read_and_not_run(read):
         "output_dir: out": OUTPUT,
     }
     assert loud == {
-        "modules_to_save: ['lm_head']": "only the adapter's matrices are trained",
+        "modules_to_save: ['lm_head']": WHOLE,
         "save_steps": "the script computes it (len(rows) // 4): set it by hand",
     }
 

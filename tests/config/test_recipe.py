@@ -579,3 +579,14 @@ def test_a_share_is_read_from_the_command_line_as_a_number(read):
 def test_ranks_are_given_to_names_and_not_to_patterns(name):
     with pytest.raises(ValidationError, match="is no name of a layer"):
         LoraSection(rank_pattern={name: 4})
+
+
+def test_single_trained_tokens_are_refused_with_what_there_is(read):
+    with pytest.raises(ConfigError, match=r"lora\.trainable_tokens is not a setting\..*lora\.modules_to_save: \[embed"):
+        read(MINIMAL, "lora.trainable_tokens=['<|tool|>']")
+
+
+@pytest.mark.parametrize("name", [".*norm", "", "lm head"])
+def test_whole_modules_are_named_and_not_matched(name):
+    with pytest.raises(ValidationError, match="is no name of a layer"):
+        LoraSection(modules_to_save=[name])

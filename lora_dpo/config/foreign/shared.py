@@ -89,9 +89,11 @@ LOUD = reasons(
             "peft",
         ),
         "only the adapter's matrices are trained": (
-            "additional_target", "lora_modules_to_save", "modules_to_save", "lora_target_parameters",
-            "target_parameters", "unfrozen_parameters", "peft_trainable_token_indices", "lora_rank_pattern",
-            "lora_alpha_pattern", "peft_layer_replication", "embedding_lr*", "lr_groups",
+            "lora_target_parameters", "target_parameters", "unfrozen_parameters", "peft_trainable_token_indices",
+            "lora_rank_pattern", "lora_alpha_pattern", "peft_layer_replication", "embedding_lr*", "lr_groups",
+        ),
+        "set lora.modules_to_save to them: each is copied whole, beside the base's own": (
+            "additional_target", "lora_modules_to_save", "modules_to_save",
         ),
         "the reference is the base, or with reference: adapter:PATH that adapter": (
             "ref_model", "ref_model_adapters", "ref_model_quantization_bit",

@@ -38,7 +38,7 @@ from lora_dpo.training.planning.memory_plan import (
     Costs,
     Machine,
     Memory,
-    bytes_per_trainable,
+    adapter_bytes,
     find_fix,
     fits_without_desktop,
     memory_of,
@@ -82,7 +82,7 @@ def plan_answers(recipe: Recipe, *, on_event: OnEvent | None = None) -> AnswersP
         costs = _costs(run, {}, ())
         cost = costs.footprint(_choice(costs))
     data = {which: Rows.of(report) for which, report in run.reports.items()}
-    adapter = cost.trainable * bytes_per_trainable(run)
+    adapter = adapter_bytes(run, cost)
     return AnswersPlan(
         method=recipe.method,
         data=data,

@@ -230,7 +230,7 @@ def memory_of(
 def _beside_the_passes(costs: Costs, cost: CostModel, longest: PairShape) -> Memory:
     """All but what forward and backward passes keep, which is not known of TRL's own."""
     machine = costs.machine
-    adapter = cost.trainable * bytes_per_trainable(costs.run)
+    adapter = adapter_bytes(costs.run, cost)
     held = machine.libraries + machine.desktop + cost.weight_bytes + adapter
     answers, answered = answer_bytes(costs.asked, cost, free=machine.memory - held)
     logits = _head_bytes(cost, longest.labels)
@@ -280,10 +280,16 @@ def _head_bytes(cost: CostModel, labels: int) -> int:
     return tile * (4 + 4 + rounded)  # logits, their exponentials beside them, the softmax in the compute dtype
 
 
-def bytes_per_trainable(run: Run) -> int:
-    """float32 weight and gradient, Adam's two moments (in 8 bits, if asked for), and a frozen copy to hold to."""
+def adapter_bytes(run: Run, cost: CostModel) -> int:
+    """float32 weight and gradient, Adam's two moments (in 8 bits, if asked for), and a frozen copy to hold to.
+
+    Of modules that are trained whole TRL makes that copy in any case, as the base has them, but for SFT.
+    """
     moments = 2 if "8bit" in str(run.settings.get("optim", "")) else 8
-    return 4 + 4 + moments + (4 if run.recipe.reference_adapter else 0)
+    copied = run.recipe.reference_adapter is not None
+    return cost.trainable * (4 + 4 + moments + 4 * copied) + cost.whole * cost.itemsize * (
+        not copied and run.recipe.method != "sft"
+    )
 
 
 def find_fix(costs: Costs, choice: Choice, *, roomy: bool = False) -> Fix | None:
