@@ -96,6 +96,9 @@ def test_a_run_trains_saves_verifies_and_merges_them(modules, folder, recipe, tm
     own = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters(remove_duplicate=False))
     assert whole
     assert all(not torch.equal(value, own[name.removeprefix("base_model.model.")]) for name, value in whole.items())
+    if AutoModelForCausalLM.from_pretrained(folder).config.tie_word_embeddings:  # one matrix, and it stays one
+        into, head = (whole[f"base_model.model.{name}.weight"] for name in ("model.embed_tokens", "lm_head"))
+        assert torch.equal(into, head)
     after = logits(done.model)
     assert (after - before).abs().max() > 1e-3
     with reference(done.model):
@@ -156,6 +159,15 @@ def test_in_16_bits_copies_are_float32_and_compute_as_the_base(modules, folder, 
     with pytest.raises(ConfigError, match=r"whole modules in 16 bits.*model\.dtype: float32"):
         train(recipe(modules, reference=f"adapter:{done.folder}", **changes)
               .model_copy(update={"lora": LoraSection()}), name="on")  # fmt: skip
+
+
+def test_beside_a_base_in_4_bits(recipe, tiny_model_folder):
+    changes = dict(model={"quantize": "nf4", "packed": True}, trainer={"max_steps": 2})
+    done = train(recipe(["lm_head", "model.norm"], **changes), name="whole")
+    assert logged(done.folder)[1] == pytest.approx(math.log(2), abs=2e-2)
+    assert not is_reference(done.model)
+    ours = attach_adapter(load_base(str(tiny_model_folder), quantize="nf4", packed=True), done.folder)
+    assert torch.allclose(logits(ours), logits(done.model), atol=1e-3)
 
 
 def test_a_run_goes_on_from_such_an_adapter(recipe, recipe_dict):
