@@ -162,6 +162,11 @@ def read_rounds(recipe: ImproveRecipe) -> tuple[ImproveRecipe, list[Prompt], lis
             "judge, or lora-dpo pairs --judge implicit for one round."
         )
     recipe = with_reference(recipe)
+    if recipe.lora.modules_to_save and section.rounds > 1 and recipe.model.dtype != "float32":
+        raise ConfigError(
+            "Rounds go on from the last one's adapter, and with lora.modules_to_save that is not done in 16 bits. Set "
+            "model.dtype: float32, or improve.rounds: 1."
+        )
     trainer_settings(recipe.training(reference=recipe.reference, pairs=Path("pairs"), output=Path("output")))
     prompts, read = prompts_with_report(section.prompts, limit=section.limit)
     held_out, read_held_out = prompts_with_report(section.held_out, limit=section.held_out_limit)

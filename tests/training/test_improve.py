@@ -409,6 +409,15 @@ def test_the_implicit_judge_cannot_measure_rounds(recipe):
         rounds.improve(recipe(improve={"judge": "implicit"}))
 
 
+def test_rounds_do_not_go_on_with_whole_modules_in_16_bits(recipe, settings):
+    lora = {"rank": 4, "modules_to_save": ["lm_head"]}
+    with pytest.raises(ConfigError, match=r"not done in 16 bits\. Set model\.dtype: float32, or improve\.rounds: 1"):
+        rounds.improve(recipe(lora=lora, model={**settings()["model"], "dtype": "auto"}))
+    rounds.read_rounds(recipe(lora=lora, model={**settings()["model"], "dtype": "float32"}))
+    one = {"improve": {**settings()["improve"], "rounds": 1}}
+    rounds.read_rounds(recipe(lora=lora, model={**settings()["model"], "dtype": "auto"}, **one))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
