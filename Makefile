@@ -6,6 +6,8 @@
 # make demo    set everything up, then chat, vote, train and swap in a browser
 # make check   lint, types and all tests; CI leaves out those that take minutes each
 # make bench   a step of ours and of stock TRL, side by side on three shapes of data (an hour on 2 cores, by estimate)
+# make gpu-check   on a machine with an NVIDIA GPU: is it right, what does it need, how fast is it (about 15 minutes, by
+#              estimate); DEVICE=cpu rehearses it without one
 # make study   DPO against PPO, SFT and best-of-n on one known reward (hours; goes on where it was stopped)
 # make study-quick   the same, small: the frontier's shape
 # make clean   remove what these made, but for trained adapters
@@ -14,8 +16,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m
 SLOW ?= slow
+DEVICE ?= cuda
 
-.PHONY: train test test-rounding test-slow fuzz demo check lint types bench study study-quick setup clean
+.PHONY: train test test-rounding test-slow fuzz demo check lint types bench gpu-check study study-quick setup clean
 
 train: $(BIN)/lora-dpo $(MODEL)/config.json
 	$(BIN)/lora-dpo train configs/quickstart.yaml
@@ -56,6 +59,9 @@ types: $(BIN)/.dev
 
 bench: $(BIN)/.dev $(MODEL)/config.json
 	$(BIN)/python benchmarks/bench.py --pairs 16 --top 8 --tuned-batch 2 --output benchmarks/results/mine.json
+
+gpu-check: $(BIN)/.dev
+	$(BIN)/python -m benchmarks.gpu_check all --device $(DEVICE)
 
 study: $(BIN)/.dev $(MODEL)/config.json
 	$(BIN)/python -m benchmarks.dpo_vs_ppo.study full

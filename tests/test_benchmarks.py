@@ -4,12 +4,18 @@ import json
 import sys
 from pathlib import Path
 
+import kinds
 import pytest
+import torch
+
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import cards as gpu_cards
+from benchmarks.gpu_check import common as gpu_common
+from benchmarks.gpu_check import equal as gpu_equal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, no part of the package
 import bench  # noqa: E402
-import gpu  # noqa: E402
 
 
 @pytest.fixture
@@ -53,16 +59,90 @@ def test_each_part_of_the_engine_switched_off(measured):
     assert rows["without rematerialising"]["kept"] > whole["kept"]
 
 
+@pytest.fixture
+def check(tmp_path):
+    """Rehearses parts of the check of a GPU on the CPU; returns how it ended and what it noted."""
+
+    def run(*words):
+        code = gpu_check.main([*words, "--device", "cpu", "--output", str(tmp_path)])
+        return code, json.loads((tmp_path / "gpu-cpu-rehearsal.json").read_text())
+
+    return run
+
+
+def test_the_check_of_a_gpu_rehearses_what_is_equal(check):
+    code, found = check("equal", "--kind", "llama", "--kind", "gemma2")
+    assert code == 0
+    for kind in ("llama", "gemma2"):
+        assert found[f"equal fp32 {kind}"]["gradient"] < 1e-5
+        assert found[f"equal stream {kind}"]["ok"]
+    assert 0.5 < found["equal NF4"]["ours / TRL"] < gpu_equal.WORSE
+    assert found["equal"]["not ok"] == []
+    assert found["machine"]["device"].startswith("a rehearsal")
+
+
+def test_the_check_of_a_gpu_says_what_is_not_equal(tmp_path, monkeypatch, capsys):
+    notes = gpu_common.Notes(tmp_path / "found.json")
+    here = gpu_common.Check(gpu_check.read_options(["equal", "--device", "cpu"]), notes)
+    gpu_equal.against_plain(here, kinds, "llama")
+    assert notes.failed == []
+    monkeypatch.setattr("lora_dpo.engine.pair_forward.logit_scale", lambda model: 1.01)
+    gpu_equal.against_plain(here, kinds, "llama")
+    assert "NOT OK: stream llama" in capsys.readouterr().out
+    assert not json.loads(notes.path.read_text())["equal stream llama"]["ok"]
+
+
+def test_the_check_of_a_gpu_rehearses_memory_cards_and_answers(check):
+    assert check("memory", "--length", "64")[0] == 0
+    assert check("cards", "--cards", "8")[0] == 0
+    code, found = check("decode")
+    assert code == 0
+    assert found["memory tiny 64 ours 3"]["planned"] > 0
+    assert found["cards tiny 8 GB"]["parts"] >= 1
+    assert found["decode tiny adapter 32 drawn"] > 0
+
+
 @pytest.mark.slow
-def test_the_gpu_script_runs_on_whatever_is_there(tiny_model_folder, tmp_path, monkeypatch):
-    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8)
-    monkeypatch.setitem(gpu.SIZES, "1b", small)
-    monkeypatch.setattr(gpu, "fetch_model", lambda name: tiny_model_folder)
-    monkeypatch.setattr(bench, "bases", bench.bases)  # the script puts its own there
-    out = tmp_path / "gpu.json"
-    command = ["gpu.py", "--shape", "hh", "--pairs", "2", "--batch", "2", "--rounds", "1", "--output", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
-    gpu.main("cpu")
-    [found] = json.loads(out.read_text())
-    assert found["quantize"] == "nf4"
-    assert len(found["variants"]) == 4
+def test_the_check_of_a_gpu_rehearses_its_speed(check):
+    code, found = check("speed", "--shape", "hh", "--pairs", "4", "--batch", "2")
+    assert code == 0
+    assert {"TRL as it comes", "TRL tuned", "ours, first epoch", "ours, references known"} < set(found["speed tiny hh"])
+
+
+def test_a_card_that_is_too_small_is_told_with_the_place(check, monkeypatch):
+    def no_memory(*nothing):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(gpu_cards, "random_base", no_memory)
+    code, found = check("cards", "--cards", "8")
+    assert code == 1
+    assert found["cards tiny 8 GB"]["at"][0].endswith("no_memory")
+
+
+def test_without_a_card_the_check_says_how_to_rehearse_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="make gpu-check DEVICE=cpu"):
+        gpu_check.main(["equal"])
+
+
+def test_the_check_of_a_gpu_goes_on_after_a_part_that_failed(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def never(words, seconds, say, *, segments):
+        asked.append((words[0], segments))
+        say("a line\n")
+        return 1 if words[0] == "memory" else 0
+
+    monkeypatch.setattr(gpu_check, "run_words", never)
+    assert gpu_check.main(["all", "--device", "cpu", "--output", str(tmp_path)]) == 1
+    assert [part for part, _ in asked] == ["equal", "memory", "cards", "cards", "speed", "speed", "decode"]
+    assert [segments for _, segments in asked] == [True, True, True, False, True, True, True]
+    log = (tmp_path / "gpu-cpu-rehearsal.log").read_text()
+    assert log.count("a line\n") == 7
+    assert "not ok: memory" in log
+    assert "not ok: memory" in capsys.readouterr().out
+
+
+def test_names_of_results_and_sizes_by_card():
+    assert gpu_common.file_name("NVIDIA GeForce RTX 4090") == "gpu-nvidia-geforce-rtx-4090"
+    assert [gpu_check.usual_size(gigabytes << 30) for gigabytes in (8, 12, 23)] == ["1b", "3b", "8b"]
