@@ -35,7 +35,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import lora_dpo.quiet  # noqa: F401 - first: switches off what libraries would count and tell
+import lora_dpo.quiet  # first: switches off what libraries would count and tell
+import lora_dpo.systems
+
+lora_dpo.systems.let_segments_grow()
 
 if TYPE_CHECKING:
     from lora_dpo.adapters import attach_adapter, install, list_adapters, load_policy, pack, pull, push

@@ -160,6 +160,22 @@ def is_old(path: Path) -> bool:
     return False
 
 
+# --- GPUs -----------------------------------------------------------------------------------------
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where torch reads how a card's memory is handed out. Both are set: of torch 2.9 the first is said to be ignored for
+CUDA (pytorch#183387), and alone the second makes torch 2.9 to 2.11 warn."""
+SEGMENTS = "expandable_segments:True"
+"""Segments that grow: blocks of fixed sizes are left over between parts of steps, whose lengths change all the time."""
+
+
+def let_segments_grow() -> None:
+    """Ask torch for them, before it is imported; not where its user has said how, nor on Windows, which has none."""
+    if sys.platform == "win32" or any(name in os.environ for name in ALLOCATOR):
+        return
+    os.environ.update(dict.fromkeys(ALLOCATOR, SEGMENTS))
+
+
 # --- Apple's GPU ----------------------------------------------------------------------------------
 
 

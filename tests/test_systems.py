@@ -561,3 +561,37 @@ def test_a_chat_template_is_tried_without_limits_of_the_system_too(tmp_path):
 def test_an_error_of_another_kind_stays_itself():
     with pytest.raises(ValueError, match="x"), disk_errors(Path("a")):
         raise ValueError("x")
+
+
+# --- a card's memory --------------------------------------------------------------------------------
+
+
+def allocator_of(given, *, first="import lora_dpo"):
+    """Both variables in a process of its own, after what is run first."""
+    environment = {name: value for name, value in os.environ.items() if name not in systems.ALLOCATOR} | given
+    code = f"import os; {first}; print([os.environ.get(n) for n in {systems.ALLOCATOR}])"
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return ast.literal_eval(ran.stdout)
+
+
+def test_segments_grow_unless_a_user_has_said_how():
+    assert allocator_of({}) == ["expandable_segments:True"] * 2
+    assert allocator_of({}, first="import lora_dpo.cli") == ["expandable_segments:True"] * 2
+    own = {"PYTORCH_ALLOC_CONF": "backend:native"}
+    assert allocator_of(own) == ["backend:native", None]
+    own = {"PYTORCH_CUDA_ALLOC_CONF": ""}
+    assert allocator_of(own) == [None, ""]
+
+
+def test_windows_has_no_segments_that_grow(monkeypatch):
+    for name in systems.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    systems.let_segments_grow()
+    assert not {*systems.ALLOCATOR} & {*os.environ}
+
+
+def test_torch_takes_what_it_is_asked_for():
+    """torch refuses words that it does not know when it reads them."""
+    asked = "import lora_dpo, torch; torch._C._accelerator_setAllocatorSettings(os.environ['PYTORCH_ALLOC_CONF'])"
+    assert allocator_of({}, first=asked) == ["expandable_segments:True"] * 2
