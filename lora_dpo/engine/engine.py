@@ -24,7 +24,15 @@ from lora_dpo.engine.prequential_count import PrequentialCount
 from lora_dpo.engine.proof import proof_of
 from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, reference_name
 from lora_dpo.engine.step_record import StepRecord, answer_sums
-from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, TokenBudget
+from lora_dpo.engine.token_budget import (
+    CPU_TOKENS,
+    CUDA_TOKENS,
+    SHARE,
+    TokenBudget,
+    passing_bytes,
+    tokens_without_gradients,
+    widest_of,
+)
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, lowest_adapted_layer
 from lora_dpo.engine.whole_step import WholeStep
 from lora_dpo.model.base import steady
@@ -58,7 +66,11 @@ class Engine:
         )
         self.references = ReferenceCache(_cache_folder(settings), reference_name(objective.model, compute))
         self.scoring_tokens = self.usual_tokens if settings.tokens == "auto" else settings.tokens
-        """Most stream tokens of the reference at once; halved when memory runs out."""
+        """Most stream tokens of the reference at once, if they fit; halved when memory runs out."""
+        self.passing_bytes = passing_bytes(
+            hidden=base.config.hidden_size, widest=widest_of(base), itemsize=compute.itemsize
+        )
+        """Bytes that a token needs in a pass without gradients."""
         layers = decoder_layers(base)[lowest_adapted_layer(base) :]  # those below run without gradients
         budget = TokenBudget(
             layers=len(layers),
@@ -143,7 +155,7 @@ class Engine:
         objective = self.objective
         with torch.no_grad(), steady(objective.model), objective.accelerator.autocast(), self.forward.log(True):
             outputs = []
-            parts = [batch.select(pairs) for pairs in pack(batch.lengths, self.scoring_tokens)]
+            parts = [batch.select(pairs) for pairs in pack(batch.lengths, self._at_once(max(batch.lengths)))]
             for part in parts:
                 with self.forward.on(part):
                     outputs.append(objective.model(**model_inputs(part.inputs)))
@@ -217,6 +229,14 @@ class Engine:
             give_back_memory()
         return scored
 
+    def _at_once(self, longest: int) -> int:
+        """Tokens that a pass without gradients takes at once now. Not found by trying: on Windows a card that is full
+        raises no error, but goes on in main memory, many times slower."""
+        free = free_bytes(self.device) * SHARE
+        return tokens_without_gradients(
+            token_bytes=self.passing_bytes, free=free, longest=longest, cap=self.scoring_tokens
+        )
+
     def _score_in_parts(self, batch: PairBatch, pairs: list[int], scored: dict[int, PairLogps]) -> None:
         """Score some pairs of a batch, and note each part as it is done."""
         objective = self.objective
@@ -226,7 +246,8 @@ class Engine:
         with contextlib.ExitStack() as stack:
             for each in (*exact, self.forward.log(False)):
                 stack.enter_context(each)
-            for places in pack([batch.lengths[index] for index in pairs], self.scoring_tokens):
+            lengths = [batch.lengths[index] for index in pairs]
+            for places in pack(lengths, self._at_once(max(lengths))):
                 chosen = [pairs[place] for place in places]
                 part = batch.select(chosen)
                 with self.forward.on(part):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from lora_dpo.model.experts import active_share, expert_weights
 
 CPU_TOKENS, CUDA_TOKENS = 1024, 65536
 """Most stream tokens at once: more only cost memory. On a CPU parts of at most 426 tokens are as fast as one of 1,979
@@ -58,6 +61,37 @@ def fit(
         if tokens >= longest:
             return max(longest, min(tokens, cap)), count
     return longest, may_checkpoint
+
+
+def passing_bytes(*, hidden: int, widest: int, itemsize: int) -> int:
+    """Bytes that a token needs in a pass without gradients: in an MLP, three tensors of its width (the gate, up, and
+    their product) and four hidden states (the residual, the norm's input in float32, and its output).
+
+    Counted by the tensors that live at the peak of a pass (tests/engine/test_scoring_tokens.py). Not in it are the
+    head, which works on tiles when the layers are done, and scores with a soft cap.
+    """
+    return itemsize * (3 * widest + 4 * hidden)
+
+
+def widest_of(model: Any) -> int:
+    """Numbers that a token becomes in the widest product of a base model's layers, in all experts that it uses."""
+    layers = model.base_model.layers
+    plain = [part.out_features for part in layers.modules() if hasattr(part, "out_features")]
+    used = active_share(model.config)
+    stacked = [round(weight.shape[0] * used) * max(weight.shape[1:]) for weight in expert_weights(model).values()]
+    return int(max([*plain, *stacked], default=0))
+
+
+def tokens_without_gradients(*, token_bytes: float, free: float, longest: int, cap: int) -> int:
+    """Most tokens of a pass without gradients: `cap`, halved until they fit into `free` bytes, or the longest pair.
+
+    Halved, so that pairs are not packed in another way whenever a little more or less is free: in 16 bits another
+    packing gives other digits.
+    """
+    tokens = cap
+    while tokens > longest and tokens * token_bytes > free:
+        tokens //= 2
+    return max(longest, tokens) if tokens < cap else cap
 
 
 @dataclass
