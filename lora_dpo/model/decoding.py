@@ -16,6 +16,7 @@ from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.chat_template import Message, prompt_ids
 from lora_dpo.data.thoughts import answer_decoder, opened_thought, split_thought, thought_tokens
 from lora_dpo.errors import ConfigError
+from lora_dpo.model.answering import AnsweringAdapter
 from lora_dpo.model.device import free_bytes
 from lora_dpo.text import shown
 
@@ -260,8 +261,9 @@ def decode(
     cache = DynamicCache(config=model.config)
     rows = list(range(len(prompts)))  # the prompt that each row of the batch answers
     alive = list(range(len(prompts)))  # the rows still writing
+    adapter = AnsweringAdapter(model)
     for _ in range(sampling.max_new_tokens):
-        with torch.no_grad():  # not inside the yield: the caller's grad mode is its own
+        with torch.no_grad(), adapter.on():  # not inside the yield: the caller's grad mode is its own
             output = model(**inputs, attention_mask=mask_BP, past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens = pick(output.logits[:, -1].float(), sampling, draws)
         token_list = tokens.tolist()

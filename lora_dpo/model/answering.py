@@ -1,0 +1,88 @@
+"""Adapters while answers are written: a token at a time, where launching kernels is what takes the time.
+
+Shape suffixes: M tokens (rows times positions), I inputs and O outputs of a linear layer, r rank.
+
+peft computes x·Aᵀ·Bᵀ·s + y in the adapter's float32 and casts to and fro, twelve kernels a layer or so. Here
+y += s·(x·Aᵀ)·Bᵀ is two, in the dtype that the base computes in, with copies of A and B if theirs is another one. The
+adapter itself stays as it is: a copy lives as long as the answers that are being written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PLAIN = frozenset({"Linear", "Linear4bit", "Linear8bitLt"})
+"""peft's LoRA layers whose forward pass is y + s·B·A·x; others (experts, embeddings, convolutions) keep their own."""
+
+
+class AnsweringAdapter:
+    """Short forward passes for a model's LoRA layers, as they are when it is made. No layer without an adapter has one.
+
+    Args:
+        model: a model, with an adapter on it or not; its weights must not change before its answers are written.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._forwards: list[tuple[Any, Callable[..., Any]]] = []
+        if not hasattr(model, "peft_config"):
+            return
+        from peft import PeftModel
+
+        if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
+            return
+        name, dtype = model.active_adapters[0], model.get_input_embeddings().weight.dtype
+        for layer in model.modules():
+            if _is_plain(layer, name):
+                self._forwards.append((layer, _short_forward(layer, name, dtype)))
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside the block the layers compute so. One pass long: between two of them the layers are peft's own."""
+        for layer, forward in self._forwards:
+            vars(layer)["forward"] = forward
+        try:
+            yield
+        finally:
+            for layer, _ in self._forwards:
+                vars(layer).pop("forward", None)
+
+
+def _is_plain(layer: Any, name: str) -> bool:
+    """Whether a module is a LoRA layer that does nothing but add s·B·A·x to a linear layer's output."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer) or type(layer).__name__ not in PLAIN or name not in layer.lora_A:
+        return False
+    base, halves = layer.base_layer, (layer.lora_A[name], layer.lora_B[name])
+    return (
+        (type(base) is torch.nn.Linear or type(base).__module__.startswith("bitsandbytes."))
+        and all(type(half) is torch.nn.Linear and half.bias is None for half in halves)
+        and name not in layer.lora_variant  # DoRA and its like
+        and not (layer.training and layer.lora_dropout[name].__class__ is not torch.nn.Identity)
+        and "forward" not in vars(layer)  # somebody else's
+    )
+
+
+def _short_forward(layer: Any, name: str, dtype: torch.dtype) -> Callable[..., Any]:
+    import torch
+
+    a_Ir = layer.lora_A[name].weight.detach().to(dtype).t()
+    b_rO = layer.lora_B[name].weight.detach().to(dtype).t()
+    own = layer.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        wanted = not (args or kwargs or layer.disable_adapters or layer.merged) and layer.active_adapters == [name]
+        kind = x.device.type
+        if not wanted or x.dtype != dtype or torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
+            return own(x, *args, **kwargs)
+        y = layer.base_layer(x)
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]).mm(a_Ir), b_rO, alpha=layer.scaling[name])
+        return y
+
+    return forward
