@@ -33,6 +33,16 @@ def measured(tiny_model_folder, write_pairs, tmp_path, monkeypatch):
     return run
 
 
+def test_models_are_measured_as_training_runs_them(tiny_model_folder):
+    """Prepared by accelerate, which puts autocast around their forward pass: without it a card computes in float32."""
+    rows = bench.draw(bench.SHAPES["hh"], 2, vocabulary=250)
+    model = bench.build(bench.Stock, lambda: bench.load_base(str(tiny_model_folder), quantize="none"), rows, None, 2)
+    assert any(each is model.model for each in model.accelerator._models)
+    base = gpu_common.random_base(gpu_common.SIZES["tiny"], "cpu")
+    model = gpu_common.trainer_of(gpu_common.stock_trainer(), base, rows, 2, "cpu")
+    assert any(each is model.model for each in model.accelerator._models)
+
+
 @pytest.mark.slow
 def test_ours_beside_stock_trl(measured):
     found, rows = measured("--tuned-batch", "1", "--top", "1")

@@ -9,6 +9,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.model.decoding import (
     SHORTCUT,
     Sampling,
+    decode,
     first_of,
     generate,
     held_back,
@@ -271,3 +272,21 @@ def test_tokens_are_drawn_where_the_logits_are():
     logits = torch.empty(3, 2000, device="meta")
     for sampling in (Sampling(), Sampling(temperature=1.0)):
         assert pick(logits, sampling, None).device.type == "meta"
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-6])
+def test_logits_never_leave_their_device_to_be_drawn_from(top_p, model, monkeypatch):
+    generators, made = [], torch.Generator
+
+    def generator(device=None):
+        generators.append(device)
+        return made(device)
+
+    def moved(tensor, *nothing, **more):
+        raise AssertionError(f"{tuple(tensor.shape)} moved to the CPU")
+
+    monkeypatch.setattr(torch, "Generator", generator)
+    monkeypatch.setattr(torch.Tensor, "cpu", moved)
+    sampling = Sampling(max_new_tokens=3, temperature=1.0, top_p=top_p)
+    assert len(list(decode(model, [[5, 6], [7]], frozenset(), sampling))) == 6
+    assert generators == [model.get_input_embeddings().weight.device]

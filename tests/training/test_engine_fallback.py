@@ -615,5 +615,13 @@ def test_which_errors_say_that_memory_ran_out(message, ran_out):
     assert out_of_memory(RuntimeError(message)) is ran_out
 
 
+def test_an_error_of_the_card_itself_says_it_too():
+    # of no class that torch's allocator raises: the driver's, and cuBLAS's for its working space
+    assert not issubclass(torch.AcceleratorError, torch.OutOfMemoryError)
+    assert out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert out_of_memory(torch.AcceleratorError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not out_of_memory(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+
+
 def test_memory_that_python_lacks_has_run_out():
     assert out_of_memory(MemoryError("std::bad_alloc"))
