@@ -79,7 +79,8 @@ def _short_forward(layer: Any, name: str, dtype: torch.dtype) -> Callable[..., A
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         wanted = not (args or kwargs or layer.disable_adapters or layer.merged) and layer.active_adapters == [name]
         kind = x.device.type
-        if not wanted or x.dtype != dtype or torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
+        casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype
+        if not wanted or x.dtype != dtype or torch.is_grad_enabled() or casts:
             return own(x, *args, **kwargs)
         y = layer.base_layer(x)
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]).mm(a_Ir), b_rO, alpha=layer.scaling[name])

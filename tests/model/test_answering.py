@@ -88,6 +88,18 @@ def test_in_bf16_it_is_as_near_to_float32_as_peft():
     assert float((short - truth).norm()) < 1.2 * float((theirs - truth).norm())
 
 
+def test_under_the_autocast_of_a_training_it_is_short_too():
+    model = adapted(tiny("llama").to(torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with Kernels() as theirs:
+            expected = logits_of(model, short=False)
+        with Kernels() as ours:
+            found = logits_of(model, short=True)
+    assert ours.count < 0.8 * theirs.count
+    truth = logits_of(adapted(tiny("llama")), short=False)
+    assert float((found - truth).norm()) < 1.2 * float((expected - truth).norm())
+
+
 def test_training_state_is_untouched_bit_for_bit():
     model = adapted(tiny("llama").to(torch.bfloat16))
     before = {name: (value.data_ptr(), value.dtype, value.clone()) for name, value in model.named_parameters()}
