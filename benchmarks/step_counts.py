@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class Counts:
     """Of one pass."""
 
     kernels: Counter[str] = field(default_factory=Counter)
+    peak: int = 0
+    """Most bytes that lived at once of what it made."""
     traffic: float = 0.0
     """Bytes read and written by what is neither a matrix product nor attention."""
 
@@ -65,18 +68,23 @@ class Counts:
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations inside the block."""
+    """Counts the operations inside the block, and the bytes of what they make as long as it lives."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counts()
+        self.live = 0
+        self._owners: Counter[int] = Counter()
+        """How many tensors lie in each storage that was made here."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count it."""
         given = [one for one in tree_leaves((args, kwargs)) if is_tensor(one)]
         if len({one.device for one in given}) > 1 and not func._schema.name.endswith("::copy_"):
             raise RuntimeError(f"{func} was called with tensors on {sorted({str(one.device) for one in given})}")
+        known = {storage_of(one) for one in given}
         out = func(*args, **(kwargs or {}))
+        self._note_memory(func, args, out, known)
         name = func._schema.name.partition("::")[2]
         if "attention" in name and (
             (kwargs or {}).get("attn_mask") is not None or ("efficient" in name and args[3] is not None)
@@ -88,11 +96,39 @@ class Counting(TorchDispatchMode):
             self.note(name, read + wrote)
         return out
 
+    def _note_memory(self, func: Any, args: Any, out: Any, known: set[int]) -> None:
+        within = 0
+        if func._schema.name.endswith("gemm_4bit"):
+            rows, columns = args[2]
+            within = rows * columns * args[0].element_size()  # the unpacked weight
+        for one in tree_leaves(out):
+            if not isinstance(one, torch.Tensor):
+                continue
+            place = storage_of(one)
+            if place not in known and not self._owners[place]:
+                self.live += one.untyped_storage().nbytes()
+            elif place in known and place not in self._owners:
+                continue  # of somebody else's, such as a weight
+            self._owners[place] += 1
+            weakref.finalize(one, self._forget, place, one.untyped_storage().nbytes())
+        self.counts.peak = max(self.counts.peak, self.live + within)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._owners[place] -= 1
+        if not self._owners[place]:
+            del self._owners[place]
+            self.live -= size
+
     def note(self, name: str, moved: list[torch.Tensor]) -> None:
         """One kernel that reads or writes these tensors."""
         self.counts.kernels[name] += 2 if name in TWICE else 1
         if name not in PRODUCTS and "attention" not in name:
             self.counts.traffic += sum(tensor.numel() * tensor.element_size() for tensor in moved)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Which memory a tensor lies in."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextlib.contextmanager
@@ -161,8 +197,8 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def fake_nf4_llama(size: str, layers: int | None = None, device: str = "cpu") -> Any:
-    """A Llama in NF4 with an adapter; call it inside a `FakeTensorMode`."""
+def meta_llama(size: str, layers: int | None = None, *, nf4: bool = False) -> Any:
+    """A Llama with an adapter on the meta device, its linear layers bitsandbytes' if asked for, not packed yet."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -174,27 +210,29 @@ def fake_nf4_llama(size: str, layers: int | None = None, device: str = "cpu") ->
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with unset_fake_temporarily(), torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-        for parent in list(model.modules()):
-            for name, part in list(parent.named_children()):
-                if isinstance(part, torch.nn.Linear) and part is not model.lm_head:
-                    setattr(parent, name, Linear4bit(*part.weight.shape[::-1], **NF4))
+        linear = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+        for parent, name, part in linear:
+            if nf4 and isinstance(part, torch.nn.Linear) and part is not model.lm_head:
+                setattr(parent, name, Linear4bit(*part.weight.shape[::-1], **NF4))
         model.requires_grad_(False)
-        model.is_loaded_in_4bit = True
-        peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names))
+        model.is_loaded_in_4bit = nf4
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names))
+
+
+def fake_nf4_llama(size: str, layers: int | None = None, device: str = "cpu") -> Any:
+    """A Llama in NF4 with an adapter; call it inside a `FakeTensorMode`."""
+    peft = meta_llama(size, layers, nf4=True)
     for part in peft.modules():
         for name, value in list(part.named_parameters(recurse=False)):
             if isinstance(part, Linear4bit):
                 part.weight = packed_weight(part.out_features, part.in_features, device)
                 continue
             dtype = torch.float32 if value.requires_grad else value.dtype
-            setattr(
-                part,
-                name,
-                torch.nn.Parameter(torch.empty(value.shape, dtype=dtype, device=device), value.requires_grad),
-            )
+            made = torch.empty(value.shape, dtype=dtype, device=device)
+            setattr(part, name, torch.nn.Parameter(made, value.requires_grad))
         for name, value in list(part.named_buffers(recurse=False)):
             setattr(part, name, torch.empty(value.shape, dtype=value.dtype, device=device))
-    model.tie_weights()
+    peft.get_base_model().tie_weights()
     return peft.train()
 
 
@@ -222,35 +260,44 @@ def hh_rows(vocabulary: int = 40000) -> list[dict[str, list[int]]]:
     return draw(SHAPES["hh"], 8, vocabulary=vocabulary, seed=9)
 
 
-def counted_step(model: Any, rows: list[dict[str, list[int]]]) -> tuple[Counts, Counts, float]:
-    """Counts of the forward and of the backward pass of a step that is not logged, and bytes kept a stream token.
+def counted_step(
+    model: Any, rows: list[dict[str, list[int]]], *, logged: bool = False, checkpointed: int = 0
+) -> tuple[Counts, Counts, float]:
+    """Counts of the forward and of the backward pass of a step, and bytes kept a stream token.
 
     References are known. Under bf16 autocast where the model is on the CPU; on the meta device there is none, but each
     operation on tensors of two devices and each wait for a value is an error.
 
     Args:
         model: a PeftModel without values; call it inside its `FakeTensorMode`, if it has one.
+        logged: whether what TRL only logs is computed.
+        checkpointed: so many of the lowest layers are run again in the backward pass.
     """
     from lora_dpo.engine.pair_batch import Part
     from lora_dpo.engine.pair_forward import PairForward
+    from lora_dpo.engine.trunk_cache import decoder_layers
     from lora_dpo.model.lora import base_of
 
     with unset_fake_temporarily():  # norms are tried with values
         forward = PairForward(base_of(model))
-    forward.logged = False
+    forward.logged = logged
+    if checkpointed:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    for number, layer in enumerate(decoder_layers(base_of(model))):
+        layer.gradient_checkpointing = number < checkpointed
     tokens = [row["prompt_ids"] + row[side] for side in SIDES for row in rows]
     scored = [[0] * len(row["prompt_ids"]) + [1] * len(row[side]) for side in SIDES for row in rows]
     device = model.device
     ids_RT = torch.empty(len(tokens), max(map(len, tokens)), dtype=torch.long, device=device)
     call = dict(input_ids=ids_RT, attention_mask=ids_RT, labels=ids_RT, use_cache=False, fused_lm_head=True)
-    with as_on_cuda(device), forward.on(Part(call, ids_RT, tokens, scored)):
-        with Counting() as ahead, forward.count_kept() as kept:
+    with as_on_cuda(device), forward.on(Part(call, ids_RT, tokens, scored)), Counting() as counting:
+        with forward.count_kept() as kept:
             log_probs_RT = model(**call).log_probs
-        with Counting() as back:
-            log_probs_RT.sum().backward()
+        ahead, counting.counts = counting.counts, Counts()
+        log_probs_RT.sum().backward()
     stream = forward.tokens
     forward.close()
-    return ahead.counts, back.counts, sum(kept.values()) / stream
+    return ahead, counting.counts, sum(kept.values()) / stream
 
 
 def main() -> None:

@@ -43,9 +43,11 @@ EAGER = {
     *("engine.attention", "engine.engine", "engine.layout", "engine.logprobs", "engine.objective"),
     *(
         "engine.forked_states",
+        "engine.fused_layers",
         "engine.pair_batch",
         "engine.pair_forward",
         "engine.preference_loss",
+        "engine.products",
         "engine.proof",
         "engine.rematerialise",
         "engine.small_copy",

@@ -38,7 +38,7 @@ def ours(check: Check, base: Any, length: int) -> None:
     from lora_dpo import DPOTrainer
     from lora_dpo.engine.cost_model import footprint, pair_shape
     from lora_dpo.engine.pair_batch import PairBatch
-    from lora_dpo.training.planning.memory_plan import _part_bytes
+    from lora_dpo.training.planning.memory_plan import part_bytes
 
     size, notes = check.options.size, check.notes
     row = one_pair(length)
@@ -57,7 +57,7 @@ def ours(check: Check, base: Any, length: int) -> None:
     for count in (0, budget.layers // 2, budget.layers):
         budget.tokens, budget.checkpointed = 10**6, count
         allocated, reserved = peak_of(lambda: step_and_forget(trainer, [row]))
-        kept, working = _part_bytes(cost, [shape], count)
+        kept, working = part_bytes(cost, [shape], count)
         # weights; of each trainable number its value, its gradient and two moments
         plan = (cost.weight_bytes + 16 * cost.trainable + kept + working) / GB
         found = {"allocated": allocated, "reserved": reserved, "planned": plan}

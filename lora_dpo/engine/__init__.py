@@ -3,6 +3,8 @@
 layout              pairs to one flat stream of tokens in which both answers share their prompt
 attention           attention over that stream, without a mask over the whole of it
 forked_states       recurrent layers over that stream: each answer from the state that its prompt left
+fused_layers        norms and adapters by one autograd function each
+products            matrix products whose sums keep their digits
 logprobs            hidden states of the stream to per-token log-probabilities
 rematerialise       activation recomputation: cheap results are made again in the backward pass
 trunk_cache         hidden states of the frozen layers below the lowest adapted one, kept for policy and reference

@@ -5,7 +5,7 @@ MLP, V vocabulary, r rank, w bytes of a number in the compute dtype; query width
 
 A layer keeps for its backward pass, per token (`pair_forward`, with its rematerialised norms and MLPs):
 
-    each norm        its input: E·w, once more in float32 where w < 4, and 1/rms: 4
+    each norm        its input: E·w, and 1/rms: 4; the input once more in float32 where w < 4 and it is not fused
     attention        query H·D·w, key and value 2·K·D·w, output H·D·w twice, log-sum-exp 4·H
     MLP              gate and up: 2·I·w (what follows from them is made again); or both ends of an activation
     mixture          of each expert that is used gate, up and their product: 3·I·w, and its output: E·w
@@ -13,9 +13,9 @@ A layer keeps for its backward pass, per token (`pair_forward`, with its remater
     each adapter     A's output r·w; its input too where it is not a norm's output or the MLP's product; of an expert
                      what it reads: E·w and I·w
 
-and per pair the keys and values that the rejected branch reads, copied: 2·K·D·w·(prefix + rejected), and that
-branch's mask: w·rejected·(prefix + rejected). A pass over any number of pairs keeps each stacked weight that has an
-adapter once more, with B·A in it.
+and per pair the keys and values of the prefix once more, for the rejected branch: 2·K·D·w·prefix, and, where there is
+no kernel without one, that branch's mask: w·rejected·(prefix + rejected). A pass over any number of pairs keeps each
+stacked weight that has an adapter once more, with B·A in it.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class CostModel:
         prefix, chosen, rejected = pair.spans
         kept = float(pair.stream * layer.token_bytes)
         if rejected:
-            kept += 2 * layer.attention.key * self.itemsize * (prefix + rejected)
+            kept += 2 * layer.attention.key * self.itemsize * prefix
         for queries, keys in ((prefix + chosen, prefix + chosen), (rejected, prefix + rejected)):
             if self.softcap:  # tanh, softmax in float32 and in the compute dtype
                 each = self.itemsize + 4 + (self.itemsize if self.itemsize < 4 else 0)
@@ -157,20 +157,24 @@ class CostModel:
 
         Args:
             checkpointed: so many of the lowest adapted layers keep their input alone; one of them at a time is run
-                again.
+                again, when what the layers above kept is free.
         """
         active = self.layers[self.depth :]
         again = min(len(active), checkpointed)
         kept = float(self.outside_bytes * pair.stream + again * self.hidden * self.itemsize * pair.stream)
         kept += 0.0 if self.softcap else self.mask_bytes(pair)
         each = [self.layer_bytes(layer, pair) for layer in active]
-        return kept + sum(each[again:]) + (max(each[:again]) if again else 0.0)
+        return kept + max(sum(each[again:]), max(each[:again], default=0.0))
 
     def pass_bytes(self, *, checkpointed: int = 0) -> float:
         """Bytes that a pass keeps however many tokens it has: stacked weights with their adapters in them."""
         each = [sum(layer.merged) * self.itemsize for layer in self.layers[self.depth :]]
         again = min(len(each), checkpointed)
-        return float(sum(each[again:]) + (max(each[:again]) if again else 0))
+        return float(max(sum(each[again:]), max(each[:again], default=0)))
+
+    def rounded_bytes(self) -> float:
+        """Of the adapter's copy in the compute dtype, which is there as long as a pass and its backward pass."""
+        return float((self.trainable - self.whole) * self.itemsize) if self.itemsize < 4 else 0.0
 
     def gradient_bytes(self) -> float:
         """Of the gradient of the largest such weight, from which those of A and B are made."""
@@ -239,7 +243,7 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
     kinds = getattr(config, "layer_types", None) or [None] * len(layers)
     window = getattr(config, "sliding_window", None)
     whole = [kind is not None and kind != "sliding_attention" for kind in kinds]
-    # Under autocast peft casts what an unpacked layer's adapter reads to float32 and back: a copy for each adapter.
+    # Under autocast peft casts what an unpacked layer's adapter reads to float32 and back: a copy for each.
     copies = itemsize < 4 and not packed
     stacked, share = {id(weight) for weight in expert_weights(base).values()}, active_share(config)
     tables = 2 if len({kind for kind in kinds if kind}) > 1 and hasattr(config, "rope_local_base_freq") else 1

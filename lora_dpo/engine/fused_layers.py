@@ -16,14 +16,14 @@ on a linear layer whose frozen weight can be read. All others keep their own for
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 
 from lora_dpo.engine.products import product
+from lora_dpo.model.plain_lora import is_lora, plain_adapter
+from lora_dpo.model.quantised import weight_value
 
 Forward = Callable[..., torch.Tensor]
 
@@ -42,7 +42,7 @@ class FusedLayers:
         for part in model.modules():
             if "forward" in vars(part):
                 continue  # somebody else's
-            if type(part) in LORA_LAYERS:
+            if is_lora(part):
                 self._adapted.append(part)
                 self._forwards.append((part, self._of_adapter(part)))
             elif is_norm(part) and (offset := norm_offset(part)) is not None:
@@ -77,7 +77,7 @@ class FusedLayers:
         own = part.forward
 
         def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            adapter = None if args or kwargs else plain_adapter(part, hidden)
+            adapter = None if args or kwargs else fusible(part, hidden)
             if adapter is None:
                 return own(hidden, *args, **kwargs)  # type: ignore[no-any-return]
             first_rI, second_Or, scaling = adapter
@@ -216,53 +216,27 @@ def _for_kernel(hidden: torch.Tensor, weight_E: torch.Tensor, offset: float) -> 
 # ---- adapters
 
 
-def _lora_layers() -> tuple[type, ...]:
-    """PEFT's layers whose forward pass is the plain one: on a linear layer, in full or in bitsandbytes' 4 bits."""
-    with contextlib.suppress(ImportError):
-        from peft.tuners.lora.bnb import Linear4bit
-
-        return (LoraLinear, Linear4bit)
-    return (LoraLinear,)
-
-
-LORA_LAYERS = _lora_layers()
-
-
 def _adapter_weights(part: Any) -> list[torch.Tensor]:
     names = [name for name in part.active_adapters if name in part.lora_A]
     return [one[name].weight for name in names for one in (part.lora_A, part.lora_B)]
 
 
-def plain_adapter(part: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """A, B and s of a layer's one active adapter, if it is plain LoRA in the precision that the layer computes in.
+def fusible(part: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """A, B and s of a plain layer's adapter, if both compute in one precision and the layer's weight can be read.
 
-    None where PEFT's own forward pass does something else: other kinds of adapter, dropout, a bias, several at once,
-    an adapter in float32 on a layer in 16 bits without autocast.
+    Without autocast the first is not so of an adapter in float32 on a layer in 16 bits: peft casts to and fro.
     """
-    active = [name for name in part.active_adapters if name in part.lora_A]
-    if part.disable_adapters or part.merged or len(active) != 1 or active[0] in part.lora_variant:
+    name, base, kind = plain_adapter(part), part.base_layer, hidden.device.type
+    if name is None:
         return None
-    (name,) = active
-    first, second, dropout, base = part.lora_A[name], part.lora_B[name], part.lora_dropout[name], part.base_layer
-    biases = (first.bias, second.bias)
-    drops = not isinstance(dropout, torch.nn.Identity) and dropout.training
-    if any(bias is not None for bias in biases) or drops or part.fan_in_fan_out or not _is_frozen_linear(base):
-        return None
-    kind = hidden.device.type
+    first, second = part.lora_A[name].weight, part.lora_B[name].weight
     rounds = torch.is_autocast_enabled(kind)
-    wanted = torch.get_autocast_dtype(kind) if rounds else first.weight.dtype
+    wanted = torch.get_autocast_dtype(kind) if rounds else first.dtype
     if is_packed(base):
-        computes = hidden.dtype if base.compute_dtype is None or hidden.dtype == base.compute_dtype else None
+        fits = hidden.dtype == wanted and base.compute_dtype in (None, wanted)
     else:
-        computes = wanted if rounds or base.weight.dtype == hidden.dtype else None
-        computes = computes if rounds else base.weight.dtype if computes else None
-    return (first.weight, second.weight, float(part.scaling[name])) if computes == wanted else None
-
-
-def _is_frozen_linear(base: Any) -> bool:
-    """Whether a layer is x·Wᵀ, perhaps with a bias, both frozen, and nobody has given it another forward pass."""
-    plain = type(base) is torch.nn.Linear or is_packed(base)
-    return plain and "forward" not in vars(base) and not any(weight.requires_grad for weight in base.parameters())
+        fits = type(base) is torch.nn.Linear and (rounds or base.weight.dtype == hidden.dtype == wanted)
+    return (first, second, float(part.scaling[name])) if fits else None
 
 
 def is_packed(base: Any) -> bool:
@@ -272,12 +246,8 @@ def is_packed(base: Any) -> bool:
 
 def frozen_weight(base: Any) -> torch.Tensor:
     """W of a linear layer, `[O, I]`, unpacked if it is held in 4 bits."""
-    if not is_packed(base):
-        return base.weight.detach()  # type: ignore[no-any-return]
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = base.weight.quant_state
-    return dequantize_4bit(base.weight.data.view(-1, 1), state)  # type: ignore[no-any-return]
+    value: torch.Tensor = weight_value(base) if is_packed(base) else base.weight.detach()
+    return value
 
 
 def fused_lora(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.model.experts import active_share, expert_weights_of
+from lora_dpo.model.plain_lora import plain_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -
 
     Args:
         itemsize: of a number in the compute dtype.
-        copies: whether each adapter casts what it reads.
+        copies: whether each adapter that is not plain casts what it reads.
     """
     sizes = attention_sizes(layer, config)
     kept: float = (2 * sizes.query + 2 * sizes.key) * itemsize + 4 * sizes.heads
@@ -81,7 +82,8 @@ def layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -
         if hasattr(part, "lora_A") and "default" in part.lora_A and not hasattr(part, "parameter_name"):
             kept += part.lora_A["default"].out_features * itemsize
             read = part.lora_A["default"].in_features * itemsize
-            own = copies or name in _OUT or type(part.lora_dropout["default"]).__name__ == "Dropout"
+            casts = copies and plain_adapter(part) is None
+            own = casts or name in _OUT or type(part.lora_dropout["default"]).__name__ == "Dropout"
             if own:
                 kept += read
             elif name != "down_proj" and not hasattr(layer, "input_layernorm"):
@@ -140,16 +142,17 @@ def _without_values(weight: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.
 
 def _module_bytes(name: str, part: Any, sizes: AttentionSizes, config: Any, itemsize: int) -> float:
     """What one module of a layer keeps, a token, beside its adapter."""
+    from lora_dpo.engine.fused_layers import is_norm, norm_offset
+
     kind = type(part).__name__
     if kind.endswith("RMSNorm"):
         weight = getattr(part, "weight", None)
         read = {"q_norm": sizes.query, "k_norm": sizes.key}.get(name) or int(config.hidden_size)
         width = weight.numel() if weight is not None else sizes.query // sizes.heads if name.endswith("_norm") else read
-        return norm_bytes(width, max(1, read // width), itemsize)
+        fused = is_norm(part) and norm_offset(part) is not None
+        return norm_bytes(width, max(1, read // width), itemsize, fused=fused)
     if "LayerNorm" in kind:
         return norm_bytes(int(config.hidden_size), 1, itemsize) + 4
-    if name in _FUSED:  # the values are a view of queries, keys and values together
-        return (sizes.query + sizes.key) * itemsize
     if name in ("gate_up_proj", "input_linear") and hasattr(part, "out_features"):  # what follows is made again
         return _width_out(part) * itemsize
     if name == "gate_proj":
@@ -166,9 +169,13 @@ def _has_gate(part: Any) -> bool:
     return any(hasattr(part, name) for name in ("gate_proj", "gate_up_proj", "w1"))
 
 
-def norm_bytes(width: int, rows: int, itemsize: int) -> int:
-    """What a norm over `width` numbers keeps for each of `rows`; it computes in float32."""
-    return rows * (width * (itemsize + (4 if itemsize < 4 else 0)) + 4)
+def norm_bytes(width: int, rows: int, itemsize: int, *, fused: bool = False) -> int:
+    """What a norm over `width` numbers keeps for each of `rows`; it computes in float32.
+
+    Args:
+        fused: whether it is one autograd function (`fused_layers.py`), which keeps no copy in float32.
+    """
+    return rows * (width * (itemsize + (4 if itemsize < 4 and not fused else 0)) + 4)
 
 
 def _expert_bytes(layer: Any, config: Any, itemsize: int) -> float:

@@ -56,7 +56,8 @@ def fit(
     tokens = 0
     for count in range(may_checkpoint + 1):
         again = 2 * layer_bytes if count else 0.0  # run again, it keeps its cheap results too
-        each = (layers - count) * layer_bytes + count * checkpoint_bytes + again
+        # while one is run again, what the layers above it kept is free
+        each = count * checkpoint_bytes + max((layers - count) * layer_bytes, again)
         tokens = int(free / each)
         if tokens >= longest:
             return max(longest, min(tokens, cap)), count
@@ -65,12 +66,13 @@ def fit(
 
 def passing_bytes(*, hidden: int, widest: int, itemsize: int) -> int:
     """Bytes that a token needs in a pass without gradients: in an MLP, three tensors of its width (the gate, up, and
-    their product) and four hidden states (the residual, the norm's input in float32, and its output).
+    their product) and four hidden states (the residual, the norm's input in float32, and its output); in attention, in
+    place of the three, five hidden states (queries, in float32 after their rotation, keys, values, and the result).
 
     Counted by the tensors that live at the peak of a pass (tests/engine/test_scoring_tokens.py). Not in it are the
     head, which works on tiles when the layers are done, and scores with a soft cap.
     """
-    return itemsize * (3 * widest + 4 * hidden)
+    return itemsize * (max(3 * widest, 5 * hidden) + 4 * hidden)
 
 
 def widest_of(model: Any) -> int:

@@ -13,6 +13,7 @@ experts       a mixture's stacked experts
 whole_parts   modules that are trained whole beside an adapter
 lora          adapters on it: policy with them on, reference with them off
 eva           a fresh adapter's A from what its layers read
+plain_lora    whether a layer's adapter is LoRA and no more
 answering     those layers while answers are written, in few kernels
 decoding      answers from it: one loop for chat, evaluation and sampling
 """

@@ -13,11 +13,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from lora_dpo.model.plain_lora import plain_adapter
+
 if TYPE_CHECKING:
     import torch
-
-PLAIN = frozenset({"Linear", "Linear4bit", "Linear8bitLt"})
-"""peft's LoRA layers whose forward pass is y + s·B·A·x; others (experts, embeddings, convolutions) keep their own."""
 
 
 class AnsweringAdapter:
@@ -37,7 +36,7 @@ class AnsweringAdapter:
             return
         name, dtype = model.active_adapters[0], model.get_input_embeddings().weight.dtype
         for layer in model.modules():
-            if _is_plain(layer, name):
+            if plain_adapter(layer) == name and "forward" not in vars(layer):  # else somebody else's
                 self._forwards.append((layer, _short_forward(layer, name, dtype)))
 
     @contextlib.contextmanager
@@ -52,23 +51,6 @@ class AnsweringAdapter:
                 vars(layer).pop("forward", None)
 
 
-def _is_plain(layer: Any, name: str) -> bool:
-    """Whether a module is a LoRA layer that does nothing but add s·B·A·x to a linear layer's output."""
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    if not isinstance(layer, LoraLayer) or type(layer).__name__ not in PLAIN or name not in layer.lora_A:
-        return False
-    base, halves = layer.base_layer, (layer.lora_A[name], layer.lora_B[name])
-    return (
-        (type(base) is torch.nn.Linear or type(base).__module__.startswith("bitsandbytes."))
-        and all(type(half) is torch.nn.Linear and half.bias is None for half in halves)
-        and name not in layer.lora_variant  # DoRA and its like
-        and not (layer.training and layer.lora_dropout[name].__class__ is not torch.nn.Identity)
-        and "forward" not in vars(layer)  # somebody else's
-    )
-
-
 def _short_forward(layer: Any, name: str, dtype: torch.dtype) -> Callable[..., Any]:
     import torch
 
@@ -77,7 +59,7 @@ def _short_forward(layer: Any, name: str, dtype: torch.dtype) -> Callable[..., A
     own = layer.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        wanted = not (args or kwargs or layer.disable_adapters or layer.merged) and layer.active_adapters == [name]
+        wanted = not (args or kwargs) and plain_adapter(layer) == name
         kind = x.device.type
         casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype
         if not wanted or x.dtype != dtype or torch.is_grad_enabled() or casts:

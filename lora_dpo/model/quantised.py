@@ -140,12 +140,12 @@ def _dequantise_layers(model: PreTrainedModel, compute: torch.dtype) -> None:
     for name, part in list(model.named_modules()):
         if isinstance(part, Linear4bit | Linear8bitLt):
             plain = torch.nn.Linear(part.in_features, part.out_features, bias=part.bias is not None, device="meta")
-            plain.weight = torch.nn.Parameter(_value_of(part).to(compute), requires_grad=False)
+            plain.weight = torch.nn.Parameter(weight_value(part).to(compute), requires_grad=False)
             plain.bias = part.bias
             model.set_submodule(name, plain)
 
 
-def _value_of(layer: Any) -> torch.Tensor:
+def weight_value(layer: Any) -> torch.Tensor:
     """What a bitsandbytes layer's weight stands for, `[out, in]`."""
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
     from bitsandbytes.nn import Linear4bit

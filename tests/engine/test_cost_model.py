@@ -70,7 +70,8 @@ def test_a_checkpointed_layer_keeps_no_merged_weight_but_while_it_is_run_again()
     model = attach_lora(small_copy(skeleton("qwen3_moe")), LoraSection(rank=4, parameters="experts"), seed=0)
     cost = footprint(model, itemsize=2, packed=False)
     layer = 4 * (96 * 128 + 128 * 48) * 2
-    assert [cost.pass_bytes(checkpointed=count) for count in (0, 1, 2)] == [2 * layer, 2 * layer, layer]
+    # when the lower of the two layers is run again, what the upper one kept is free
+    assert [cost.pass_bytes(checkpointed=count) for count in (0, 1, 2)] == [2 * layer, layer, layer]
     assert cost.gradient_bytes() == 4 * 96 * 128 * 2
 
 

@@ -12,7 +12,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lora_dpo.engine import fused_layers, products
-from lora_dpo.engine.fused_layers import FusedLayers, frozen_weight, fused_rms_norm, is_norm, norm_offset, plain_adapter
+from lora_dpo.engine.fused_layers import FusedLayers, frozen_weight, fused_rms_norm, fusible, is_norm, norm_offset
 
 EPS = 1e-2  # where it counts
 
@@ -205,7 +205,7 @@ def test_an_adapter_and_its_gradients_equal_pefts(bias):
     model = adapted(bias=bias)
     wanted = passed(model, HIDDEN, SLOPE)
     layers = fused(model)
-    assert plain_adapter(model.base_model.model.first, HIDDEN) is not None
+    assert fusible(model.base_model.model.first, HIDDEN) is not None
     for ours, theirs in zip(passed(model, HIDDEN, SLOPE), wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     layers.remove()
@@ -286,7 +286,7 @@ def test_a_base_in_4_bits():
     hidden, slope = drawn(4, 64), drawn(4, 128, seed=2)
     wanted = passed(model, hidden, slope)
     fused(model)
-    assert plain_adapter(layer, hidden) is not None
+    assert fusible(layer, hidden) is not None
     assert all(
         torch.allclose(*two, rtol=1e-5, atol=1e-5) for two in zip(passed(model, hidden, slope), wanted, strict=True)
     )
@@ -324,19 +324,19 @@ def test_what_is_not_plain_runs_through_peft(odd):
     torch.manual_seed(1)
     wanted = model(HIDDEN)
     fused(model)
-    assert plain_adapter(model.base_model.model.first, HIDDEN) is None
+    assert fusible(model.base_model.model.first, HIDDEN) is None
     torch.manual_seed(1)
     assert torch.equal(model(HIDDEN), wanted)
 
 
 def test_without_autocast_a_float32_adapter_on_a_16_bit_base_runs_through_peft():
     model = adapted(dtype=torch.bfloat16)
-    assert plain_adapter(model.base_model.model.first, HIDDEN.bfloat16()) is None
+    assert fusible(model.base_model.model.first, HIDDEN.bfloat16()) is None
 
 
 def test_dropout_that_is_off_in_an_evaluation_changes_nothing():
     model = adapted(lora=dict(lora_dropout=0.5)).eval()
-    assert plain_adapter(model.base_model.model.first, HIDDEN) is not None
+    assert fusible(model.base_model.model.first, HIDDEN) is not None
 
 
 def test_what_somebody_else_has_put_in_stays():

@@ -52,8 +52,8 @@ def test_what_a_token_needs_is_what_lives_at_the_peak_of_a_pass(kind, dtype, mlp
     with LivingTensors(trainer.model) as living:
         engine._score(batch, list(range(8)))
     found = living.peak / sum(batch.lengths) / engine.passing_bytes
-    # where the MLP is narrower than the hidden states the attention needs more
-    assert 0.9 < found < (1.1 if mlp == 896 else 1.3)
+    # where the MLP is narrower than the hidden states it is the attention, which is not told apart by its kind
+    assert (0.9 if mlp == 896 else 0.85) < found < (1.1 if mlp == 896 else 1.2)
 
 
 def test_an_8b_llama_by_hand():

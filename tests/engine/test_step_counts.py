@@ -18,9 +18,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_dpo import DPOTrainer
 from lora_dpo.engine import attention, fused_layers
+from lora_dpo.engine.cost_model import footprint, pair_shape
+from lora_dpo.training.planning.memory_plan import part_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, no part of the package
-from step_counts import counted_step, fake_nf4_llama, hh_rows
+from step_counts import counted_step, fake_nf4_llama, hh_rows, meta_llama
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +136,18 @@ def test_a_step_of_16_pairs_waits_for_the_gpu_at_most_20_times(tiny_model_folder
     with Waits() as waits:
         trainer.training_step(trainer.model, dict(batch))
     assert 0 < sum(waits.seen.values()) <= 20, waits.seen
+
+
+@pytest.mark.parametrize("size", ["1b", "8b"])
+@pytest.mark.parametrize("length", [1024, 2048])
+@pytest.mark.parametrize("checkpointed", [0, 3, 6])
+def test_the_plan_is_near_what_lives_at_the_peak_of_a_step(size, length, checkpointed):
+    prompt, answer = list(range(128)), list(range(200, 200 + length - 128))
+    rows = [{"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer[::-1]}]
+    with FakeTensorMode():
+        ahead, back, _ = counted_step(fake_nf4_llama(size, 6), rows, logged=True, checkpointed=checkpointed)
+    cost = footprint(meta_llama(size, 6), itemsize=2, packed=True)
+    held = cost.weight_bytes + 12 * cost.trainable  # weights of the adapter, Adam's moments; gradients are counted
+    plan = part_bytes(cost, [pair_shape(prompt, answer, answer[::-1])], checkpointed)
+    counted = held + max(ahead.peak, back.peak)
+    assert 0.90 < counted / (held + 4 * cost.trainable + cost.rounded_bytes() + sum(plan)) < 1.05

@@ -64,7 +64,7 @@ def test_with_an_adapter_a_token_takes_few_more_kernels_than_without(monkeypatch
     policy = adapted(model)
     short = kernels_of_a_step(policy)
     assert short <= 1.3 * base
-    monkeypatch.setattr(answering, "_is_plain", lambda layer, name: False)
+    monkeypatch.setattr(answering, "plain_adapter", lambda layer: None)
     assert kernels_of_a_step(policy) > 1.6 * base  # peft's own
 
 
@@ -74,7 +74,7 @@ def test_in_float32_it_is_what_peft_computes(kind, monkeypatch):
     theirs = logits_of(model, short=False)
     assert torch.allclose(logits_of(model, short=True), theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
     tokens = tokens_of(model)
-    monkeypatch.setattr(answering, "_is_plain", lambda layer, name: False)
+    monkeypatch.setattr(answering, "plain_adapter", lambda layer: None)
     assert tokens == tokens_of(model)
     with model.disable_adapter():
         assert not torch.allclose(logits_of(model, short=True), theirs, rtol=0.01)

@@ -257,11 +257,11 @@ def _beside_the_passes(costs: Costs, cost: CostModel, longest: PairShape) -> Mem
 
 def _most(cost: CostModel, parts: Sequence[Sequence[PairShape]], checkpointed: int) -> tuple[float, float]:
     """The most that any of these parts keeps, and the most that any works in."""
-    kept, working = zip(*(_part_bytes(cost, part, checkpointed) for part in parts), strict=True)
+    kept, working = zip(*(part_bytes(cost, part, checkpointed) for part in parts), strict=True)
     return max(kept), max(working)
 
 
-def _part_bytes(cost: CostModel, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
+def part_bytes(cost: CostModel, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
     """What a part keeps for its backward pass, and the space that it works in at the peak."""
     kept = sum(cost.kept_bytes(pair, checkpointed=checkpointed) for pair in part)
     kept += cost.pass_bytes(checkpointed=checkpointed)
@@ -281,15 +281,15 @@ def _head_bytes(cost: CostModel, labels: int) -> int:
 
 
 def adapter_bytes(run: Run, cost: CostModel) -> int:
-    """float32 weight and gradient, Adam's two moments (in 8 bits, if asked for), and a frozen copy to hold to.
+    """float32 weight and gradient, Adam's two moments (in 8 bits, if asked for), and a frozen copy to hold to; the
+    copy in the compute dtype that a pass makes.
 
     Of modules that are trained whole TRL makes that copy in any case, as the base has them, but for SFT.
     """
     moments = 2 if "8bit" in str(run.settings.get("optim", "")) else 8
     copied = run.recipe.reference_adapter is not None
-    return cost.trainable * (4 + 4 + moments + 4 * copied) + cost.whole * cost.itemsize * (
-        not copied and run.recipe.method != "sft"
-    )
+    whole = cost.whole * cost.itemsize * (not copied and run.recipe.method != "sft")
+    return cost.trainable * (4 + 4 + moments + 4 * copied) + whole + round(cost.rounded_bytes())
 
 
 def find_fix(costs: Costs, choice: Choice, *, roomy: bool = False) -> Fix | None:
