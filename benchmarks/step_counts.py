@@ -147,9 +147,22 @@ def as_on_cuda(device: torch.device) -> Iterator[None]:
         mock.patch.object(fused_layers, "has_norm_kernels", return_value=True),
         mock.patch.object(fused_layers, "norm_kernel", fake_norm_kernel),
         mock.patch.object(products, "widens", return_value=True),
+        mock.patch.object(torch.autograd.graph, "save_on_cpu", in_main_memory),
         mock.patch.object(products, "wide_product", fake_wide_product),
     ):
         yield
+
+
+def in_main_memory(*, pin_memory: bool) -> Any:
+    """Stands for `torch.autograd.graph.save_on_cpu`: what is saved inside the block takes none of the card's memory."""
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+        return tensor.shape, tensor.dtype
+
+    def unpack(saved: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+        return torch.empty(saved[0], dtype=saved[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
@@ -261,7 +274,7 @@ def hh_rows(vocabulary: int = 40000) -> list[dict[str, list[int]]]:
 
 
 def counted_step(
-    model: Any, rows: list[dict[str, list[int]]], *, logged: bool = False, checkpointed: int = 0
+    model: Any, rows: list[dict[str, list[int]]], *, logged: bool = False, checkpointed: int = 0, offload: bool = False
 ) -> tuple[Counts, Counts, float]:
     """Counts of the forward and of the backward pass of a step, and bytes kept a stream token.
 
@@ -272,7 +285,9 @@ def counted_step(
         model: a PeftModel without values; call it inside its `FakeTensorMode`, if it has one.
         logged: whether what TRL only logs is computed.
         checkpointed: so many of the lowest layers are run again in the backward pass.
+        offload: their inputs wait in main memory, which is not counted.
     """
+    from lora_dpo.engine.checkpointing import checkpoint_lowest
     from lora_dpo.engine.pair_batch import Part
     from lora_dpo.engine.pair_forward import PairForward
     from lora_dpo.engine.trunk_cache import decoder_layers
@@ -283,8 +298,7 @@ def counted_step(
     forward.logged = logged
     if checkpointed:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    for number, layer in enumerate(decoder_layers(base_of(model))):
-        layer.gradient_checkpointing = number < checkpointed
+    checkpoint_lowest(decoder_layers(base_of(model)), checkpointed, offload=offload)
     tokens = [row["prompt_ids"] + row[side] for side in SIDES for row in rows]
     scored = [[0] * len(row["prompt_ids"]) + [1] * len(row[side]) for side in SIDES for row in rows]
     device = model.device

@@ -42,6 +42,7 @@ HEAVY = {"accelerate", "bitsandbytes", "datasets", "gradio", "peft", "torch", "t
 EAGER = {
     *("engine.attention", "engine.engine", "engine.layout", "engine.logprobs", "engine.objective"),
     *(
+        "engine.checkpointing",
         "engine.forked_states",
         "engine.fused_layers",
         "engine.pair_batch",

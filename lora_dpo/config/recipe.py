@@ -256,6 +256,9 @@ class EngineSection(Section):
             "gradient stays the same."
         ),
     ] = False
+    offload: Annotated[
+        bool, Field(description="On a GPU: inputs of layers that are computed again wait in main memory. Costs copies.")
+    ] = False
     reference_cache: Annotated[
         str,
         Field(

@@ -7,6 +7,7 @@ fused_layers        norms and adapters by one autograd function each
 products            matrix products whose sums keep their digits
 logprobs            hidden states of the stream to per-token log-probabilities
 rematerialise       activation recomputation: cheap results are made again in the backward pass
+checkpointing       which layers are run again in the backward pass, and where their inputs wait
 trunk_cache         hidden states of the frozen layers below the lowest adapted one, kept for policy and reference
 pair_batch          a step's pairs: gradient-accumulation batches as one, and its rows without the padding
 pair_forward        a transformers model on a stream of pairs

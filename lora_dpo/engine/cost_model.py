@@ -152,19 +152,24 @@ class CostModel:
                     sizes.add((queries, keys, limit))
         return float(sum(queries * keys * self.itemsize for queries, keys, _ in sizes))
 
-    def kept_bytes(self, pair: PairShape, *, checkpointed: int = 0) -> float:
+    def kept_bytes(
+        self, pair: PairShape, *, checkpointed: int = 0, offload: bool = False, at_head: bool = False
+    ) -> float:
         """Bytes that one pair keeps for its backward pass.
 
         Args:
             checkpointed: so many of the lowest adapted layers keep their input alone; one of them at a time is run
                 again, when what the layers above kept is free.
+            offload: whether these inputs wait in main memory.
+            at_head: at the end of the forward pass, when none is run again.
         """
         active = self.layers[self.depth :]
         again = min(len(active), checkpointed)
-        kept = float(self.outside_bytes * pair.stream + again * self.hidden * self.itemsize * pair.stream)
+        inputs = min(again, 1) if offload else again
+        kept = float(self.outside_bytes * pair.stream + inputs * self.hidden * self.itemsize * pair.stream)
         kept += 0.0 if self.softcap else self.mask_bytes(pair)
         each = [self.layer_bytes(layer, pair) for layer in active]
-        return kept + max(sum(each[again:]), max(each[:again], default=0.0))
+        return kept + max(sum(each[again:]), 0.0 if at_head else max(each[:again], default=0.0))
 
     def pass_bytes(self, *, checkpointed: int = 0) -> float:
         """Bytes that a pass keeps however many tokens it has: stacked weights with their adapters in them."""

@@ -16,6 +16,7 @@ import torch
 from lora_dpo import places
 from lora_dpo.config.recipe import EngineSection
 from lora_dpo.engine import PairForward
+from lora_dpo.engine.checkpointing import checkpoint_lowest
 from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs, padded
@@ -35,6 +36,7 @@ from lora_dpo.engine.token_budget import (
 )
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, lowest_adapted_layer
 from lora_dpo.engine.whole_step import WholeStep
+from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import steady
 from lora_dpo.model.device import free_bytes, give_back_memory, out_of_memory
 from lora_dpo.model.lora import base_of, is_reference, reference
@@ -53,6 +55,11 @@ class Engine:
     def __init__(self, objective: Objective, settings: EngineSection) -> None:
         self.objective = objective
         self.device: torch.device = objective.args.device
+        if settings.offload and self.device.type == "cpu":
+            raise ConfigError(
+                "engine.offload moves what layers are given from a GPU to main memory, and this run computes on the "
+                "CPU. Leave it out."
+            )
         self.gathered: list[Inputs] = []
         """Batches of the optimiser step that is being gathered."""
         base = base_of(objective.model)
@@ -75,10 +82,10 @@ class Engine:
         budget = TokenBudget(
             layers=len(layers),
             may_checkpoint=objective.args.gradient_checkpointing,
-            checkpoint_bytes=base.config.hidden_size * compute.itemsize,
+            checkpoint_bytes=0 if settings.offload else base.config.hidden_size * compute.itemsize,
             cap=self.scoring_tokens,
             free=lambda: free_bytes(self.device),
-            set_checkpointing=lambda count: _checkpoint_lowest(layers, count),
+            set_checkpointing=lambda count: checkpoint_lowest(layers, count, offload=settings.offload),
         )
         self.whole_step = WholeStep(
             objective, self.forward, budget, lambda batch: self.kept_bytes(batch), split_pairs=settings.split_pairs
@@ -278,9 +285,3 @@ def _trunk_cache(objective: Objective, settings: EngineSection) -> TrunkCache:
     folder = Path(objective.args.output_dir).absolute() / "trunk"
     room = shutil.disk_usage(nearest_existing(folder)).free // 2
     return TrunkCache(memory_bytes=memory, folder=folder, disk_bytes=room)
-
-
-def _checkpoint_lowest(layers: Any, count: int) -> None:
-    """Checkpoint the `count` lowest layers: in the backward pass they come last, when the others are free again."""
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < count

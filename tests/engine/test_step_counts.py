@@ -140,14 +140,15 @@ def test_a_step_of_16_pairs_waits_for_the_gpu_at_most_20_times(tiny_model_folder
 
 @pytest.mark.parametrize("size", ["1b", "8b"])
 @pytest.mark.parametrize("length", [1024, 2048])
-@pytest.mark.parametrize("checkpointed", [0, 3, 6])
-def test_the_plan_is_near_what_lives_at_the_peak_of_a_step(size, length, checkpointed):
+@pytest.mark.parametrize(("checkpointed", "offload"), [(0, False), (3, False), (6, False), (6, True)])
+def test_the_plan_is_near_what_lives_at_the_peak_of_a_step(size, length, checkpointed, offload):
     prompt, answer = list(range(128)), list(range(200, 200 + length - 128))
     rows = [{"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer[::-1]}]
     with FakeTensorMode():
-        ahead, back, _ = counted_step(fake_nf4_llama(size, 6), rows, logged=True, checkpointed=checkpointed)
+        model = fake_nf4_llama(size, 6)
+        ahead, back, _ = counted_step(model, rows, logged=True, checkpointed=checkpointed, offload=offload)
     cost = footprint(meta_llama(size, 6), itemsize=2, packed=True)
     held = cost.weight_bytes + 12 * cost.trainable  # weights of the adapter, Adam's moments; gradients are counted
-    plan = part_bytes(cost, [pair_shape(prompt, answer, answer[::-1])], checkpointed)
+    plan = part_bytes(cost, [pair_shape(prompt, answer, answer[::-1])], checkpointed, offload=offload)
     counted = held + max(ahead.peak, back.peak)
     assert 0.90 < counted / (held + 4 * cost.trainable + cost.rounded_bytes() + sum(plan)) < 1.05

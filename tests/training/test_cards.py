@@ -9,7 +9,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.training.planning.cards import CARDS, GB, find_cards, unknown_card
 from lora_dpo.training.planning.lines import time_line
 from lora_dpo.training.planning.make_plan import plan
-from lora_dpo.training.planning.step_time import TRAFFIC_BYTES
+from lora_dpo.training.planning.step_time import LAYER_SECONDS, TRAFFIC_BYTES
 
 WHITE_PAPERS = {  # TFLOP/s of 16-bit tensor products summed in float32, dense, as NVIDIA's white papers print them
     "RTX 2080 Ti": 53.8,
@@ -182,7 +182,7 @@ def test_time_is_products_and_traffic_at_the_assumed_shares(tmp_path, tokenizer)
 
 def test_a_small_model_is_as_fast_as_kernels_are_launched(recipe_dict):
     planned = plan(check_recipe(recipe_dict()), card="RTX 4090")
-    assert planned.time.seconds == pytest.approx(2 * 1 * 2 * 0.003)  # 2 steps of one part, 2 layers
+    assert planned.time.seconds == pytest.approx(2 * 1 * 2 * LAYER_SECONDS)  # 2 steps of one part, 2 layers
 
 
 def test_nothing_is_claimed_of_amds_cards(recipe_dict):

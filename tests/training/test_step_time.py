@@ -1,65 +1,29 @@
-"""What the time of a step is computed from, held against the engine's own passes."""
+"""What the time of a step is computed from, held against counts of the engine's own passes."""
+
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_dpo.engine import PairForward
-from lora_dpo.model.lora import base_of
-from lora_dpo.training.planning.step_time import TRAFFIC_BYTES
+from lora_dpo.training.planning.step_time import LAYER_SECONDS, TRAFFIC_BYTES
 
-PRODUCTS = ("mm", "addmm", "bmm", "_scaled_dot_product")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, no part of the package
+from step_counts import counted_step, fake_nf4_llama, hh_rows
+
+LAYERS, HIDDEN = 8, 4096
+ONE_LONG_PAIR = [{"prompt_ids": [*range(128)], "chosen_ids": [*range(200, 1096)], "rejected_ids": [*range(300, 1196)]}]
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes that operations other than products read and write, and how many of all operations there are."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.kernels = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function.__name__.partition(".")[0]
-        read, made = ([one for one in tree_leaves(tree) if torch.is_tensor(one)] for tree in ((args, kwargs), result))
-        sources = {one.untyped_storage().data_ptr() for one in read}
-        if all(one.untyped_storage().data_ptr() in sources for one in made) and not name.endswith("_"):
-            return result  # a view
-        self.kernels += 1
-        if not name.startswith(PRODUCTS):
-            self.bytes += sum(self.seen(one) for one in (*read, *made))
-        return result
-
-    @staticmethod
-    def seen(tensor):
-        """Bytes of a tensor, what is repeated by a stride of 0 read once."""
-        numbers = 1
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            numbers *= size if stride else 1
-        return numbers * tensor.element_size()
-
-
-def test_what_passes_move_is_what_time_is_computed_from():
-    config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=256, intermediate_size=896, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
-    model.to(torch.bfloat16)  # as autocast has it
-    forward = PairForward(base_of(model))
-    forward.logged = False
-    rows = torch.arange(2 * 200).reshape(2, 200) % 290 + 3
-    rows[1, :60] = rows[0, :60]
-    labels = rows.clone()
-    labels[:, :60] = -100
-    with Traffic() as traffic:
-        output = base_of(model)(
-            input_ids=rows, attention_mask=torch.ones_like(rows), labels=labels, use_cache=False, fused_lm_head=True
-        )
-        output.log_probs.sum().backward()
-    assert traffic.bytes / (forward.tokens * 4 * 256) == pytest.approx(TRAFFIC_BYTES, rel=0.3)
-    assert 200 < traffic.kernels / 4 < 450  # a layer, of one pair; each further pair has about 25
+@pytest.mark.parametrize("rows", [hh_rows(), ONE_LONG_PAIR], ids=["eight short pairs", "one long pair"])
+def test_what_passes_move_and_launch_is_what_time_is_computed_from(rows):
+    with FakeTensorMode():
+        counts = counted_step(fake_nf4_llama("8b", LAYERS), rows)[:2]
+        head = counted_step(fake_nf4_llama("8b", 1), rows)[:2]  # what is not of the layers, and one of them
+    traffic, kernels = (
+        (sum(getattr(each, name) for each in counts) - sum(getattr(each, name) for each in head)) / (LAYERS - 1)
+        for name in ("traffic", "launches")
+    )
+    tokens = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) - 1 for row in rows)
+    assert traffic / (tokens * HIDDEN) == pytest.approx(TRAFFIC_BYTES, rel=0.2)
+    assert kernels * 7e-6 == pytest.approx(LAYER_SECONDS, rel=0.2)

@@ -249,6 +249,7 @@ def _choice(costs: Costs) -> Choice:
         packed=packed,
         checkpointing=settings.get("gradient_checkpointing", True),  # as settings.trainer_config
         split_pairs=recipe.engine.split_pairs,
+        offload=recipe.engine.offload,
     )
 
 

@@ -73,6 +73,7 @@ class Choice:
     packed: bool
     checkpointing: bool
     split_pairs: bool
+    offload: bool
     overrides: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -194,7 +195,7 @@ def memory_of(
     may = known.layers if choice.checkpointing else 0
     tokens, checkpointed = fit(
         token_bytes=(cost.kept_bytes(longest) + cost.pass_bytes()) / longest.stream,  # as training measures it
-        checkpoint_bytes=cost.hidden * cost.itemsize,
+        checkpoint_bytes=0 if choice.offload else cost.hidden * cost.itemsize,
         layers=known.layers,
         may_checkpoint=may,
         free=free,
@@ -202,15 +203,20 @@ def memory_of(
         cap=costs.cap,
     )
     lost = GAPS if costs.machine.kind == "cpu" else 0.0
-    parts = [part for pairs in (*batches, [longest]) for part in parts_of(pairs, tokens, choice)]
-    kept, working = _most(cost, parts, checkpointed)
-    total = round(held + max((kept + working) * (1 + lost), known.answers))
     # The longest pair cannot be parted: it alone decides. Larger parts are made only where there is room.
     alone = parts_of([longest], tokens, choice)
+    while checkpointed < may:  # as training does where memory runs out
+        kept, working = _most(cost, alone, checkpointed, choice)
+        if held + (kept + working) * (1 + lost) <= costs.machine.memory:
+            break
+        checkpointed += 1
+    parts = [part for pairs in (*batches, [longest]) for part in parts_of(pairs, tokens, choice)]
+    kept, working = _most(cost, parts, checkpointed, choice)
+    total = round(held + max((kept + working) * (1 + lost), known.answers))
     one_row, _ = answer_bytes(costs.asked, cost, free=0)
-    least_kept, least_working = _most(cost, alone, may)
+    least_kept, least_working = _most(cost, alone, may, choice)
     least = held + max(least_kept / SHARE, (least_kept + least_working) * (1 + lost), one_row)
-    alone_kept, alone_working = _most(cost, alone, checkpointed)
+    alone_kept, alone_working = _most(cost, alone, checkpointed, choice)
     room = checkpointed < may or alone_kept <= free
     fits = room and held + max((alone_kept + alone_working) * (1 + lost), one_row) <= costs.machine.memory
     return replace(
@@ -255,20 +261,31 @@ def _beside_the_passes(costs: Costs, cost: CostModel, longest: PairShape) -> Mem
     )
 
 
-def _most(cost: CostModel, parts: Sequence[Sequence[PairShape]], checkpointed: int) -> tuple[float, float]:
+def _most(
+    cost: CostModel, parts: Sequence[Sequence[PairShape]], checkpointed: int, choice: Choice
+) -> tuple[float, float]:
     """The most that any of these parts keeps, and the most that any works in."""
-    kept, working = zip(*(part_bytes(cost, part, checkpointed) for part in parts), strict=True)
+    each = (part_bytes(cost, part, checkpointed, offload=choice.offload) for part in parts)
+    kept, working = zip(*each, strict=True)
     return max(kept), max(working)
 
 
-def part_bytes(cost: CostModel, part: Sequence[PairShape], checkpointed: int) -> tuple[float, float]:
-    """What a part keeps for its backward pass, and the space that it works in at the peak."""
-    kept = sum(cost.kept_bytes(pair, checkpointed=checkpointed) for pair in part)
-    kept += cost.pass_bytes(checkpointed=checkpointed)
+def part_bytes(
+    cost: CostModel, part: Sequence[PairShape], checkpointed: int, *, offload: bool = False
+) -> tuple[float, float]:
+    """What a part keeps for its backward pass, and the space that it works in, at the peak.
+
+    That is either in the head, before any layer is run again, or in the backward pass of a layer.
+    """
     labels = sum(pair.labels for pair in part)
+    head, layer = (
+        sum(cost.kept_bytes(pair, checkpointed=checkpointed, offload=offload, at_head=at_head) for pair in part)
+        + labels * cost.hidden * 4  # the head's gradient, [L, E] in float32, is made in its forward pass
+        for at_head in (True, False)
+    )
+    merged = cost.pass_bytes(checkpointed=checkpointed)
     temporaries = 5 * sum(pair.stream for pair in part) * cost.widest * cost.itemsize + cost.gradient_bytes()
-    # the head's gradient, [L, E] in float32, is made in its forward pass
-    return kept + labels * cost.hidden * 4, max(_head_bytes(cost, labels), temporaries)
+    return max((head + merged, float(_head_bytes(cost, labels))), (layer + merged, temporaries), key=sum)
 
 
 def _head_bytes(cost: CostModel, labels: int) -> int:
@@ -306,11 +323,11 @@ def find_fix(costs: Costs, choice: Choice, *, roomy: bool = False) -> Fix | None
         bases.append(replace(choice, packed=True, overrides=("model.packed=true",)))
     if (found := _first_fit(costs, bases, roomy)) is not None:
         return found
-    if (found := _shorten(costs, list(_savers(bases[-1]))[-1], roomy)) is not None or choice.quantize != "none":
+    if (found := _shorten(costs, _smallest(costs, bases[-1]), roomy)) is not None or choice.quantize != "none":
         return found
     held = ("model.quantize=nf4",) if costs.machine.kind == "cuda" else ("model.quantize=nf4", "model.packed=true")
     small = replace(choice, quantize="nf4", packed=True, overrides=held)
-    return _first_fit(costs, [small], roomy) or _shorten(costs, list(_savers(small))[-1], roomy)
+    return _first_fit(costs, [small], roomy) or _shorten(costs, _smallest(costs, small), roomy)
 
 
 def _enough(memory: Memory, roomy: bool) -> bool:
@@ -328,20 +345,29 @@ def fits_without_desktop(costs: Costs, cost: CostModel, choice: Choice) -> bool:
 def _first_fit(costs: Costs, bases: Sequence[Choice], roomy: bool) -> Fix | None:
     for base in bases:
         cost = costs.footprint(base)
-        for tried in _savers(base):
+        for tried in _savers(base, on_a_card=costs.machine.kind == "cuda"):
             found = memory_of(costs, cost, tried, costs.shapes)
             if _enough(found, roomy):
                 return Fix(tried.overrides, found.total, pairs_lost=0, pairs_cut=0)
     return None
 
 
-def _savers(choice: Choice) -> Iterator[Choice]:
-    """The choice, then with one more memory saver after the other; none of them changes the gradient."""
+def _smallest(costs: Costs, choice: Choice) -> Choice:
+    """The choice with all memory savers."""
+    return list(_savers(choice, on_a_card=costs.machine.kind == "cuda"))[-1]
+
+
+def _savers(choice: Choice, *, on_a_card: bool) -> Iterator[Choice]:
+    """The choice, then with one more memory saver after the other, in the order of what they cost in time; none of them
+    changes the gradient."""
     yield choice
     if not choice.checkpointing:
         choice = replace(
             choice, checkpointing=True, overrides=(*choice.overrides, "trainer.gradient_checkpointing=true")
         )
+        yield choice
+    if not choice.offload and on_a_card:  # a copy there and back costs less than running each answer on its own
+        choice = replace(choice, offload=True, overrides=(*choice.overrides, "engine.offload=true"))
         yield choice
     if not choice.split_pairs:
         yield replace(choice, split_pairs=True, overrides=(*choice.overrides, "engine.split_pairs=true"))

@@ -28,12 +28,12 @@ PRODUCTS_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
 """What is assumed of a card's published speeds. Together they come to 20 to 45% of its TFLOP/s for models of 3 to 8
 billion parameters; QLoRA of others was measured at 19% (1.5B on an RTX 4060) and 35% (7B on an A100)."""
 
-TRAFFIC_BYTES = 1200
+TRAFFIC_BYTES = 400
 """Bytes that a forward and backward pass of the policy reads and writes outside its products, for each token, layer and
-number of the hidden state, in 16 bits: 1,000 where a part is one long pair, 1,300 where it is eight short ones."""
+number of the hidden state, in 16 bits: as counted on an 8B Llama (tests/training/test_step_time.py)."""
 
-LAYER_SECONDS = 0.003
-"""Least that a layer of a part takes, forward and backward: some 400 kernels of 7 µs, launched one after the other."""
+LAYER_SECONDS = 0.0013
+"""Least that a layer of a part takes, forward and backward: some 190 kernels of 7 µs, launched one after the other."""
 
 
 @dataclass(frozen=True)
