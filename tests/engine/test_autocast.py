@@ -1,4 +1,7 @@
-"""A float32 base under bf16 autocast, TRL's default on a GPU; here the CPU's autocast stands in for it."""
+"""A float32 base under autocast, TRL's default on a GPU: in bf16, and in fp16 as on cards before Ampere.
+
+Here the CPU's autocast stands in for it. fp16 is given to a trainer that asked for bf16: accelerate wants a GPU for it.
+"""
 
 import math
 
@@ -11,9 +14,16 @@ from lora_dpo.engine import attention
 from lora_dpo.engine.pair_batch import PairBatch, model_inputs
 
 
-@pytest.fixture(autouse=True)
-def bf16_is_fast(monkeypatch):
+@pytest.fixture(autouse=True, params=[torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def half(request, monkeypatch):
+    """The 16-bit type that products run in."""
     monkeypatch.setattr("lora_dpo.training.dpo_trainer.pick_dtype", lambda *_: "bfloat16")
+    if request.param == torch.float16:
+        monkeypatch.setattr(
+            "accelerate.accelerator.get_mixed_precision_context_manager",
+            lambda on, *_: torch.autocast("cpu", torch.float16, enabled=bool(on)),
+        )
+    return request.param
 
 
 def fresh(folder, tmp_path, **options):
@@ -43,14 +53,14 @@ def test_a_fresh_adapter_starts_at_ln_2(options, tiny_model_folder, tmp_path):
         assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=2e-3)
 
 
-def test_the_reference_is_scored_in_the_precision_that_names_it(tiny_model_folder, tmp_path):
+def test_the_reference_is_scored_in_the_precision_that_trains(half, tiny_model_folder, tmp_path):
     trainer = fresh(tiny_model_folder, tmp_path)
     seen = watch(trainer)
     trainer.engine.with_reference(trainer.data_collator(columns(PAIRS)))
-    assert seen == {torch.bfloat16}
+    assert seen == {half}
 
 
-def test_queries_and_keys_are_cast_once_and_the_keys_stay_one_a_group(tiny_model_folder, tmp_path, monkeypatch):
+def test_queries_and_keys_are_cast_once_and_the_keys_stay_one_a_group(half, tiny_model_folder, tmp_path, monkeypatch):
     seen = []
     right = attention.scaled_dot_product_attention
 
@@ -63,7 +73,7 @@ def test_queries_and_keys_are_cast_once_and_the_keys_stay_one_a_group(tiny_model
     monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
     trainer.train()
     # in float32 the engine is held against TRL's own pass, before the first step
-    assert set(seen) == {(torch.float32,) * 3, (torch.bfloat16,) * 3}
+    assert set(seen) == {(torch.float32,) * 3, (half,) * 3}
 
 
 def test_memory_is_measured_as_training_keeps_it(tiny_model_folder, tmp_path):
