@@ -8,14 +8,14 @@ import kinds
 import pytest
 import torch
 
-from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import cards as gpu_cards
-from benchmarks.gpu_check import common as gpu_common
-from benchmarks.gpu_check import equal as gpu_equal
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, no part of the package
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # scripts, no part of the package
 import bench  # noqa: E402
+
+from benchmarks.gpu_check import __main__ as gpu_check  # noqa: E402
+from benchmarks.gpu_check import cards as gpu_cards  # noqa: E402
+from benchmarks.gpu_check import common as gpu_common  # noqa: E402
+from benchmarks.gpu_check import equal as gpu_equal  # noqa: E402
 
 
 @pytest.fixture

@@ -313,7 +313,7 @@ def saved(thing):
 
 def test_a_state_that_is_none_is_named_and_nothing_in_it_is_run(recipe, monkeypatch):
     [checkpoint] = checkpoints(cut(recipe, 2))
-    monkeypatch.setattr("lora_dpo.training.run.load_recipe_base", None)  # it is said before the base is loaded
+    monkeypatch.setattr("lora_dpo.training.policy.load_recipe_base", None)  # it is said before the base is loaded
     for name, content in (
         ("optimizer.pt", pickle.dumps(Runs())),
         ("scheduler.pt", saved({"last_epoch": Runs()})),

@@ -237,7 +237,7 @@ def never(*arguments: object, **named: object) -> None:
 @pytest.fixture
 def train_complaint(complaint, write_recipe, recipe_dict, monkeypatch) -> Any:
     # by module: the package's attribute `train` is the function
-    monkeypatch.setattr(importlib.import_module("lora_dpo.training.run"), "load_recipe_base", never)
+    monkeypatch.setattr(importlib.import_module("lora_dpo.training.policy"), "load_recipe_base", never)
 
     def run(**changes: Any) -> str:
         return complaint("train", write_recipe(recipe_dict(**changes)))
