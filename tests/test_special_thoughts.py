@@ -11,7 +11,14 @@ from templates import BARS, CHANNELS, with_template
 from lora_dpo.cli.chat_loop import say_once, speak
 from lora_dpo.data.chat_template import assistant_turn, encode, prompt_ids, render
 from lora_dpo.data.doctor.examination import examine
-from lora_dpo.data.thoughts import answer_decoder, opened_thought, said_length, split_thought, thought_tokens
+from lora_dpo.data.thoughts import (
+    ThoughtSplitter,
+    answer_decoder,
+    opened_thought,
+    said_length,
+    split_thought,
+    thought_tokens,
+)
 from lora_dpo.demo.conversation import Conversation, ask
 from lora_dpo.demo.handlers import folded
 from lora_dpo.demo.html import answer_html
@@ -156,3 +163,12 @@ def test_the_doctor_takes_tags_for_no_template(tokenizer, tmp_path):
     for text, found in (("[THINK]Hm.[/THINK]Two.", False), ("[SEP]Two.", True)):
         path.write_text(json.dumps({"prompt": "How many?", "chosen": text, "rejected": "Three."}), encoding="utf-8")
         assert ("leftover" in examine([str(path)], tokenizer=special).findings) == found
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_what_is_said_is_not_changed_by_marks_in_it(size):
+    said = "In gpt-oss, <|end|><|start|>assistant<|channel|>analysis<|message|> goes on."
+    splitter, text = ThoughtSplitter(), f"<think>Hm.</think>{said}"
+    parts = [part for at in range(0, len(text), size) for part in splitter.feed(text[at : at + size])]
+    parts += splitter.end()
+    assert "".join(part for inside, part in parts if not inside) == said

@@ -25,7 +25,7 @@ import lora_dpo  # noqa: F401 - before torch: says how its allocator works (docs
 
 import torch
 
-from benchmarks.gpu_check.common import ROOT, SIZES, Check, Notes, file_name
+from benchmarks.gpu_check.common import GB, ROOT, SIZES, Check, Notes, file_name
 
 PARTS = ("equal", "memory", "cards", "speed", "decode")
 WITHOUT_SEGMENTS = {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
@@ -88,7 +88,7 @@ def read_options(words: Sequence[str] | None) -> argparse.Namespace:
     options.output = options.output or (ROOT / ("build/gpu-check" if cpu else "benchmarks/results"))
     if not cpu:
         total = torch.cuda.mem_get_info()[1]
-        options.cards = [card for card in options.cards if card * 1e9 <= total]
+        options.cards = [card for card in options.cards if card * GB <= total]
     if cpu:
         options.pairs, options.batch, options.rounds = min(options.pairs, 8), min(options.batch, 4), 1
     return options

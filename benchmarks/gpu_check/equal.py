@@ -66,8 +66,6 @@ def against_trl(check: Check, tiny: Any, kind: str) -> None:
     found = {}
     for name, trainer_class in (("ours", DPOTrainer), ("TRL", tiny.Stock)):
         model = tiny.tiny(kind).to(check.device)
-        if kind == "gemma2" and name == "TRL":
-            model.set_attn_implementation("eager")  # sdpa of transformers before 5.21 leaves the soft cap out
         trainer = tiny.build(trainer_class, model, words, tempfile.mkdtemp(), use_cpu=not check.on_card)
         batch = trainer._prepare_inputs(trainer.data_collator(tiny.columns(tiny.PAIRS)))
         loss = trainer.compute_loss(trainer.model, batch)

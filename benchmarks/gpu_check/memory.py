@@ -58,8 +58,8 @@ def ours(check: Check, base: Any, length: int) -> None:
         budget.tokens, budget.checkpointed = 10**6, count
         allocated, reserved = peak_of(lambda: step_and_forget(trainer, [row]))
         kept, working = part_bytes(cost, [shape], count)
-        # weights; of each trainable number its value, its gradient and two moments
-        plan = (cost.weight_bytes + 16 * cost.trainable + kept + working) / GB
+        # weights; of each trainable number its value, its gradient and two moments, and its copy in 16 bits
+        plan = (cost.weight_bytes + 16 * cost.trainable + cost.rounded_bytes() + kept + working) / GB
         found = {"allocated": allocated, "reserved": reserved, "planned": plan}
         if budget.checkpointed != count:  # the engine had to do the step again with more of them
             found["ran"] = budget.checkpointed

@@ -99,7 +99,6 @@ class ThoughtSplitter:
         return True
 
     def _think(self) -> Iterator[tuple[bool, str]]:
-        self._held = self._held.replace(_GOES_ON, "\n\n")
         found = [(self._held.find(tag), tag) for tag in self._closers if tag in self._held]
         if found:
             place, tag = min(found)
@@ -108,7 +107,7 @@ class ThoughtSplitter:
         else:
             keep = max(_overlap(self._held, tag) for tag in (*self._closers, _GOES_ON))
             thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        if thought:
+        if thought := thought.replace(_GOES_ON, "\n\n"):
             yield True, thought
 
 

@@ -20,7 +20,7 @@ from lora_dpo.engine.checkpointing import checkpoint_lowest
 from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs, padded
-from lora_dpo.engine.pair_forward import largest_difference
+from lora_dpo.engine.pair_forward import ROUNDED_DIFFERENCE, largest_difference
 from lora_dpo.engine.prequential_count import PrequentialCount
 from lora_dpo.engine.proof import proof_of
 from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, reference_name
@@ -138,22 +138,27 @@ class Engine:
     def difference(self, inputs: Inputs) -> str | None:
         """How far the engine is from TRL's own pass on the two shortest pairs of a batch, if it is too far.
 
-        Both run without autocast and dropout, so that only the function is compared.
+        Both run without dropout, so that only the function is compared, and without autocast, but for a base of several
+        precisions, which cannot run without it.
         """
         base, batch = base_of(self.objective.model), PairBatch.of(inputs)
         part = batch.select(sorted(sorted(range(len(batch)), key=batch.lengths.__getitem__)[:2])).inputs
         call = model_inputs(part)
         longest = max(2, int(part["attention_mask"].sum(dim=1).max()))
         call.update({name: call[name][:, :longest] for name in ("input_ids", "attention_mask", "labels")})
-        autocast_off = torch.autocast(self.device.type, enabled=False)
-        with torch.no_grad(), steady(base), autocast_off, self.forward.log(False):
+        kinds = {one.dtype for one in base.parameters() if one.is_floating_point() and not one.requires_grad}
+        accelerator, bound = self.objective.accelerator, largest_difference(base)
+        rounds = torch.autocast(self.device.type, enabled=False)
+        if len(kinds) > 1:
+            rounds, bound = accelerator.autocast(), ROUNDED_DIFFERENCE
+        with torch.no_grad(), steady(base), rounds, self.forward.log(False):
             ours_RT = base(**call).log_probs.cpu().double()  # Apple's GPUs have no float64
             with self.forward.passed_on():
                 theirs_RT = base(**call).log_probs.cpu().double()
         sums = torch.stack([(ours_RT - theirs_RT).abs().sum(), (call["labels"][:, 1:] != -100).sum().cpu()])
-        off, tokens = self.objective.accelerator.gather(sums[None].float().to(self.device)).sum(dim=0).tolist()
+        off, tokens = accelerator.gather(sums[None].float().to(self.device)).sum(dim=0).tolist()
         found = off / max(1.0, tokens)
-        if found <= largest_difference(base):
+        if found <= bound:
             return None
         return f"on the first batch the engine's log-probabilities differ from TRL's by {found:.3g} nats a token"
 

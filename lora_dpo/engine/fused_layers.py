@@ -102,7 +102,7 @@ def _of_norm(part: Any, offset: float) -> Forward:
 
 
 def is_norm(part: Any) -> bool:
-    """Whether a module has what a norm has: one frozen vector, and an ε."""
+    """Whether a module has what a norm has: one frozen vector, and an ε that is a float."""
     weight = getattr(part, "weight", None)
     return (
         isinstance(weight, torch.nn.Parameter) and weight.dim() == 1 and not weight.requires_grad and bool(_eps(part))

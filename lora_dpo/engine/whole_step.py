@@ -76,7 +76,8 @@ class WholeStep:
                 advice = self.budget.shrink(longest)
                 if advice is None:
                     raise
-            # Here, outside the except block, nothing holds the failed pass's tensors any more.
+            # Here, outside the except block, nothing holds the failed pass's tensors any more, but what was made again.
+            self.forward.rest()
             logger.warning("Memory ran out: %s. The step is done again.", advice)
             model.zero_grad(set_to_none=True)
             undo()

@@ -34,10 +34,12 @@ class AnsweringAdapter:
 
         if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
             return
-        name, dtype = model.active_adapters[0], model.get_input_embeddings().weight.dtype
+        name, usual = model.active_adapters[0], model.get_input_embeddings().weight.dtype
         for layer in model.modules():
             if plain_adapter(layer) == name and "forward" not in vars(layer):  # else somebody else's
-                self._forwards.append((layer, _short_forward(layer, name, dtype)))
+                weight = layer.base_layer.weight  # the embeddings of an adapter that trains them whole are float32
+                dtype = weight.dtype if weight.is_floating_point() else layer.base_layer.compute_dtype
+                self._forwards.append((layer, _short_forward(layer, name, dtype or usual)))
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:

@@ -26,16 +26,15 @@ TRIED = 1024
 
 
 def drawn_batch(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Rows of token ids for one pass, drawn from all over the data, always the same: files are often sorted by kind."""
+    """Rows of token ids for one pass, drawn from all over the data, always the same: files are often sorted by kind.
+
+    The longest quarter of them is cut to one width, and as many are taken as fill `TOKENS` at that width: else one long
+    row would leave no room for others beside it.
+    """
     order = random.Random(0).sample(range(len(rows)), min(len(rows), TRIED))  # noqa: S311
-    found: list[list[int]] = []
-    width = 0
-    for index in order:
-        if found and max(width, len(rows[index])) * (len(found) + 1) > TOKENS:
-            break
-        found.append(list(rows[index]))
-        width = max(width, len(rows[index]))
-    return found
+    lengths = sorted(len(rows[index]) for index in order)
+    width = max(1, min(lengths[3 * len(lengths) // 4], TOKENS // 4))
+    return [list(rows[index][:width]) for index in order[: TOKENS // width]]
 
 
 def init_from_inputs(

@@ -65,10 +65,22 @@ def attach_lora(base: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
         reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ConfigError(f"lora: {reason}. Linear layers here: {', '.join(names)}.") from None
     _check_ranks(model, lora)
+    _check_targets(model, lora)
     to_fp32_masters(model)
     if whole:
         finish_copies(model, whole)
     return model
+
+
+def _check_targets(model: PeftModel, lora: LoraSection) -> None:
+    """Raise `ConfigError` for a target of which `modules_to_save` leaves no layer to adapt."""
+    adapted = [f".{name}" for name, part in model.named_modules() if hasattr(part, "lora_A")]
+    for wanted in lora.targets if lora.modules_to_save and isinstance(lora.targets, list) else []:
+        if not any(name.endswith(f".{wanted}") for name in adapted):
+            raise ConfigError(
+                f"lora.targets names {shown(wanted)}, of which lora.modules_to_save leaves nothing to adapt: what is "
+                "trained whole has no adapter. Leave it out of one of them."
+            )
 
 
 def _check_ranks(model: PeftModel, lora: LoraSection) -> None:

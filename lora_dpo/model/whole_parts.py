@@ -35,7 +35,7 @@ def whole_modules(model: PreTrainedModel, wanted: list[str]) -> list[str]:
                 f"{', '.join(sorted(leaves))}."
             )
         for name in names:
-            if any(there[name].children()):
+            if any(any(True for _ in child.parameters()) for child in there[name].children()):
                 raise ConfigError(
                     f"lora.modules_to_save names {shown(one)}, which is made of others. Name those that hold weights, "
                     "such as lm_head, embed_tokens, or model.norm."
@@ -105,11 +105,16 @@ def _as_weights(part: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _Cast:
-    """A forward hook that returns what a module computed in the base's dtype."""
+    """A forward hook that returns what a module computed in the base's dtype, be it several tensors, as of a router."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def __call__(self, part: torch.nn.Module, given: tuple[Any, ...], output: Any) -> Any:
         """Cast the output."""
-        return output.to(self.dtype)
+        import torch
+
+        if isinstance(output, tuple):
+            return tuple(self(part, given, one) for one in output)
+        is_wide = isinstance(output, torch.Tensor) and output.is_floating_point()
+        return output.to(self.dtype) if is_wide else output

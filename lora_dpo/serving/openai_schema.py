@@ -256,6 +256,9 @@ def _refusal(error: ValidationError) -> RequestRefused:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
     where = ".".join(map(str, first["loc"]))
+    if name == "reasoning_effort":
+        said = "There is no parameter reasoning_effort here. A chat template that reads it takes it in "
+        return RequestRefused(f"{said}chat_template_kwargs.", param=name)
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return RequestRefused(f"There is no parameter {name}.{nearest(name, _Body.model_fields)}", param=name)
     if first["type"] == "missing":

@@ -122,3 +122,18 @@ def test_the_guard_does_not_compare_with_what_another_packing_gave(tiny_model_fo
     trainer.engine.with_reference(trainer.data_collator(columns(PAIRS)))
     put({key: logps._replace(chosen_head=logps.chosen_head - 0.5) for key, logps in scored.items()})
     assert trainer.check_reference() < 1e-5
+
+
+def test_a_base_of_two_precisions_is_held_against_trls_pass_under_autocast(tiny_model_folder, tmp_path):
+    # norms in float32 over layers in 16 bits, as some loaders leave them: without autocast neither way runs
+    model = tiny("llama").to(torch.bfloat16)
+    for name, part in model.named_modules():
+        if name.endswith("norm"):
+            part.float()
+    trainer = build(DPOTrainer, model, tiny_model_folder, tmp_path, bf16=True)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B.default" in name:
+            parameter.data.zero_()
+    trainer.train()
+    assert trainer.engine is not None
+    assert trainer.engine.forward.streams > 0

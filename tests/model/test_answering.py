@@ -166,3 +166,44 @@ def test_a_packed_base_has_it_too(tiny_model_folder):
     assert count_short(model) == 14
     theirs = logits_of(model, short=False)
     assert torch.allclose(logits_of(model, short=True), theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_what_is_given_in_another_dtype_runs_through_peft():
+    model = adapted(tiny("llama").to(torch.bfloat16))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    given = torch.randn(1, 3, layer.in_features)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        theirs = layer(given)
+    with torch.no_grad(), answering.AnsweringAdapter(model).on(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(given), theirs)
+
+
+def test_what_somebody_else_has_put_in_stays():
+    model = adapted(tiny("llama"))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.forward = theirs = lambda given: given * 0
+    with answering.AnsweringAdapter(model).on():
+        assert layer.forward is theirs
+    assert layer.forward is theirs
+
+
+def test_two_adapters_at_once_are_pefts():
+    model = adapted(tiny("llama"))
+    model.add_adapter("other", model.peft_config["default"])
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B.other" in name:
+            parameter.data.normal_(0, 0.1)
+    model.base_model.set_adapter(["default", "other"])
+    theirs = logits_of(model, short=False)
+    assert torch.equal(logits_of(model, short=True), theirs)
+
+
+def test_embeddings_that_are_trained_whole_in_float32_change_no_layers_dtype():
+    model = adapted(tiny("llama").to(torch.bfloat16), modules_to_save=["embed_tokens"])
+    calls = []
+    model.get_base_model().model.layers[0].self_attn.q_proj.lora_A.default.register_forward_hook(
+        lambda *_: calls.append(True)
+    )
+    tokens_of(model, 3)
+    assert not calls

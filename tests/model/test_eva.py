@@ -143,6 +143,15 @@ def test_rows_are_drawn_from_everywhere_and_fill_one_pass():
     rows = [[number] * (10 + number % 7) for number in range(1000)]
     some = drawn_batch(rows)
     assert some == drawn_batch(rows)
-    assert max(map(len, some)) * len(some) <= TOKENS < (max(map(len, some)) + 8) * (len(some) + 1) + 200
+    assert len(some) == TOKENS // 15  # 10 to 16 tokens, the longest quarter cut to 15
     assert min(row[0] for row in some) < 100 < 900 < max(row[0] for row in some)
-    assert drawn_batch([[1] * (TOKENS + 5)]) == [[1] * (TOKENS + 5)]
+    assert drawn_batch([[1] * 5000]) == [[1] * (TOKENS // 4)]
+
+
+@pytest.mark.parametrize("lengths", [[30] * 9 + [1800], [20, 40, 60, 3000, 6000], [8] * 9 + [2000], [900], [2]])
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_of_mixed_lengths_fill_the_pass_too(lengths, seed):
+    draw = numpy.random.default_rng(seed)
+    some = drawn_batch([[1] * int(draw.choice(lengths)) for _ in range(2000)])
+    assert max(map(len, some)) * len(some) <= TOKENS
+    assert sum(map(len, some)) > TOKENS / 4

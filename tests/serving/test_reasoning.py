@@ -155,3 +155,14 @@ def test_pieces_add_up_to_the_whole(pieces, opened):
     whole = added(["".join(pieces)])
     assert added(pieces) == whole
     assert whole.get("reasoning_content", "x").strip() == whole.get("reasoning_content", "x")
+
+
+def test_only_an_answer_has_a_thought():
+    body = {"model": "base", "messages": [{"role": "user", "content": "Two?", "reasoning_content": "Hm."}]}
+    assert read_request(json.dumps(body).encode(), max_new_tokens=9).messages == [{"role": "user", "content": "Two?"}]
+
+
+def test_an_effort_is_the_chat_templates_to_read():
+    body = {"model": "base", "messages": [{"role": "user", "content": "Two?"}], "reasoning_effort": "low"}
+    with pytest.raises(RequestRefused, match="takes it in chat_template_kwargs"):
+        read_request(json.dumps(body).encode(), max_new_tokens=9)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from kinds import skeleton
 from peft import LoraConfig, PeftModel
 from run_logs import logged
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.config.recipe import LoraSection
+from lora_dpo.engine.small_copy import small_copy
 from lora_dpo.errors import AdapterError, ConfigError
 from lora_dpo.evaluation.verify_adapter import verify
 from lora_dpo.events import Progress, Resolved, Stopped, StopSignal
@@ -244,3 +246,19 @@ def test_adapter_files_for_llama_cpp_cannot_hold_them(recipe, tmp_path):
     done = train(recipe(["lm_head"]), name="whole")
     with pytest.raises(AdapterError, match="whole saved modules"):
         export(done.folder, tmp_path / "a.gguf", to="gguf-adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_router_that_returns_several_tensors_is_trained_whole(dtype):
+    model = attach_lora(
+        small_copy(skeleton("qwen3_moe")).to(dtype), LoraSection(rank=2, modules_to_save=["mlp.gate"]), seed=0
+    )
+    found = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert found.dtype == dtype
+    assert bool(found.isfinite().all())
+
+
+def test_a_target_that_is_trained_whole_is_said():
+    lora = LoraSection(rank=2, targets=["q_proj", "v_proj"], modules_to_save=["q_proj"])
+    with pytest.raises(ConfigError, match="lora.targets names 'q_proj', of which lora.modules_to_save leaves nothing"):
+        attach_lora(small_copy(skeleton("llama")), lora, seed=0)
