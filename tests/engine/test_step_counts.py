@@ -139,7 +139,7 @@ def test_a_step_of_16_pairs_waits_for_the_gpu_at_most_20_times(tiny_model_folder
 
 
 @pytest.mark.parametrize("size", ["1b", "8b"])
-@pytest.mark.parametrize("length", [1024, 2048])
+@pytest.mark.parametrize("length", [1024, pytest.param(2048, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("checkpointed", "offload"), [(0, False), (3, False), (6, False), (6, True)])
 def test_the_plan_is_near_what_lives_at_the_peak_of_a_step(size, length, checkpointed, offload):
     prompt, answer = list(range(128)), list(range(200, 200 + length - 128))

@@ -26,6 +26,7 @@ def line_of(shape, folder, pairs, length):
     return f"| {shape}, {length} | " + " | ".join(cells) + " |"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["granite-4.1-3b", "llama-3.1-8b"])
 def test_the_table_of_cards_is_what_the_plan_says(shape, tmp_path, tokenizer):
     model = published_model(tmp_path / "model", shape, tokenizer)

@@ -69,7 +69,7 @@ def recipe(recipe_dict, tmp_path, monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("modules", [["lm_head"], ["model.embed_tokens"], ["model.norm"], ["input_layernorm"],
                                      ["v_proj"], ["down_proj"]])  # fmt: skip
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_those_of_stock_trl(modules, tied, checkpointing, tiny_model_folder, tmp_path):
     lora = LoraConfig(**{**LORA.to_dict(), "modules_to_save": modules, "ensure_weight_tying": tied})
     options = dict(model={"tie_word_embeddings": tied}, lora=lora, gradient_checkpointing=checkpointing)
@@ -83,7 +83,10 @@ def test_losses_and_gradients_are_those_of_stock_trl(modules, tied, checkpointin
 # --- whole runs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["model.norm", "lm_head"]])
+@pytest.mark.parametrize(
+    "modules",
+    [["lm_head"], *(pytest.param(each, marks=pytest.mark.slow) for each in (["embed_tokens"], ["model.norm"]))],
+)
 def test_a_run_trains_saves_verifies_and_merges_them(modules, folder, recipe, tmp_path):
     events = []
     base = load_base(str(folder), quantize="none", dtype="float32")
@@ -140,7 +143,13 @@ def test_other_methods_train_them_too(method, recipe_dict, tmp_path, monkeypatch
     assert not is_reference(done.model)
 
 
-@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["model.norm", "input_layernorm"]])
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ["model.norm", "input_layernorm"],
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (["lm_head"], ["embed_tokens"])),
+    ],
+)
 def test_in_16_bits_copies_are_float32_and_compute_as_the_base(modules, folder, recipe):
     changes = dict(folder=folder, model={"dtype": "bfloat16"}, trainer={"max_steps": 3})
     done = train(recipe(modules, **changes), name="whole")
