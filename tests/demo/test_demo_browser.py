@@ -554,17 +554,19 @@ def test_settings_that_are_typed_while_others_come_stay(browser, served, tmp_pat
     me.tab("Train")
     me.open("Settings")
 
+    read = "document.querySelector('#train-recipe textarea').value"
+
     def choose(preset):
         page.locator(f"#train-preset input[value={preset}]").check()
 
     def wait_for_steps(text):
-        page.wait_for_function(f"document.querySelector('#train-recipe textarea').value.includes('max_steps: {text}')")
+        page.wait_for_function(f"{read}.includes('max_steps: {text}\\n')")
 
     page.locator("#train-pairs label", has_text="mine").locator("input").set_checked(True)
     choose("quick")
     choose("balanced")  # the second of two quick choices is the one that is put in
     me.wait_for("train-expected", "It fits")
-    page.wait_for_timeout(3000)
+    page.wait_for_function(f"{read}.includes('max_steps: ') && !{read}.includes('max_steps: 12\\n')")
     balanced = page.input_value(box)
     choose("quick")
     wait_for_steps("12")

@@ -85,7 +85,10 @@ def test_losses_and_gradients_are_those_of_stock_trl(modules, tied, checkpointin
 
 @pytest.mark.parametrize(
     "modules",
-    [["lm_head"], *(pytest.param(each, marks=pytest.mark.slow) for each in (["embed_tokens"], ["model.norm"]))],
+    [
+        ["lm_head"],
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (["embed_tokens"], ["model.norm", "lm_head"])),
+    ],
 )
 def test_a_run_trains_saves_verifies_and_merges_them(modules, folder, recipe, tmp_path):
     events = []
