@@ -53,11 +53,13 @@ def test_loss_and_gradients_are_stock_trls(qwen, tmp_path):
 
 
 def test_it_trains_and_answers(qwen, tmp_path):
-    output = tmp_path / "adapter"
+    output, lines = tmp_path / "adapter", PAIRS.read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, some in (("train", lines[:16]), ("eval", lines[16:24])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
     recipe = check_recipe(
         {
             "model": {"name": str(qwen), "dtype": "float32"},
-            "data": {"train": f"{PAIRS}[:32]", "eval": f"{PAIRS}[32:48]"},
+            "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")},
             "trainer": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-4, "max_length": 128},
             "evaluation": {"answers": 0},
             "output": str(output),
@@ -68,6 +70,7 @@ def test_it_trains_and_answers(qwen, tmp_path):
     assert "Rome" in answer.text
     train(recipe)
     losses, margins = logged(output), logged(output, "rewards/margins")
-    assert losses[1] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses[1] > math.log(2)  # and what the sft term adds
+    assert abs(margins[1]) < 1e-5
     assert all(math.isfinite(loss) for loss in losses.values())
-    assert margins[max(margins)] > 0
+    assert margins[max(margins)] > 0.1
