@@ -2,17 +2,11 @@
 
 import pytest
 import torch
-from tiny import pair, tiny
+from tiny import DYNAMIC, LONGROPE, pair, tiny
 
 from lora_dpo.engine.proof import unsupported_reason
 from lora_dpo.engine.scoring import score_pairs
 
-DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
-LONGROPE = {
-    "original_max_position_embeddings": 16,
-    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
-                        "long_factor": [4.0] * 4, "original_max_position_embeddings": 16},
-}  # fmt: skip
 PAIRS = [
     pair([1, *range(20, 30)], [8, 9, 10, 11, 2], [*range(40, 70), 2]),  # 16 and 42 tokens
     pair([1, *range(20, 38)], [8, 9, 2], [10, 2]),  # 22 and 21

@@ -31,6 +31,14 @@ CONFIGS = {
     "smollm3": transformers.SmolLM3Config,
 }
 
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
+LONGROPE = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+                        "long_factor": [4.0] * 4, "original_max_position_embeddings": 16},
+}  # fmt: skip
+"""Rotary frequencies that depend on the longest row of a call."""
+
 
 def tiny(kind, **extra):
     torch.manual_seed(0)

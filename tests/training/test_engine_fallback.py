@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
-from tiny import LORA, PAIRS, Stock, build, columns, pair, tiny
+from tiny import DYNAMIC, LONGROPE, LORA, PAIRS, Stock, build, columns, pair, tiny
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -272,14 +272,6 @@ def test_a_compiled_model(options, tiny_model_folder, tmp_path, caplog):
         model.model.layers[1].compile()
     assert build(DPOTrainer, model, tiny_model_folder, tmp_path, **options).engine is None
     assert "compiled" in caplog.text
-
-
-DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
-LONGROPE = {
-    "original_max_position_embeddings": 16,
-    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
-                        "long_factor": [4.0] * 4, "original_max_position_embeddings": 16},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
