@@ -240,7 +240,7 @@ def _asked_of_turn(turn: Any, where: str) -> Any:
         return turn
     thoughts = [turn[name] for name in REASONING_OF_TURN if turn.get(name) and isinstance(turn[name], str)]
     turn = {name: value for name, value in turn.items() if value is not None and name not in NOTES_OF_TURN}
-    if thoughts and turn.get("role") == "assistant":
+    if thoughts:  # `_message` leaves out those of other roles
         turn["reasoning_content"] = thoughts[0]
     for name, values in NEUTRAL_OF_TURN.items():
         asked = turn.pop(name, None)
