@@ -10,6 +10,7 @@ adapter          one folder, opened once, and whether it fits a base by names an
 base_search      where an adapter's base is, if its folder has moved
 folder           an adapter is checked against the base in memory, then attached to it
 stored_pairs     held-out pairs with their scores, which travel with an adapter
+stored_margins   what a run made of each of its pairs, which stays at home
 loading          the model that answers: a base, with an adapter or without
 run_folder       where a run writes, finished and unfinished
 checkpoints      checkpoints: sealed with a manifest of hashes, judged whole or torn

@@ -5,6 +5,7 @@ passport.json    base, fingerprint, quantisation, hashes, data, recipe, referenc
 verify.json      a few held-out pairs with their scores, to check that the adapter still works
 recipe.yaml      every setting of the run, resolved
 metrics.jsonl    one row per logged step and evaluation
+pair-margins.json   of DPO: each training pair's margin before it was learnt from, and at last
 curves.png       loss, margin, accuracy, log-ratios
 README.md        the model card
 

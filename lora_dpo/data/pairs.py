@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,6 +125,12 @@ class ReadReport:
         read = counted(self.kept, what.removesuffix("s"))
         apart = f", {self.held_out:,} held out" if self.held_out else ""
         return f"{read} read, {len(self.dropped):,} dropped" + (f" ({why})" if why else "") + apart
+
+
+def pair_mark(pair: PreferencePair) -> str:
+    """A short hash of what a pair says, wherever it lies: of its prompt, its answers in their order, and its tools."""
+    said = [pair.prompt, pair.chosen, pair.rejected, pair.tools]
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
 from lora_dpo.data.chat_template import Message, encode, render
-from lora_dpo.data.pairs import Dropped, Origin, PreferencePair
+from lora_dpo.data.pairs import Dropped, Origin, PreferencePair, pair_mark
 from lora_dpo.data.thoughts import EMPTY_THOUGHT, OPENED, TAGS
 from lora_dpo.errors import ModelError
 
@@ -36,6 +36,8 @@ class TokenPair:
     """True if the chat template leaves out a part of an answer, such as its reasoning."""
     other_start: bool = False
     """True if an answer, as the template writes it, does not follow what it asks for one with in a chat."""
+    mark: str = ""
+    """What the pair says, by `pairs.pair_mark`."""
 
 
 def tokenize_pairs(
@@ -136,6 +138,7 @@ def tokenize_pair(
         gap=pair.gap,
         left_out=_is_cut(pair, asked, texts, write),
         other_start=not all(text.startswith(asked.rstrip()) for text in texts),
+        mark=pair_mark(pair),
     )
 
 

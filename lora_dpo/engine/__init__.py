@@ -20,6 +20,7 @@ preference_loss     DPO's own loss, to read and for the check at step 0; what tr
 reference_cache     the reference's log-probabilities on disk, by weights and by a pair's token ids
 token_budget        how much of a step fits into memory at once
 prequential_count   accuracy on each prompt before its first update, counted in a run
+pair_margins        each pair's margin before a run had learnt from it, and at last
 step_record         a step as it was run: its pairs, and the policy's log-probabilities of them
 whole_step          forward and backward of that batch, in as many parts as fit
 engine              the entry point (`Engine.step`), bound to one trainer

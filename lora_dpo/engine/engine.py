@@ -21,6 +21,7 @@ from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs, padded
 from lora_dpo.engine.pair_forward import ROUNDED_DIFFERENCE, largest_difference
+from lora_dpo.engine.pair_margins import PairMargins
 from lora_dpo.engine.prequential_count import PrequentialCount
 from lora_dpo.engine.proof import proof_of
 from lora_dpo.engine.reference_cache import PairLogps, ReferenceCache, reference_name
@@ -91,6 +92,7 @@ class Engine:
             objective, self.forward, budget, lambda batch: self.kept_bytes(batch), split_pairs=settings.split_pairs
         )
         self.first_sight = PrequentialCount()
+        self.margins = PairMargins()
         self.last: StepRecord
         """The last step."""
         self._moved = False
@@ -122,18 +124,21 @@ class Engine:
         finally:
             self.forward.logged = True
             self.forward.rest()
-        self._note_first_sight(self.last)
+        self._note_margins(self.last)
         return self.last.loss
 
-    def _note_first_sight(self, step: StepRecord) -> None:
-        """Count the step's prompts that no process has had before."""
+    def _note_margins(self, step: StepRecord) -> None:
+        """Note the step's margins, of all processes, and count its prompts that no process has had before."""
         margin_B = step.log_ratios(self.objective.ld_alpha) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-        prompts, margins = step.batch.prompts, margin_B.tolist()
+        prompts, keys, margins = step.batch.prompts, step.batch.keys, margin_B.tolist()
         if self.objective.args.world_size > 1:
             gather = self.objective.accelerator.gather
             prompts = gather(torch.tensor(prompts, device=self.device)).tolist()
+            bytes_BK = torch.tensor([list(key) for key in keys], device=self.device)
+            keys = [bytes(row) for row in gather(bytes_BK).tolist()]
             margins = gather(margin_B.float().to(self.device)).tolist()
         self.first_sight.note(prompts, margins, moved=self.moved)
+        self.margins.note(keys, margins, moved=self.moved)
 
     def difference(self, inputs: Inputs) -> str | None:
         """How far the engine is from TRL's own pass on the two shortest pairs of a batch, if it is too far.

@@ -13,6 +13,7 @@ guard/              health while it trains: samples, alarms, what to do
 before_after        what is measured before and after
 run_summary         what a run leaves for its report
 data_record         the data of a run, and what of it has changed since
+pairs_seen          the margins of its pairs as its steps saw them, by the rows of its data
 policy              the base in memory and an adapter on it
 run                 a recipe becomes a run
 planning/           what a run will need and take, before it

@@ -405,11 +405,13 @@ class DPOTrainer(trl.DPOTrainer):
         super()._save_rng_state(output_dir)
         if self.engine is not None and self.args.should_save:
             self.engine.first_sight.save(Path(output_dir))
+            self.engine.margins.save(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         if self.engine is not None:
             self.engine.first_sight.load(Path(resume_from_checkpoint))
+            self.engine.margins.load(Path(resume_from_checkpoint))
 
     def _logs_next_step(self) -> bool:
         if self.args.logging_strategy != "steps":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from lora_dpo.adapters.checkpoints import (
 from lora_dpo.adapters.folder import restore_adapter
 from lora_dpo.adapters.passport import Sources, make_passport, sources_of, write_passport
 from lora_dpo.adapters.run_folder import METRICS, RunLog, choose_output, discard_own, open_run, release, resume_command
+from lora_dpo.adapters.stored_margins import PairMargin, write_margins
 from lora_dpo.adapters.stored_pairs import HELD_OUT
 from lora_dpo.config.reading import dump_recipe
 from lora_dpo.config.recipe import Recipe
@@ -51,6 +52,7 @@ from lora_dpo.training.before_after import Measured, comparison, held_out_losses
 from lora_dpo.training.data_record import changed_data, data_record
 from lora_dpo.training.guard.callback import add_guard
 from lora_dpo.training.guard.training_guard import Guard, Outcome, check_health, was_stopped
+from lora_dpo.training.pairs_seen import margins_in, margins_of
 from lora_dpo.training.policy import attach, load
 from lora_dpo.training.prepare import check_early, prepare, with_reference
 from lora_dpo.training.prepared import Run
@@ -159,8 +161,9 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
         restore_adapter(model, checkpoint)  # only the measuring was interrupted
         guard.begin(checkpoint, state["global_step"])
+        margins = margins_in(run, checkpoint)
     else:
-        _optimise(run, base, model, log, checkpoint, guard, look)
+        margins = _optimise(run, base, model, log, checkpoint, guard, look)
     outcome = guard.finish()
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
         raise ModelError("Training ended in NaN or infinite weights. Lower trainer.learning_rate and start again.")
@@ -169,14 +172,18 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
     _report(run, before, after, rows)
     found = record(run, before, after, outcome, odd)
-    _save(run, base, model, log, sources, (before, after), rows, found)
+    _save(run, base, model, log, sources, (before, after), rows, found, margins)
     return TrainResult(run.output, base, model, before, after, outcome)
 
 
 def _optimise(
     run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None, guard: Guard, look: Look | None
-) -> None:
-    """The training loop: TRL's, from the checkpoint if there is one. Raises `Stopped` if asked to."""
+) -> list[PairMargin]:
+    """The training loop: TRL's, from the checkpoint if there is one. Raises `Stopped` if asked to.
+
+    Returns:
+        What the engine's steps made of each pair; nothing of other methods and of TRL's own passes.
+    """
     callback = _make_callback(run, log)
     if run.recipe.method == "dpo":
         trainer: Any = _dpo_trainer(run, model, dtype=base.dtype, callback=callback)
@@ -200,10 +207,12 @@ def _optimise(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if run.held_out_answers and not run.stop.requested:
             trainer.evaluate()
+        margins = margins_of(run, getattr(trainer, "engine", None))
     finally:
         trainer.close()
     if run.stop.requested:
         raise Stopped(run.output, step=trainer.state.global_step, resumable=True)
+    return margins
 
 
 def _dpo_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> Any:
@@ -336,6 +345,7 @@ def _save(
     measured: tuple[Measured, Measured],
     compared: Rows,
     found: dict[str, Any],
+    margins: Sequence[PairMargin],
 ) -> None:
     before, after = measured
     metrics: dict[str, Any] = {
@@ -369,6 +379,7 @@ def _save(
         write_curves(folder / "curves.png", log.rows, beta=run.beta, method=run.recipe.method)
         write_card(folder / "README.md", run.recipe, passport, compared, samples, stopped=found["health"]["sentence"])
         write_record(folder, found)
+        write_margins(folder, margins)
         (folder / PAGE).write_text(report_of([folder], name=run.output.name), encoding="utf-8", newline="\n")
     with contextlib.suppress(OSError):  # the adapter is there; what cannot be removed is a leftover
         discard_own(run.partial)

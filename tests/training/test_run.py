@@ -48,7 +48,7 @@ def test_a_run_leaves_a_whole_adapter_folder_and_nothing_else(recipe, tmp_path):
     assert result.folder.name == "tiny"
     assert sorted(path.name for path in result.folder.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "curves.png", "measured.json", "metrics.jsonl",
-        "passport.json", "recipe.yaml", "report.html", "verify.json",
+        "pair-margins.json", "passport.json", "recipe.yaml", "report.html", "verify.json",
     ]  # fmt: skip
     assert sorted(path.name for path in result.folder.parent.iterdir()) == ["tiny"]
     assert (result.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
