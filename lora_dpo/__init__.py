@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from lora_dpo.config import EngineSection, LoraSection, Recipe, read_improve_recipe, read_recipe
     from lora_dpo.data import read_pairs, read_prompts
     from lora_dpo.errors import BaseDiffers, LoraDPOError
-    from lora_dpo.evaluation import AssessPlan, assess, verify, write_report
+    from lora_dpo.evaluation import AssessPlan, assess, suspicious_pairs, verify, write_report
     from lora_dpo.judging import make_pairs, open_judge
     from lora_dpo.model import Base, Sampling, attach_lora, fetch_model, generate, load_base, reference, stream
     from lora_dpo.release import export, fidelity, merge, mix, recommend
@@ -97,6 +97,7 @@ __all__ = [
     "recommend",
     "reference",
     "stream",
+    "suspicious_pairs",
     "train",
     "verify",
     "write_report",
@@ -110,7 +111,7 @@ _ROOMS = {
     "config": "EngineSection LoraSection Recipe read_improve_recipe read_recipe",
     "data": "read_pairs read_prompts",
     "errors": "BaseDiffers LoraDPOError",
-    "evaluation": "AssessPlan assess verify write_report",
+    "evaluation": "AssessPlan assess suspicious_pairs verify write_report",
     "judging": "make_pairs open_judge",
     "model": "Base Sampling attach_lora fetch_model generate load_base reference stream",
     "release": "export fidelity merge mix recommend",

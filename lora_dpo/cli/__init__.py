@@ -8,6 +8,7 @@ ready        what a command needs, before it loads anything
 options      those that several commands share
 views        events, printed in a terminal
 data_views   what the doctor says, printed
+learned      the pairs that disagree with what an adapter has learnt, printed
 chat_loop    the terminal chat
 model_check  what of a base model works here, without its weights
 cleaning     what killed commands left behind

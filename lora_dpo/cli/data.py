@@ -59,6 +59,20 @@ def check(
         Path | None,
         typer.Option("--fix", help="Write clean pairs here (.jsonl), removed rows to the same name + .dropped.jsonl."),
     ] = None,
+    learned: Annotated[
+        str | None,
+        typer.Option(
+            "--learned",
+            metavar="ADAPTER",
+            help="Also list the pairs that disagree most with what this adapter has learnt: look through these for "
+            "wrong labels. A DPO adapter that was trained on FILE knows it; else FILE is scored with it.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="With --learned: how many pairs are shown.")] = 20,
+    ordered: Annotated[
+        Path | None,
+        typer.Option("--ordered", help="With --learned: write all pairs here (.jsonl), the most suspicious first."),
+    ] = None,
 ) -> None:
     """Find what in preference data would spoil a run: the doctor.
 
@@ -73,20 +87,18 @@ def check(
         lora-dpo data check pairs.csv --model smollm2-135m --fix clean.jsonl
 
         lora-dpo data check pairs.xlsx:Sheet2 --columns 'prompt=Question,chosen=Good answer,rejected=Bad answer'
+
+        lora-dpo data check pairs.jsonl --learned adapters/pairs --ordered look-through.jsonl
     """
     from lora_dpo.cli.data_views import diagnosis_view, fixed_view
+    from lora_dpo.cli.learned import suspects_of, suspects_view, write_ordered
     from lora_dpo.data.doctor.examination import examine
     from lora_dpo.data.rows import refuse_missing, refuse_twice
-    from lora_dpo.data.write import check_name, dropped_of, write_fixed
-    from lora_dpo.files import refuse_existing, refuse_unwritable
+    from lora_dpo.data.write import write_fixed
 
     refuse_twice(files)
     refuse_missing([*files, *(held_out or ())])
-    if fix is not None:
-        check_name(fix)
-        for path in (fix, dropped_of(fix)):
-            refuse_existing(path)
-            refuse_unwritable(path)
+    _check_outputs(fix, learned, ordered)
     with _counting() as count:
         diagnosis = examine(
             files,
@@ -99,16 +111,24 @@ def check(
             max_length=max_length,
             on_rows=count,
         )
+    suspects = None
+    if learned is not None and diagnosis.pairs:
+        suspects = suspects_of(files, learned, format=format, min_gap=min_gap, columns=columns, model=model)
     if as_json:
-        typer.echo(json_text(diagnosis.as_json()))
+        typer.echo(json_text({**diagnosis.as_json(), **({"learned": suspects.as_json()} if suspects else {})}))
     else:
         diagnosis_view(diagnosis, out)
+        if suspects is not None:
+            suspects_view(suspects, str(learned), out, top=top)
     if not diagnosis.report.rows:  # as for a file without a byte: a script must not take it for clean data
         raise DataError(f"{', '.join(files)}: no rows, so nothing was checked. Is it the right file?")
     if fix is not None:
         with err.status(f"writing {fix}"):
             fixed = write_fixed(files, diagnosis, fix, format=format, min_gap=min_gap, columns=columns)
         fixed_view(fixed, err if as_json else out)
+    if ordered is not None and suspects is not None:
+        write_ordered(suspects, ordered)
+        _written(len(suspects.pairs), ordered, err if as_json else out)
     if strict and not diagnosis.pairs:
         raise DataError(
             f"{', '.join(files)}: no pair to train on in {diagnosis.report.rows} rows. Read what was found."
@@ -304,9 +324,28 @@ def _warn(text: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(harmless(text))}", highlight=False, soft_wrap=True)
 
 
-def _written(pairs: int, path: Path) -> None:
+def _written(pairs: int, path: Path, console: Console | None = None) -> None:
     text = harmless(f"{counted(pairs, 'pair')} written to {path}")
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    (console or out).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_outputs(fix: Path | None, learned: str | None, ordered: Path | None) -> None:
+    """Refuse what could not be written, before anything is read."""
+    from lora_dpo.adapters.store import find_adapter
+    from lora_dpo.data.write import check_name, dropped_of
+    from lora_dpo.files import refuse_existing, refuse_unwritable
+
+    if ordered is not None and learned is None:
+        raise ConfigError("--ordered writes pairs in the order of what an adapter has learnt. Name it with --learned.")
+    if learned is not None:
+        find_adapter(learned)
+    outputs = [*([fix, dropped_of(fix)] if fix is not None else []), *([ordered] if ordered is not None else [])]
+    if len(set(outputs)) < len(outputs):
+        raise ConfigError(f"{ordered} is named twice: each file needs a name of its own.")
+    for path in outputs:
+        check_name(path)
+        refuse_existing(path)
+        refuse_unwritable(path)
 
 
 def _share(part: str) -> tuple[str, float]:

@@ -131,7 +131,7 @@ def messages_view(pair: PreferencePair, console: Console) -> None:
     for part, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
         console.print(f"[bold {STYLE[part][0]}]{part}[/]")
         for said in messages:
-            console.print(Text(harmless(f"  {said['role']}: {_spoken(said)}"), style=STYLE[part][0]))
+            console.print(Text(harmless(f"  {said['role']}: {spoken(said)}"), style=STYLE[part][0]))
     console.print("[dim]--model NAME shows the tokens.[/]")
 
 
@@ -172,7 +172,8 @@ def _heading(pair: PreferencePair, console: Console) -> None:
         console.print(Text(harmless(f"  {key}: {value}"), style="dim"))
 
 
-def _spoken(said: Message) -> str:
+def spoken(said: Message) -> str:
+    """What a message says, calls and thinks, as one text."""
     calls = "".join(f" [calls {call['function']['name']}]" for call in said.get("tool_calls", []))
     thought = f"(thinks: {said['reasoning_content']}) " if said.get("reasoning_content") else ""
     return thought + said["content"] + calls

@@ -86,7 +86,7 @@ class PairMargins:
         state = load_file(path)
         self._seen = {}
         for key, (first, last, mean, times) in zip(state["keys"].tolist(), state["margins"].tolist(), strict=True):
-            self._seen[bytes(key)] = SeenMargin(*map(_known, (first, last, mean)), times=int(times))
+            self._seen[bytes(key)] = SeenMargin(_known(first), _known(last), _known(mean), int(times))
 
 
 def _known(value: float) -> float | None:

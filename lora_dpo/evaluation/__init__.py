@@ -3,6 +3,7 @@
 intervals        95% intervals of what is counted and averaged
 metrics          accuracy, margin, log-ratios; length and ends of answers
 prequential      accuracy on training pairs, scored before they were trained on
+suspicion        which pairs disagree with the rest: those that the policy orders the other way round
 kl               how far the policy is from its reference, token by token
 win_rate         win rate with its 95% interval, from a judge in both orders or from votes
 result           what an evaluation found, and the verdict that it allows
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from lora_dpo.evaluation.evaluate import AssessPlan, assess
 from lora_dpo.evaluation.report import write_report
+from lora_dpo.evaluation.suspicion import suspicious_pairs
 from lora_dpo.evaluation.verify_adapter import verify
 
-__all__ = ["AssessPlan", "assess", "verify", "write_report"]
+__all__ = ["AssessPlan", "assess", "suspicious_pairs", "verify", "write_report"]
