@@ -161,6 +161,11 @@ MEASURED = {
     "total_seconds": 5,
     "memory": {"process": 10**9},
 }
+MARGINS = {
+    "format": 1,
+    "files": ["a.jsonl"],
+    "pairs": [[0, 1, "0123456789abcdef", 0.5, -2.0, -0.75, 2], [0, 2, "fedcba9876543210", None, None, None, 0]],
+}
 INTERVAL = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 30}
 EVALUATION = {
     "format": 1,
@@ -267,13 +272,16 @@ def test_odd_configs_on_a_base(parts, tiny_model_folder, tmp_path):
 # --- reports --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["passport.json", "metrics.jsonl", "recipe.yaml", "measured.json"])
+@pytest.mark.parametrize(
+    "name", ["passport.json", "metrics.jsonl", "recipe.yaml", "measured.json", "pair-margins.json"]
+)
 def test_reports_of_foreign_folders(name, parts, tmp_path):
     whole = {
         "passport.json": {**json.loads(parts["passport.json"]), **PASSPORT_PARTS},
         "metrics.jsonl": ROWS,
         "recipe.yaml": json.loads(parts["recipe.yaml"]),
         "measured.json": MEASURED,
+        "pair-margins.json": MARGINS,
     }
     files = {**parts, **{file: to_json(content) for file, content in whole.items() if file != "metrics.jsonl"}}
     unfinished = tmp_path / "run.partial"

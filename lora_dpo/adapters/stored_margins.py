@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from lora_dpo.adapters.lora_config import read_json
 from lora_dpo.data.pairs import Origin
@@ -44,12 +45,13 @@ def write_margins(folder: Path, margins: Sequence[PairMargin]) -> None:
     if not 0 < len(margins) <= MOST_PAIRS:
         return
     files = {source: number for number, source in enumerate(dict.fromkeys(one.origin.source for one in margins))}
+    names = [source.encode(errors="replace").decode() for source in files]  # a file's name may be no text
     rows = (
         [files[one.origin.source], one.origin.row, one.mark, *map(_short, (one.before, one.after, one.mean)), one.times]
         for one in margins
     )
     lines = ",\n".join(json.dumps(row) for row in rows)
-    head = json.dumps({"format": 1, "files": list(files)})[:-1]
+    head = json.dumps({"format": 1, "files": names})[:-1]
     (folder / STORED_MARGINS).write_text(f'{head}, "pairs": [\n{lines}\n]}}\n', encoding="utf-8", newline="\n")
 
 
@@ -63,18 +65,18 @@ def read_margins(folder: Path) -> list[PairMargin]:
     Raises:
         AdapterError: the file cannot be read.
     """
-    from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
+    from pydantic import BaseModel, Field, ValidationError
 
     path = folder / STORED_MARGINS
     if not path.is_file():
         return []
-    Nats = FiniteFloat | None
+    Nats = Annotated[float, Field(ge=-1e9, le=1e9)] | None
+    Count = Annotated[int, Field(ge=0, le=10**15)]
+    Text = Annotated[str, Field(max_length=4096)]
 
     class Rows(BaseModel):
-        files: list[str]
-        pairs: list[tuple[NonNegativeInt, NonNegativeInt, str, Nats, Nats, Nats, NonNegativeInt]] = Field(
-            max_length=MOST_PAIRS
-        )
+        files: list[Text]
+        pairs: list[tuple[Count, Count, Text, Nats, Nats, Nats, Count]] = Field(max_length=MOST_PAIRS)
 
     try:
         rows = Rows.model_validate(read_json(path, MAX_BYTES))

@@ -1,6 +1,7 @@
 """A run keeps each pair's margin before it learnt from it and at last, by the rows of its data."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,12 +78,17 @@ def test_pairs_that_were_not_seen_are_said_to_be(recipe):
 # --- the file -------------------------------------------------------------------------------------
 
 ONE = PairMargin(Origin("b.jsonl", 7), "0123456789abcdef", 1.25, -0.5, 0.375, 2)
-UNSEEN = PairMargin(Origin("ä\udc80.jsonl", 3), "fedcba9876543210", None, None, None, 0)
+UNSEEN = PairMargin(Origin("ä.jsonl", 3), "fedcba9876543210", None, None, None, 0)
 
 
 def test_what_is_written_is_read_again(tmp_path):
     write_margins(tmp_path, [ONE, UNSEEN])
     assert read_margins(tmp_path) == [ONE, UNSEEN]
+
+
+def test_a_file_whose_name_is_no_text_is_no_error(tmp_path):
+    write_margins(tmp_path, [replace(ONE, origin=Origin("a\udc80.jsonl", 7))])
+    assert read_margins(tmp_path) == [replace(ONE, origin=Origin("a?.jsonl", 7))]
 
 
 def test_of_no_pairs_nothing_is_written(tmp_path):

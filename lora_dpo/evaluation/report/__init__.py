@@ -2,6 +2,7 @@
 
 svg               small plots as text
 parts             what every page is made of; all text is escaped there
+disagreeing       a run's own training pairs: which stay wrong, cost most, disagree with the rest
 one_run           the page of one run
 one_evaluation    the page of one evaluation
 several           the page of several of either

@@ -8,6 +8,7 @@ from typing import Any
 from lora_dpo.adapters.stored_run import StoredRun
 from lora_dpo.adapters.stored_run import number as number_of
 from lora_dpo.evaluation.report import parts, svg
+from lora_dpo.evaluation.report.disagreeing import disagreeing
 from lora_dpo.model.stored_form import held_text
 
 CURVES = (
@@ -47,6 +48,7 @@ def run_page(run: StoredRun) -> str:
             ),
             parts.section("Answers on the way", *_samples(run)),
             parts.section("Data", *_data(run)),
+            parts.section("Pairs that disagree with the rest", *disagreeing(run)),
             parts.section("Time and memory", parts.keys(list(_cost(run)))),
             parts.section("Passport", parts.keys(list(_passport(run)))),
             parts.section("Settings", parts.keys(list(flat(run.recipe)))),
