@@ -19,6 +19,7 @@ in_a_terminal    the same as command lines and recipes
 theme            colours; style.css and keys.js, the page's styles and keys
 handlers         what every handler of the page does
 column_pickers   the columns of an upload, where nobody can tell them
+look_through     pairs that disagree with an adapter, one at a time
 tab_chat, tab_vote, tab_data, tab_train, tab_adapters
 page_head        the head of the page, with the choice of the base
 follow           what is new, in every picker

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from lora_dpo.config.column_names import checked_columns
 from lora_dpo.data import Message, PreferencePair, ReadReport, read_pairs
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VOTES = "votes"
+Verdict = Literal["keep", "swap", "drop"]
+"""What becomes of a pair that someone looked at."""
 MAX_UPLOAD = 64 << 20
 """Bytes of a file of pairs or prompts, unpacked. More is for the command line."""
 PLANNED = 3600.0
@@ -197,6 +199,37 @@ class PairStore:
         """Take pairs out. Raises `DataError` if one is not there any more as it was."""
         self._rewrite(name, {entry.line: entry.mark for entry in entries}, None)
 
+    def looked_through(self, name: str, decided: Sequence[tuple[PreferencePair, Verdict]]) -> str:
+        """Write a file's pairs to a new upload, without those that are dropped, and with the answers of some swapped.
+
+        A swapped pair has no scores: they say what its label no longer does.
+
+        Args:
+            decided: pairs of `entries`, and what becomes of them. All others are kept.
+
+        Returns:
+            The new upload's name.
+
+        Raises:
+            DataError: a pair is not there any more as it was, or none would be left.
+        """
+        verdicts = {(pair.origin.row, mark_of(canonical_row(pair))): verdict for pair, verdict in decided}
+        with self.book.held():
+            entries = self.entries(name)
+            if not verdicts.keys() <= {(entry.line, entry.mark) for entry in entries}:
+                raise DataError("A pair was changed or removed meanwhile. Look for them again.")
+            left = []
+            for entry in entries:
+                verdict = verdicts.get((entry.line, entry.mark), "keep")
+                if verdict != "drop":
+                    left.append(_swapped(entry.pair) if verdict == "swap" else entry.pair)
+            if not left:
+                raise DataError("Every pair is dropped, so there is nothing to write.")
+            taken = set(map(str.casefold, self.names()))
+            new = next(free for free in numbered(f"{name[:40]}-looked-through") if free.casefold() not in taken)
+            write_pairs(left, self.uploads / f"{new}.jsonl")
+        return new
+
     def export(self, names: Sequence[str], target: Path) -> Path:
         """Write files as one in the canonical form; `target` is a new file. Raises `DataError` if there is no pair."""
         sources = [str(path) for path in map(self.path_of, names) if path.stat().st_size]
@@ -275,6 +308,13 @@ def clean_name(name: str) -> str:
 def mark_of(row: Row) -> str:
     """A short hash of a row's content, the same in whatever order its keys are."""
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _swapped(pair: PreferencePair) -> PreferencePair:
+    """The pair with its label the other way round."""
+    provenance = {**(pair.provenance or {"file": pair.origin.source, "row": pair.origin.row}), "swapped": True}
+    sides = {"chosen": pair.rejected, "rejected": pair.chosen, "chosen_score": None, "rejected_score": None}
+    return replace(pair, **sides, provenance=provenance)  # type: ignore[arg-type]
 
 
 def _with_last(part: tuple[Message, ...], text: str) -> tuple[Message, ...]:

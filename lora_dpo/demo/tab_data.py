@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from lora_dpo.demo import column_pickers
+from lora_dpo.demo import column_pickers, look_through
 from lora_dpo.demo.downloads import exported_pairs
 from lora_dpo.demo.handlers import PRIVATE, Update, red_line, told
 from lora_dpo.demo.html import findings, note, text_block
@@ -51,6 +51,7 @@ class Parts:
 def build(app_state: AppState, item: gr.Tab) -> gr.Dropdown:
     """Lay the tab out and connect it; returns the picker of files."""
     parts = _layout(app_state)
+    look_through.build(app_state, item, parts.name)
     tab = Tab(app_state, parts.refused, parts.columns)
     picked = gr.State(None)
     # Of an error Gradio writes over what shows the progress: that is not to be the pairs.
