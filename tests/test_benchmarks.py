@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # scripts, no part of the package
 import bench  # noqa: E402
+import swapped_labels  # noqa: E402
 
 from benchmarks.gpu_check import __main__ as gpu_check  # noqa: E402
 from benchmarks.gpu_check import cards as gpu_cards  # noqa: E402
@@ -156,3 +157,16 @@ def test_the_check_of_a_gpu_goes_on_after_a_part_that_failed(tmp_path, monkeypat
 def test_names_of_results_and_sizes_by_card():
     assert gpu_common.file_name("NVIDIA GeForce RTX 4090") == "gpu-nvidia-geforce-rtx-4090"
     assert [gpu_check.usual_size(gigabytes << 30) for gigabytes in (8, 12, 23)] == ["1b", "3b", "8b"]
+
+
+@pytest.mark.slow
+def test_swapped_labels_are_counted_among_the_most_suspicious(tiny_model_folder, write_pairs, tmp_path, monkeypatch):
+    out = tmp_path / "found.json"
+    command = ["swapped_labels.py", "--data", str(write_pairs(count=40)), "--model", str(tiny_model_folder)]
+    monkeypatch.setattr(sys, "argv", [*command, "--pairs", "30", "--passes", "2", "--output", str(out)])
+    swapped_labels.main()
+    found = json.loads(out.read_text())
+    [run] = found["runs"]
+    assert (run["pairs"], run["looked_at"], run["swapped"], run["without_margin"]) == (30, 6, 3, 0)
+    assert found["in_the_first_fifth"]["length"]["value"] == 1.0  # the rejected answers of these are much longer
+    assert found["in_the_first_fifth"]["mean"]["n"] == 3

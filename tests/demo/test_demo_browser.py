@@ -340,6 +340,35 @@ def test_the_columns_of_an_upload_are_picked_where_nobody_can_tell_them(browser,
     assert app_state.pairs.entries("mine")[0].texts == ("Say it.", "No.", "Yes.")
 
 
+def test_suspicious_pairs_are_looked_through_on_a_phone_and_written_to_a_new_file(
+    browser, served, write_pairs, tmp_path
+):
+    app_state, address = served
+    app_state.pairs.take_in(write_pairs("six.jsonl", count=6), "six.jsonl")
+    before = app_state.pairs.path_of("six").read_text()
+    me = Visitor(browser, address, width=390)
+    page = me.page
+    me.tab("Data")
+    me.wait_for("data-doctor", "6 pairs read")
+    me.open("Pairs that disagree with the rest")
+    page.click("#look-find")  # the adapter does not know them: they are scored
+    me.wait_for("look-said", "each scored now. Pair 1 of")
+    first = page.inner_text("#look-chosen")
+    page.click("#look-swap")
+    me.wait_for("look-said", "1 swapped")
+    page.click("#look-undo")
+    me.wait_for("look-said", "Pair 1 of")
+    assert page.inner_text("#look-chosen") == first
+    page.click("#look-drop")
+    page.click("#look-write")
+    me.wait_for("look-said", "Written to six-looked-through")
+    page.wait_for_function("document.querySelector('#data-name input').value == 'six-looked-through'")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert len(app_state.pairs.entries("six-looked-through")) == 5
+    assert app_state.pairs.path_of("six").read_text() == before
+    assert me.errors == []
+
+
 def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
     app_state, address = served
     me = Visitor(browser, address)
