@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_dpo.config.template_kwargs import NO_KWARGS, TemplateKwargs
@@ -36,8 +36,8 @@ class TokenPair:
     """True if the chat template leaves out a part of an answer, such as its reasoning."""
     other_start: bool = False
     """True if an answer, as the template writes it, does not follow what it asks for one with in a chat."""
-    mark: str = ""
-    """What the pair says, by `pairs.pair_mark`."""
+    mark: str = field(default="", compare=False)
+    """What the pair says as text, by `pairs.pair_mark`. Two pairs of the same ids are equal whatever it is."""
 
 
 def tokenize_pairs(
