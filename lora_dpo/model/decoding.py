@@ -158,7 +158,9 @@ def rows_that_fit(model: PreTrainedModel, tokens: int) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    weight = model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings()
+    # Keys and values are in the base's numbers. A copy that is trained whole is float32, and its output is cast.
+    weight = getattr(embeddings, "original_module", embeddings).weight
     return rows_in(
         free_bytes(weight.device), 2 * config.num_hidden_layers * heads * size * weight.element_size() * tokens
     )

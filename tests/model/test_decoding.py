@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lora_dpo.config.recipe import LoraSection
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.decoding import (
@@ -18,6 +19,7 @@ from lora_dpo.model.decoding import (
     stream,
     stream_from,
 )
+from lora_dpo.model.lora import attach_lora
 
 CHATS = [[{"role": "user", "content": text}] for text in ("hi", "tell me about the sea, please", "why?", "é ü")]
 
@@ -146,6 +148,21 @@ def test_rows_that_fit_take_a_quarter_of_the_free_memory(model, monkeypatch):
     assert rows_that_fit(model, 100) == 1
     monkeypatch.setattr(generate_module, "free_bytes", lambda device: 10**12)
     assert rows_that_fit(model, 100) == 128
+
+
+def test_rows_that_fit_are_as_many_beside_embeddings_that_are_trained_whole(tiny_model_folder, monkeypatch):
+    """Their copy is float32, keys and values stay in the base's 16 bits."""
+    monkeypatch.setattr(sys.modules["lora_dpo.model.decoding"], "free_bytes", lambda device: 1 << 20)
+
+    def rows(**lora):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
+        model = attach_lora(base, LoraSection(rank=2, **lora), seed=0)
+        with torch.no_grad():
+            kept = model(torch.ones(1, 100, dtype=torch.long), use_cache=True).past_key_values
+        row = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
+        return rows_that_fit(model, 100), (1 << 20) // 4 // row
+
+    assert rows(modules_to_save=["embed_tokens"]) == rows() == (10, 10)
 
 
 def answer_of(pieces):
