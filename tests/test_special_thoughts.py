@@ -141,6 +141,53 @@ def test_thoughts_of_channels_go_on_and_may_be_missing(gpt):
     assert opened_thought(gpt, encode(gpt, "<|start|>assistant<|channel|>final<|message|>")) == ""
 
 
+ANALYSIS, COMMENTARY, FINAL = (f"<|channel|>{name}<|message|>" for name in ("analysis", "commentary", "final"))
+CALL = "<|channel|>commentary to=functions.look json<|message|>{}"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "thought", "said"),
+    [
+        (f"{ANALYSIS}Hm.{NEXT}{COMMENTARY}I look.{NEXT}{FINAL}Two.", "Hm.", "I look.\n\nTwo."),
+        (f"{ANALYSIS}a{NEXT}{COMMENTARY}b{NEXT}{ANALYSIS}c{NEXT}{FINAL}d", "a\n\nc", "b\n\nd"),
+        (f"{COMMENTARY}b{NEXT}{ANALYSIS}c{NEXT}{FINAL}d", "c", "b\n\nd"),
+        (f"{COMMENTARY}b{NEXT}{COMMENTARY}c", "", "b\n\nc"),
+        (f"{COMMENTARY}I look.", "", "I look."),
+        (f"{COMMENTARY}", "", ""),
+        # a call of a tool is nothing that is said to the user: it is not taken for a preamble
+        (CALL, "", CALL),
+        (f"{ANALYSIS}Hm.{NEXT}{CALL}", f"Hm.{NEXT}{CALL}", ""),
+    ],
+)
+def test_commentary_is_told_to_the_user(text, thought, said, size):
+    assert split_thought(text) == (thought, said)
+    splitter = ThoughtSplitter()
+    parts = [part for at in range(0, len(text), size) for part in splitter.feed(text[at : at + size])]
+    parts += splitter.end()
+    assert "".join(part for inside, part in parts if inside).strip() == thought
+    assert "".join(part for inside, part in parts if not inside).strip() == said
+
+
+def test_thoughts_between_what_is_said_are_counted(gpt):
+    def count(*parts):
+        return len(encode(gpt, "".join(parts)))
+
+    first, told = f"{ANALYSIS}Hm.{NEXT}{COMMENTARY}", f"I look.{NEXT}{ANALYSIS}"
+    second, answer = f"So.{NEXT}{FINAL}", "Two."
+    ids = encode(gpt, first + told + second + answer)
+    assert thought_tokens(gpt, ids) == count(first, second)
+    assert said_length(gpt, list(b"Hi"), [*ids, gpt.eos_token_id]) == count(told, answer)
+    assert thought_tokens(gpt, encode(gpt, first + told + "So")) == count(first, "So")
+    assert thought_tokens(gpt, encode(gpt, COMMENTARY + answer)) == count(COMMENTARY)
+
+
+def test_a_preamble_is_no_thought_in_a_history():
+    text = f"{COMMENTARY}I look.{NEXT}{ANALYSIS}Hm.{NEXT}{FINAL}Two."
+    wanted = {"role": "assistant", "content": "I look.\n\nTwo.", "reasoning_content": "Hm."}
+    assert assistant_turn(text) == wanted
+
+
 def test_channels_are_beside_each_other_in_the_next_prompt(gpt):
     turn = assistant_turn(TWICE)
     assert turn == {"role": "assistant", "content": "Two.", "reasoning_content": "Hm,\n\nhm."}

@@ -29,13 +29,16 @@ TAGS = (
 )
 """How a thought begins and ends. The channels: https://developers.openai.com/cookbook/articles/openai-harmony"""
 
-CHANNELS = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
-"""How a thought begins in gpt-oss's format, and how an answer without one does."""
+CHANNELS = ("<|channel|>analysis<|message|>", "<|channel|>commentary<|message|>", "<|channel|>final<|message|>")
+"""How messages begin in gpt-oss's format: thoughts, what is told of them on the way (a preamble, which the format means
+for the user as much as the answer), and the answer. `commentary to=…` is a call of a tool, and none of these."""
 
-_BEGINNINGS = (*TAGS, (CHANNELS[1], ""))
+_SAID = CHANNELS[1:]
 
-_GOES_ON = f"{_NEXT}<|channel|>analysis<|message|>"
-"""Between two parts of a thought."""
+_BEGINNINGS = (*(tag for tag, _ in TAGS), *_SAID)
+
+_CHANNEL_OF = {f"{_NEXT}{channel}": channel for channel in CHANNELS}
+"""The marks between two messages of one answer, and the channel of the second."""
 
 _OPENING = "|".join(re.escape(tag) for tag, _ in TAGS)
 _EMPTY = "|".join(re.escape(tag) + r"\s*" + re.escape(close) for tag, close in TAGS)
@@ -52,63 +55,90 @@ _TAIL = 16
 class ThoughtSplitter:
     """Takes an answer apart while it is written: `feed` it pieces, then `end` it.
 
-    Both yield `(is_thought, text)`. Text is held back while it may still be a part of a tag.
+    Both yield `(is_thought, text)`. Text is held back while it may still be a part of a tag. In gpt-oss's channels
+    thoughts may come between two things that are said; elsewhere all that follows the first thought is said.
     """
 
     def __init__(self, *, opened: bool = False) -> None:
         self.inside = opened
         """True while what comes is a thought."""
-        self._closers: tuple[str, ...] = tuple(close for _, close in TAGS)
-        self.started = opened
-        """True once it is known whether there is a thought."""
+        self.turns = 0
+        """How often a thought ended or another one began."""
+        self._started = opened
+        self._marks: tuple[str, ...] = (*(close for _, close in TAGS), *_CHANNEL_OF) if opened else ()
+        """What may end the part that is read."""
         self._held = ""
+        self._gap = ""
+        """Goes before the next thing that is said: a break, where something was said before."""
+        self._said = False
         self._between = False
-        """True after a thought, until something but white space is said."""
-        self.ended = False
-        """True once a thought has been ended by its tag."""
+        """True after a mark, until something but white space is said."""
+
+    @property
+    def settled(self) -> bool:
+        """True once all that comes is said."""
+        return self._started and not self._marks
 
     def feed(self, piece: str) -> Iterator[tuple[bool, str]]:
         """The parts that are certain now."""
         self._held += piece
-        if not self.started and not self._start():
+        if not self._started and not self._start():
             return
-        if self.inside:
-            yield from self._think()
-        if not self.inside:
-            said = self._held.lstrip() if self._between else self._held
-            self._held = ""
-            if said:
-                self._between = False
-                yield False, said
+        while found := [(self._held.find(mark), mark) for mark in self._marks if mark in self._held]:
+            place, mark = min(found)
+            part, self._held = self._held[:place], self._held[place + len(mark) :]
+            yield from self._part(part)
+            yield from self._pass(mark)
+        keep = max((_overlap(self._held, mark) for mark in self._marks), default=0)
+        part, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        yield from self._part(part)
 
     def end(self) -> Iterator[tuple[bool, str]]:
         """What was still held back."""
-        if self._held:
-            yield self.inside, self._held
-            self._held = ""
+        part, self._held = self._held, ""
+        yield from self._part(part)
 
     def _start(self) -> bool:
         """Whether it is known how the answer begins."""
         begun = self._held.lstrip()
-        if any(tag != begun and tag.startswith(begun) for tag, _ in _BEGINNINGS):
+        if any(tag != begun and tag.startswith(begun) for tag in _BEGINNINGS):
             return False  # nothing, or the beginning of a tag
-        self.started = True
-        for tag, close in _BEGINNINGS:
+        self._started = True
+        for tag in _BEGINNINGS:
             if begun.startswith(tag):
-                self.inside, self._closers, self._held = True, (close,), begun.removeprefix(tag)
+                self._held = begun.removeprefix(tag)
+                self.inside = True
+                self._marks = tuple(_CHANNEL_OF) if tag in CHANNELS else (dict(TAGS)[tag],)
+                if tag in _SAID:
+                    self._say(tag)
         return True
 
-    def _think(self) -> Iterator[tuple[bool, str]]:
-        found = [(self._held.find(tag), tag) for tag in self._closers if tag in self._held]
-        if found:
-            place, tag = min(found)
-            thought, self._held = self._held[:place], self._held[place + len(tag) :]
-            self.inside, self.ended, self._between = False, True, True
+    def _pass(self, mark: str) -> Iterator[tuple[bool, str]]:
+        """Go on behind a mark."""
+        channel = _CHANNEL_OF.get(mark, "")
+        if channel == CHANNELS[0]:
+            self.turns += not self.inside
+            self.inside, self._marks = True, tuple(_CHANNEL_OF)
+            yield True, "\n\n"
         else:
-            keep = max(_overlap(self._held, tag) for tag in (*self._closers, _GOES_ON))
-            thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        if thought := thought.replace(_GOES_ON, "\n\n"):
-            yield True, thought
+            self._say(channel)
+
+    def _say(self, channel: str) -> None:
+        self.turns += self.inside
+        self.inside, self._between = False, True
+        self._gap = "\n\n" if self._said else ""
+        self._marks = tuple(_CHANNEL_OF) if channel == CHANNELS[1] else ()
+
+    def _part(self, text: str) -> Iterator[tuple[bool, str]]:
+        if not self.inside and self._between:
+            text = text.lstrip()
+        if not text:
+            return
+        if self.inside:
+            yield True, text
+            return
+        yield False, self._gap + text
+        self._said, self._between, self._gap = True, False, ""
 
 
 def _overlap(text: str, tag: str) -> int:
@@ -163,7 +193,7 @@ def said_length(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answe
 
 
 def thought_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, opened: bool = False) -> int:
-    """How many tokens at an answer's start are its thought, tags included; all of them if it was cut there."""
+    """How many tokens of an answer are its thoughts, tags included; all of them if it was cut in the first."""
 
     decode = answer_decoder(tokenizer)
 
@@ -172,9 +202,15 @@ def thought_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, op
         list(splitter.feed(decode(ids[:count])))
         return splitter
 
-    if (head := read(_TAIL)).started and not head.inside and not head.ended:
+    if (head := read(_TAIL)).settled and not head.turns:
         return 0  # without reading all of it
     whole = read(len(ids))
-    if not whole.ended:
-        return len(ids) if whole.inside else 0
-    return bisect.bisect_left(range(len(ids)), True, key=lambda count: read(count).ended)
+    ends = [
+        bisect.bisect_left(range(len(ids)), True, key=lambda count, turn=turn: read(count).turns > turn)  # type: ignore[misc]
+        for turn in range(whole.turns)
+    ]
+    if whole.inside:
+        ends.append(len(ids))
+    if len(ends) % 2:
+        ends.insert(0, 0)  # it begins with a thought
+    return sum(ends[1::2]) - sum(ends[0::2])

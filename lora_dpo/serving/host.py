@@ -376,7 +376,9 @@ class Host:
                 request.deliver(piece)
         request.tokens = answer.tokens
         seconds, waited = time.monotonic() - began, began - request.since
-        return Completion(answer.text, answer.tokens, len(asked.prompt), answer.finished, seconds, waited)
+        return Completion(
+            answer.text, answer.tokens, len(asked.prompt), answer.finished, seconds, waited, answer.thought_tokens
+        )
 
 
 def open_host(

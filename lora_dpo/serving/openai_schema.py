@@ -365,12 +365,13 @@ def finish_reason(reply: Completion) -> str:
     return "stop" if reply.finished else "length"
 
 
-def usage(reply: Completion) -> dict[str, int]:
-    """Token counts."""
+def usage(reply: Completion) -> dict[str, Any]:
+    """Token counts. Those of thoughts are a part of `completion_tokens`, shown apart or not."""
     return {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.tokens,
         "total_tokens": reply.prompt_tokens + reply.tokens,
+        "completion_tokens_details": {"reasoning_tokens": reply.thought_tokens},
     }
 
 

@@ -34,6 +34,8 @@ class Completion:
     """Computing it."""
     waited: float
     """Seconds in the queue before that."""
+    thought_tokens: int = 0
+    """Of `tokens`, those that were thought before or between what is said."""
 
 
 StreamItem = str | Completion | LoraDPOError

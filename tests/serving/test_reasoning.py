@@ -62,13 +62,16 @@ def message_of(reply):
     return reply.json()["choices"][0]["message"]
 
 
+def chunks_of(reply):
+    lines = reply.text.splitlines()
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
 def streamed(reply):
     """What the deltas of a stream add up to, and their order."""
     found, order = {}, []
-    for line in reply.text.splitlines():
-        if not line.startswith("data: {"):
-            continue
-        delta = json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
+    for chunk in chunks_of(reply):
+        delta = chunk["choices"][0]["delta"]
         for name, text in delta.items():
             found[name] = found.get(name, "") + text
             order += [name] if text and name not in ("role", *order[-1:]) else []
@@ -88,6 +91,30 @@ def test_a_thought_is_beside_the_content_whole_and_streamed(served, kind):
         assert message_of(post(reasoning_format="auto")) == message
         assert message_of(post(reasoning_format="none")) == {"role": "assistant", "content": text, "refusal": None}
         assert streamed(post(reasoning_format="none", stream=True))[0] == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thoughts_tokens_are_counted_as_openai_counts_them(served, kind, tokenizer):
+    template, tokens, ends, text = KINDS[kind]
+    special = with_template(tokenizer, template, tokens=tokens, **ends)
+    said = text.rpartition("]" if kind == "special tokens" else ">")[2]
+    whole, beside = len(encode(special, text)), len(encode(special, said))
+    with served(text, template, tokens, **ends) as (post, _):
+        usage = post().json()["usage"]
+        assert usage["completion_tokens"] == whole
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": whole - beside}
+        assert post(reasoning_format="none").json()["usage"] == usage
+        assert chunks_of(post(stream=True, stream_options={"include_usage": True}))[-1]["usage"] == usage
+    with served("Two.") as (post, _):
+        assert post().json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
+def test_a_preamble_is_said_and_is_no_reasoning(served):
+    told = f"<|channel|>commentary<|message|>I look it up.{NEXT}<|channel|>final<|message|>Two."
+    with served(f"<|channel|>analysis<|message|>Hm.{NEXT}{told}", CHANNELS, HARMONY, eos="<|return|>") as (post, _):
+        wanted = {"role": "assistant", "content": "I look it up.\n\nTwo.", "reasoning_content": "Hm."}
+        assert message_of(post()) == {**wanted, "refusal": None}
+        assert streamed(post(stream=True))[0] == wanted
 
 
 def test_an_answer_without_a_thought_is_as_it_was(served):
