@@ -35,6 +35,8 @@ class Rematerialiser:
         self._recipes: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], Recipe]] | None = None
         self.kept: dict[int, int] | None = None
         """Set it to {} to count: bytes of each storage that a forward pass keeps for its backward pass."""
+        self._saved: list[weakref.ref[torch.Tensor]] = []
+        """What was saved while counting."""
         self._checkpointed = False
         self._made: tuple[Recipe | None, Any] = (None, None)
         """What was made again last."""
@@ -63,6 +65,10 @@ class Rematerialiser:
                 yield
         finally:
             self._recipes = None
+            for saved in self._saved:
+                if (tensor := saved()) is not None:  # else a graph was let go within the pass, such as DoRA's of a norm
+                    self._count(tensor)
+            self._saved.clear()
             for handle in registered:
                 handle.remove()
 
@@ -123,8 +129,10 @@ class Rematerialiser:
         noted = self._recipes.get(_place(tensor)) if self._recipes else None
         original = noted[0]() if noted else None
         if noted is None or original is None or original.numel() != tensor.numel() or not tensor.is_contiguous():
-            self._count(tensor)
-            return tensor.detach()  # the tensor itself would keep the graph alive that keeps the tensor
+            saved = tensor.detach()  # the tensor itself would keep the graph alive that keeps the tensor
+            if self.kept is not None:
+                self._saved.append(weakref.ref(saved))
+            return saved
         return noted[1], tensor.shape
 
     def _unpack(self, packed: Any) -> torch.Tensor:

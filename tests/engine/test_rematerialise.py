@@ -26,3 +26,43 @@ def test_a_pass_without_a_backward_pass_leaves_nothing(kind):
     gc.collect()
     after = sum(isinstance(thing, torch.Tensor) and thing.grad_fn is not None for thing in gc.get_objects())
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("view", "again"),
+    [
+        (lambda made: made, True),
+        (lambda made: made.reshape(-1), True),
+        (lambda made: made[:2], False),  # begins where the tensor does, and is a part of it
+        (lambda made: made.t(), False),  # all of it, in another order
+    ],
+    ids=["itself", "another shape", "its first rows", "transposed"],
+)
+def test_a_tensor_is_made_again_but_not_a_part_of_it_nor_another_order(view, again):
+    rematerialiser, made_again = Rematerialiser(tiny("llama")), []
+    source = torch.arange(12.0).reshape(3, 4)
+
+    def recipe():
+        made_again.append(True)
+        return source * 2
+
+    weight = torch.ones(view(source).shape, requires_grad=True)
+    with rematerialiser.active():
+        made = source * 2
+        rematerialiser.note(made, recipe, source)
+        total = (view(made) * weight).sum()
+        del made
+    total.backward()
+    assert torch.equal(weight.grad, view(source * 2))
+    assert bool(made_again) == again
+
+
+def test_what_a_graph_lets_go_within_a_pass_is_not_counted():
+    rematerialiser = Rematerialiser(tiny("llama"))
+    weight = torch.ones(8, 8, requires_grad=True)
+    rematerialiser.kept = counted = {}
+    with rematerialiser.active():
+        (torch.ones(8, 8) * weight).detach()  # saves the left factor, and its graph ends here
+        kept = torch.ones(4, 8) @ weight
+    assert list(counted.values()) == [4 * 8 * 4]
+    del kept
