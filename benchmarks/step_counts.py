@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bitsandbytes.functional import QuantState
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,6 +149,7 @@ def as_on_cuda(device: torch.device) -> Iterator[None]:
         mock.patch.object(products, "widens", return_value=True),
         mock.patch.object(torch.autograd.graph, "save_on_cpu", in_main_memory),
         mock.patch.object(products, "wide_product", fake_wide_product),
+        mock.patch("peft.tuners.lora.dora.dequantize_module_weight", unpacked_weight),
     ):
         yield
 
@@ -210,7 +211,7 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def meta_llama(size: str, layers: int | None = None, *, nf4: bool = False) -> Any:
+def meta_llama(size: str, layers: int | None = None, *, nf4: bool = False, dora: bool = False) -> Any:
     """A Llama with an adapter on the meta device, its linear layers bitsandbytes' if asked for, not packed yet."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -229,12 +230,21 @@ def meta_llama(size: str, layers: int | None = None, *, nf4: bool = False) -> An
                 setattr(parent, name, Linear4bit(*part.weight.shape[::-1], **NF4))
         model.requires_grad_(False)
         model.is_loaded_in_4bit = nf4
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names))
+        lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names, use_dora=dora)
+        with mock.patch("peft.tuners.lora.dora.dequantize_module_weight", unpacked_weight):
+            return get_peft_model(model, lora)
 
 
-def fake_nf4_llama(size: str, layers: int | None = None, device: str = "cpu") -> Any:
+def unpacked_weight(layer: Any) -> torch.Tensor:
+    """Stands for peft's function of a layer whose packed weight is no class of bitsandbytes', or not there yet."""
+    if (state := getattr(layer.weight, "quant_state", None)) is None:
+        return torch.empty(layer.out_features, layer.in_features, dtype=torch.bfloat16, device=layer.weight.device)
+    return dequantize_4bit(layer.weight.data, state)
+
+
+def fake_nf4_llama(size: str, layers: int | None = None, device: str = "cpu", *, dora: bool = False) -> Any:
     """A Llama in NF4 with an adapter; call it inside a `FakeTensorMode`."""
-    peft = meta_llama(size, layers, nf4=True)
+    peft = meta_llama(size, layers, nf4=True, dora=dora)
     for part in peft.modules():
         for name, value in list(part.named_parameters(recurse=False)):
             if isinstance(part, Linear4bit):

@@ -12,10 +12,14 @@ A layer keeps for its backward pass, per token (`pair_forward`, with its remater
     recurrent layer  what a run of it on tensors without values keeps (`layer_costs.py`)
     each adapter     A's output r·w; its input too where it is not a norm's output or the MLP's product; of an expert
                      what it reads: E·w and I·w
+    DoRA             of each adapter both halves, which it scales: W·x and B·A·x, 2·O·w for O outputs; on packed layers
+                     hidden states, W·x, gate and up are float32 then, and each adapter keeps its input cast to w bytes
 
 and per pair the keys and values of the prefix once more, for the rejected branch: 2·K·D·w·prefix, and, where there is
 no kernel without one, that branch's mask: w·rejected·(prefix + rejected). A pass over any number of pairs keeps each
-stacked weight that has an adapter once more, with B·A in it.
+stacked weight that has an adapter once more, with B·A in it; with dropout DoRA keeps what it unpacks or casts of W.
+For DoRA a pass makes the norms of the rows of W + s·B·A: B·A as B(A(1)) of the identity matrix, and four matrices of
+W's size beside each other, which are free again before the next module.
 """
 
 from __future__ import annotations
@@ -28,9 +32,11 @@ from lora_dpo.engine.layer_costs import (
     PARTS,
     AttentionSizes,
     attention_sizes,
+    dora_weights,
     layer_token_bytes,
     merged_sizes,
     norm_bytes,
+    stream_itemsize,
 )
 from lora_dpo.model.experts import active_share, expert_weights
 from lora_dpo.model.quantised import quantised_layers
@@ -106,6 +112,8 @@ class LayerShape:
     """How many tokens back it sees; None: all."""
     merged: tuple[int, ...] = ()
     """Elements of each stacked weight with an adapter on it."""
+    held: int = 0
+    """Elements of the weights that DoRA with dropout keeps for a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,14 @@ class CostModel:
     trainable: int
     whole: int = 0
     """Of these, the parameters of modules that are trained whole."""
+    stream_itemsize: int = 0
+    """Bytes of a number of the hidden states between layers; 0: as in the compute dtype."""
+    row_norms_bytes: int = 0
+    """The most that DoRA works in at once, for the norms of one matrix's rows."""
+
+    @property
+    def _wide(self) -> int:
+        return self.stream_itemsize or self.itemsize
 
     def layer_bytes(self, layer: LayerShape, pair: PairShape) -> float:
         """Bytes that one pair keeps in one layer."""
@@ -166,14 +182,14 @@ class CostModel:
         active = self.layers[self.depth :]
         again = min(len(active), checkpointed)
         inputs = min(again, 1) if offload else again
-        kept = float(self.outside_bytes * pair.stream + inputs * self.hidden * self.itemsize * pair.stream)
+        kept = float(self.outside_bytes * pair.stream + inputs * self.hidden * self._wide * pair.stream)
         kept += 0.0 if self.softcap else self.mask_bytes(pair)
         each = [self.layer_bytes(layer, pair) for layer in active]
         return kept + max(sum(each[again:]), 0.0 if at_head else max(each[:again], default=0.0))
 
     def pass_bytes(self, *, checkpointed: int = 0) -> float:
-        """Bytes that a pass keeps however many tokens it has: stacked weights with their adapters in them."""
-        each = [sum(layer.merged) * self.itemsize for layer in self.layers[self.depth :]]
+        """Bytes that a pass keeps however many tokens it has: stacked weights with their adapters in them, DoRA's."""
+        each = [(sum(layer.merged) + layer.held) * self.itemsize for layer in self.layers[self.depth :]]
         again = min(len(each), checkpointed)
         return float(max(sum(each[again:]), max(each[:again], default=0)))
 
@@ -184,6 +200,19 @@ class CostModel:
     def gradient_bytes(self) -> float:
         """Of the gradient of the largest such weight, from which those of A and B are made."""
         return float(max((size for layer in self.layers for size in layer.merged), default=0) * self.itemsize)
+
+    def backward_bytes(self, tokens: int) -> float:
+        """The space that the backward pass of a layer works in: about five tensors of the widest matrix's outputs."""
+        return 5.0 * tokens * self.widest * self._wide + self.gradient_bytes()
+
+    def norms_bytes(self, tokens: int, *, again: bool) -> float:
+        """The space that DoRA's norms are made in, beside the tensor of the widest matrix that waits meanwhile.
+
+        Args:
+            again: in a layer that is run again, where nothing is left to be made again: about two more such tensors.
+        """
+        waiting = tokens * self.widest * self._wide * (3 if again else 1)
+        return float(self.row_norms_bytes + waiting) if self.row_norms_bytes else 0.0
 
     def policy_flops(self, pair: PairShape, *, checkpointed: int = 0, below: bool = True) -> float:
         """FLOPs of a forward and backward pass: 4·N·S + 4·E·V·L, adapters and attention.
@@ -250,17 +279,20 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
     whole = [kind is not None and kind != "sliding_attention" for kind in kinds]
     # Under autocast peft casts what an unpacked layer's adapter reads to float32 and back: a copy for each.
     copies = itemsize < 4 and not packed
+    wide = stream_itemsize(layers, itemsize, packed=packed)
+    held = itemsize < 4 or packed  # else DoRA reads the weight itself
     stacked, share = {id(weight) for weight in expert_weights(base).values()}, active_share(config)
     tables = 2 if len({kind for kind in kinds if kind}) > 1 and hasattr(config, "rope_local_base_freq") else 1
     return CostModel(
         layers=tuple(
             LayerShape(
-                token_bytes=layer_token_bytes(layer, config, itemsize, copies=copies),
+                token_bytes=layer_token_bytes(layer, config, itemsize, copies=copies, wide=wide),
                 weights=_active_weights(layer, stacked, share),
                 adapter=sum(p.numel() for p in layer.parameters() if p.requires_grad),
                 attention=sizes[number],
                 window=None if whole[number] else window,
                 merged=tuple(merged_sizes(layer)),
+                held=sum(into * out for into, out, drops in dora_weights(layer) if drops and held),
             )
             for number, layer in enumerate(layers)
         ),
@@ -270,10 +302,29 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
         widest=_widest(layers),
         softcap=bool(getattr(config, "attn_logit_softcapping", None)) or _has_sinks(layers),
         itemsize=itemsize,
-        outside_bytes=2 * tables * width * itemsize + norm_bytes(config.hidden_size, 1, itemsize),
+        outside_bytes=2 * tables * width * itemsize + norm_bytes(config.hidden_size, 1, wide),
         weight_bytes=weight_bytes(base, itemsize=itemsize, packed=packed, form=form),
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         whole=sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name),
+        stream_itemsize=wide,
+        row_norms_bytes=_row_norms_bytes(layers, itemsize),
+    )
+
+
+def _row_norms_bytes(layers: Sequence[Any], itemsize: int) -> int:
+    """Of the adapter of DoRA's kind that needs most.
+
+    First there are the identity matrix in float32, its copy in the compute dtype, and B·A; then that copy beside B·A,
+    W, s·B·A and their sum, in float32.
+    """
+    found = [size for layer in layers for size in dora_weights(layer)]
+    copy = itemsize if itemsize < 4 else 0
+    return max(
+        (
+            max(into**2 * (4 + copy) + into * out * itemsize, into**2 * itemsize + 4 * into * out * 4)
+            for into, out, _ in found
+        ),
+        default=0,
     )
 
 

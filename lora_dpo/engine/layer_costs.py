@@ -7,6 +7,7 @@ not the configuration's, since layers of one model differ.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +62,16 @@ def attention_sizes(layer: Any, config: Any) -> AttentionSizes:
     return AttentionSizes()
 
 
-def layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -> int:
+def layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool, wide: int | None = None) -> int:
     """Bytes that a token keeps in a layer.
 
     Args:
         itemsize: of a number in the compute dtype.
         copies: whether each adapter that is not plain casts what it reads.
+        wide: bytes of a number between the layers' modules, if another (`stream_itemsize`).
     """
     sizes = attention_sizes(layer, config)
+    wide = itemsize if wide is None else wide
     kept: float = (2 * sizes.query + 2 * sizes.key) * itemsize + 4 * sizes.heads
     recurrent = recurrent_modules(layer)
     within = {id(part) for module in recurrent for part in module.modules()}
@@ -78,11 +81,13 @@ def layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -
         if id(part) in within:
             continue
         name = path.rpartition(".")[2]
-        kept += _module_bytes(name, part, sizes, config, itemsize)
+        kept += _module_bytes(name, part, sizes, config, wide)
         if hasattr(part, "lora_A") and "default" in part.lora_A and not hasattr(part, "parameter_name"):
             kept += part.lora_A["default"].out_features * itemsize
             read = part.lora_A["default"].in_features * itemsize
-            casts = copies and plain_adapter(part) is None
+            casts = (copies or wide > itemsize) and plain_adapter(part) is None
+            if dora_magnitude(part) is not None:  # its two halves, each of which is scaled: W·x and B·A·x
+                kept += _width_out(part) * ((itemsize if copies or name in _OUT else wide) + itemsize)
             own = casts or name in _OUT or type(part.lora_dropout["default"]).__name__ == "Dropout"
             if own:
                 kept += read
@@ -91,6 +96,30 @@ def layer_token_bytes(layer: Any, config: Any, itemsize: int, *, copies: bool) -
                 kept += 0 if parent in bare_input else read
                 bare_input.add(parent)
     return int(kept + _expert_bytes(layer, config, itemsize))
+
+
+def dora_magnitude(part: Any) -> Any:
+    """The magnitudes by which an adapter of DoRA's kind scales its layer's rows; None of other modules."""
+    held = getattr(part, "lora_magnitude_vector", None)
+    return held["default"] if held and hasattr(part, "lora_A") and "default" in held else None
+
+
+def stream_itemsize(layers: Sequence[Any], itemsize: int, *, packed: bool) -> int:
+    """Bytes of a number of the hidden states: those of the compute dtype, but float32's with DoRA on packed layers.
+
+    Its magnitudes are float32, and so is what peft makes of the product; of an unpacked layer it casts that back.
+    """
+    scaled = (part for layer in layers for part in layer.modules() if dora_magnitude(part) is not None)
+    return 4 if packed and next(scaled, None) is not None else itemsize
+
+
+def dora_weights(layer: Any) -> list[tuple[int, int, bool]]:
+    """Of each adapter of DoRA's kind in a layer: inputs, outputs, and whether it has dropout."""
+    return [
+        (_width_in(part), _width_out(part), type(part.lora_dropout["default"]).__name__ == "Dropout")
+        for part in layer.modules()
+        if dora_magnitude(part) is not None
+    ]
 
 
 def merged_sizes(layer: Any) -> list[int]:

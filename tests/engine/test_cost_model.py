@@ -46,6 +46,42 @@ def test_bytes_that_a_pair_keeps_are_predicted_for_every_kind_of_layer(kind):
     assert 0.8 < kept_by_the_engine(model, *pair) / predicted < 1.25
 
 
+def dora(kind, dtype, **lora):
+    small = small_copy(skeleton(kind)).to(dtype)
+    return attach_lora(small.requires_grad_(False), LoraSection(rank=4, dora=True, **lora), seed=0).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_what_dora_keeps_is_counted(kind, dtype):
+    model, pair = dora(kind, dtype), pair_of_tokens(600, 200)
+    cost = footprint(model, itemsize=dtype.itemsize, packed=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        counted = kept_by_the_engine(model, *pair)
+    assert 0.90 < counted / cost.kept_bytes(pair_shape(*pair)) < 1.05
+    assert cost.pass_bytes() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_dropout_dora_keeps_the_weights_that_it_casts(dtype):
+    """Of what dropout adds, the part that is the same for pairs of any length."""
+    added = []
+    for length in (100, 200):
+        pair = pair_of_tokens(length)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            plain, dropped = (kept_by_the_engine(dora("llama", dtype, dropout=share), *pair) for share in (0.0, 0.1))
+        added.append((pair_shape(*pair).stream, dropped - plain))
+    (few, less), (many, more) = added
+    same = less - few * (more - less) / (many - few)
+    model = dora("llama", dtype, dropout=0.1)
+    cost = footprint(model, itemsize=dtype.itemsize, packed=False)
+    lowest = base_of(model).model.layers[0].self_attn  # what these read has no gradient, for which no weight is needed
+    needless = sum(part.weight.numel() for part in (lowest.q_proj, lowest.k_proj, lowest.v_proj)) * 2
+    assert same == pytest.approx(max(0, cost.pass_bytes() - needless), rel=0.001, abs=1)
+    assert (cost.pass_bytes() > 0) == (dtype == torch.bfloat16)
+    assert cost.gradient_bytes() == 0  # frozen: no stacked weight with an adapter
+
+
 MIXTURES = ("qwen3_moe", "olmoe", "mixtral", "gpt_oss")
 
 

@@ -152,3 +152,20 @@ def test_the_plan_is_near_what_lives_at_the_peak_of_a_step(size, length, checkpo
     plan = part_bytes(cost, [pair_shape(prompt, answer, answer[::-1])], checkpointed, offload=offload)
     counted = held + max(ahead.peak, back.peak)
     assert 0.90 < counted / (held + 4 * cost.trainable + cost.rounded_bytes() + sum(plan)) < 1.05
+
+
+@pytest.mark.parametrize(("size", "checkpointed"), [("1b", 0), ("1b", 3), ("8b", 0)])
+def test_the_plan_is_near_what_dora_makes_of_it(size, checkpointed):
+    prompt, answer = list(range(128)), list(range(200, 200 + 1024 - 128))
+    pair = [{"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer[::-1]}]
+    with FakeTensorMode():
+        model = fake_nf4_llama(size, 4, dora=True)
+        ahead, back, kept = counted_step(model, pair, logged=True, checkpointed=checkpointed)
+    cost = footprint(meta_llama(size, 4, dora=True), itemsize=2, packed=True)
+    shape = pair_shape(prompt, answer, answer[::-1])
+    held = cost.weight_bytes + 12 * cost.trainable
+    plan = part_bytes(cost, [shape], checkpointed)
+    counted = held + max(ahead.peak, back.peak)
+    assert 0.90 < counted / (held + 4 * cost.trainable + cost.rounded_bytes() + sum(plan)) < 1.05
+    if not checkpointed:
+        assert 0.90 < kept * shape.stream / cost.kept_bytes(shape) < 1.05

@@ -298,7 +298,6 @@ def _measured(planned: Plan, costs: Costs, choice: Choice, emit: OnEvent) -> Pla
 
 
 def _notes(costs: Costs) -> Iterator[str]:
-    recipe = costs.run.recipe
     if costs.machine.card and costs.machine.card.kind == "amd":
         yield "Nothing here was tried on AMD's cards: that it runs there, and in this memory, is not claimed."
     if costs.machine.kind == "cpu" and not costs.machine.here:
@@ -310,8 +309,6 @@ def _notes(costs: Costs) -> Iterator[str]:
             "Recurrent layers are counted as transformers' own functions keep them (fused kernels keep less), and "
             "their time as that of their matrices. Use --measure."
         )
-    if recipe.lora.dora:
-        yield "DoRA keeps more for its backward pass than is predicted here. Use --measure."
 
 
 def keeps_states(model: PeftModel) -> bool:

@@ -284,8 +284,10 @@ def part_bytes(
         for at_head in (True, False)
     )
     merged = cost.pass_bytes(checkpointed=checkpointed)
-    temporaries = 5 * sum(pair.stream for pair in part) * cost.widest * cost.itemsize + cost.gradient_bytes()
-    return max((head + merged, float(_head_bytes(cost, labels))), (layer + merged, temporaries), key=sum)
+    tokens = sum(pair.stream for pair in part)
+    ahead = max(float(_head_bytes(cost, labels)), cost.norms_bytes(tokens, again=False))
+    back = max(cost.backward_bytes(tokens), cost.norms_bytes(tokens, again=checkpointed > 0))
+    return max((head + merged, ahead), (layer + merged, back), key=sum)
 
 
 def _head_bytes(cost: CostModel, labels: int) -> int:
