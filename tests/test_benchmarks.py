@@ -136,6 +136,23 @@ def test_without_a_card_the_check_says_how_to_rehearse_it(monkeypatch):
         gpu_check.main(["equal"])
 
 
+@pytest.mark.parametrize(("words", "left_on"), [([], False), (["--cudnn"], True)])
+def test_the_check_of_a_gpu_switches_cudnns_attention_off(words, left_on, tmp_path, monkeypatch):
+    """It makes a plan for each new length, and the lengths of streams are new in every step."""
+    seen = []
+    for name, value in (("is_available", True), ("mem_get_info", (8 << 30, 8 << 30)), ("get_device_name", "A card")):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    monkeypatch.setattr(gpu_check, "machine", lambda options: {})
+    monkeypatch.setattr(gpu_equal, "run", lambda check: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        assert gpu_check.main(["equal", *words, "--output", str(tmp_path)]) == 0
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [left_on]
+
+
 def test_the_check_of_a_gpu_goes_on_after_a_part_that_failed(tmp_path, monkeypatch, capsys):
     asked = []
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from tiny import build, columns, pair, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -22,7 +24,7 @@ from lora_dpo.engine.cost_model import footprint, pair_shape
 from lora_dpo.training.planning.memory_plan import part_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, no part of the package
-from step_counts import counted_step, fake_nf4_llama, hh_rows, meta_llama
+from step_counts import Counting, counted_step, fake_nf4_llama, hh_rows, meta_llama
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,30 @@ def test_a_mask_would_be_seen(monkeypatch):
     with FakeTensorMode():
         ahead, back, _ = counted_step(fake_nf4_llama("8b", 1), hh_rows())
     assert all(any("masked" in name for name in counts.kernels) for counts in (ahead, back))
+
+
+def test_without_flash_attention_the_memory_efficient_kernel_takes_its_place_without_a_mask(monkeypatch):
+    """As with torch's wheels for Windows, which are published without it. (Its backward pass has values alone.)"""
+
+    def bias(*sizes):
+        with _disable_current_modes():  # a class of tensors of its own, which no mode can make
+            return causal_lower_right(*sizes)
+
+    monkeypatch.setattr(attention, "causal_lower_right", bias)
+    monkeypatch.setattr(torch.nn.attention.bias, "can_use_flash_attention", lambda params: False)
+    monkeypatch.setattr(torch.nn.attention.bias, "can_use_efficient_attention", lambda params: True)
+    with FakeTensorMode(), Counting() as counting:
+        query, key = (torch.empty(2, 4, tokens, 16, dtype=torch.bfloat16) for tokens in (5, 9))
+        attention.lower_right(query, key, key, None)
+    assert counting.counts.kernels == {"_efficient_attention_forward": 1}  # a mask would be seen in its name
+
+
+def test_without_any_fused_kernel_the_last_tokens_see_what_they_should():
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, tokens, 16, generator=draw) for tokens in (5, 9, 9))
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(diagonal=4)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert torch.allclose(attention.lower_right(query, key, value, None), wanted, atol=1e-6)
 
 
 def on_another_device():
