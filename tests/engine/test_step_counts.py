@@ -24,13 +24,39 @@ from lora_dpo.engine.cost_model import footprint, pair_shape
 from lora_dpo.training.planning.memory_plan import part_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, no part of the package
-from step_counts import Counting, counted_step, fake_nf4_llama, hh_rows, meta_llama
+from step_counts import Counting, Counts, counted_step, fake_nf4_llama, hh_rows, meta_llama
+
+
+def counted_of_8b(layers):
+    with FakeTensorMode():
+        return counted_step(fake_nf4_llama("8b", layers), hh_rows())
+
+
+def of_all_layers(two, three, layers=32):
+    """What so many layers make of it, each like the third: its own share is added for each."""
+    more = layers - 2
+
+    def of(few, many):
+        names = few.kernels.keys() | many.kernels.keys()
+        kernels = {name: few.kernels[name] + more * (many.kernels[name] - few.kernels[name]) for name in names}
+        return Counts(Counter(kernels), traffic=few.traffic + more * (many.traffic - few.traffic))
+
+    return of(two[0], three[0]), of(two[1], three[1]), two[2] + more * (three[2] - two[2])
 
 
 @pytest.fixture(scope="module")
 def eight_billion():
-    with FakeTensorMode():
-        return counted_step(fake_nf4_llama("8b"), hh_rows())
+    return of_all_layers(counted_of_8b(2), counted_of_8b(3))
+
+
+@pytest.mark.slow
+def test_all_32_layers_are_counted_as_the_third_is(eight_billion):
+    for ours, counted in zip(eight_billion, counted_of_8b(32), strict=True):
+        if isinstance(counted, Counts):
+            assert ours.kernels == counted.kernels
+            assert ours.traffic == counted.traffic
+        else:
+            assert ours == pytest.approx(counted, rel=1e-12)
 
 
 def test_a_step_of_an_8b_model_is_lean(eight_billion):
