@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,22 +87,28 @@ def recurrent_layers(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]
     return [module for layer in layers for module in layer.modules() if _cache_of(module) is not None]
 
 
+_forked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Modules that have another forward now: without any, which is usual, no model is searched for them at each token."""
+
+
 def fork(layers: Sequence[torch.nn.Module], spans: Sequence[Span]) -> None:
     """Let recurrent layers run on the stream of these pairs, until `join`."""
     for module in recurrent_layers(layers):
         _own_forward(module)
         module.forward = _Forked(module, spans)
+        _forked.add(module)
 
 
 def join(layers: Sequence[torch.nn.Module]) -> None:
     """Give recurrent layers their own forward back."""
-    for module in recurrent_layers(layers):
+    for module in recurrent_layers(layers) if _forked else ():
         _own_forward(module)
 
 
 def _own_forward(module: torch.nn.Module) -> None:
     forked = vars(module).get("forward")
     if isinstance(forked, _Forked):
+        _forked.discard(module)
         del module.forward
         if forked.was_set:
             module.forward = forked.plain

@@ -375,10 +375,8 @@ class Host:
             if piece:
                 request.deliver(piece)
         request.tokens = answer.tokens
-        seconds, waited = time.monotonic() - began, began - request.since
-        return Completion(
-            answer.text, answer.tokens, len(asked.prompt), answer.finished, seconds, waited, answer.thought_tokens
-        )
+        spent = time.monotonic() - began, began - request.since, answer.thought_tokens
+        return Completion(answer.text, answer.tokens, len(asked.prompt), answer.finished, *spent)
 
 
 def open_host(
