@@ -9,6 +9,7 @@ logprobs            hidden states of the stream to per-token log-probabilities
 rematerialise       activation recomputation: cheap results are made again in the backward pass
 checkpointing       which layers are run again in the backward pass, and where their inputs wait
 trunk_cache         hidden states of the frozen layers below the lowest adapted one, kept for policy and reference
+segments            each layer on some pairs after the other, so that weights that visit come once
 pair_batch          a step's pairs: gradient-accumulation batches as one, and its rows without the padding
 pair_forward        a transformers model on a stream of pairs
 small_copy          a model's class and configuration at a size that runs in milliseconds

@@ -17,6 +17,7 @@ from lora_dpo import places
 from lora_dpo.config.recipe import EngineSection
 from lora_dpo.engine import PairForward
 from lora_dpo.engine.checkpointing import checkpoint_lowest
+from lora_dpo.engine.forked_states import recurrent_layers
 from lora_dpo.engine.layout import pack
 from lora_dpo.engine.objective import Objective
 from lora_dpo.engine.pair_batch import Inputs, PairBatch, assemble, merge_batches, model_inputs, padded
@@ -30,8 +31,10 @@ from lora_dpo.engine.token_budget import (
     CPU_TOKENS,
     CUDA_TOKENS,
     SHARE,
+    StreamedBudget,
     TokenBudget,
     passing_bytes,
+    stream_token_bytes,
     tokens_without_gradients,
     widest_of,
 )
@@ -41,6 +44,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import steady
 from lora_dpo.model.device import free_bytes, give_back_memory, out_of_memory
 from lora_dpo.model.lora import base_of, is_reference, reference
+from lora_dpo.model.visiting import visiting_of
 from lora_dpo.systems import nearest_existing
 
 logger = logging.getLogger(__name__)
@@ -61,12 +65,18 @@ class Engine:
                 "engine.offload moves what layers are given from a GPU to main memory, and this run computes on the "
                 "CPU. Leave it out."
             )
+        base = base_of(objective.model)
+        self.visiting = visiting_of(base)
+        """The base's weights, if they visit the device."""
+        if self.visiting is not None and objective.args.world_size > 1:
+            raise ConfigError(
+                f"model.stream is for one process, and there are {objective.args.world_size}. Set it to off."
+            )
         self.gathered: list[Inputs] = []
         """Batches of the optimiser step that is being gathered."""
-        base = base_of(objective.model)
         self.proof = proof_of(base)
         """What trying a small copy of the base found."""
-        compute = _compute_dtype(objective)
+        self.compute = compute = _compute_dtype(objective)
         self.usual_tokens = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
         weighting = ("log_sum_sq_probs",) if objective.use_weighting else ()
         self.forward = PairForward(
@@ -79,15 +89,10 @@ class Engine:
             hidden=base.config.hidden_size, widest=widest_of(base), itemsize=compute.itemsize
         )
         """Bytes that a token needs in a pass without gradients."""
+        self._in_segments = False
+        """Whether a layer may run on some pairs of a stream after the other."""
         layers = decoder_layers(base)[lowest_adapted_layer(base) :]  # those below run without gradients
-        budget = TokenBudget(
-            layers=len(layers),
-            may_checkpoint=objective.args.gradient_checkpointing,
-            checkpoint_bytes=0 if settings.offload else base.config.hidden_size * compute.itemsize,
-            cap=self.scoring_tokens,
-            free=lambda: free_bytes(self.device),
-            set_checkpointing=lambda count: checkpoint_lowest(layers, count, offload=settings.offload),
-        )
+        budget = self._budget(base, layers, settings, compute.itemsize)
         self.whole_step = WholeStep(
             objective, self.forward, budget, lambda batch: self.kept_bytes(batch), split_pairs=settings.split_pairs
         )
@@ -96,6 +101,25 @@ class Engine:
         self.last: StepRecord
         """The last step."""
         self._moved = False
+
+    def _budget(self, base: Any, layers: Any, settings: EngineSection, itemsize: int) -> TokenBudget:
+        hidden, below = base.config.hidden_size, len(decoder_layers(base)) - len(layers)
+        visiting = self.visiting if self.visiting is not None and self.visiting.layers else None
+        before = None if visiting is None else lambda number: visiting.arrive(below + number)
+        given: dict[str, Any] = dict(
+            layers=len(layers),
+            may_checkpoint=self.objective.args.gradient_checkpointing or visiting is not None,
+            checkpoint_bytes=0 if settings.offload else hidden * itemsize,
+            cap=self.scoring_tokens,
+            free=lambda: free_bytes(self.device),
+            set_checkpointing=lambda count: checkpoint_lowest(layers, count, offload=settings.offload, before=before),
+        )
+        if visiting is None:
+            return TokenBudget(**given)
+        stream_bytes = len(layers) * given["checkpoint_bytes"] + stream_token_bytes(hidden=hidden, itemsize=itemsize)
+        # Not where layers hand on more than their output, or are told where all pairs of the stream lie.
+        self._in_segments = self.proof.trunk and not recurrent_layers(decoder_layers(base))
+        return StreamedBudget(**given, stream_bytes=stream_bytes, in_segments=self._in_segments)
 
     @property
     def moved(self) -> bool:
@@ -158,7 +182,9 @@ class Engine:
             rounds, bound = accelerator.autocast(), ROUNDED_DIFFERENCE
         with torch.no_grad(), steady(base), rounds, self.forward.log(False):
             ours_RT = base(**call).log_probs.cpu().double()  # Apple's GPUs have no float64
-            with self.forward.passed_on():
+            # TRL's reads the head past its module
+            whole = contextlib.nullcontext() if self.visiting is None else self.visiting.whole_head()
+            with self.forward.passed_on(), whole:
                 theirs_RT = base(**call).log_probs.cpu().double()
         sums = torch.stack([(ours_RT - theirs_RT).abs().sum(), (call["labels"][:, 1:] != -100).sum().cpu()])
         off, tokens = accelerator.gather(sums[None].float().to(self.device)).sum(dim=0).tolist()
@@ -172,9 +198,10 @@ class Engine:
         objective = self.objective
         with torch.no_grad(), steady(objective.model), objective.accelerator.autocast(), self.forward.log(True):
             outputs = []
-            parts = [batch.select(pairs) for pairs in pack(batch.lengths, self._at_once(max(batch.lengths)))]
+            chosen, segment = self._without_gradients(batch.lengths)
+            parts = [batch.select(pairs) for pairs in chosen]
             for part in parts:
-                with self.forward.on(part):
+                with self.forward.on(part), self.forward.in_segments(segment):
                     outputs.append(objective.model(**model_inputs(part.inputs)))
             return assemble(outputs, parts)
 
@@ -254,6 +281,15 @@ class Engine:
             token_bytes=self.passing_bytes, free=free, longest=longest, cap=self.scoring_tokens
         )
 
+    def _without_gradients(self, lengths: list[int]) -> tuple[list[list[int]], int | None]:
+        """The parts that pairs are run in without gradients, and how many tokens of one run through a layer at once."""
+        at_once = self._at_once(max(lengths))
+        if not self._in_segments:
+            return pack(lengths, at_once), None
+        room = free_bytes(self.device) * (1 - SHARE)  # beside what a layer works in
+        hidden, itemsize = base_of(self.objective.model).config.hidden_size, self.compute.itemsize
+        return pack(lengths, max(at_once, int(room / stream_token_bytes(hidden=hidden, itemsize=itemsize)))), at_once
+
     def _score_in_parts(self, batch: PairBatch, pairs: list[int], scored: dict[int, PairLogps]) -> None:
         """Score some pairs of a batch, and note each part as it is done."""
         objective = self.objective
@@ -263,11 +299,11 @@ class Engine:
         with contextlib.ExitStack() as stack:
             for each in (*exact, self.forward.log(False)):
                 stack.enter_context(each)
-            lengths = [batch.lengths[index] for index in pairs]
-            for places in pack(lengths, self._at_once(max(lengths))):
+            packed, segment = self._without_gradients([batch.lengths[index] for index in pairs])
+            for places in packed:
                 chosen = [pairs[place] for place in places]
                 part = batch.select(chosen)
-                with self.forward.on(part):
+                with self.forward.on(part), self.forward.in_segments(segment):
                     log_probs_RT = model(**model_inputs(part.inputs)).log_probs
                 sums = answer_sums(log_probs_RT, padded(part.scored, log_probs_RT.shape[1] + 1))
                 scored.update(zip(chosen, sums, strict=True))

@@ -5,10 +5,15 @@ Shape suffixes: S stream tokens, E hidden width, L labelled tokens, R rows, T co
 log p(y) = z_y - log Σ_v exp z_v,  z = scale·W·h,  so  ∂ log p(y) / ∂h = scale·(W_y - Σ_v p_v·W_v).
 That gradient does not depend on what comes after, so the forward pass makes it while it has the softmax:
 `[L, E]` numbers are kept for the backward pass, never `[L, V]`, and no product is computed twice.
+
+A head that lives in main memory comes in chunks of c rows, twice: once for Σ exp z, by the largest logit so far
+(online; Milakov & Gimelshein 2018, arXiv 1805.02867), and once more for the gradient, whose logits are computed anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +22,11 @@ from lora_dpo.engine.products import product
 
 TILE = 1 << 25
 """Logits in memory at once: 134 MB in float32."""
+
+HEAD_TILE = 1 << 24
+"""The same of a head that comes in chunks: a chunk is on the device beside them, and the next one too."""
+LEAST_ROWS = 256
+"""Of a chunk: products with fewer are slow."""
 
 EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL logs or weights with beside log-probabilities; each costs passes over the whole vocabulary."""
@@ -54,6 +64,152 @@ def head_values(
     """
     values = _HeadValues.apply(hidden_LE, weight_VE, bias_V, label_L, scale, softcap, extras)  # type: ignore[no-untyped-call]
     return HeadValues(*values)
+
+
+Chunks = Callable[[int], Iterator[tuple[int, torch.Tensor]]]
+"""Gives a head's weight in chunks of at most so many rows: the number of the first row, and `[c, E]`."""
+
+
+def rows_at_once(labels: int) -> int:
+    """Rows of a head that come at once, for so many labelled tokens."""
+    return max(LEAST_ROWS, HEAD_TILE // max(1, labels))
+
+
+def chunked_head_values(
+    hidden_LE: torch.Tensor,
+    chunks: Chunks,
+    bias_V: torch.Tensor | None,
+    label_L: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    extras: tuple[str, ...] = (),
+) -> HeadValues:
+    """As `head_values`, of a head that comes chunk by chunk: once, and once more where a gradient is wanted."""
+    head = _Chunked(chunks, bias_V, label_L, scale, softcap, rows_at_once(len(label_L)))
+    values = _ChunkedHeadValues.apply(hidden_LE, head, extras)  # type: ignore[no-untyped-call]
+    return HeadValues(*values)
+
+
+class _ChunkedHeadValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_LE, head, extras):  # type: ignore[no-untyped-def]
+        kind = hidden_LE.device.type
+        compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_LE.dtype
+        wanted = ctx.needs_input_grad[0]
+        ctx.hidden_dtype = hidden_LE.dtype
+        with torch.autocast(kind, enabled=False):
+            inside_LE = hidden_LE.to(compute)
+            sums = head.sums(inside_LE, extras)
+            if wanted:
+                ctx.save_for_backward(head.slope(inside_LE, sums))
+        found = sums.values(extras)
+        result = tuple(found.get(name) for name in ("log_probs", *EXTRAS))
+        ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_L: torch.Tensor, *_: Any):  # type: ignore[no-untyped-def]
+        (slope_LE,) = ctx.saved_tensors
+        return (grad_L[:, None] * slope_LE).to(ctx.hidden_dtype), None, None
+
+
+class _Sums:
+    """What is known of the logits z of L tokens after some chunks of the vocabulary."""
+
+    def __init__(self, label_L: torch.Tensor) -> None:
+        self.label_L, self.columns = label_L, 0
+        self.picked_L = torch.zeros(label_L.shape, device=label_L.device)
+        self.top_L = torch.full_like(self.picked_L, -torch.inf)
+        self.first_L = torch.zeros_like(label_L)
+        """Where the largest one is."""
+        self.sum_L, self.moment_L, self.square_L, self.plain_L = (torch.zeros_like(self.picked_L) for _ in range(4))
+        """Σ exp(z - top), Σ (z - top)·exp(z - top), Σ exp(z - top)², Σ z."""
+
+    def add(self, start: int, logits_Lc: torch.Tensor, extras: tuple[str, ...]) -> None:
+        """Take in the logits of a chunk, which are used up."""
+        place_L, inside_L = place_in(self.label_L, start, logits_Lc.shape[1])
+        self.picked_L = torch.where(inside_L, logits_Lc.gather(1, place_L[:, None]).squeeze(1), self.picked_L)
+        self.columns += logits_Lc.shape[1]
+        if "mean_logits" in extras:
+            self.plain_L += logits_Lc.sum(dim=-1)
+        highest_L, at_L = logits_Lc.max(dim=-1)
+        self.first_L = torch.where(highest_L > self.top_L, at_L + start, self.first_L)
+        top_L = torch.maximum(self.top_L, highest_L)
+        fall_L = self.top_L - top_L
+        shrunk_L = fall_L.exp()
+        # before the first chunk the fall is infinite, and 0·∞ no number
+        fallen_L = torch.where(self.sum_L > 0, self.sum_L * fall_L, 0.0)
+        self.moment_L = (self.moment_L + fallen_L) * shrunk_L
+        self.sum_L, self.square_L, self.top_L = self.sum_L * shrunk_L, self.square_L * shrunk_L**2, top_L
+        shifted_Lc = logits_Lc.sub_(top_L[:, None])
+        exp_Lc = torch.exp(shifted_Lc) if "entropy" in extras else shifted_Lc.exp_()
+        self.sum_L += exp_Lc.sum(dim=-1)
+        if "entropy" in extras:
+            self.moment_L += shifted_Lc.mul_(exp_Lc).sum(dim=-1)
+        if "log_sum_sq_probs" in extras:
+            self.square_L += exp_Lc.square_().sum(dim=-1)
+
+    def values(self, extras: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """What was asked for, `[L]` each, when all chunks were there."""
+        log_L = self.sum_L.log()
+        found = {
+            "log_probs": self.picked_L - self.top_L - log_L,
+            "entropy": log_L - self.moment_L / self.sum_L,  # log Z - Σ p·z
+            "log_sum_sq_probs": self.square_L.log() - 2 * log_L,
+            "mean_logits": self.plain_L / self.columns,
+            "is_top1": self.first_L == self.label_L,
+        }
+        return {name: value for name, value in found.items() if name in ("log_probs", *extras)}
+
+
+@dataclass(frozen=True)
+class _Chunked:
+    """A head that comes in chunks, and the labels of L tokens."""
+
+    chunks: Chunks
+    bias_V: torch.Tensor | None
+    label_L: torch.Tensor
+    scale: float
+    softcap: float | None
+    rows: int
+
+    def sums(self, hidden_LE: torch.Tensor, extras: tuple[str, ...]) -> _Sums:
+        """What the values are made of."""
+        sums = _Sums(self.label_L)
+        for start, weight_cE in self.chunks(self.rows):
+            sums.add(start, self._logits(hidden_LE, start, weight_cE.to(hidden_LE.dtype)), extras)
+        return sums
+
+    def slope(self, hidden_LE: torch.Tensor, sums: _Sums) -> torch.Tensor:
+        """∂ log p / ∂h `[L, E]` in float32; rounded where `_tile` rounds."""
+        slope_LE = torch.zeros(hidden_LE.shape, device=hidden_LE.device)
+        for start, weight_cE in self.chunks(self.rows):
+            weight_cE = weight_cE.to(hidden_LE.dtype)
+            logits_Lc = self._logits(hidden_LE, start, weight_cE)
+            bend_Lc = None if self.softcap is None else 1 - (logits_Lc / self.softcap).square_()
+            part_Lc = logits_Lc.sub_(sums.top_L[:, None]).exp_().div_(sums.sum_L[:, None]).neg_()
+            place_L, inside_L = place_in(self.label_L, start, part_Lc.shape[1])
+            part_Lc.scatter_add_(1, place_L[:, None], inside_L.to(part_Lc.dtype)[:, None])
+            if bend_Lc is not None:
+                part_Lc = part_Lc.mul_(bend_Lc)
+            slope_LE += product(part_Lc.to(weight_cE.dtype), weight_cE, torch.float32)
+        return slope_LE.mul_(self.scale)
+
+    def _logits(self, hidden_LE: torch.Tensor, start: int, weight_cE: torch.Tensor) -> torch.Tensor:
+        logits_Lc = product(hidden_LE, weight_cE.t(), torch.float32)
+        if self.bias_V is not None:
+            logits_Lc += self.bias_V[start : start + len(weight_cE)]
+        if self.scale != 1.0:
+            logits_Lc *= self.scale
+        return logits_Lc if self.softcap is None else logits_Lc.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def place_in(label_L: torch.Tensor, start: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where labels lie in a chunk of the vocabulary, 0 for those that do not, and whether they do."""
+    place_L = label_L - start
+    inside_L = (place_L >= 0) & (place_L < columns)
+    return torch.where(inside_L, place_L, 0), inside_L
 
 
 class _HeadValues(torch.autograd.Function):

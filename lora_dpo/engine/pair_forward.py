@@ -17,10 +17,12 @@ from lora_dpo.engine.attention import NAME, PLAN, StreamPlan
 from lora_dpo.engine.forked_states import fork, join
 from lora_dpo.engine.fused_layers import FusedLayers
 from lora_dpo.engine.layout import Layout, lay_out
-from lora_dpo.engine.logprobs import HeadValues, head_values, to_rows
+from lora_dpo.engine.logprobs import HeadValues, chunked_head_values, head_values, to_rows
 from lora_dpo.engine.pair_batch import Part, rows_of
 from lora_dpo.engine.rematerialise import Rematerialiser
+from lora_dpo.engine.segments import in_segments
 from lora_dpo.engine.trunk_cache import TrunkCache, decoder_layers, from_trunk, lowest_adapted_layer, trunk_hidden
+from lora_dpo.model.visiting import visiting_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +90,12 @@ def stream_hidden(model: Any, layout: Layout, **kwargs: Any) -> torch.Tensor:
 def label_values(model: Any, hidden_SE: torch.Tensor, layout: Layout, extras: tuple[str, ...] = ()) -> HeadValues:
     """The output head on those tokens of the stream that predict a label, and on no other."""
     head = model.get_output_embeddings()
-    scale, softcap = logit_scale(model), logit_softcap(model)
-    predicting_LE = hidden_SE[layout.predictor_L]
-    return head_values(
-        predicting_LE, head.weight, head.bias, layout.label_L, scale=scale, softcap=softcap, extras=extras
-    )
+    predicting_LE, label_L = hidden_SE[layout.predictor_L], layout.label_L
+    given: Any = dict(scale=logit_scale(model), softcap=logit_softcap(model), extras=extras)
+    visiting = visiting_of(model)
+    if visiting is not None:
+        return chunked_head_values(predicting_LE, visiting.head_rows, head.bias, label_L, **given)
+    return head_values(predicting_LE, head.weight, head.bias, label_L, **given)
 
 
 @contextlib.contextmanager
@@ -182,6 +185,8 @@ class PairForward:
         """Whether it was said that a training call could not run as a stream."""
         self.part: Part | None = None
         """The part of a batch that the next passes are of (`on`)."""
+        self.segment: int | None = None
+        """Most tokens that a layer runs on at once; None: all of the stream."""
         self.rematerialiser = Rematerialiser(model) if rematerialise else None
         self.fused = FusedLayers(model)
         inner = self
@@ -249,6 +254,15 @@ class PairForward:
             self.part = None
 
     @contextlib.contextmanager
+    def in_segments(self, most: int | None) -> Iterator[None]:
+        """Inside the block a layer runs on at most so many tokens at once; a longer pair is not parted."""
+        before, self.segment = self.segment, most
+        try:
+            yield
+        finally:
+            self.segment = before
+
+    @contextlib.contextmanager
     def passed_on(self) -> Iterator[None]:
         """Inside the block every pass goes to the forward that was there before."""
         self.off = True
@@ -297,13 +311,16 @@ class PairForward:
         keep = self.rematerialiser is not None and torch.is_grad_enabled()
         with self.rematerialiser.active() if keep else contextlib.nullcontext():  # type: ignore[union-attr]
             if self.trunk is None or self.depth == 0:
-                return stream_hidden(self.model, layout)
+                return self._run(layout)
             below_SE = trunk_hidden(self.model, self._run, layout, rows, self.depth, self.trunk)
             with from_trunk(self.model, self.depth, below_SE):
-                return stream_hidden(self.model, layout)
+                return self._run(layout)
 
     def _run(self, layout: Layout) -> torch.Tensor:
-        return stream_hidden(self.model, layout)
+        if self.segment is None:
+            return stream_hidden(self.model, layout)
+        with in_segments(self.model, layout.spans, self.segment):
+            return stream_hidden(self.model, layout)
 
     def tables(self, hidden_SE: torch.Tensor, layout: Layout) -> Any:
         """TRL's output of a stream's last hidden states `[S, E]`: per-token tables `[R, T-1]`."""

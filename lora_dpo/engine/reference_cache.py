@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_dpo.model.lora import REFERENCE
+from lora_dpo.model.lora import REFERENCE, base_of
 
 if TYPE_CHECKING:
     import torch
@@ -163,6 +163,8 @@ def reference_name(model: Any, compute_dtype: torch.dtype) -> str:
     """
     import torch
 
+    from lora_dpo.model.visiting import visiting_of
+
     digest = hashlib.blake2b(digest_size=16)
     named = REFERENCE if REFERENCE in model.peft_config else None
     config = {key: value for key, value in model.get_base_model().config.to_dict().items() if key not in _NOT_MATHS}
@@ -172,7 +174,7 @@ def reference_name(model: Any, compute_dtype: torch.dtype) -> str:
         parts.append([adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora])
         parts.append([adapter.rank_pattern, adapter.alpha_pattern])
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
-    others = set(model.peft_config) - {named}
+    others, visiting = set(model.peft_config) - {named}, visiting_of(base_of(model))
     weights = {}
     for name, parameter in model.named_parameters():
         path = name.split(".")
@@ -182,10 +184,10 @@ def reference_name(model: Any, compute_dtype: torch.dtype) -> str:
         weights[".".join(part for part in path if part not in _WRAPPED)] = parameter
     for name, parameter in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(_content(parameter.data))
+        digest.update(_content(parameter.data if visiting is None else visiting.value(parameter)))
         state = getattr(parameter, "quant_state", None)  # bitsandbytes: the scales of a packed 4-bit weight
         if state is not None:
-            digest.update(_content(state.absmax))
+            digest.update(_content(state.absmax if visiting is None else visiting.value(state.absmax)))
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_dpo.engine.trunk_cache import decoder_layers
+from lora_dpo.model.visiting import visiting_of
 
 Recipe = Callable[[], torch.Tensor]
 
@@ -40,6 +41,9 @@ class Rematerialiser:
         self._checkpointed = False
         self._made: tuple[Recipe | None, Any] = (None, None)
         """What was made again last."""
+        self._visiting = visiting_of(model)
+        if self._visiting is not None:
+            self._visiting.leave()  # what is there now will lie elsewhere
         self._weights = {storage_of(parameter) for parameter in model.parameters()}
         self._hooks: list[tuple[Callable[[Any], Any], Any]] = []
         """What registers a hook, and the hook."""
@@ -121,7 +125,9 @@ class Rematerialiser:
             self._count(source)
 
     def _count(self, tensor: torch.Tensor) -> None:
-        if self.kept is not None and storage_of(tensor) not in self._weights:
+        if self.kept is None or storage_of(tensor) in self._weights:
+            return
+        if self._visiting is None or not self._visiting.holds(tensor.untyped_storage()):
             self.kept[storage_of(tensor)] = tensor.untyped_storage().nbytes()
 
     def _pack(self, tensor: torch.Tensor) -> Any:

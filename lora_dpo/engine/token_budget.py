@@ -78,6 +78,12 @@ def passing_bytes(*, hidden: int, widest: int, itemsize: int) -> int:
     return itemsize * (max(3 * widest, 5 * hidden) + 4 * hidden)
 
 
+def stream_token_bytes(*, hidden: int, itemsize: int) -> int:
+    """Bytes of a stream's token beside what layers keep: what a layer is given, its results in segments and as a whole,
+    the gradients of all three, and the head's gradient twice in float32."""
+    return hidden * (6 * itemsize + 2 * 4)
+
+
 def widest_of(model: Any) -> int:
     """Numbers that a token becomes in the widest product of a base model's layers, in all experts that it uses."""
     layers = model.base_model.layers
@@ -97,6 +103,21 @@ def tokens_without_gradients(*, token_bytes: float, free: float, longest: int, c
     while tokens > longest and tokens * token_bytes > free:
         tokens //= 2
     return max(longest, tokens) if tokens < cap else cap
+
+
+def fit_streamed(*, layer_bytes: float, stream_bytes: float, free: float, longest: int, cap: int) -> tuple[int, int]:
+    """Tokens that fit through a layer at once, and tokens of a whole stream, where layers visit the device.
+
+    Every layer is checkpointed. A stream's tokens have hidden states only; those that a layer is run again on have what
+    it keeps, and its temporaries. Half of what is free goes to these: more tokens through a layer at once are soon no
+    faster, and each stream has every layer carried to the device again.
+
+    Args:
+        layer_bytes: bytes that a token keeps in one layer.
+        stream_bytes: bytes that a token has beside it: hidden states, their gradients, and checkpoints on the device.
+    """
+    segment = max(longest, min(cap, int(free / 2 / (2 * layer_bytes))))
+    return segment, max(segment, int((free - 2 * layer_bytes * segment) / stream_bytes))
 
 
 @dataclass
@@ -119,6 +140,8 @@ class TokenBudget:
     calm: int = 0
     """Steps since the last change."""
     patience: int = PATIENCE
+    segment: int | None = None
+    """Most tokens that a layer runs on at once; None: all of a part."""
 
     def measure(self, small_pass: Callable[[], float], longest: int) -> None:
         """Decide, at the first step and when a longer pair comes than was planned for.
@@ -174,3 +197,57 @@ class TokenBudget:
         """Checkpoint so many layers from now on."""
         self.checkpointed = count
         self.set_checkpointing(count)
+
+
+@dataclass
+class StreamedBudget(TokenBudget):
+    """The same where layers visit the device: all are checkpointed, a stream should hold all pairs of a step, and runs
+    through each layer in segments."""
+
+    stream_bytes: int = 0
+    """Bytes that a token has while no layer runs on it."""
+    in_segments: bool = True
+    """Whether a layer may run on some pairs after the other; if not, a stream is one segment."""
+
+    def measure(self, small_pass: Callable[[], float], longest: int) -> None:
+        """Decide, at the first step and when a longer pair comes than was planned for."""
+        if not self.tokens:
+            self.set_checkpointing(self.layers - 1)
+            self.token_bytes = max(1.0, small_pass() - (self.layers - 1) * self.checkpoint_bytes)  # of one layer
+        if longest > (self.segment or 0):
+            free = self.free() * SHARE
+            cap = min(self.cap, self.segment or self.cap)
+            self.segment, self.tokens = fit_streamed(
+                layer_bytes=self.token_bytes, stream_bytes=self.stream_bytes, free=free, longest=longest, cap=cap
+            )
+            if not self.in_segments:
+                each = 2 * self.token_bytes + self.stream_bytes
+                self.segment = self.tokens = max(longest, min(cap, int(free / each)))
+            self.measured, self.calm = (self.tokens, self.segment), 0
+        else:
+            self._grow()
+        self.checkpoint_layers(self.layers)
+
+    def shrink(self, longest: int) -> str | None:
+        """Ask for less: half the tokens through a layer at once, then half of those in a stream."""
+        self.calm, self.patience = 0, 2 * self.patience
+        if self.segment is not None and self.segment > longest:
+            self.segment = max(longest, self.segment // 2)
+            if not self.in_segments:
+                self.tokens = self.segment
+            return f"at most {self.segment} tokens run through a layer at once from now on"
+        if self.tokens > longest:
+            self.tokens = max(longest, self.tokens // 2)
+            return f"parts of at most {self.tokens} tokens from now on"
+        return None
+
+    def _grow(self) -> None:
+        tokens, segment = self.measured
+        self.calm += 1
+        if self.calm < self.patience:
+            return
+        self.calm = 0
+        if self.tokens < tokens:
+            self.tokens = min(tokens, 2 * self.tokens)
+        elif self.segment is not None and self.segment < segment:
+            self.segment = min(segment, 2 * self.segment)

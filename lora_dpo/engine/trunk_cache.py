@@ -118,7 +118,7 @@ def from_trunk(model: Any, depth: int, hidden_SE: torch.Tensor) -> Iterator[None
     """Inside the block the layers below `depth` are left out: layer `depth` is given `hidden_SE`."""
     layers = decoder_layers(model)
     stand_ins = [_Pass(layer, hidden_SE[None]) for layer in layers[:depth]]
-    with _layers(model, [*stand_ins, *layers[depth:]]):
+    with replaced_layers(model, [*stand_ins, *layers[depth:]]):
         yield
 
 
@@ -128,12 +128,13 @@ def _only_below(model: Any, depth: int) -> Iterator[list[torch.Tensor]]:
     layers = decoder_layers(model)
     taken: list[torch.Tensor] = []
     above = [_Pass(layers[depth], note=taken), *map(_Pass, layers[depth + 1 :])]
-    with _layers(model, [*layers[:depth], *above]):
+    with replaced_layers(model, [*layers[:depth], *above]):
         yield taken
 
 
 @contextlib.contextmanager
-def _layers(model: Any, layers: list[torch.nn.Module]) -> Iterator[None]:
+def replaced_layers(model: Any, layers: list[torch.nn.Module]) -> Iterator[None]:
+    """Inside the block a base model has these decoder layers."""
     own = decoder_layers(model)
     model.base_model.layers = torch.nn.ModuleList(layers)
     try:
@@ -142,19 +143,26 @@ def _layers(model: Any, layers: list[torch.nn.Module]) -> Iterator[None]:
         model.base_model.layers = own
 
 
-class _Pass(torch.nn.Module):
-    """Stands for a decoder layer: hands on what it is given, or `hidden` in its place."""
+class StandIn(torch.nn.Module):
+    """Stands for a decoder layer."""
 
-    def __init__(
-        self, layer: torch.nn.Module, hidden: torch.Tensor | None = None, note: list[torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
-        self.hidden, self.note = hidden, note
         self.__dict__["stands_for"] = layer  # not as a part of it
 
     def __getattr__(self, name: str) -> Any:
         """What a backbone asks of its layers, such as their kind, is that of the layer."""
         return getattr(self.__dict__["stands_for"], name)
+
+
+class _Pass(StandIn):
+    """Hands on what it is given, or `hidden` in its place."""
+
+    def __init__(
+        self, layer: torch.nn.Module, hidden: torch.Tensor | None = None, note: list[torch.Tensor] | None = None
+    ) -> None:
+        super().__init__(layer)
+        self.hidden, self.note = hidden, note
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.note is not None:

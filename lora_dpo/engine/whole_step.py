@@ -102,7 +102,7 @@ class WholeStep:
         return self._one_pass(model, batch, parts)
 
     def _pass(self, model: Any, part: Part) -> Any:
-        with self.forward.on(part):
+        with self.forward.on(part), self.forward.in_segments(self.budget.segment):
             return model(**model_inputs(part.inputs))
 
     def _one_pass(self, model: Any, batch: PairBatch, parts: Sequence[Part]) -> StepRecord:

@@ -7,6 +7,7 @@ identity      what a base is: fingerprint, commit, tokenizer and template
 stored_form   how a checkpoint's weights are stored quantised, if they are
 quantised     quantised layers, and what their weights stand for
 origin        whether two checkpoints are one model, stored in two forms
+visiting      frozen weights in main memory that visit the device, for a base larger than a card
 base          loading it, once, in 4 bits or as stored
 stored_size   how many bytes its weights have, and how many are here
 experts       a mixture's stacked experts

@@ -7,7 +7,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from lora_dpo import DPOTrainer
 from lora_dpo.engine import logprobs, products
-from lora_dpo.engine.logprobs import EXTRAS, head_values
+from lora_dpo.engine.logprobs import EXTRAS, chunked_head_values, head_values
 
 
 def inputs(tokens=7, width=5, vocabulary=11, dtype=torch.float32):
@@ -57,6 +57,69 @@ def test_values_and_gradient_equal_float64_autograd(tile, scale, softcap, with_b
     assert torch.allclose(values.log_sum_sq_probs.double(), logps.exp().square().sum(-1).log(), atol=1e-5)
     assert torch.allclose(values.mean_logits.double(), logits.mean(-1), atol=1e-5)
     assert torch.equal(values.is_top1, logits.argmax(-1) == label)
+
+
+def chunks_of(weight, read):
+    """The weight in chunks of at most so many rows; each is noted in `read`."""
+
+    def chunks(count):
+        for start in range(0, len(weight), count):
+            read.append(len(weight[start : start + count]))
+            yield start, weight[start : start + count]
+
+    return chunks
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 11, 64])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.4, None), (1.0, 1.5), (0.4, 1.5)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_head_in_chunks_of_the_vocabulary_is_the_same(rows, scale, softcap, with_bias, monkeypatch):
+    monkeypatch.setattr(logprobs, "rows_at_once", lambda labels: rows)
+    hidden, weight, bias, label = inputs()
+    bias = bias if with_bias else None
+    weights, read, found = torch.arange(1.0, 8.0), [], []
+    for in_chunks in (False, True):
+        given = hidden.clone().requires_grad_()
+        function = chunked_head_values if in_chunks else head_values
+        head = chunks_of(weight, read) if in_chunks else weight
+        values = function(given, head, bias, label, scale=scale, softcap=softcap, extras=EXTRAS)
+        (values.log_probs * weights).sum().backward()
+        found.append((values, given.grad))
+    (whole, slope), (chunked, chunked_slope) = found
+    for name, one, other in zip(("log_probs", *EXTRAS), chunked, whole, strict=True):
+        assert torch.allclose(one.float(), other.float(), rtol=1e-5, atol=1e-5), name
+    assert torch.allclose(chunked_slope, slope, rtol=1e-5, atol=1e-5)
+    assert sum(read) == 2 * 11
+    exact = (hidden.double() @ weight.double().t() + (0.0 if bias is None else bias.double())) * scale
+    exact = (exact if softcap is None else softcap * torch.tanh(exact / softcap)).log_softmax(-1)
+    assert torch.allclose(chunked.log_probs.double(), exact.gather(1, label[:, None]).squeeze(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_chunks_give_one_extra_at_a_time_and_no_other(extra, monkeypatch):
+    monkeypatch.setattr(logprobs, "rows_at_once", lambda labels: 3)
+    hidden, weight, _, label = inputs(tokens=30)
+    hidden *= 40  # exp of most is nothing: what was summed before a larger logit came must shrink
+    ours = chunked_head_values(hidden, chunks_of(weight, read := []), None, label, extras=(extra,))
+    theirs = head_values(hidden, weight, None, label, extras=(extra,))
+    assert torch.allclose(ours.log_probs, theirs.log_probs, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(getattr(ours, extra).float(), getattr(theirs, extra).float(), rtol=1e-5, atol=1e-4)
+    assert [name for name in EXTRAS if getattr(ours, name) is not None] == [extra]
+    assert sum(read) == 11  # no gradient was asked for
+
+
+def test_the_first_of_equal_logits_is_the_top_one_in_chunks_too(monkeypatch):
+    monkeypatch.setattr(logprobs, "rows_at_once", lambda labels: 1)
+    hidden, weight = torch.ones(2, 1), torch.zeros(3, 1)
+    found = chunked_head_values(hidden, chunks_of(weight, []), None, torch.tensor([0, 1]), extras=("is_top1",))
+    assert found.is_top1.tolist() == [True, False]
+
+
+def test_chunks_and_no_label_are_no_error():
+    hidden, weight, _, label = inputs()
+    empty = chunked_head_values(hidden[:0].requires_grad_(), chunks_of(weight, []), None, label[:0], extras=EXTRAS)
+    empty.log_probs.sum().backward()
+    assert empty.log_probs.shape == (0,)
 
 
 def test_values_equal_trls_kernel():
