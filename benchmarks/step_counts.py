@@ -284,7 +284,13 @@ def hh_rows(vocabulary: int = 40000) -> list[dict[str, list[int]]]:
 
 
 def counted_step(
-    model: Any, rows: list[dict[str, list[int]]], *, logged: bool = False, checkpointed: int = 0, offload: bool = False
+    model: Any,
+    rows: list[dict[str, list[int]]],
+    *,
+    logged: bool = False,
+    checkpointed: int = 0,
+    offload: bool = False,
+    stream: str = "off",
 ) -> tuple[Counts, Counts, float]:
     """Counts of the forward and of the backward pass of a step, and bytes kept a stream token.
 
@@ -296,19 +302,23 @@ def counted_step(
         logged: whether what TRL only logs is computed.
         checkpointed: so many of the lowest layers are run again in the backward pass.
         offload: their inputs wait in main memory, which is not counted.
+        stream: of the weights that visit the device (`model.stream`) counted is what is there, as long as it is.
     """
     from lora_dpo.engine.checkpointing import checkpoint_lowest
     from lora_dpo.engine.pair_batch import Part
     from lora_dpo.engine.pair_forward import PairForward
     from lora_dpo.engine.trunk_cache import decoder_layers
     from lora_dpo.model.lora import base_of
+    from lora_dpo.model.visiting import VisitingWeights
 
+    visiting = None if stream == "off" else VisitingWeights(base_of(model), model.device, layers=stream == "on")
+    before = visiting.arrive if visiting is not None and stream == "on" else None
     with unset_fake_temporarily():  # norms are tried with values
         forward = PairForward(base_of(model))
     forward.logged = logged
     if checkpointed:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    checkpoint_lowest(decoder_layers(base_of(model)), checkpointed, offload=offload)
+    checkpoint_lowest(decoder_layers(base_of(model)), checkpointed, offload=offload, before=before)
     tokens = [row["prompt_ids"] + row[side] for side in SIDES for row in rows]
     scored = [[0] * len(row["prompt_ids"]) + [1] * len(row[side]) for side in SIDES for row in rows]
     device = model.device

@@ -51,6 +51,7 @@ EAGER = {
         "engine.products",
         "engine.proof",
         "engine.rematerialise",
+        "engine.segments",
         "engine.small_copy",
         "engine.step_record",
         "engine.trunk_cache",

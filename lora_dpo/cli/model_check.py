@@ -91,9 +91,10 @@ def check_model(name: str, *, revision: str | None = None) -> ModelCheck:
         ModelError: it is not there, or its files cannot be read.
     """
     from lora_dpo.config.recipe import LoraSection
-    from lora_dpo.engine.cost_model import PairShape, footprint, weight_bytes
+    from lora_dpo.engine.cost_model import PairShape, footprint
     from lora_dpo.engine.pair_forward import structural_reason
     from lora_dpo.engine.proof import proof_of
+    from lora_dpo.model.held_size import weight_bytes
     from lora_dpo.model.lora import attach_lora, base_of
     from lora_dpo.model.stored_size import stored_size
 

@@ -2,6 +2,7 @@
 
 Each field's description is its documentation: `lora-dpo recipe` prints it, `docs/recipe.md` is made
 from it. Unknown keys are errors with the nearest valid name; values are never guessed into shape.
+Longer than 400 lines, so that all settings are in one place, in the order in which they are printed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lora_dpo.config.template_kwargs import checked_template_kwargs
 from lora_dpo.text import shown
 
 Quantize = Literal["auto", "nf4", "none"]
+Stream = Literal["auto", "off", "embeddings", "on"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -68,6 +70,14 @@ class ModelSection(Section):
     dtype: Annotated[
         Dtype,
         Field(description="Compute dtype. auto: bfloat16 on Ampere and newer, float16 on older GPUs, float32 on CPUs."),
+    ] = "auto"
+    stream: Annotated[
+        Stream,
+        Field(
+            description="While training with DPO, weights that live in main memory. embeddings: those and the head, in "
+            "pieces. on: decoder layers too, one by one, for a base larger than the card. Nothing that is computed "
+            "changes. auto: on where the base does not fit on an NVIDIA GPU, else off."
+        ),
     ] = "auto"
     trust_remote_code: Annotated[
         bool, Field(description="Run Python code shipped with the model. Off: only for authors you trust.")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo import places
-from lora_dpo.engine.cost_model import weight_bytes
 from lora_dpo.errors import Busy, ModelError
 from lora_dpo.model.base import Base, decide_packed, form_to_load, load_skeleton, load_tokenizer, resolve_model
 from lora_dpo.model.device import free_bytes, give_back_memory, pick_device, pick_dtype
+from lora_dpo.model.held_size import weight_bytes
 from lora_dpo.model.packaged import PACKAGED_MODELS, to_fetch
 from lora_dpo.model.stored_form import held_as as held_in
 from lora_dpo.serving.host import Host

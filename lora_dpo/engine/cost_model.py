@@ -39,15 +39,12 @@ from lora_dpo.engine.layer_costs import (
     stream_itemsize,
 )
 from lora_dpo.model.experts import active_share, expert_weights
-from lora_dpo.model.quantised import quantised_layers
+from lora_dpo.model.held_size import weight_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_dpo.model.stored_form import StoredForm
-
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of an NF4 weight: 4 bits, and of each block of 64 an 8-bit scale, of each 256 scales a float32."""
 
 
 @dataclass(frozen=True)
@@ -333,17 +330,6 @@ def _active_weights(layer: Any, stacked: Collection[int], share: float) -> int:
     frozen = [weight for weight in layer.parameters() if not weight.requires_grad and weight.dim() > 1]
     used: float = sum(weight.numel() * (share if id(weight) in stacked else 1) for weight in frozen)
     return round(used)
-
-
-def weight_bytes(model: Any, *, itemsize: int, packed: bool, form: StoredForm | None = None) -> int:
-    """Bytes of the frozen weights as they are held: linear layers packed (in NF4, or as stored) or not, the rest never.
-
-    Of scales, an 8-bit form has one a row: they are not counted. A form that does not say its bits is taken for 4.
-    """
-    linear = {id(part.weight) for part in quantised_layers(model, form).values()}
-    each = NF4_BYTES if form is None or form.bits in (4, None) else form.bits / 8
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return int(sum(p.numel() * (each if packed and id(p) in linear else itemsize) for p in frozen))
 
 
 def _widest(layers: Sequence[Any]) -> int:

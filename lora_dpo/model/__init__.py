@@ -6,6 +6,7 @@ packaged      base models that come from a package index
 identity      what a base is: fingerprint, commit, tokenizer and template
 stored_form   how a checkpoint's weights are stored quantised, if they are
 quantised     quantised layers, and what their weights stand for
+held_size     how many bytes its weights take, and how many of them on the device
 origin        whether two checkpoints are one model, stored in two forms
 visiting      frozen weights in main memory that visit the device, for a base larger than a card
 base          loading it, once, in 4 bits or as stored

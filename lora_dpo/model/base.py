@@ -7,18 +7,19 @@ import os
 import pickle
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dpo import places
-from lora_dpo.config.recipe import Dtype, ModelSection, Quantize
+from lora_dpo.config.recipe import Dtype, ModelSection, Quantize, Stream
 from lora_dpo.data.chat_template import check_default
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.files import looks_local
-from lora_dpo.model.device import out_of_memory, pick_device, pick_dtype
+from lora_dpo.model.device import free_bytes, out_of_memory, pick_device, pick_dtype
 from lora_dpo.model.experts import expert_weights
+from lora_dpo.model.held_size import Streamed, weight_bytes
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
 from lora_dpo.model.origin import CARRIED, Window, origin_sample
 from lora_dpo.model.packaged import PACKAGED_MODELS
@@ -55,6 +56,8 @@ class Base:
     """What `load_base` was asked for: the way to load the same once more."""
     kept_share: float = 0.0
     """Of a quantised base: the share of its layers' weights that are in 16 bits or more all the same."""
+    streamed: Streamed = "off"
+    """Which of its weights live in main memory and visit the device (`model.visiting`)."""
     sample: Mapping[str, Window] = field(default_factory=dict, repr=False)
     """Some numbers of the stored weights (`model.origin`), read when these were."""
 
@@ -83,6 +86,7 @@ def load_base(
     packed: bool | Literal["auto"] = "auto",
     dtype: Dtype = "auto",
     device: str = "auto",
+    stream: Stream = "off",
     trust_remote_code: bool = False,
 ) -> Base:
     """Load a base model once.
@@ -94,11 +98,14 @@ def load_base(
         packed: keep quantised weights packed, or dequantised once at load: the same function.
         dtype: compute dtype; "auto" is what the hardware does fast.
         device: "auto" is what `pick_device` says; else "cpu", "cuda" or "mps".
+        stream: which weights live in main memory and visit the device: "embeddings" (and head), "on" for decoder layers
+            too, "off" for none, or "auto": "on" where they do not fit on an NVIDIA GPU. For DPO training.
 
     Raises:
         ModelError: the model is not there, cannot be loaded, has no chat template, or is stored quantised in a form
             that is not what was asked for, or whose library is not installed.
-        ConfigError: packed weights on an Apple GPU, of a form that is always dequantised, or a GPU where there is none.
+        ConfigError: packed weights on an Apple GPU, of a form that is always dequantised, or a GPU where there is none;
+            weights that should visit an Apple GPU.
     """
     path = resolve_model(name)  # before torch is loaded to say that it is not there
     form = form_to_load(name, revision=revision)
@@ -112,7 +119,9 @@ def load_base(
     if packed == "auto":
         packed = held != "none" and decide_packed(load_skeleton(name, **common), place, compute, form)
     check_packed(form, packed, place.type)
-    here = torch.device("cpu") if held != "none" and place.type == "mps" else place  # no 4-bit kernels there
+    streamed = _streamed(stream, place, lambda: load_skeleton(name, **common), compute, form, packed=bool(packed))
+    elsewhere = streamed != "off" or (held != "none" and place.type == "mps")  # no 4-bit kernels there
+    here = torch.device("cpu") if elsewhere else place
     local = looks_local(path)  # a folder that vanishes now is not asked of the hub either
     arguments: dict[str, Any] = {"dtype": compute, "device_map": {"": here}, "local_files_only": local, **common}
     if form is not None:
@@ -126,10 +135,19 @@ def load_base(
                 hold_stored_values(model, form, compute, packed=packed)
             elif not packed:
                 hold_dequantized(model)
-            model.to(place)
+            if streamed == "off":
+                model.to(place)
     keep_packed_weights_differentiable(model)
     model.requires_grad_(False)
     model.eval()
+    share = 0.0 if held == "none" else kept_share(model, form)
+    if streamed != "off":
+        from lora_dpo.model.visiting import VisitingWeights
+
+        VisitingWeights(model, place, layers=streamed == "on")
+        model.to(place)  # what does not visit
+        if hasattr(model, "hf_device_map"):  # accelerate compares it with the device that it trains on
+            model.hf_device_map = {"": place}
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -140,9 +158,30 @@ def load_base(
         dtype=str(compute).removeprefix("torch."),
         fingerprint=weight_fingerprint(path, revision=revision),
         asked=quantize,
-        kept_share=0.0 if held == "none" else kept_share(model, form),
+        kept_share=share,
+        streamed=streamed,
         sample=origin_sample(path, revision=revision, most=CARRIED),
     )
+
+
+def _streamed(
+    stream: Stream,
+    place: torch.device,
+    skeleton: Callable[[], PreTrainedModel],
+    compute: torch.dtype,
+    form: StoredForm | None,
+    *,
+    packed: bool,
+) -> Streamed:
+    """Which weights visit the device. Raises `ConfigError` where none can."""
+    if stream in ("embeddings", "on"):
+        if place.type == "mps":
+            raise ConfigError(f"model.stream is {stream}, which is for NVIDIA GPUs: leave it out.")
+        return "on" if stream == "on" else "embeddings"
+    if stream == "off" or place.type != "cuda":
+        return "off"
+    needed = weight_bytes(skeleton().requires_grad_(False), itemsize=compute.itemsize, packed=packed, form=form)
+    return "on" if needed > free_bytes(place) else "off"
 
 
 def _load_weights(name: str, form: StoredForm | None, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -166,9 +205,14 @@ def _load_weights(name: str, form: StoredForm | None, arguments: Mapping[str, An
     return model
 
 
-def load_recipe_base(section: ModelSection) -> Base:
-    """The base of a recipe, as `load_base` loads it; its template settings are the tokenizer's matter."""
-    return load_base(**section.model_dump(exclude={"template"}))
+def load_recipe_base(section: ModelSection, *, method: str = "dpo") -> Base:
+    """The base of a recipe, as `load_base` loads it; its template settings are the tokenizer's matter.
+
+    Args:
+        method: of the recipe: weights visit the device with DPO alone.
+    """
+    settings = section.model_dump(exclude={"template"})
+    return load_base(**settings if method == "dpo" else {**settings, "stream": "off"})
 
 
 def form_to_load(name: str, *, revision: str | None = None) -> StoredForm | None:

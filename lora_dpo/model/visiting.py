@@ -17,11 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
 from lora_dpo.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 ALIGNMENT = 256
@@ -38,6 +37,8 @@ def visiting_of(model: Any) -> VisitingWeights | None:
 
 def refusal(model: PreTrainedModel) -> str | None:
     """Why the weights of a base cannot visit, or None."""
+    import torch
+
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if type(head) is not torch.nn.Linear or not isinstance(embeddings, torch.nn.Embedding):
         return f"{type(model).__name__} has no plain embeddings and head"
@@ -53,7 +54,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 class VisitingWeights:
-    """The weights of one base model from now on, which has no adapter yet.
+    """The frozen weights of one base model, from now on. What does not visit stays where it is.
 
     Args:
         device: where they visit.
@@ -85,9 +86,6 @@ class VisitingWeights:
             self.layers.append(_Home(list(_frozen(layer)), device))
             layer.register_forward_pre_hook(functools.partial(_announce, self, number))
         vars(model)["visiting"] = self
-        model.to(device)  # what does not visit
-        if hasattr(model, "hf_device_map"):
-            model.hf_device_map = {"": device}
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         """Refused: of two trees over the same weights each would send away what the other computes with."""
@@ -156,6 +154,8 @@ class VisitingWeights:
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's forward pass."""
+        import torch
+
         (home_VE,) = self._head_rows.values
         rows = max(1, PIECE // (home_VE.shape[1] * home_VE.element_size()))
         logits = [torch.nn.functional.linear(hidden, weight_cE) for _, weight_cE in self.head_rows(rows)]
@@ -164,6 +164,8 @@ class VisitingWeights:
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The embeddings' forward pass: their own, on the rows of these tokens alone."""
+        import torch
+
         (home_VE,), part = self._embedding_rows.values, self._embeddings
         rows_SE = home_VE.index_select(0, ids.reshape(-1).to("cpu")).to(self.device)
         away, unused = part.weight.data, part.padding_idx
@@ -215,6 +217,8 @@ class _Home:
     """Weights in main memory, in one piece: pinned where a GPU reads it."""
 
     def __init__(self, weights: Sequence[_Weight], device: torch.device) -> None:
+        import torch
+
         self.weights, self._looks = weights, [(one.away.shape, one.away.dtype) for one in weights]
         size = sum(_padded(one.away) for one in weights)
         self.whole = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -259,6 +263,8 @@ class _Carried:
 
     def wait(self) -> None:
         """Let what is computed from now on wait for it; the CPU does not."""
+        import torch
+
         if self._done is not None:
             torch.cuda.current_stream(self.whole.device).wait_event(self._done)
             self._done = None
@@ -287,6 +293,8 @@ class _Way:
     """Copies to a device, on a stream of their own where it is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
+        import torch
+
         self.device = device
         self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -299,6 +307,8 @@ class _Way:
         return _Carried(*self._copy(values))
 
     def _copy(self, values: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        import torch
+
         there = torch.empty_like(values, device=self.device)
         if self._side is None:
             return there.copy_(values), None

@@ -24,7 +24,8 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import keep_packed_weights_differentiable
 from lora_dpo.model.device import give_back_memory, pick_device, pick_dtype
 from lora_dpo.model.lora import POLICY, REFERENCE, base_of, to_fp32_masters
-from lora_dpo.training.engine_fallback import no_engine_because, unsupported_batch
+from lora_dpo.model.visiting import visiting_of
+from lora_dpo.training.engine_fallback import no_engine_because, refuse_whole_weights, unsupported_batch
 from lora_dpo.training.pair_weights import ScaledGradient, WithWeights
 from lora_dpo.training.reference_guard import compare
 from lora_dpo.training.score_ahead import progress_bar, scored_references
@@ -158,6 +159,7 @@ class DPOTrainer(trl.DPOTrainer):
             self.data_collator: Any = WithWeights(self.data_collator)
         reason = no_engine_because(self, DPOTrainer)
         if reason is None:
+            refuse_whole_weights(self.model)
             self.engine = Engine(self, settings)
         else:
             self._step_aside(reason)
@@ -169,6 +171,11 @@ class DPOTrainer(trl.DPOTrainer):
             raise ConfigError(f"engine.fallback is false, but {reason}. Set it to true to train with TRL's own passes.")
         if self.pair_weights:
             raise ConfigError(f"Pairs cannot be weighted here: {reason}. Remove the pair_weight (data.pair_weight).")
+        if visiting_of(base_of(self.model)) is not None:
+            raise ConfigError(
+                f"The base's weights visit the device (model.stream), which is not for TRL's own passes, but {reason}. "
+                "Set model.stream to off."
+            )
         logger.warning("Training with TRL's own forward pass (slower, the same result): %s.", reason)
         if self.engine is not None:
             self.engine.close()

@@ -14,7 +14,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_dpo.engine import unsupported_reason
 from lora_dpo.engine.rope import shared_rope_limit
+from lora_dpo.errors import ConfigError
 from lora_dpo.model.lora import base_of
+from lora_dpo.model.visiting import visiting_of
+from lora_dpo.model.whole_parts import copies_of
 
 if TYPE_CHECKING:
     import trl
@@ -63,6 +66,22 @@ def no_engine_because(trainer: trl.DPOTrainer, own: type) -> str | None:
     if own_steps:
         return f"{type(trainer).__name__} has its own {own_steps[0]}"
     return _adapter_reason(trainer.model) or _base_reason(trainer) or unsupported_reason(base_of(trainer.model))
+
+
+def refuse_whole_weights(model: PeftModel) -> None:
+    """Raise `ConfigError` for an adapter that was made of weights which were away, or changes them."""
+    if visiting_of(base_of(model)) is None:
+        return
+    parts = {
+        "DoRA": any(getattr(part, "lora_magnitude_vector", None) for part in model.modules()),
+        "modules_to_save": bool(copies_of(model)),
+        "adapters on experts (lora.parameters)": any(type(part).__name__ == "ParamWrapper" for part in model.modules()),
+    }
+    if odd := [name for name, found in parts.items() if found]:
+        raise ConfigError(
+            f"The base's weights visit the device (model.stream), and the adapter has {odd[0]}, which needs them all "
+            "the time. Set model.stream to off, or leave that out."
+        )
 
 
 def _adapter_reason(model: Any) -> str | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.errors import ConfigError
+from lora_dpo.events import Note
 from lora_dpo.model.base import Base, held_by, load_recipe_base, resolve_model
 from lora_dpo.model.eva import drawn_batch, init_from_inputs
 from lora_dpo.model.identity import commit_of
@@ -20,9 +21,18 @@ if TYPE_CHECKING:
 def load(run: Run) -> Base:
     """Load the base that the recipe names."""
     tick = run.progress("loading the model", 1)
-    base = load_recipe_base(run.recipe.model)
+    base = load_recipe_base(run.recipe.model, method=run.recipe.method)
     tick(1)
+    if base.streamed != "off":
+        run.emit(Note(streamed_text(base)))
     return base
+
+
+def streamed_text(base: Base) -> str:
+    """That weights of a base visit the device, and what for."""
+    what = "Embeddings and head" if base.streamed == "embeddings" else "Embeddings, head and decoder layers"
+    why = "which costs time and no more on a CPU" if base.device.type == "cpu" else "and visit the GPU (model.stream)"
+    return f"{what} of the base live in main memory, {why}."
 
 
 def attach(run: Run, base: Base, *, fresh: bool) -> PeftModel:

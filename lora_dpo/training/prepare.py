@@ -60,6 +60,7 @@ def check_early(recipe: Recipe) -> None:
         LoraDPOError: as `read_run` would, a minute later on a slow machine.
     """
     trainer_settings(recipe)
+    _check_stream(recipe)
     data, adapter = recipe.data, recipe.reference_adapter
     for sources in (data.train, data.eval or []):
         refuse_missing([sources] if isinstance(sources, str) else sources)
@@ -69,6 +70,21 @@ def check_early(recipe: Recipe) -> None:
         check_folder(adapter)
     if os.path.isfile(Path(os.path.expanduser(recipe.model.name)) / "config.json"):
         held_by(recipe.model)
+
+
+def _check_stream(recipe: Recipe) -> None:
+    """Raise `ConfigError` where weights are to visit the device that are needed there all the time."""
+    stream, lora = recipe.model.stream, recipe.lora
+    if stream in ("auto", "off"):
+        return
+    if recipe.method != "dpo":
+        raise ConfigError(f"model.stream is {stream}, which is for method: dpo, not {recipe.method}. Leave it out.")
+    for on, name in ((lora.dora, "dora"), (lora.modules_to_save, "modules_to_save"), (lora.parameters, "parameters")):
+        if on:
+            raise ConfigError(
+                f"model.stream is {stream}, which does not go together with lora.{name}: that needs the base's weights "
+                "all the time. Leave one of them out."
+            )
 
 
 def with_reference(recipe: AnyRecipe) -> AnyRecipe:

@@ -13,10 +13,11 @@ from lora_dpo.cli.commands import main
 from lora_dpo.cli.plan import bar
 from lora_dpo.config.reading import check_recipe, read_recipe
 from lora_dpo.engine import PairForward, lay_out
-from lora_dpo.engine.cost_model import NF4_BYTES, PairShape, footprint, pair_shape
+from lora_dpo.engine.cost_model import PairShape, footprint, pair_shape
 from lora_dpo.engine.layout import stream_length
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import load_base, load_skeleton
+from lora_dpo.model.held_size import NF4_BYTES
 from lora_dpo.model.lora import attach_lora, base_of
 from lora_dpo.training.planning.lines import verdict
 from lora_dpo.training.planning.make_plan import bins, count, parse_size
