@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,13 +17,13 @@ from lora_dpo.config.recipe import Dtype, ModelSection, Quantize, Stream
 from lora_dpo.data.chat_template import check_default
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.files import looks_local
-from lora_dpo.model.device import free_bytes, out_of_memory, pick_device, pick_dtype
+from lora_dpo.model.device import out_of_memory, pick_device, pick_dtype
 from lora_dpo.model.experts import expert_weights
-from lora_dpo.model.held_size import Streamed, weight_bytes
+from lora_dpo.model.held_size import Streamed, streamed_for
 from lora_dpo.model.identity import chat_template_sha256, commit_of, tokenizer_sha256, weight_fingerprint
 from lora_dpo.model.origin import CARRIED, Window, origin_sample
 from lora_dpo.model.packaged import PACKAGED_MODELS
-from lora_dpo.model.quantised import hold_dequantized, hold_stored_values, kept_share
+from lora_dpo.model.quantised import hold_dequantized, hold_stored_values, kept_share, nf4_config
 from lora_dpo.model.stored_form import BITSANDBYTES, DEQUANTISED, StoredForm, check_library, held_as, stored_form
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import SHOWN, one_line
@@ -119,7 +119,7 @@ def load_base(
     if packed == "auto":
         packed = held != "none" and decide_packed(load_skeleton(name, **common), place, compute, form)
     check_packed(form, packed, place.type)
-    streamed = _streamed(stream, place, lambda: load_skeleton(name, **common), compute, form, packed=bool(packed))
+    streamed = streamed_for(stream, place, lambda: load_skeleton(name, **common), compute, form, packed=bool(packed))
     elsewhere = streamed != "off" or (held != "none" and place.type == "mps")  # no 4-bit kernels there
     here = torch.device("cpu") if elsewhere else place
     local = looks_local(path)  # a folder that vanishes now is not asked of the hub either
@@ -127,7 +127,7 @@ def load_base(
     if form is not None:
         arguments["config"] = _config_to_load(name, form, compute, **common)
     elif held == "nf4" and packed:
-        arguments["quantization_config"] = _nf4_config(compute)
+        arguments["quantization_config"] = nf4_config(compute)
     model = _load_weights(name, form, arguments)
     if held != "none":
         with quiet_libraries():
@@ -142,12 +142,9 @@ def load_base(
     model.eval()
     share = 0.0 if held == "none" else kept_share(model, form)
     if streamed != "off":
-        from lora_dpo.model.visiting import VisitingWeights
+        from lora_dpo.model.visiting import let_visit
 
-        VisitingWeights(model, place, layers=streamed == "on")
-        model.to(place)  # what does not visit
-        if hasattr(model, "hf_device_map"):  # accelerate compares it with the device that it trains on
-            model.hf_device_map = {"": place}
+        let_visit(model, place, layers=streamed == "on")
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -162,26 +159,6 @@ def load_base(
         streamed=streamed,
         sample=origin_sample(path, revision=revision, most=CARRIED),
     )
-
-
-def _streamed(
-    stream: Stream,
-    place: torch.device,
-    skeleton: Callable[[], PreTrainedModel],
-    compute: torch.dtype,
-    form: StoredForm | None,
-    *,
-    packed: bool,
-) -> Streamed:
-    """Which weights visit the device. Raises `ConfigError` where none can."""
-    if stream in ("embeddings", "on"):
-        if place.type == "mps":
-            raise ConfigError(f"model.stream is {stream}, which is for NVIDIA GPUs: leave it out.")
-        return "on" if stream == "on" else "embeddings"
-    if stream == "off" or place.type != "cuda":
-        return "off"
-    needed = weight_bytes(skeleton().requires_grad_(False), itemsize=compute.itemsize, packed=packed, form=form)
-    return "on" if needed > free_bytes(place) else "off"
 
 
 def _load_weights(name: str, form: StoredForm | None, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -375,17 +352,6 @@ def steady(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for part, training in before:
             part.training = training
-
-
-def _nf4_config(compute: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
 
 
 def decide_packed(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_dpo.config.recipe import Stream
+from lora_dpo.errors import ConfigError
+from lora_dpo.model.device import free_bytes
 from lora_dpo.model.quantised import quantised_layers
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from lora_dpo.model.stored_form import StoredForm
 
@@ -63,3 +67,30 @@ def held_size(model: Any, *, itemsize: int, packed: bool, form: StoredForm | Non
 def weight_bytes(model: Any, *, itemsize: int, packed: bool, form: StoredForm | None = None) -> int:
     """The same, of all of them together."""
     return held_size(model, itemsize=itemsize, packed=packed, form=form).whole
+
+
+def streamed_for(
+    stream: Stream,
+    place: torch.device,
+    skeleton: Callable[[], PreTrainedModel],
+    compute: torch.dtype,
+    form: StoredForm | None,
+    *,
+    packed: bool,
+) -> Streamed:
+    """Which weights of a base visit the device, by what a recipe asks for.
+
+    Args:
+        skeleton: gives its structure, if that is needed.
+
+    Raises:
+        ConfigError: none can visit this device.
+    """
+    if stream in ("embeddings", "on"):
+        if place.type == "mps":
+            raise ConfigError(f"model.stream is {stream}, which is for NVIDIA GPUs: leave it out.")
+        return "on" if stream == "on" else "embeddings"
+    if stream == "off" or place.type != "cuda":
+        return "off"
+    needed = weight_bytes(skeleton().requires_grad_(False), itemsize=compute.itemsize, packed=packed, form=form)
+    return "on" if needed > free_bytes(place) else "off"

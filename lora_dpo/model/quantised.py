@@ -78,6 +78,18 @@ def _size(layer: Any) -> int:
     return int(layer.in_features * layer.out_features if hasattr(layer, "in_features") else layer.weight.numel())
 
 
+def nf4_config(compute: torch.dtype) -> Any:
+    """What transformers is told to load weights as NF4."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
 def hold_dequantized(model: PreTrainedModel) -> None:
     """Replace each linear weight but the head's by its NF4 value, in place and in the compute dtype.
 

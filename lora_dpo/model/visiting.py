@@ -53,6 +53,18 @@ def refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
+def let_visit(model: PreTrainedModel, device: torch.device, *, layers: bool) -> None:
+    """Have a base that was loaded into main memory compute on a device: what does not visit it moves there.
+
+    Raises:
+        ModelError: as `VisitingWeights`.
+    """
+    VisitingWeights(model, device, layers=layers)
+    model.to(device)
+    if hasattr(model, "hf_device_map"):  # accelerate compares it with the device that it trains on
+        model.hf_device_map = {"": device}
+
+
 class VisitingWeights:
     """The frozen weights of one base model, from now on. What does not visit stays where it is.
 

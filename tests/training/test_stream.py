@@ -26,7 +26,7 @@ def losses(recipe_dict, tmp_path, monkeypatch):
         said = [event.text for event in events if isinstance(event, Note)]
         found = [event for event in events if isinstance(event, lora_dpo.events.Compared)]
         rows = logged(result.folder)
-        return [rows[step]["loss"] for step in sorted(rows)], said, found
+        return [rows[step] for step in sorted(rows)], said, found
 
     return run
 
@@ -88,13 +88,13 @@ def test_apples_gpus_are_refused(tiny_model_folder):
 
 
 def test_on_a_gpu_auto_is_on_where_the_base_does_not_fit(monkeypatch):
-    from lora_dpo.model import base
+    from lora_dpo.model import held_size
 
     skeleton = tiny("llama")
     needed = sum(weight.numel() for weight in skeleton.parameters()) * 2
     for free, expected in ((needed, "off"), (needed - 1, "on")):
         skeleton.requires_grad_(True)  # as it is when it is new
-        monkeypatch.setattr(base, "free_bytes", lambda place, free=free: free)
+        monkeypatch.setattr(held_size, "free_bytes", lambda place, free=free: free)
         place = torch.device("cuda")
-        found = base._streamed("auto", place, lambda: skeleton, torch.bfloat16, None, packed=False)
+        found = held_size.streamed_for("auto", place, lambda: skeleton, torch.bfloat16, None, packed=False)
         assert found == expected
