@@ -98,8 +98,7 @@ def load_base(
         packed: keep quantised weights packed, or dequantised once at load: the same function.
         dtype: compute dtype; "auto" is what the hardware does fast.
         device: "auto" is what `pick_device` says; else "cpu", "cuda" or "mps".
-        stream: which weights live in main memory and visit the device: "embeddings" (and head), "on" for decoder layers
-            too, "off" for none, or "auto": "on" where they do not fit on an NVIDIA GPU. For DPO training.
+        stream: which weights live in main memory and visit the device, for DPO training (`ModelSection.stream`).
 
     Raises:
         ModelError: the model is not there, cannot be loaded, has no chat template, or is stored quantised in a form
