@@ -29,6 +29,7 @@ from lora_dpo.model.stored_size import stored_size
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.text import shown
 from lora_dpo.training.planning.cards import GB, Card, find_cards, unknown_card
+from lora_dpo.training.planning.fixes import find_fix, fits_without_desktop
 from lora_dpo.training.planning.loading import loading_of
 from lora_dpo.training.planning.memory_plan import (
     CUDA_CONTEXT,
@@ -39,8 +40,6 @@ from lora_dpo.training.planning.memory_plan import (
     Machine,
     Memory,
     adapter_bytes,
-    find_fix,
-    fits_without_desktop,
     memory_of,
     parts_of,
     run_apart,

@@ -1,4 +1,4 @@
-"""Does a run fit into memory, and if not, which settings make it fit. All of it from the architecture and lengths.
+"""Does a run fit into memory? All of it from the architecture and lengths.
 
 How much runs at once is decided as training decides it (`token_budget.fit`), with predicted bytes in place of measured
 ones.
@@ -6,14 +6,14 @@ ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.engine.cost_model import CostModel, PairShape, footprint
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
-from lora_dpo.model.stored_form import StoredForm, can_pack
+from lora_dpo.model.stored_form import StoredForm
 from lora_dpo.model.stored_size import StoredSize
 from lora_dpo.training.planning.answer_memory import Asked, answer_bytes, asked_in
 from lora_dpo.training.planning.cards import Card
@@ -309,88 +309,3 @@ def adapter_bytes(run: Run, cost: CostModel) -> int:
     copied = run.recipe.reference_adapter is not None
     whole = cost.whole * cost.itemsize * (not copied and run.recipe.method != "sft")
     return cost.trainable * (4 + 4 + moments + 4 * copied) + whole + round(cost.rounded_bytes())
-
-
-def find_fix(costs: Costs, choice: Choice, *, roomy: bool = False) -> Fix | None:
-    """The first settings that fit.
-
-    In this order: what changes no number (smaller parts are no setting: training makes them by itself), shorter
-    answers, a 4-bit base.
-
-    Args:
-        roomy: the first that do not only fit, but are not tight either.
-    """
-    bases = [choice]
-    if can_pack(choice.quantize) and not choice.packed:  # the same function in a quarter of the memory or less
-        bases.append(replace(choice, packed=True, overrides=("model.packed=true",)))
-    if (found := _first_fit(costs, bases, roomy)) is not None:
-        return found
-    if (found := _shorten(costs, _smallest(costs, bases[-1]), roomy)) is not None or choice.quantize != "none":
-        return found
-    held = ("model.quantize=nf4",) if costs.machine.kind == "cuda" else ("model.quantize=nf4", "model.packed=true")
-    small = replace(choice, quantize="nf4", packed=True, overrides=held)
-    return _first_fit(costs, [small], roomy) or _shorten(costs, _smallest(costs, small), roomy)
-
-
-def _enough(memory: Memory, roomy: bool) -> bool:
-    return memory.verdict == "fits" if roomy else bool(memory.fits)
-
-
-def fits_without_desktop(costs: Costs, cost: CostModel, choice: Choice) -> bool:
-    """Whether a run fits on a card that no desktop shows on."""
-    if not costs.machine.desktop:
-        return False
-    headless = replace(costs, machine=replace(costs.machine, desktop=0))
-    return bool(memory_of(headless, cost, choice, costs.shapes).fits)
-
-
-def _first_fit(costs: Costs, bases: Sequence[Choice], roomy: bool) -> Fix | None:
-    for base in bases:
-        cost = costs.footprint(base)
-        for tried in _savers(base, on_a_card=costs.machine.kind == "cuda"):
-            found = memory_of(costs, cost, tried, costs.shapes)
-            if _enough(found, roomy):
-                return Fix(tried.overrides, found.total, pairs_lost=0, pairs_cut=0)
-    return None
-
-
-def _smallest(costs: Costs, choice: Choice) -> Choice:
-    """The choice with all memory savers."""
-    return list(_savers(choice, on_a_card=costs.machine.kind == "cuda"))[-1]
-
-
-def _savers(choice: Choice, *, on_a_card: bool) -> Iterator[Choice]:
-    """The choice, then with one more memory saver after the other, in the order of what they cost in time; none of them
-    changes the gradient."""
-    yield choice
-    if not choice.checkpointing:
-        choice = replace(
-            choice, checkpointing=True, overrides=(*choice.overrides, "trainer.gradient_checkpointing=true")
-        )
-        yield choice
-    if not choice.offload and on_a_card:  # a copy there and back costs less than running each answer on its own
-        choice = replace(choice, offload=True, overrides=(*choice.overrides, "engine.offload=true"))
-        yield choice
-    if not choice.split_pairs:
-        yield replace(choice, split_pairs=True, overrides=(*choice.overrides, "engine.split_pairs=true"))
-
-
-def _shorten(costs: Costs, choice: Choice, roomy: bool) -> Fix | None:
-    """The longest `max_length`, in steps of 64, that fits beside `choice` and keeps half of the pairs."""
-    cost = costs.footprint(choice)
-    longest = max(max(shape.first, shape.second) for shape in costs.shapes)
-    low, high, found = 1, (longest - 1) // 64, None
-    while low <= high:
-        middle = (low + high) // 2
-        kept = [short for shape in costs.shapes if (short := shape.cut(middle * 64)) is not None]
-        memory = memory_of(costs, cost, choice, kept) if 2 * len(kept) >= len(costs.shapes) else None
-        if memory is None:
-            low = middle + 1
-        elif _enough(memory, roomy):
-            cut = sum(max(shape.first, shape.second) > middle * 64 for shape in costs.shapes)
-            lost = len(costs.shapes) - len(kept)
-            found = Fix((*choice.overrides, f"trainer.max_length={middle * 64}"), memory.total, lost, cut - lost)
-            low = middle + 1
-        else:
-            high = middle - 1
-    return found
