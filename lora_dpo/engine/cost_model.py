@@ -39,7 +39,7 @@ from lora_dpo.engine.layer_costs import (
     stream_itemsize,
 )
 from lora_dpo.model.experts import active_share, expert_weights
-from lora_dpo.model.held_size import weight_bytes
+from lora_dpo.model.held_size import HeldSize, Streamed, held_size
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,7 +129,9 @@ class CostModel:
     itemsize: int
     outside_bytes: int
     """Bytes that a token keeps outside the layers: position tables, the last norm."""
+    held: HeldSize
     weight_bytes: int
+    """Of the frozen weights, on the device; of layers that visit it the two that are there at once."""
     trainable: int
     whole: int = 0
     """Of these, the parameters of modules that are trained whole."""
@@ -137,6 +139,8 @@ class CostModel:
     """Bytes of a number of the hidden states between layers; 0: as in the compute dtype."""
     row_norms_bytes: int = 0
     """The most that DoRA works in at once, for the norms of one matrix's rows."""
+    streamed: Streamed = "off"
+    """Which weights visit the device."""
 
     @property
     def _wide(self) -> int:
@@ -193,6 +197,11 @@ class CostModel:
     def rounded_bytes(self) -> float:
         """Of the adapter's copy in the compute dtype, which is there as long as a pass and its backward pass."""
         return float((self.trainable - self.whole) * self.itemsize) if self.itemsize < 4 else 0.0
+
+    def carried_bytes(self, *, times: int) -> float:
+        """Bytes that come to the device in passes over one stream, each of which has every visitor so often."""
+        head = self.vocabulary * self.hidden * self.itemsize if self.streamed != "off" else 0
+        return float(times * (head + (self.held.layers if self.streamed == "on" else 0)))
 
     def gradient_bytes(self) -> float:
         """Of the gradient of the largest such weight, from which those of A and B are made."""
@@ -254,7 +263,9 @@ def pair_shape(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[
     return PairShape(len(prompt), len(prompt) + len(chosen), len(prompt) + len(rejected), common)
 
 
-def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm | None = None) -> CostModel:
+def footprint(
+    model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm | None = None, streamed: Streamed = "off"
+) -> CostModel:
     """Read the costs off a model's structure; its tensors may be on the meta device.
 
     Args:
@@ -262,6 +273,7 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
         itemsize: bytes of a number in the compute dtype.
         packed: whether linear layers are held in 4 bits, else in the compute dtype.
         form: how the base is stored quantised, if it is: packed layers have its bits.
+        streamed: which weights visit the device.
     """
     from lora_dpo.engine.trunk_cache import decoder_layers, lowest_adapted_layer
     from lora_dpo.model.lora import base_of
@@ -269,6 +281,7 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
     base: Any = base_of(model)
     config = base.config
     layers = decoder_layers(base)
+    held = held_size(base, itemsize=itemsize, packed=packed, form=form)
     sizes = [attention_sizes(layer, config) for layer in layers]
     width = max(one.query // one.heads if one.heads else 0 for one in sizes)
     kinds = getattr(config, "layer_types", None) or [None] * len(layers)
@@ -300,7 +313,9 @@ def footprint(model: PeftModel, *, itemsize: int, packed: bool, form: StoredForm
         softcap=bool(getattr(config, "attn_logit_softcapping", None)) or _has_sinks(layers),
         itemsize=itemsize,
         outside_bytes=2 * tables * width * itemsize + norm_bytes(config.hidden_size, 1, wide),
-        weight_bytes=weight_bytes(base, itemsize=itemsize, packed=packed, form=form),
+        held=held,
+        weight_bytes=held.on_device(streamed),
+        streamed=streamed,
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         whole=sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name),
         stream_itemsize=wide,

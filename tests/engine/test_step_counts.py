@@ -221,3 +221,42 @@ def test_the_plan_is_near_what_dora_makes_of_it(size, checkpointed):
     assert 0.90 < counted / (held + 4 * cost.trainable + cost.rounded_bytes() + sum(plan)) < 1.05
     if not checkpointed:
         assert 0.90 < kept * shape.stream / cost.kept_bytes(shape) < 1.05
+
+
+GIB = 1 << 30
+
+
+def counted_peak(layers, stream):
+    """Bytes that a step of 8B at 1,024 tokens has at its peak by count, and by plan, Adam's moments in float32.
+
+    All layers are computed again, and their inputs wait in main memory. Without what CUDA and its libraries take.
+    """
+    prompt, answer = list(range(128)), list(range(200, 200 + 1024 - 128))
+    rows = [{"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer[::-1]}]
+    with FakeTensorMode():
+        model = fake_nf4_llama("8b", layers)
+        options = dict(logged=True, checkpointed=layers, offload=True, stream=stream)
+        ahead, back, _ = counted_step(model, rows, **options)
+    cost = footprint(meta_llama("8b", layers), itemsize=2, packed=True, streamed=stream)
+    visitors = 2 * cost.held.layer if stream == "on" else 0  # their coming is counted
+    counted = cost.weight_bytes - visitors + 12 * cost.trainable + max(ahead.peak, back.peak)
+    pairs = [pair_shape(prompt, answer, answer[::-1])]
+    plan = sum(part_bytes(cost, pairs, layers, offload=True)) + 16 * cost.trainable + cost.rounded_bytes()
+    return counted, cost.weight_bytes + plan
+
+
+@pytest.mark.parametrize(("stream", "most"), [("embeddings", 5.0), ("on", 2.5)])
+def test_8b_streamed_takes_little_of_a_card(stream, most):
+    # each layer more takes as much as the one before: of three and of four it is known of all
+    few, more = counted_peak(3, stream), counted_peak(4, stream)
+    counted, plan = (few[at] + 29 * (more[at] - few[at]) for at in (0, 1))
+    assert 0.5 * most * GIB < counted < most * GIB
+    assert 0.90 < counted / plan < 1.05
+    assert 0.90 < few[0] / few[1] < 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stream", "most"), [("embeddings", 5.0), ("on", 2.5)])
+def test_the_whole_8b_is_what_four_layers_say(stream, most):
+    few, more = counted_peak(3, stream), counted_peak(4, stream)
+    assert counted_peak(32, stream)[0] == pytest.approx(few[0] + 29 * (more[0] - few[0]), rel=0.01)

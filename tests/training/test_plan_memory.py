@@ -162,10 +162,59 @@ def test_settings_that_make_room_are_looked_for_where_it_is_tight(tmp_path, toke
     assert found.memory.verdict == "tight"
     assert found.roomier.overrides
     assert found.roomier.total <= 0.85 * found.memory.available
-    given = dict(one.split("=") for one in found.roomier.overrides)
-    trainer = {"max_length": int(given.get("trainer.max_length", 2048))}
-    again = check_recipe({**settings, "trainer": trainer, "engine": {"split_pairs": "engine.split_pairs" in given}})
-    assert plan(again, card="10GB").memory.verdict == "fits"
+    assert plan(with_overrides(settings, found.roomier.overrides), card="10GB").memory.verdict == "fits"
+
+
+def with_overrides(settings, overrides):
+    """The recipe with settings as a plan names them."""
+    changed = {name: dict(section) for name, section in settings.items()}
+    for one in overrides:
+        name, value = one.split("=")
+        section, key = name.split(".")
+        plain = {"true": True}.get(value, int(value) if value.isdigit() else value)
+        changed.setdefault(section, {})[key] = plain
+    return check_recipe(changed)
+
+
+@pytest.mark.parametrize(
+    ("card", "tokens", "first", "roomy"),
+    [
+        ("8GB", 1024, ("engine.offload=true",), ("engine.offload=true", "model.stream=embeddings")),
+        # NF4 weights alone are more than is free: auto lets the layers visit
+        ("6GB", 1024, (), ()),
+        ("6GB", 2048, (), ()),
+    ],
+)
+def test_weights_visit_a_card_that_they_do_not_fit_on(card, tokens, first, roomy, tmp_path, tokenizer):
+    model = published_model(tmp_path / "llama", "llama-3.1-8b", tokenizer)
+    pairs = long_pairs(tmp_path / "pairs.jsonl", 2, answer=2000)
+    settings = {"model": {"name": str(model)}, "data": {"train": str(pairs)}, "trainer": {"max_length": tokens}}
+    found = plan(check_recipe(settings), card=card)
+    assert (found.fix.overrides if found.fix else ()) == first
+    tight = plan(with_overrides(settings, first), card=card)
+    assert (tight.roomier.overrides if tight.roomier else ()) == roomy[len(first) :]
+    again = plan(with_overrides(settings, roomy), card=card)
+    assert again.memory.verdict == "fits"
+    assert again.loading.visiting > 1.9 * GB
+
+
+def test_what_is_carried_to_a_card_takes_time(recipe_dict):
+    seconds = {}
+    for stream in ("off", "embeddings", "on"):
+        recipe = check_recipe(recipe_dict(model={"stream": stream}))
+        found = plan(recipe, card="3060")
+        seconds[stream] = found.time.seconds
+        assert (found.loading.visiting > 0) == (stream != "off")
+        assert ("visit the card stay here" in dict(lines(found))["main memory"]) == (stream != "off")
+    assert seconds["off"] <= seconds["embeddings"] <= seconds["on"]
+
+
+def test_with_weights_that_are_needed_all_the_time_no_stream_is_named(tmp_path, tokenizer):
+    model = published_model(tmp_path / "llama", "llama-3.1-8b", tokenizer)
+    pairs = long_pairs(tmp_path / "pairs.jsonl", 2, answer=2000)
+    settings = {"model": {"name": str(model), "stream": "off"}, "data": {"train": str(pairs)}, "lora": {"dora": True}}
+    fix = plan(check_recipe(settings), card="8GB").fix
+    assert fix is None or not [one for one in fix.overrides if "stream" in one]
 
 
 def test_a_desktop_that_is_in_the_way_is_named(recipe_dict):

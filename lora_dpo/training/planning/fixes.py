@@ -48,9 +48,8 @@ def fits_without_desktop(costs: Costs, cost: CostModel, choice: Choice) -> bool:
 
 def _first_fit(costs: Costs, bases: Sequence[Choice], roomy: bool) -> Fix | None:
     for base in bases:
-        cost = costs.footprint(base)
-        for tried in _savers(base, on_a_card=costs.machine.kind == "cuda"):
-            found = memory_of(costs, cost, tried, costs.shapes)
+        for tried in _savers(costs, base):
+            found = memory_of(costs, costs.footprint(tried), tried, costs.shapes)
             if _enough(found, roomy):
                 return Fix(tried.overrides, found.total, pairs_lost=0, pairs_cut=0)
     return None
@@ -58,21 +57,39 @@ def _first_fit(costs: Costs, bases: Sequence[Choice], roomy: bool) -> Fix | None
 
 def _smallest(costs: Costs, choice: Choice) -> Choice:
     """The choice with all memory savers."""
-    return list(_savers(choice, on_a_card=costs.machine.kind == "cuda"))[-1]
+    return list(_savers(costs, choice))[-1]
 
 
-def _savers(choice: Choice, *, on_a_card: bool) -> Iterator[Choice]:
+def _may_stream(costs: Costs) -> bool:
+    """Whether weights can visit the device: not where something needs them all the time."""
+    lora = costs.run.recipe.lora
+    needed = lora.dora or lora.modules_to_save or lora.parameters
+    return costs.machine.kind == "cuda" and costs.unsupported is None and not needed
+
+
+def _savers(costs: Costs, choice: Choice) -> Iterator[Choice]:
     """The choice, then with one more memory saver after the other, in the order of what they cost in time; none of them
-    changes the gradient."""
+    changes the gradient.
+
+    Computing a layer again is a pass more over some layers; a copy of its input goes there and back. The head comes
+    twice a part, the layers twice a step while others compute; running each answer on its own computes every prompt
+    twice and every pass once more.
+    """
+    on_a_card = costs.machine.kind == "cuda"
     yield choice
     if not choice.checkpointing:
         choice = replace(
             choice, checkpointing=True, overrides=(*choice.overrides, "trainer.gradient_checkpointing=true")
         )
         yield choice
-    if not choice.offload and on_a_card:  # a copy there and back costs less than running each answer on its own
+    if not choice.offload and on_a_card:
         choice = replace(choice, offload=True, overrides=(*choice.overrides, "engine.offload=true"))
         yield choice
+    for stream in ("embeddings", "on") if _may_stream(costs) else ():
+        if choice.stream == "off" or (choice.stream == "embeddings" and stream == "on"):
+            others = tuple(one for one in choice.overrides if not one.startswith("model.stream="))
+            choice = replace(choice, stream=stream, overrides=(*others, f"model.stream={stream}"))
+            yield choice
     if not choice.split_pairs:
         yield replace(choice, split_pairs=True, overrides=(*choice.overrides, "engine.split_pairs=true"))
 

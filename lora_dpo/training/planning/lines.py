@@ -95,10 +95,11 @@ def loading_lines(planned: Plan) -> Iterator[tuple[str, str]]:
     libraries, tensors = size(loading.libraries), size(loading.tensors)
     if kind == "cuda":
         states = f", later {size(loading.states)} of the guard's states" if loading.states else ""
+        visiting = f"; {size(loading.visiting)} of weights that visit the card stay here" if loading.visiting else ""
         yield (
             "main memory",
             f"about {size(loading.main_memory)}: {libraries} for libraries (assumed), and while it loads {tensors} of "
-            f"tensors on their way to the card, since files are read tensor by tensor{states}",
+            f"tensors on their way to the card, since files are read tensor by tensor{states}{visiting}",
         )
     else:
         yield "to load", f"{size(loading.main_memory)}: libraries, weights, and {tensors} of a tensor on its way"

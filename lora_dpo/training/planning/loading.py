@@ -38,6 +38,8 @@ class Loading:
     states: int
     """The guard's states of the adapter."""
     libraries: int
+    visiting: int
+    """Weights that live in main memory and visit a card."""
     main_memory: int
     """Most that is needed of main memory while weights are loaded, and on a card later, too."""
 
@@ -51,8 +53,10 @@ def loading_of(costs: Costs, cost: CostModel, choice: Choice) -> Loading:
         tensors = largest * cost.itemsize
         libraries = costs.machine.libraries
         total = libraries + cost.weight_bytes + tensors
+        visiting = 0
     else:
         tensors = largest * stored_itemsize(base) * (1 if choice.packed else AT_ONCE)
         libraries = PROCESS
-        total = libraries + max(tensors, states)
-    return Loading(weights, max(0, weights.total - weights.here), tensors, states, libraries, total)
+        visiting = cost.held.at_home(choice.stream)
+        total = libraries + visiting + max(tensors, states)
+    return Loading(weights, max(0, weights.total - weights.here), tensors, states, libraries, visiting, total)

@@ -43,6 +43,7 @@ from lora_dpo.training.planning.memory_plan import (
     memory_of,
     parts_of,
     run_apart,
+    streamed_in,
 )
 from lora_dpo.training.planning.plan_values import AnswersPlan, Plan, Rows, Steps, Tokens
 from lora_dpo.training.planning.step_time import step_flops, time_of
@@ -249,6 +250,7 @@ def _choice(costs: Costs) -> Choice:
         checkpointing=settings.get("gradient_checkpointing", True),  # as settings.trainer_config
         split_pairs=recipe.engine.split_pairs,
         offload=recipe.engine.offload,
+        stream=streamed_in(costs, packed=packed),
     )
 
 

@@ -12,9 +12,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.engine.cost_model import CostModel, PairShape, footprint
-from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit
+from lora_dpo.engine.layout import pack
+from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit, fit_streamed, stream_token_bytes
+from lora_dpo.model.held_size import Streamed, weight_bytes
 from lora_dpo.model.stored_form import StoredForm
 from lora_dpo.model.stored_size import StoredSize
+from lora_dpo.model.visiting import PIECE
 from lora_dpo.training.planning.answer_memory import Asked, answer_bytes, asked_in
 from lora_dpo.training.planning.cards import Card
 from lora_dpo.training.prepared import Run
@@ -74,6 +77,7 @@ class Choice:
     checkpointing: bool
     split_pairs: bool
     offload: bool
+    stream: Streamed = "off"
     overrides: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -95,7 +99,10 @@ class Costs:
         import torch
 
         itemsize = getattr(torch, self.machine.dtype).itemsize
-        return footprint(self.model, itemsize=itemsize, packed=choice.packed, form=self.form)
+        cost = footprint(self.model, itemsize=itemsize, packed=choice.packed, form=self.form, streamed=choice.stream)
+        if self.machine.kind == "cpu":  # where weights that visit are in the same memory
+            return replace(cost, weight_bytes=cost.weight_bytes + cost.held.at_home(choice.stream))
+        return cost
 
     @cached_property
     def asked(self) -> tuple[Asked, ...]:
@@ -164,6 +171,20 @@ class Fix:
     """Pairs whose answers it would cut further."""
 
 
+def streamed_in(costs: Costs, *, packed: bool) -> Streamed:
+    """Which weights will visit the device, as the loader decides it."""
+    import torch
+
+    asked, machine = costs.run.recipe.model.stream, costs.machine
+    if asked in ("embeddings", "on"):
+        return "on" if asked == "on" else "embeddings"
+    if asked == "off" or machine.kind != "cuda" or costs.run.recipe.method != "dpo":
+        return "off"
+    itemsize = getattr(torch, machine.dtype).itemsize
+    whole = weight_bytes(costs.model.get_base_model(), itemsize=itemsize, packed=packed, form=costs.form)
+    return "on" if whole > machine.memory - machine.libraries - machine.desktop else "off"
+
+
 def run_apart(pairs: Sequence[PairShape], choice: Choice) -> Sequence[PairShape]:
     """The pairs as they are run: whole, or each branch on its own."""
     return [branch for pair in pairs for branch in pair.branches()] if choice.split_pairs else pairs
@@ -171,8 +192,6 @@ def run_apart(pairs: Sequence[PairShape], choice: Choice) -> Sequence[PairShape]
 
 def parts_of(pairs: Sequence[PairShape], tokens: int, choice: Choice) -> list[list[PairShape]]:
     """The parts that a step's pairs are run in."""
-    from lora_dpo.engine.layout import pack
-
     if choice.split_pairs:
         return [[branch] for branch in run_apart(pairs, choice)]
     return [[pairs[index] for index in part] for part in pack([pair.stream for pair in pairs], tokens)]
@@ -192,16 +211,24 @@ def memory_of(
         return known
     held = known.libraries + known.desktop + known.weights + known.adapter
     free = max(1, costs.machine.memory - held) * SHARE
-    may = known.layers if choice.checkpointing else 0
-    tokens, checkpointed = fit(
-        token_bytes=(cost.kept_bytes(longest) + cost.pass_bytes()) / longest.stream,  # as training measures it
-        checkpoint_bytes=0 if choice.offload else cost.hidden * cost.itemsize,
-        layers=known.layers,
-        may_checkpoint=may,
-        free=free,
-        longest=longest.stream,
-        cap=costs.cap,
-    )
+    may = known.layers if choice.checkpointing or choice.stream == "on" else 0
+    segment: int | None = None
+    if choice.stream == "on":
+        layer = cost.kept_bytes(longest, checkpointed=may, offload=True) / longest.stream
+        each, checkpointed = _beside_layers(cost, choice), may
+        segment, tokens = fit_streamed(
+            layer_bytes=layer, stream_bytes=each, free=free, longest=longest.stream, cap=costs.cap
+        )
+    else:
+        tokens, checkpointed = fit(
+            token_bytes=(cost.kept_bytes(longest) + cost.pass_bytes()) / longest.stream,  # as training measures it
+            checkpoint_bytes=0 if choice.offload else cost.hidden * cost.itemsize,
+            layers=known.layers,
+            may_checkpoint=may,
+            free=free,
+            longest=longest.stream,
+            cap=costs.cap,
+        )
     lost = GAPS if costs.machine.kind == "cpu" else 0.0
     # The longest pair cannot be parted: it alone decides. Larger parts are made only where there is room.
     alone = parts_of([longest], tokens, choice)
@@ -211,9 +238,10 @@ def memory_of(
             break
         checkpointed += 1
     parts = [part for pairs in (*batches, [longest]) for part in parts_of(pairs, tokens, choice)]
-    kept, working = _most(cost, parts, checkpointed, choice)
-    total = round(held + max((kept + working) * (1 + lost), known.answers))
-    one_row, _ = answer_bytes(costs.asked, cost, free=0)
+    kept, working = _most(cost, parts, checkpointed, choice, segment)
+    compared = _compared_bytes(cost)
+    total = round(held + max((kept + working) * (1 + lost), known.answers, compared))
+    one_row = max(answer_bytes(costs.asked, cost, free=0)[0], compared)
     least_kept, least_working = _most(cost, alone, may, choice)
     least = held + max(least_kept / SHARE, (least_kept + least_working) * (1 + lost), one_row)
     alone_kept, alone_working = _most(cost, alone, checkpointed, choice)
@@ -239,6 +267,7 @@ def _beside_the_passes(costs: Costs, cost: CostModel, longest: PairShape) -> Mem
     adapter = adapter_bytes(costs.run, cost)
     held = machine.libraries + machine.desktop + cost.weight_bytes + adapter
     answers, answered = answer_bytes(costs.asked, cost, free=machine.memory - held)
+    answers += 2 * PIECE if answers and cost.streamed != "off" else 0  # of the head, which comes in pieces
     logits = _head_bytes(cost, longest.labels)
     return Memory(
         libraries=machine.libraries,
@@ -261,11 +290,42 @@ def _beside_the_passes(costs: Costs, cost: CostModel, longest: PairShape) -> Mem
     )
 
 
+def _compared_bytes(cost: CostModel) -> float:
+    """Of a head that visits, what the check of the first batch takes, which has all of it at once, less what an
+    optimiser would have by then."""
+    head = cost.vocabulary * cost.hidden * cost.itemsize if cost.streamed != "off" else 0
+    return float(max(0, head - 12 * cost.trainable))
+
+
+def _beside_layers(cost: CostModel, choice: Choice) -> int:
+    """Bytes that a token of a stream has while no layer runs on it."""
+    inputs = 0 if choice.offload else (len(cost.layers) - cost.depth) * cost.hidden * cost.itemsize
+    return inputs + stream_token_bytes(hidden=cost.hidden, itemsize=cost.itemsize)
+
+
 def _most(
-    cost: CostModel, parts: Sequence[Sequence[PairShape]], checkpointed: int, choice: Choice
+    cost: CostModel,
+    parts: Sequence[Sequence[PairShape]],
+    checkpointed: int,
+    choice: Choice,
+    segment: int | None = None,
 ) -> tuple[float, float]:
-    """The most that any of these parts keeps, and the most that any works in."""
-    each = (part_bytes(cost, part, checkpointed, offload=choice.offload) for part in parts)
+    """The most that any of these parts keeps, and the most that any works in.
+
+    Args:
+        segment: most tokens that run through a layer at once; a part's others have their hidden states alone.
+    """
+    each: list[tuple[float, float]] = []
+    for part in parts:
+        tokens = sum(pair.stream for pair in part)
+        largest: Sequence[PairShape] = part
+        if segment is not None and tokens > segment:
+            groups = pack([pair.stream for pair in part], segment)
+            several = ([part[index] for index in group] for group in groups)
+            largest = max(several, key=lambda some: sum(pair.stream for pair in some))
+        one, beside = part_bytes(cost, largest, checkpointed, offload=choice.offload)
+        waiting = tokens - sum(pair.stream for pair in largest)
+        each.append((one + waiting * _beside_layers(cost, choice), beside))
     kept, working = zip(*each, strict=True)
     return max(kept), max(working)
 
@@ -292,10 +352,13 @@ def part_bytes(
 
 def _head_bytes(cost: CostModel, labels: int) -> int:
     """A tile of logits as `engine.logprobs` works on it, on a step that is logged."""
-    from lora_dpo.engine.logprobs import TILE
+    from lora_dpo.engine.logprobs import TILE, rows_at_once
 
-    tile = min(TILE, labels * cost.vocabulary)
     rounded = cost.itemsize if cost.itemsize < 4 else 0
+    if cost.streamed != "off":  # with the chunk of the head, the next one, and its share of the gradient
+        rows = min(rows_at_once(labels), cost.vocabulary)
+        return labels * rows * (4 + 4 + rounded) + 2 * rows * cost.hidden * cost.itemsize + labels * cost.hidden * 4
+    tile = min(TILE, labels * cost.vocabulary)
     return tile * (4 + 4 + rounded)  # logits, their exponentials beside them, the softmax in the compute dtype
 
 

@@ -32,6 +32,9 @@ TRAFFIC_BYTES = 400
 """Bytes that a forward and backward pass of the policy reads and writes outside its products, for each token, layer and
 number of the hidden state, in 16 bits: as counted on an 8B Llama (tests/training/test_step_time.py)."""
 
+CARRIED_PER_SECOND = 12e9
+"""Bytes/s from pinned main memory to a card: PCIe 4.0 on eight lanes, or 3.0 on sixteen; assumed, not measured."""
+
 LAYER_SECONDS = 0.0013
 """Least that a layer of a part takes, forward and backward: some 190 kernels of 7 µs, launched one after the other."""
 
@@ -93,6 +96,10 @@ def time_of(
     if speed.bandwidth is not None:  # checkpointed layers and references move tensors as they cost FLOPs
         passes = flops / sum(once[shape] for shape in seen)
         seconds += passes * tokens.stream * TRAFFIC_BYTES * len(cost.layers) * cost.hidden / speed.bandwidth
+    if costs.machine.kind == "cuda" and cost.streamed != "off":  # carried while others compute: the slower one counts
+        references = min(1.0, len(costs.shapes) / len(seen))  # of all passes over pairs, the share that scores them
+        carried = cost.carried_bytes(times=2) + references * cost.carried_bytes(times=1)
+        seconds = max(seconds, steps.steps * steps.parts * carried / CARRIED_PER_SECOND)
     seconds = max(seconds, steps.steps * steps.parts * len(cost.layers) * speed.layer_seconds)
     published = costs.machine.card.tflops * 1e12 if costs.machine.card else None
     return Time(flops, flops / len(batches), flops / seconds, seconds, published)
