@@ -24,8 +24,8 @@ def memory_advice(method: str) -> str:
     """What to change in a recipe whose training ran out of memory."""
     if method == "dpo":  # how many pairs run at once is decided already: fewer a step would need no less
         return (
-            "Lower trainer.max_length, or set engine.offload=true or model.stream=on (on a GPU) or engine.split_pairs=true; "
-            "lora-dpo plan RECIPE names settings that fit."
+            "Lower trainer.max_length, or set engine.offload=true or model.stream=on (on a GPU) or "
+            "engine.split_pairs=true; lora-dpo plan RECIPE names settings that fit."
         )
     return (
         "Lower trainer.per_device_train_batch_size (and raise trainer.gradient_accumulation_steps), lower "
