@@ -59,10 +59,13 @@ def let_visit(model: PreTrainedModel, device: torch.device, *, layers: bool) -> 
     Raises:
         ModelError: as `VisitingWeights`.
     """
+    import torch
+
     VisitingWeights(model, device, layers=layers)
     model.to(device)
-    if hasattr(model, "hf_device_map"):  # accelerate compares it with the device that it trains on
-        model.hf_device_map = {"": device}
+    if hasattr(model, "hf_device_map"):  # accelerate compares it with the device that it trains on, number and all
+        number = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+        model.hf_device_map = {"": torch.device(device.type, number)}
 
 
 class VisitingWeights:
