@@ -143,6 +143,15 @@ def test_what_is_away_is_nan_and_keeps_its_look():
         assert away.weight.untyped_storage().nbytes() < 8
 
 
+def test_a_padding_token_beyond_the_rows_that_come_is_no_error():
+    model = tiny("llama", pad_token_id=299).requires_grad_(False)
+    with torch.no_grad():
+        stays = model(torch.tensor([[1, 299]])).logits
+        VisitingWeights(model, CPU, layers=False)
+        assert torch.allclose(model(torch.tensor([[1, 299]])).logits, stays, atol=1e-5)
+    assert model.get_input_embeddings().padding_idx == 299
+
+
 def test_a_layer_that_leaves_too_early_is_seen(tiny_model_folder, tmp_path):
     """Were a layer sent away while it is run again, its gradients would be NaN, and no number that looks right."""
     trainer = trainer_of("llama", tiny_model_folder, tmp_path, "on")

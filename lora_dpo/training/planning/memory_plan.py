@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from lora_dpo.engine.cost_model import CostModel, PairShape, footprint
-from lora_dpo.engine.layout import pack
 from lora_dpo.engine.token_budget import CPU_TOKENS, CUDA_TOKENS, SHARE, fit, fit_streamed, stream_token_bytes
 from lora_dpo.model.held_size import Streamed, weight_bytes
 from lora_dpo.model.stored_form import StoredForm
@@ -192,6 +191,8 @@ def run_apart(pairs: Sequence[PairShape], choice: Choice) -> Sequence[PairShape]
 
 def parts_of(pairs: Sequence[PairShape], tokens: int, choice: Choice) -> list[list[PairShape]]:
     """The parts that a step's pairs are run in."""
+    from lora_dpo.engine.layout import pack
+
     if choice.split_pairs:
         return [[branch] for branch in run_apart(pairs, choice)]
     return [[pairs[index] for index in part] for part in pack([pair.stream for pair in pairs], tokens)]
@@ -315,6 +316,8 @@ def _most(
     Args:
         segment: most tokens that run through a layer at once; a part's others have their hidden states alone.
     """
+    from lora_dpo.engine.layout import pack
+
     each: list[tuple[float, float]] = []
     for part in parts:
         tokens = sum(pair.stream for pair in part)
