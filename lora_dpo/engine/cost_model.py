@@ -290,7 +290,7 @@ def footprint(
     # Under autocast peft casts what an unpacked layer's adapter reads to float32 and back: a copy for each.
     copies = itemsize < 4 and not packed
     wide = stream_itemsize(layers, itemsize, packed=packed)
-    held = itemsize < 4 or packed  # else DoRA reads the weight itself
+    unpacks = itemsize < 4 or packed  # else DoRA reads the weight itself
     stacked, share = {id(weight) for weight in expert_weights(base).values()}, active_share(config)
     tables = 2 if len({kind for kind in kinds if kind}) > 1 and hasattr(config, "rope_local_base_freq") else 1
     return CostModel(
@@ -302,7 +302,7 @@ def footprint(
                 attention=sizes[number],
                 window=None if whole[number] else window,
                 merged=tuple(merged_sizes(layer)),
-                held=sum(into * out for into, out, drops in dora_weights(layer) if drops and held),
+                held=sum(into * out for into, out, drops in dora_weights(layer) if drops and unpacks),
             )
             for number, layer in enumerate(layers)
         ),
