@@ -72,6 +72,14 @@ class RoundsMeasured:
 
 
 @dataclass(frozen=True)
+class Tabulated:
+    """A table that grows while a search goes on; the first row names the columns, numbers are formatted."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Sampled:
     """Answers to a few fixed prompts in the middle of training: `(prompt, before, now)`."""
 
@@ -106,6 +114,7 @@ Event = (
     | Compared
     | Answered
     | RoundsMeasured
+    | Tabulated
     | Sampled
     | Alarmed
     | Saved

@@ -18,10 +18,10 @@ PACKAGE = ROOT / "lora_dpo"
 
 ROOMS = (
     *("config", "data", "model", "engine", "adapters", "judging"),
-    *("evaluation", "training", "release", "serving", "demo", "cli"),
+    *("evaluation", "training", "tuning", "release", "serving", "demo", "cli"),
 )
 """In the order in which a pair flows. A room imports those above it and the ground, never one below."""
-STRANGERS = [("adapters", "engine"), ("training", "release")]
+STRANGERS = [("adapters", "engine"), ("training", "release"), ("tuning", "release")]
 """Rooms that do not know each other, though one is above the other."""
 OWNERS = {
     "trl": {"training", "config"},
@@ -29,6 +29,7 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "gradio": {"demo"},
+    "optuna": {"tuning"},
     "starlette": {"serving", "demo"},
     "uvicorn": {"serving", "demo"},
 }

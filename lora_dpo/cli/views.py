@@ -31,6 +31,7 @@ from lora_dpo.events import (
     Sampled,
     Saved,
     StepLogged,
+    Tabulated,
 )
 from lora_dpo.events import Progress as ProgressEvent
 from lora_dpo.systems import command_line
@@ -88,7 +89,9 @@ class RunView:
             case Answered(rows):
                 self._answered(rows)
             case RoundsMeasured(rows):
-                self._rounds(rows)
+                self._table("held-out prompts, by round", rows)
+            case Tabulated(title, rows):
+                self._table(title, rows)
             case Saved(folder):
                 self.console.print(f"\n[green]saved[/] [bold]{escape(str(folder))}[/]   talk to it:", soft_wrap=True)
                 command = command_line(["lora-dpo", "chat", str(folder), "--compare"])
@@ -124,8 +127,8 @@ class RunView:
             table.add_row(*map(escape, row))
         self.console.print(table)
 
-    def _rounds(self, rows: tuple[tuple[str, ...], ...]) -> None:
-        table = Table(title="held-out prompts, by round", title_justify="left")
+    def _table(self, title: str, rows: tuple[tuple[str, ...], ...]) -> None:
+        table = Table(title=title, title_justify="left")
         for index, name in enumerate(rows[0]):
             table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
         for row in rows[1:]:

@@ -121,6 +121,51 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], *, title: str, le
 
 
 @dataclass(frozen=True)
+class Dot:
+    """A point of a plane, with an interval of its y."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    kind: int = 0
+    """Which of the plane's kinds it is: its colour."""
+
+
+def plane(
+    dots: Sequence[Dot],
+    *,
+    title: str,
+    unit: str,
+    kinds: Sequence[str] = (),
+    frontier: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Points with their intervals, named, and a line through those that no other beats.
+
+    Args:
+        unit: what the x axis is.
+        kinds: names of the kinds, for the legend.
+        frontier: places that the line goes through.
+    """
+    dots = [dot for dot in dots if all(map(math.isfinite, (dot.x, dot.y, dot.low, dot.high)))]
+    if not dots:
+        return ""
+    frame = _Frame.around([0.0, *(dot.x for dot in dots)], [edge for dot in dots for edge in (dot.low, dot.high)])
+    body = [_axes(frame, unit)]
+    if len(frontier) > 1:
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in frontier)
+        body.append(f'<polyline class="level" points="{path}"/>')
+    for dot in dots:
+        x, y, colour = frame.x(dot.x), frame.y(dot.y), dot.kind % COLOURS
+        ends = f'y1="{frame.y(dot.low):.1f}" y2="{frame.y(dot.high):.1f}"'
+        body.append(f'<line class="c{colour}" opacity=".45" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
+        body.append(f'<circle class="f{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        body.append(f'<text class="tick" x="{x + 6:.1f}" y="{y - 5:.1f}">{escape(dot.name)}</text>')
+    return _figure(title, "".join(body), list(kinds))
+
+
+@dataclass(frozen=True)
 class _Frame:
     """From values to places in the drawing."""
 

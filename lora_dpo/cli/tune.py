@@ -1,0 +1,107 @@
+"""`lora-dpo tune`: parse, call, draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lora_dpo.cli.init import ModelToTune, Preset, recipe_of
+from lora_dpo.cli.options import ColumnsOption
+from lora_dpo.cli.pairs import JUDGE_HELP
+
+out = Console()
+err = Console(stderr=True)
+
+NOTHING = 4
+"""Exit status of a search that found nothing to learn."""
+
+AxesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUES]...",
+        help="What to vary, and between what: trainer.beta=0.03..0.5 is a range, lora.rank=4,16 are choices, and one "
+        "value is set for all.",
+    ),
+]
+
+
+def tune(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|DATA", help="A recipe, or pairs: a file or folder.")],
+    axes: AxesArgument = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Time for all of it.")] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="Candidates, the recipe's own among them. Default: 12.")
+    ] = None,
+    judge: Annotated[list[str] | None, typer.Option("--judge", help=JUDGE_HELP)] = None,
+    model: ModelToTune = None,
+    preset: Preset = None,
+    columns: ColumnsOption = None,
+    all_data: Annotated[
+        bool, typer.Option("--all-data", help="Train the chosen settings once more, on what was chosen by as well.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the candidates and of the division of the data.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
+) -> None:
+    """Find the settings that make the best adapter of your pairs, and prove the choice.
+
+    The prompts are divided in three: to train on, to choose by, and to report from; what is reported, no candidate and
+    no choice has seen. Candidates share the base in memory and the references, and are ended early where they go wrong
+    or fall behind. With a judge the win rate against the base decides, without one how many held-out pairs are ranked
+    right; less what it cost in answers that do not end, repeat themselves, or lost what the base knew.
+
+    Where there is nothing to learn (labels drawn at random, contradictions), it says so; the exit status is then 4.
+    Ctrl-C keeps what is there, and --resume goes on.
+
+    Examples:
+
+        lora-dpo tune pairs.csv --minutes 30
+
+        lora-dpo tune recipe.yaml --trials 20 --judge 'rules:length<=40'
+
+        lora-dpo tune recipe.yaml trainer.beta=0.05..0.5 lora.rank=4,16 trainer.max_steps=60
+    """
+    from lora_dpo.cli.ready import have_model
+    from lora_dpo.cli.signals import stop_on_signals
+    from lora_dpo.cli.views import RunView
+    from lora_dpo.config.reading import read_recipe
+    from lora_dpo.events import Stopped, StopSignal
+    from lora_dpo.training.prepare import check_early, with_reference
+    from lora_dpo.tuning import tune as search
+    from lora_dpo.tuning.folder import PAGE
+    from lora_dpo.tuning.space import parse_axis, set_for_all
+    from lora_dpo.tuning.tune import check_tunable
+
+    varied = [parse_axis(text) for text in axes or ()]
+    path = recipe_of(recipe, None, model, preset, columns)
+    settings = set_for_all(with_reference(read_recipe(path)), varied)
+    check_tunable(settings, judge or (), trials, minutes)
+    check_early(settings)
+    have_model(settings.model.name)
+    view, stop = RunView(out), StopSignal()
+    try:
+        with stop_on_signals(stop, err.print), view.live():
+            result = search(
+                settings,
+                name=path.stem,
+                axes=[axis for axis in varied if len(axis.choices) != 1],
+                trials=trials,
+                minutes=minutes,
+                judge=judge or (),
+                seed=seed,
+                all_data=all_data,
+                resume=resume,
+                on_event=view,
+                stop=stop,
+            )
+    except (Stopped, KeyboardInterrupt) as stopped:
+        out.print("Stopped. What was tried is kept; go on with the same command and --resume.")
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
+        raise typer.Exit(130) from None
+    out.print(f"page  {escape(str(result.folder / PAGE))}", soft_wrap=True, highlight=False)
+    if result.verdict in ("nothing to learn", "no healthy run"):
+        raise typer.Exit(NOTHING)

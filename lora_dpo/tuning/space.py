@@ -1,0 +1,255 @@
+"""What a search varies: its axes with their ranges and reasons, and a recipe with other values put in.
+
+An axis is a setting of the recipe by its dotted name. One is not: `sft_weight`, the weight of the SFT term on the
+chosen answers beside DPO's own loss, which in a recipe is an entry of a list.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_dpo.adapters.stored_run import BETA
+from lora_dpo.config.reading import check_recipe, nearest, set_override
+from lora_dpo.config.recipe import Recipe
+from lora_dpo.config.trl_dpo import trainer_settings
+from lora_dpo.errors import ConfigError
+from lora_dpo.text import shown
+from lora_dpo.training.drafting.presets import shorten_warm_up
+
+SFT = "sft_weight"
+LOSS, STEPS, RANK, ALPHA = "trainer.loss_type", "trainer.max_steps", "lora.rank", "lora.alpha"
+UNIMPORTANT = ("output", "data.", "model.", "evaluation.", "engine.", "health.", "reference", "method")
+"""What cannot be an axis: another data set, model or measure would be another question, not another answer."""
+
+Value = int | float | str | bool
+Values = Mapping[str, Any]
+"""A candidate: one value an axis."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting that is varied: over a range, or over some choices."""
+
+    key: str
+    reason: str
+    low: float = 0.0
+    high: float = 0.0
+    whole: bool = False
+    """Whole numbers alone."""
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def log(self) -> bool:
+        """Whether its values are drawn evenly on a logarithmic scale: all ranges but those that begin at 0."""
+        return not self.choices and self.low > 0
+
+    @property
+    def text(self) -> str:
+        """`0.03..0.5` or `4, 16`, as it can be written on the command line."""
+        if self.choices:
+            return ", ".join(map(str, self.choices))
+        return f"{self.low:g}..{self.high:g}"
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies on it."""
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+def default_axes(recipe: Recipe, *, steps: int) -> list[Axis]:
+    """The axes that are searched where none is named, around the recipe's own values.
+
+    Args:
+        steps: optimiser steps of the recipe's own run.
+    """
+    settings = trainer_settings(recipe)
+    beta, rate = float(settings.get("beta", BETA)), float(settings["learning_rate"])
+    weight = sft_weight(settings)
+    axes = [
+        Axis(
+            "trainer.beta",
+            "how hard the policy is held to its reference: with less it drifts, with more it hardly learns",
+            min(0.03, beta),
+            max(0.5, beta),
+        ),
+        Axis(
+            "trainer.learning_rate",
+            "the setting that ruins most runs: too low learns nothing, too high breaks the answers",
+            rate / 4,
+            rate * 4,
+        ),
+        Axis(
+            SFT,
+            "the SFT term on the chosen answers, which keeps them likely: DPO alone may lower both",
+            weight / 4 if weight else 0.0,
+            weight * 2 if weight else 1.0,
+        ),
+        Axis(STEPS, "how long it trains: fewer stay nearer to the base", max(1, steps // 2), 2 * steps, whole=True),
+    ]
+    first = settings["loss_type"][0] if isinstance(settings["loss_type"], list) else settings["loss_type"]
+    if first in ("sigmoid", "apo_zero"):
+        axes.append(
+            Axis(
+                LOSS,
+                "sigmoid looks at the difference of both answers alone, apo_zero at each answer's own direction",
+                choices=("sigmoid", "apo_zero"),
+            )
+        )
+    if recipe.reference_adapter is None:
+        rank = recipe.lora.rank
+        axes.append(Axis(RANK, "how much the adapter can hold; alpha / rank stays as it is", choices=(rank, 4 * rank)))
+    return axes
+
+
+def parse_axis(text: str) -> Axis:
+    """`trainer.beta=0.03..0.5` is a range, `lora.rank=4,16` are choices, `trainer.beta=0.1` is one.
+
+    A range between two whole numbers has whole numbers alone; one that begins above 0 is drawn on a logarithmic scale.
+
+    Raises:
+        ConfigError: it is neither, no setting of a recipe, or one that cannot be compared.
+    """
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key or not value:
+        raise ConfigError(f"{shown(text)} is no axis. Write trainer.beta=0.03..0.5, or lora.rank=4,16.")
+    _check_key(key)
+    number = r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
+    if found := re.fullmatch(rf"{number}\.\.{number}", value):
+        low, high = map(float, found.groups())
+        if not low < high:
+            raise ConfigError(f"{shown(text)}: the range ends before it begins. Write the smaller number first.")
+        whole = all(re.fullmatch(r"[-+]?\d+", part) for part in found.groups())
+        return Axis(key, "as given", low, high, whole)
+    choices = tuple(_typed(key, part) for part in _split(value))
+    if len(set(map(repr, choices))) < len(choices):
+        raise ConfigError(f"{shown(text)} names a value twice. Leave one out.")
+    return Axis(key, "as given", choices=choices)
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that are in no brackets: `[q_proj],[q_proj, v_proj]` are two."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _typed(key: str, text: str) -> Any:
+    if key == SFT:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{SFT}={shown(text)}: write a number, 0 or more. 0 leaves the SFT term out.")
+        return value
+    settings: dict[str, Any] = {}
+    set_override(settings, f"{key}={text}")
+    found: Any = settings
+    for part in key.split("."):
+        found = found[part]
+    return found
+
+
+def _check_key(key: str) -> None:
+    """Raise `ConfigError` for what is no setting, or none that a search can vary."""
+    if key == SFT:
+        return
+    if any(key == name.rstrip(".") or (name.endswith(".") and key.startswith(name)) for name in UNIMPORTANT):
+        raise ConfigError(
+            f"{key} cannot be varied: candidates are compared on one model and one data set, by one measure. Vary "
+            "settings of trainer. and lora."
+        )
+    if not re.fullmatch(r"(trainer|lora)\.\w+", key):
+        meant = nearest(key, (SFT, LOSS, STEPS, RANK, "trainer.beta", "trainer.learning_rate"))
+        raise ConfigError(f"There is no setting {shown(key)} that can be varied: trainer.… , lora.… or {SFT}.{meant}")
+
+
+def set_for_all(recipe: Recipe, axes: Sequence[Axis]) -> Recipe:
+    """The recipe with the value of each axis that has but one."""
+    return with_values(recipe, {axis.key: axis.choices[0] for axis in axes if len(axis.choices) == 1})
+
+
+def sft_weight(settings: Mapping[str, Any]) -> float:
+    """The weight of the SFT term in resolved trainer settings; 0 without one."""
+    losses = settings["loss_type"] if isinstance(settings["loss_type"], list) else [settings["loss_type"]]
+    if "sft" not in losses:
+        return 0.0
+    weights = settings.get("loss_weights") or [1.0] * len(losses)
+    return float(weights[losses.index("sft")])
+
+
+def own_values(recipe: Recipe, axes: Sequence[Axis], *, steps: int) -> dict[str, Any]:
+    """What a recipe itself has on each axis: the candidate that every search begins with; nothing of what it leaves
+    to TRL."""
+    settings = trainer_settings(recipe)
+    found: dict[str, Any] = {}
+    for axis in axes:
+        section, _, name = axis.key.partition(".")
+        if axis.key == SFT:
+            found[SFT] = sft_weight(settings)
+        elif axis.key == STEPS:
+            found[STEPS] = steps
+        elif axis.key == LOSS:
+            losses = settings["loss_type"]
+            found[LOSS] = losses[0] if isinstance(losses, list) else losses
+        elif section == "lora":
+            found[axis.key] = getattr(recipe.lora, name, None)
+        else:
+            found[axis.key] = settings.get(name, BETA if name == "beta" else None)
+    return {key: value for key, value in found.items() if value is not None}  # TRL's own default is not known here
+
+
+def with_values(recipe: Recipe, values: Values) -> Recipe:
+    """The recipe with a candidate's values in it.
+
+    A rank takes alpha with it, so that alpha / rank stays, and steps the warm-up, if these are no axes themselves.
+
+    Raises:
+        ConfigError: a value that the recipe does not allow.
+    """
+    settings = recipe.model_dump(mode="json", exclude_unset=True)
+    trainer = settings.setdefault("trainer", {})
+    resolved = trainer_settings(recipe)
+    losses = resolved["loss_type"] if isinstance(resolved["loss_type"], list) else [resolved["loss_type"]]
+    others = [name for name in losses[1:] if name != "sft"]
+    for key, value in values.items():
+        if key == LOSS and isinstance(value, str):
+            losses = [value, *others]
+        elif key == RANK and ALPHA not in values:
+            lora = settings.setdefault("lora", {})
+            lora["rank"], lora["alpha"] = value, recipe.lora.alpha * value / recipe.lora.rank
+        elif key != SFT:
+            section, _, name = key.partition(".")
+            settings.setdefault(section, {})[name] = value
+    if LOSS in values or SFT in values:
+        weights = dict(zip(_listed(resolved["loss_type"]), _weights(resolved), strict=True))
+        weight = float(values.get(SFT, weights.get("sft", 0.0)))
+        kept = [name for name in losses if name != "sft"]
+        trainer["loss_type"] = [*kept, *(["sft"] if weight else [])]
+        trainer["loss_weights"] = [*(weights.get(name, 1.0) for name in kept), *([weight] if weight else [])]
+    if STEPS in values:
+        shorten_warm_up(trainer)
+    return check_recipe(settings, where="a candidate of the search")
+
+
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def _weights(settings: Mapping[str, Any]) -> list[float]:
+    return list(settings.get("loss_weights") or [1.0] * len(_listed(settings["loss_type"])))
+
+
+def value_text(value: Any) -> str:
+    """A value as a person would write it: three digits are enough to tell candidates apart."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

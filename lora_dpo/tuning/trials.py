@@ -1,0 +1,286 @@
+"""One candidate after the other on one base: trained, measured, kept on the disk.
+
+FOLDER/trials/003.json       what the third candidate came to: its values, scores, curves, what it cost
+FOLDER/trials/003.looks.json what was seen in the middle of it, while it goes on
+FOLDER/trials/003            its adapter, as long as it may be the best
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.adapters.checkpoints import checkpoints
+from lora_dpo.adapters.folder import attach_adapter
+from lora_dpo.adapters.run_folder import partial_of
+from lora_dpo.adapters.stored_run import read_run
+from lora_dpo.config.recipe import Recipe
+from lora_dpo.evaluation.intervals import Interval
+from lora_dpo.evaluation.prequential import at_first_sight
+from lora_dpo.events import Event, OnEvent, Progress, StepLogged, StopSignal
+from lora_dpo.files import write_json
+from lora_dpo.leftovers import discard
+from lora_dpo.model.base import Base
+from lora_dpo.model.lora import detach
+from lora_dpo.training.run import train
+from lora_dpo.tuning.measure import Part
+from lora_dpo.tuning.score import Measured, Score, score
+from lora_dpo.tuning.space import Values, value_text, with_values
+
+LOOKS = (1 / 3, 2 / 3)
+"""Shares of a trial's steps after which it is looked at."""
+HEALTH = 6
+"""Looks of the guard at answers in a trial: it ends early what goes wrong early."""
+CURVES = ("loss", "rewards/margins", "rewards/accuracies")
+
+Prune = Callable[[int, float], bool]
+"""Called with the number of a look, from 1, and its value: whether the trial ends there."""
+
+
+def _never(look: int, value: float) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one candidate."""
+
+    number: int
+    values: Values
+    seed: int
+    measured: Measured | None = None
+    """None of one that was ended early."""
+    ended: str = ""
+    """Why it was ended early; empty of one that was trained to its end."""
+    steps: int = 0
+    """Optimiser steps that were run."""
+    planned: int = 0
+    """Optimiser steps that it was to have."""
+    learned: Interval | None = None
+    """Accuracy on training prompts at first sight."""
+    looks: tuple[float, ...] = ()
+    curves: Mapping[str, list[float]] = field(default_factory=dict)
+    """`step`, and TRL's metrics by name."""
+    rows: tuple[tuple[str, str], ...] = ()
+    """Prompts with answers."""
+    seconds: float = 0.0
+    measuring: float = 0.0
+    """Seconds of these that were spent on measuring."""
+
+    @property
+    def text(self) -> str:
+        """Its values in one line."""
+        return ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in self.values.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            **vars(self),
+            "values": dict(self.values),
+            "measured": self.measured.to_json() if self.measured else None,
+            "learned": vars(self.learned) if self.learned else None,
+            "curves": dict(self.curves),
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Trial:
+        """What `to_json` gave."""
+        return cls(
+            **{
+                **stored,
+                "measured": Measured.from_json(stored["measured"]) if stored["measured"] else None,
+                "learned": Interval(**stored["learned"]) if stored["learned"] else None,
+                "looks": tuple(stored["looks"]),
+                "rows": tuple((prompt, answer) for prompt, answer in stored["rows"]),
+            }
+        )
+
+
+class Pruned(Exception):
+    """A trial is ended early."""
+
+
+@dataclass
+class Trials:
+    """The candidates of one search.
+
+    Args:
+        recipe: what is varied, with its data set to the part that is trained on.
+        part: what candidates are measured on.
+    """
+
+    folder: Path
+    recipe: Recipe
+    base: Base
+    part: Part
+    emit: OnEvent
+    stop: StopSignal
+    control_length: bool = True
+    done: list[Trial] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        (self.folder / "trials").mkdir(parents=True, exist_ok=True)
+        for path in sorted((self.folder / "trials").glob("[0-9]*.json")):
+            if path.stem.isdigit():
+                self.done.append(Trial.from_json(json.loads(path.read_text(encoding="utf-8"))))
+
+    def place(self, number: int) -> Path:
+        """The adapter's folder of a trial."""
+        return self.folder / "trials" / f"{number:03d}"
+
+    def score_of(self, trial: Trial) -> Score | None:
+        """Its score; None of one that was ended early."""
+        if trial.measured is None:
+            return None
+        return score(trial.measured, self.part.base_measured, control_length=self.control_length)
+
+    def run(self, number: int, values: Values, *, seed: int | None = None, prune: Prune = _never) -> Trial:
+        """Train a candidate and measure it, or go on where it was interrupted.
+
+        Args:
+            seed: of its data order and its adapter; by default the recipe's.
+            prune: decides at each look whether it ends there.
+
+        Raises:
+            LoraDPOError: as `train`.
+            Stopped: `stop` was requested; the trial's last checkpoint stays.
+        """
+        recipe = self._recipe(number, values, seed)
+        began = time.perf_counter()
+        curves: dict[str, list[float]] = {name: [] for name in ("step", *CURVES)}
+        looks = self._looks(number)
+        state = _Seen()
+
+        def tell(event: Event) -> None:
+            if isinstance(event, Progress):
+                self.emit(Progress(f"trial {number}: {event.stage}", event.done, event.total))
+            elif isinstance(event, StepLogged) and "loss" in event.metrics:
+                curves["step"].append(event.step)
+                for name in CURVES:
+                    curves[name].append(float(event.metrics.get(name, 0.0)))
+
+        def look(step: int, total: int, model: Any) -> None:
+            state.model, state.step, state.planned = model, step, total
+            due = [place for place, share in enumerate(LOOKS, start=1) if step == max(1, round(share * total))]
+            for place in due:
+                if len(looks) < place:
+                    looks.append(self.part.glance(model))
+                    write_json(self._looks_path(number), looks)
+                if prune(place, looks[place - 1]):
+                    raise Pruned
+
+        place = self.place(number)
+        ended, learned, measured, measuring = "", None, None, 0.0
+        rows: list[tuple[str, str]] = []
+        try:
+            for index, value in enumerate(looks, start=1):  # of an interrupted trial: the same decisions again
+                if prune(index, value):
+                    raise Pruned
+            if place.is_dir():  # only the measuring was interrupted
+                model: Any = attach_adapter(self.base, place)
+            else:
+                resume = bool(checkpoints(partial_of(place)))
+                model = train(recipe, base=self.base, resume=resume, on_event=tell, stop=self.stop, look=look).model
+            run = read_run(place)
+            curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in curves}
+            health = run.measured["health"]
+            ended, learned, state.step = health["sentence"] or "", at_first_sight(place), health["steps"]
+            if not ended:
+                since = time.perf_counter()
+                model.eval()
+                measured, answers = self.part.measure(model, f"trial {number}")
+                measuring = time.perf_counter() - since
+                rows = [(asked.text, answer.text) for asked, answer in zip(self.part.prompts, answers, strict=True)]
+            self.base.model = detach(model)
+        except Pruned:
+            if state.model is not None:
+                self.base.model = detach(state.model)
+            ended = f"ended after {len(looks)} of {len(LOOKS) + 1} parts: behind the others so far"
+            discard(partial_of(place))
+        trial = Trial(
+            number=number,
+            values=dict(values),
+            seed=int(recipe.trainer.get("seed", 42)),
+            measured=measured,
+            ended=ended,
+            steps=state.step,
+            planned=state.planned or state.step,
+            learned=learned,
+            looks=tuple(looks),
+            curves=curves,
+            rows=tuple(rows),
+            seconds=time.perf_counter() - began,
+            measuring=measuring,
+        )
+        write_json(self.folder / "trials" / f"{number:03d}.json", trial.to_json())
+        self._looks_path(number).unlink(missing_ok=True)
+        self.done.append(trial)
+        return trial
+
+    def keep_only(self, numbers: set[int]) -> None:
+        """Remove the adapters of all other trials: what they came to stays."""
+        for trial in self.done:
+            place = self.place(trial.number)
+            if trial.number not in numbers and place.is_dir():
+                discard(place)
+
+    @contextlib.contextmanager
+    def policy(self, place: Path) -> Iterator[Any]:
+        """An adapter on the base, for the length of the block."""
+        model: Any = attach_adapter(self.base, place)
+        model.eval()
+        try:
+            yield model
+        finally:
+            self.base.model = detach(model)
+
+    def _recipe(self, number: int, values: Values, seed: int | None) -> Recipe:
+        recipe = with_values(self.recipe, values)
+        steps = recipe.trainer.get("max_steps")
+        every: Any = max(2, -(-int(steps) // HEALTH)) if isinstance(steps, int) and steps > 0 else "auto"
+        trainer = dict(recipe.trainer) if seed is None else {**recipe.trainer, "seed": seed}
+        health = recipe.health.model_copy(
+            update={"action": "stop", "every": every if recipe.health.every == "auto" else recipe.health.every}
+        )
+        return recipe.model_copy(update={"output": self.place(number).as_posix(), "trainer": trainer, "health": health})
+
+    def _looks_path(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:03d}.looks.json"
+
+    def _looks(self, number: int) -> list[float]:
+        path = self._looks_path(number)
+        return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+
+
+@dataclass
+class _Seen:
+    """What the training showed last."""
+
+    model: Any = None
+    step: int = 0
+    planned: int = 0
+
+
+def trial_rows(runs: Trials) -> list[tuple[str, ...]]:
+    """The table of all trials so far; the first row names the columns."""
+    keys = list(dict.fromkeys(key for trial in runs.done for key in trial.values))
+    rows = [("trial", *(key.rpartition(".")[2] for key in keys), "score", "at least", "quality", "cost", "KL", "s", "")]
+    for trial in runs.done:
+        found = runs.score_of(trial)
+        numbers = ("-",) * 5
+        if found and trial.measured:
+            numbers = (
+                f"{found.value:.3f}",
+                f"{found.low:.3f}",
+                f"{found.quality.value:.3f}",
+                f"{found.cost:.3f}",
+                f"{trial.measured.kl:.3f}",
+            )
+        values = (value_text(trial.values.get(key, "")) for key in keys)
+        rows.append((str(trial.number), *values, *numbers, f"{trial.seconds:.0f}", trial.ended))
+    return rows

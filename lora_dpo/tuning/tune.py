@@ -1,0 +1,301 @@
+"""From preference data to the best adapter that a search found, proven on prompts that neither it nor the choice saw.
+
+The recipe's own values are the first candidate; others are drawn (`study`). All of them share the base in memory, the
+references and the order of the data. The same data, seed and number of trials give the same search, however often it
+was interrupted.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from lora_dpo.adapters.checkpoints import checkpoints
+from lora_dpo.adapters.run_folder import partial_of
+from lora_dpo.config.reading import dump_recipe
+from lora_dpo.config.recipe import Recipe
+from lora_dpo.data.doctor.examination import examine
+from lora_dpo.data.journal import alone
+from lora_dpo.errors import ConfigError
+from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, Saved, StopSignal, Tabulated
+from lora_dpo.files import atomic_folder, replace_file, write_json
+from lora_dpo.model.base import Base
+from lora_dpo.model.lora import detach
+from lora_dpo.quiet import quiet_libraries
+from lora_dpo.training.drafting.presets import prompts_of
+from lora_dpo.training.run import train
+from lora_dpo.tuning.folder import PAGE, RESULT, TABLE, choose_place, search_of
+from lora_dpo.tuning.page import search_page
+from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
+from lora_dpo.tuning.result import Reported, TuneResult, Verdict, gain_of, reported_rows, result_json, side_by_side
+from lora_dpo.tuning.score import EQUAL, best_of, score
+from lora_dpo.tuning.search import Search, check_searchable, steps_of
+from lora_dpo.tuning.space import Axis, Values, default_axes, own_values, with_values
+from lora_dpo.tuning.study import Study
+from lora_dpo.tuning.trials import Trials
+
+TRIALS = 12
+"""Candidates of a search for which neither a number nor a time is given."""
+HOPELESS = 6
+"""Trials after which a search ends if none of them ranks held-out pairs better than chance."""
+MEASURED_AT_THE_END = 3
+"""The base, the default recipe and the chosen one."""
+
+
+def tune(
+    recipe: Recipe,
+    *,
+    name: str = "tuned",
+    axes: Sequence[Axis] = (),
+    trials: int | None = None,
+    minutes: float | None = None,
+    judge: Sequence[str] = (),
+    seed: int = 0,
+    all_data: bool = False,
+    resume: bool = False,
+    base: Base | None = None,
+    on_event: OnEvent | None = None,
+    stop: StopSignal | None = None,
+) -> TuneResult:
+    """Search for the settings that make the best adapter of some preference data, and prove the choice.
+
+    Args:
+        recipe: the first candidate, with the data. Its held-out data, if it names some, is what the report comes from.
+        name: the adapter is `adapters/NAME`, numbered if that is taken, unless the recipe sets `output`.
+        axes: what is varied (`space.parse_axis`); by default `space.default_axes`.
+        trials: candidates, the recipe's own among them.
+        minutes: time for all of it; the last candidate begins when it is expected to end in time. Without both, 12
+            candidates.
+        judge: judges of answers, as for `open_judge`; with them the win rate against the base decides.
+        seed: of the candidates that are drawn, and of the division of the data.
+        all_data: train the chosen settings once more, on what was chosen by as well; the report is of that adapter.
+        resume: go on with an interrupted search.
+        base: a base model that is loaded already; it must be the one that the recipe names.
+        on_event: receives what happens (`lora_dpo.events`).
+        stop: set its `requested` to end at the next step; `keep`, to end with what is there.
+
+    Raises:
+        LoraDPOError: anything that a user can mend.
+        Stopped: `stop` was requested; the search goes on with `resume`.
+    """
+    check_tunable(recipe, judge, trials, minutes)
+    output = choose_place(recipe.output, name, resume=resume)
+    search = Search(
+        recipe, output, search_of(output), on_event or (lambda event: None), stop or StopSignal(), tuple(judge)
+    )
+    with quiet_libraries(), alone(search.folder / "search"):
+        parts = divide(*search.read(), seed=seed)
+        first = search.first_candidate(parts)
+        steps = steps_of(first, len(parts.train))
+        varied = list(axes) or default_axes(first, steps=steps)
+        search.claim(parts, first, varied, seed=seed, all_data=all_data)
+        search.say_parts(parts)
+        if not parts.choose:
+            return _recipe_alone(search, parts, base)
+        runs = search.open(parts, first, base)
+        study = Study(search.folder / "study.sqlite", varied, own_values(first, varied, steps=steps), seed)
+        most = trials if trials is not None or minutes is not None else TRIALS
+        _try_candidates(search, runs, study, trials=most, minutes=minutes)
+        return _Conclusion(search, runs, parts).conclude(all_data=all_data)
+
+
+def check_tunable(recipe: Recipe, judge: Sequence[str], trials: int | None, minutes: float | None) -> None:
+    """Refuse, without torch, what cannot be searched. Raises `ConfigError`."""
+    check_searchable(recipe, judge)
+    if trials is not None and trials < 1:
+        raise ConfigError(f"--trials is {trials}: at least the recipe itself is tried.")
+    if minutes is not None and not 0 < minutes < 1e6:
+        raise ConfigError(f"--minutes is {minutes:g}: write how long the search may take, such as 30.")
+
+
+# --- the candidates -------------------------------------------------------------------------------
+
+
+def _try_candidates(search: Search, runs: Trials, study: Study, *, trials: int | None, minutes: float | None) -> None:
+    spent = sum(trial.seconds for trial in runs.done)
+    while trials is None or len(runs.done) < trials:
+        number = len(runs.done)
+        asked = study.ask(number)
+        used = spent + time.perf_counter() - search.began
+        if minutes is not None and number and used + _expected(runs, asked.values) > minutes * 60:
+            asked.drop()
+            search.emit(Note(f"The time is used up after {number} candidates."))
+            break
+        trial = runs.run(number, asked.values, prune=asked.prune)
+        found = runs.score_of(trial)
+        asked.tell(found.low if found else None)
+        search.tell(runs)
+        _keep_the_best(runs)
+        if search.stop.keep:
+            break
+        if len(runs.done) >= HOPELESS and not any(
+            trial.measured and trial.measured.accuracy.low > 0.5 for trial in runs.done
+        ):
+            text = f"None of {len(runs.done)} candidates ranks held-out pairs better than chance: the search ends here."
+            search.emit(Note(text, warning=True))
+            break
+
+
+def _expected(runs: Trials, values: Values) -> float:
+    """Seconds until a candidate is tried and the search is over, by those so far."""
+    whole = [trial for trial in runs.done if trial.measured]
+    if not whole:
+        return 0.0
+    step = median((trial.seconds - trial.measuring) / max(1, trial.steps) for trial in whole)
+    measuring = median(trial.measuring for trial in whole)
+    steps = values.get("trainer.max_steps") or whole[0].planned
+    return step * float(steps) + (1 + MEASURED_AT_THE_END) * measuring
+
+
+def _keep_the_best(runs: Trials) -> None:
+    """Keep the adapters that may be chosen, and the default recipe's."""
+    scores = {trial.number: found for trial in runs.done if (found := runs.score_of(trial))}
+    if scores:
+        highest = max(found.low for found in scores.values())
+        runs.keep_only({0, *(number for number, found in scores.items() if found.low >= highest - EQUAL)})
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+class _Conclusion:
+    """From trials to a result: the choice, its numbers on data of their own, and whether anything was learnt."""
+
+    def __init__(self, search: Search, runs: Trials, parts: Parts) -> None:
+        self.search, self.runs, self.parts = search, runs, parts
+        self.prompts: list[str] = []
+        """Those that the report's answers are to."""
+
+    def conclude(self, *, all_data: bool) -> TuneResult:
+        search, runs = self.search, self.runs
+        known = {
+            trial.number: (found, trial.measured.kl)
+            for trial in runs.done
+            if trial.measured and (found := runs.score_of(trial))
+        }
+        number = best_of(known, budget=search.recipe.health.kl)
+        result = TuneResult("no healthy run", "", None, search.recipe, search.folder, tuple(runs.done), None)
+        if number is None:
+            reason = "Every candidate was ended early, or went beyond its budget of KL: none is worth keeping."
+            return self._finish(replace(result, reason=reason))
+        chosen = next(trial for trial in runs.done if trial.number == number)
+        place = self._trained_on_all(chosen.values) if all_data else runs.place(number)
+        reported = self._report(place)
+        recipe = search.with_own_data(with_values(runs.recipe, chosen.values))
+        result = replace(result, chosen=chosen, recipe=recipe, reported=reported, gain=gain_of(reported))
+        verdict, reason = self._verdict(result)
+        result = replace(result, verdict=verdict, reason=reason)
+        if verdict == "better":
+            _copy(place, search.output)
+            result = replace(result, adapter=search.output)
+        return self._finish(result)
+
+    def _trained_on_all(self, values: Values) -> Path:
+        """The chosen settings on what was chosen by as well."""
+        search, place = self.search, self.search.folder / "all-data"
+        if not place.is_dir():
+            recipe = with_values(self.runs.recipe, values)
+            both = [(search.folder / "parts" / f"{name}.jsonl").as_posix() for name in ("train", "choose")]
+            data = recipe.data.model_copy(update={"train": both})
+            recipe = recipe.model_copy(update={"data": data, "output": place.as_posix()})
+            resume = bool(checkpoints(partial_of(place)))
+            result = train(recipe, base=self.runs.base, resume=resume, on_event=self._quietly, stop=search.stop)
+            self.runs.base.model = detach(result.model)
+        return place
+
+    def _quietly(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self.search.emit(Progress(f"on all data: {event.stage}", event.done, event.total))
+
+    def _report(self, place: Path) -> dict[str, Reported]:
+        """Base, default and chosen one, on the part that neither training nor choice saw."""
+        runs, part = self.runs, self.runs.part
+        if self.parts.report:
+            part = self.search.part("reporting part", runs.base, self.parts.report)
+            part.measure_base(self.search.folder / "base-report.json")
+        base, asked = part.base_measured, len(part.prompts)
+        found = {"base": Reported(base, score(base, base), part.of_base.answers[:asked])}
+        for name, folder in (("default", runs.place(0)), ("chosen", place)):
+            if folder.is_dir():
+                with runs.policy(folder) as model:
+                    measured, answers = part.measure(model, name)
+                found[name] = Reported(
+                    measured, score(measured, base, control_length=runs.control_length), tuple(answers)
+                )
+        self.prompts = [prompt.text for prompt in part.prompts]
+        return found
+
+    def _verdict(self, result: TuneResult) -> tuple[Verdict, str]:
+        """Whether something was learnt: by what was chosen by, and again by what was not."""
+        chosen = result.chosen
+        assert chosen is not None  # noqa: S101
+        assert chosen.measured is not None  # noqa: S101
+        seen, fresh = chosen.measured.accuracy, result.reported["chosen"].measured.accuracy
+        where = "the pairs it was chosen by" if self.parts.flatters else "pairs that nothing was chosen by"
+        told = f"{fresh.value:.0%} of {where} are ranked right (95% interval {fresh.low:.0%} to {fresh.high:.0%})"
+        if seen.low <= 0.5 or fresh.low <= 0.5:
+            chance = (
+                "no better than chance" if fresh.low <= 0.5 else "and of those it was chosen by no more than chance"
+            )
+            return "nothing to learn", f"Nothing to learn here: {told}, {chance}. {self._likely_reason()}"
+        quality = result.reported["chosen"].score.quality
+        if chosen.measured.outcomes and quality.low <= 0.5:
+            return (
+                "nothing to learn",
+                f"The labels are learnt ({told}), but the judge does not prefer the answers to the base's: "
+                f"{quality.value:.0%} won, 95% interval {quality.low:.0%} to {quality.high:.0%}.",
+            )
+        return "better", f"{told}."
+
+    def _likely_reason(self) -> str:
+        """What the doctor finds in the data that would explain it."""
+        data = self.search.recipe.data
+        sources = [data.train] if isinstance(data.train, str) else list(data.train)
+        found = examine(sources, format=data.format, columns=data.columns).as_json()["findings"]
+        told = {one["check"]: one for one in found}
+        for check in ("contradiction", "equal", "length-bias", "near-duplicate", "duplicate"):
+            if check in told:
+                return f"Likely because of the data: {told[check]['title']} ({told[check]['count']})."
+        return (
+            "The labels look as if they were drawn at random: look some of them through (lora-dpo data show), and "
+            "whether chosen and rejected are the right way round."
+        )
+
+    def _finish(self, result: TuneResult) -> TuneResult:
+        search = self.search
+        result = replace(result, seconds=time.perf_counter() - search.began)
+        replace_file(search.folder / PAGE, search_page(result, self.runs, self.prompts))
+        replace_file(search.folder / "chosen.yaml", dump_recipe(result.recipe))
+        write_json(search.folder / TABLE, [trial.to_json() for trial in self.runs.done])
+        write_json(search.folder / RESULT, result_json(result))
+        if result.reported:
+            search.emit(Tabulated("on the reporting part", tuple(reported_rows(result))))
+            search.emit(Answered(tuple(side_by_side(result, self.prompts))))
+        search.emit(Note(result.reason, warning=result.verdict != "better"))
+        if result.adapter is not None:
+            search.emit(Saved(result.adapter))
+        return result
+
+
+def _copy(place: Path, output: Path) -> None:
+    with atomic_folder(output) as temporary:
+        shutil.copytree(place, temporary, dirs_exist_ok=True)
+
+
+def _recipe_alone(search: Search, parts: Parts, base: Base | None) -> TuneResult:
+    """Too few prompts to choose by: the recipe as it is, under its guard."""
+    recipe = search.recipe.model_copy(update={"output": search.output.as_posix()})
+    resume = bool(checkpoints(partial_of(search.output)))
+    trained = train(recipe, base=base, resume=resume, on_event=search.emit, stop=search.stop)
+    reason = (
+        f"{prompts_of(parts.train)} different prompts are too few to choose between settings ({FOR_TWO} are the "
+        "fewest): this is the recipe as it is."
+    )
+    result = TuneResult("too little data", reason, trained.folder, search.recipe, search.folder, (), None)
+    result = replace(result, seconds=time.perf_counter() - search.began)
+    write_json(search.folder / RESULT, result_json(result))
+    return result
