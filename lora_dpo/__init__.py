@@ -21,6 +21,7 @@ adapters    the adapter folder: written, read, checked, shared
 judging     who says which answer is better; pairs from that
 evaluation  is it better? numbers, intervals, pages
 training    one run: prepared, trained under a guard, measured, saved; its plan
+tuning      which settings: many short runs on one base, and a choice that is proven
 release     merged, mixed, exported
 serving     one base for many who ask, and a training beside
 demo        the browser
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lora_dpo.release import export, fidelity, merge, mix, recommend
     from lora_dpo.serving import Chat, Host, open_chat, open_host
     from lora_dpo.training import DPOTrainer, Plan, Stopped, StopSignal, TrainResult, improve, plan, train
+    from lora_dpo.tuning import SweepResult, TuneResult, sweep, tune
 
 __all__ = [
     "AssessPlan",
@@ -67,7 +69,9 @@ __all__ = [
     "Sampling",
     "StopSignal",
     "Stopped",
+    "SweepResult",
     "TrainResult",
+    "TuneResult",
     "assess",
     "attach_adapter",
     "attach_lora",
@@ -98,7 +102,9 @@ __all__ = [
     "reference",
     "stream",
     "suspicious_pairs",
+    "sweep",
     "train",
+    "tune",
     "verify",
     "write_report",
 ]
@@ -117,6 +123,7 @@ _ROOMS = {
     "release": "export fidelity merge mix recommend",
     "serving": "Chat Host open_chat open_host",
     "training": "DPOTrainer Plan StopSignal Stopped TrainResult improve plan train",
+    "tuning": "SweepResult TuneResult sweep tune",
 }
 """Where each name is at home."""
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}

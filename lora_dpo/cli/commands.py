@@ -33,7 +33,7 @@ from lora_dpo.cli.options import ColumnsOption, Overrides, StrictAboutReference
 from lora_dpo.cli.plan import plan
 from lora_dpo.cli.ready import have_model
 from lora_dpo.cli.serve import serve
-from lora_dpo.cli.tune import tune
+from lora_dpo.cli.tune import sweep, tune
 from lora_dpo.errors import BaseDiffers, LoraDPOError
 from lora_dpo.files import refusal
 from lora_dpo.systems import make_writable, nobody_reads
@@ -161,6 +161,7 @@ _PANELS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "plan": plan,
         "recipe": recipe_help,
         "tune": tune,
+        "sweep": sweep,
         "improve": pairs.improve,
         "report": report,
     },

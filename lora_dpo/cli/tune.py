@@ -1,4 +1,4 @@
-"""`lora-dpo tune`: parse, call, draw."""
+"""`lora-dpo tune` and `lora-dpo sweep`: parse, call, draw."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def tune(
     from lora_dpo.events import Stopped, StopSignal
     from lora_dpo.training.prepare import check_early, with_reference
     from lora_dpo.tuning import tune as search
+    from lora_dpo.tuning.choose_settings import check_tunable
     from lora_dpo.tuning.folder import PAGE
     from lora_dpo.tuning.space import parse_axis, set_for_all
-    from lora_dpo.tuning.tune import check_tunable
 
     varied = [parse_axis(text) for text in axes or ()]
     path = recipe_of(recipe, None, model, preset, columns)
@@ -105,3 +105,66 @@ def tune(
     out.print(f"page  {escape(str(result.folder / PAGE))}", soft_wrap=True, highlight=False)
     if result.verdict in ("nothing to learn", "no healthy run"):
         raise typer.Exit(NOTHING)
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|DATA", help="A recipe, or pairs: a file or folder.")],
+    axes: AxesArgument = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each combination, with other seeds.")] = 1,
+    judge: Annotated[list[str] | None, typer.Option("--judge", help=JUDGE_HELP)] = None,
+    model: ModelToTune = None,
+    preset: Preset = None,
+    columns: ColumnsOption = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the division of the data.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
+) -> None:
+    """Train every combination of some settings, and measure all of them alike.
+
+    The base is loaded once and the references are scored once. Held-out data that the recipe names is measured on;
+    without any, some prompts are held out. Every run's adapter is kept. To find good settings without naming values:
+    lora-dpo tune.
+
+    Examples:
+
+        lora-dpo sweep recipe.yaml trainer.beta=0.03,0.1,0.3 lora.rank=4,16
+
+        lora-dpo sweep recipe.yaml sft_weight=0,0.2,1 --seeds 3
+    """
+    from lora_dpo.cli.ready import have_model
+    from lora_dpo.cli.signals import stop_on_signals
+    from lora_dpo.cli.views import RunView
+    from lora_dpo.config.reading import read_recipe
+    from lora_dpo.events import Stopped, StopSignal
+    from lora_dpo.training.prepare import check_early, with_reference
+    from lora_dpo.tuning import sweep as run_all
+    from lora_dpo.tuning.folder import PAGE
+    from lora_dpo.tuning.grid import check_sweep
+    from lora_dpo.tuning.space import parse_axis, set_for_all
+
+    given = [parse_axis(text) for text in axes or ()]
+    path = recipe_of(recipe, None, model, preset, columns)
+    settings = set_for_all(with_reference(read_recipe(path)), given)
+    varied = [axis for axis in given if len(axis.choices) != 1]
+    check_sweep(settings, varied, seeds, judge or ())
+    check_early(settings)
+    have_model(settings.model.name)
+    view, stop = RunView(out), StopSignal()
+    try:
+        with stop_on_signals(stop, err.print), view.live():
+            result = run_all(
+                settings,
+                varied,
+                name=path.stem,
+                seeds=seeds,
+                judge=judge or (),
+                seed=seed,
+                resume=resume,
+                on_event=view,
+                stop=stop,
+            )
+    except (Stopped, KeyboardInterrupt) as stopped:
+        out.print("Stopped. What was run is kept; go on with the same command and --resume.")
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
+        raise typer.Exit(130) from None
+    out.print(f"page  {escape(str(result.folder / PAGE))}", soft_wrap=True, highlight=False)

@@ -1,22 +1,23 @@
 """Which settings make the best adapter of some data: many short runs on one base, and a choice that is proven.
 
-space       what is varied, and a recipe with other values put in
-parts       three parts of the data, by prompt: to train on, to choose by, to report from
-score       what 'best' means, as one number
-measure     a policy on one part of the data
-trials      one candidate after the other, kept on the disk
-study       candidates drawn by Optuna
-folder      where a search lies
-result      what it came to
-page        its page
-search      what every search begins with
-tune        the search from data to adapter
-sweep       the plain grid on the same trials
+space             what is varied, and a recipe with other values put in
+parts             three parts of the data, by prompt: to train on, to choose by, to report from
+score             what 'best' means, as one number
+measure           a policy on one part of the data
+trials            one candidate after the other, kept on the disk
+study             candidates drawn by Optuna
+folder            where a search lies
+result            what it came to
+page              its page
+search            what every search begins with
+choose_settings   the search from data to adapter
+grid              every combination, on the same trials
 """
 
 from __future__ import annotations
 
+from lora_dpo.tuning.choose_settings import tune
+from lora_dpo.tuning.grid import SweepResult, sweep
 from lora_dpo.tuning.result import TuneResult
-from lora_dpo.tuning.tune import tune
 
-__all__ = ["TuneResult", "tune"]
+__all__ = ["SweepResult", "TuneResult", "sweep", "tune"]

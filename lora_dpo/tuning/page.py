@@ -9,7 +9,7 @@ from lora_dpo.evaluation.report import parts, svg
 from lora_dpo.tuning.result import TuneResult, reported_rows, side_by_side
 from lora_dpo.tuning.score import frontier
 from lora_dpo.tuning.space import value_text
-from lora_dpo.tuning.trials import Trial, Trials, trial_rows
+from lora_dpo.tuning.trials import Trial, Trials, grouped_rows, trial_rows
 
 DRAWN = 8
 """Curves in one plot: the best ones by score."""
@@ -39,12 +39,33 @@ def search_page(result: TuneResult, runs: Trials, prompts: Sequence[str]) -> str
                     "lora-dpo docs tune says how."
                 ),
             ),
-            parts.section("Every candidate", parts.plots(_plane(result, runs), *curves(runs)), _table(runs)),
+            parts.section("Every candidate", parts.plots(_plane(runs, result.chosen), *curves(runs)), _table(runs)),
             parts.section(
                 "The same prompts, spread over the part and not picked",
                 parts.answers(("prompt", "base", "chosen"), side_by_side(result, prompts)) if result.reported else "",
             ),
             parts.section("What the search cost", parts.keys(_cost(result, runs))),
+        ],
+    )
+
+
+def sweep_page(runs: Trials) -> str:
+    """The whole page of a sweep."""
+    name = runs.folder.name.rpartition(".")[0]
+    return parts.page(
+        f"Sweep {name}",
+        [
+            parts.heading(f"Sweep {name}", f"on {runs.recipe.model.name}, {len(runs.done)} runs"),
+            parts.section(
+                "By combination",
+                parts.table(*_head_and_rows(grouped_rows(runs))),
+                parts.paragraph(
+                    "Means over seeds, ± half of their 95% interval (Student's t) where there are several. Measured on "
+                    f"{len(runs.part.prompts)} held-out prompts; the best of many combinations looks better there than "
+                    "it is."
+                ),
+            ),
+            parts.section("Every run", parts.plots(_plane(runs, None), *curves(runs)), _table(runs)),
         ],
     )
 
@@ -86,15 +107,14 @@ def _chosen(result: TuneResult) -> list[tuple[str, str]]:
     return rows
 
 
-def _plane(result: TuneResult, runs: Trials) -> str:
-    kinds = ("candidates", "the recipe as given", "chosen")
+def _plane(runs: Trials, best: Trial | None) -> str:
+    kinds = ("candidates", "the recipe as given", "chosen") if best is not None else ()
     dots, points = [], {}
     for trial in runs.done:
         found = runs.score_of(trial)
         if found is None or trial.measured is None:
             continue
-        chosen = result.chosen is not None and trial.number == result.chosen.number
-        kind = 2 if chosen else 1 if trial.number == 0 else 0
+        kind = 0 if best is None else 2 if trial.number == best.number else 1 if trial.number == 0 else 0
         high = found.quality.high - found.cost
         dots.append(svg.Dot(str(trial.number), trial.measured.kl, found.value, found.low, high, kind))
         points[trial.number] = (trial.measured.kl, found.value)

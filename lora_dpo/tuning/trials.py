@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lora_dpo.adapters.checkpoints import checkpoints
@@ -20,7 +21,7 @@ from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.adapters.stored_run import read_run
 from lora_dpo.config.recipe import Recipe
-from lora_dpo.evaluation.intervals import Interval
+from lora_dpo.evaluation.intervals import Interval, mean
 from lora_dpo.evaluation.prequential import at_first_sight
 from lora_dpo.events import Event, OnEvent, Progress, StepLogged, StopSignal
 from lora_dpo.files import write_json
@@ -189,7 +190,9 @@ class Trials:
             run = read_run(place)
             curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in curves}
             health = run.measured["health"]
-            ended, learned, state.step = health["sentence"] or "", at_first_sight(place), health["steps"]
+            learned, state.step = at_first_sight(place), health["steps"]
+            if health["sentence"]:
+                ended = f"{health['alarms'][-1]['name']} at step {state.step}"
             if not ended:
                 since = time.perf_counter()
                 model.eval()
@@ -284,3 +287,36 @@ def trial_rows(runs: Trials) -> list[tuple[str, ...]]:
         values = (value_text(trial.values.get(key, "")) for key in keys)
         rows.append((str(trial.number), *values, *numbers, f"{trial.seconds:.0f}", trial.ended))
     return rows
+
+
+def grouped_rows(runs: Trials) -> list[tuple[str, ...]]:
+    """The table by combination of values: means over seeds, with Student's t interval where there are several."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in runs.done:
+        groups.setdefault(json.dumps(dict(trial.values), sort_keys=True), []).append(trial)
+    keys = list(runs.done[0].values) if runs.done else []
+    names = (key.rpartition(".")[2] for key in keys)
+    rows = [(*names, "runs", "score", "quality", "cost", "KL", "length", "")]
+    for trials in groups.values():
+        scored = [(found, one.measured) for one in trials if one.measured and (found := runs.score_of(one))]
+        cells = ("-",) * 5
+        if scored:
+            cells = (
+                _spread([found.value for found, _ in scored]),
+                _spread([found.quality.value for found, _ in scored]),
+                _spread([found.cost for found, _ in scored]),
+                _spread([measured.kl for _, measured in scored]),
+                _spread([fmean(measured.tokens) for _, measured in scored], digits=1),
+            )
+        ended = [one.ended for one in trials if one.ended]
+        note = f"{len(ended)} ended early: {ended[0]}" if ended else ""
+        values = (value_text(trials[0].values[key]) for key in keys)
+        rows.append((*values, str(len(trials)), *cells, note))
+    return rows
+
+
+def _spread(values: Sequence[float], *, digits: int = 3) -> str:
+    """A mean, and half of its 95% interval where it has one."""
+    found = mean(values)
+    text = f"{found.value:.{digits}f}"
+    return f"{text} ± {found.high - found.value:.{digits}f}" if found.known else text

@@ -161,7 +161,8 @@ def plane(
         ends = f'y1="{frame.y(dot.low):.1f}" y2="{frame.y(dot.high):.1f}"'
         body.append(f'<line class="c{colour}" opacity=".45" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
         body.append(f'<circle class="f{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        body.append(f'<text class="tick" x="{x + 6:.1f}" y="{y - 5:.1f}">{escape(dot.name)}</text>')
+        side = f'x="{x - 6:.1f}" text-anchor="end"' if x > WIDTH - 40 else f'x="{x + 6:.1f}"'
+        body.append(f'<text class="tick" {side} y="{y - 5:.1f}">{escape(dot.name)}</text>')
     return _figure(title, "".join(body), list(kinds))
 
 
