@@ -73,12 +73,12 @@ def tune(
     from lora_dpo.tuning import tune as search
     from lora_dpo.tuning.choose_settings import check_tunable
     from lora_dpo.tuning.folder import PAGE
-    from lora_dpo.tuning.space import parse_axis, set_for_all
+    from lora_dpo.tuning.space import split_arguments
 
-    varied = [parse_axis(text) for text in axes or ()]
+    varied, overrides = split_arguments(axes or ())
     path = recipe_of(recipe, None, model, preset, columns)
-    settings = set_for_all(with_reference(read_recipe(path)), varied)
-    check_tunable(settings, judge or (), trials, minutes)
+    settings = with_reference(read_recipe(path, overrides))
+    check_tunable(settings, varied, judge or (), trials, minutes)
     check_early(settings)
     have_model(settings.model.name)
     view, stop = RunView(out), StopSignal()
@@ -87,7 +87,7 @@ def tune(
             result = search(
                 settings,
                 name=path.stem,
-                axes=[axis for axis in varied if len(axis.choices) != 1],
+                axes=varied,
                 trials=trials,
                 minutes=minutes,
                 judge=judge or (),
@@ -139,12 +139,11 @@ def sweep(
     from lora_dpo.tuning import sweep as run_all
     from lora_dpo.tuning.folder import PAGE
     from lora_dpo.tuning.grid import check_sweep
-    from lora_dpo.tuning.space import parse_axis, set_for_all
+    from lora_dpo.tuning.space import split_arguments
 
-    given = [parse_axis(text) for text in axes or ()]
+    varied, overrides = split_arguments(axes or ())
     path = recipe_of(recipe, None, model, preset, columns)
-    settings = set_for_all(with_reference(read_recipe(path)), given)
-    varied = [axis for axis in given if len(axis.choices) != 1]
+    settings = with_reference(read_recipe(path, overrides))
     check_sweep(settings, varied, seeds, judge or ())
     check_early(settings)
     have_model(settings.model.name)

@@ -46,7 +46,7 @@ from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, 
 from lora_dpo.files import atomic_folder, disk_errors
 from lora_dpo.model.base import Base
 from lora_dpo.model.device import out_of_memory
-from lora_dpo.model.lora import POLICY
+from lora_dpo.model.lora import POLICY, detach
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.before_after import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.training.data_record import changed_data, data_record
@@ -93,7 +93,8 @@ def train(
 
     Args:
         name: the recipe's name; the adapter is `adapters/NAME` unless the recipe sets `output`.
-        base: a base model that is loaded already; it must be the one that the recipe names.
+        base: a base model that is loaded already; it must be the one that the recipe names. A run that ends early
+            gives it back as it was, without an adapter.
         resume: continue an interrupted run from its last checkpoint, with the same losses.
         on_event: receives what happens (`lora_dpo.events`).
         stop: set its `requested` to save a checkpoint and end at the next step; its `keep`, to save the adapter then.
@@ -153,6 +154,22 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     base = base or load(run)
     sources = sources_of(base, run.recipe.reference)  # hours later they may have moved
     model = attach(run, base, fresh=checkpoint is None)
+    try:
+        return _train_and_save(run, base, model, checkpoint, look, sources, odd)
+    except BaseException:
+        base.model = detach(model)  # it may be somebody else's, who has more to do with it
+        raise
+
+
+def _train_and_save(
+    run: Run,
+    base: Base,
+    model: PeftModel,
+    checkpoint: Path | None,
+    look: Look | None,
+    sources: Sources,
+    odd: list[dict[str, Any]] | None,
+) -> TrainResult:
     pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
     ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
     state = read_state(checkpoint) if checkpoint else {}

@@ -32,11 +32,11 @@ from lora_dpo.tuning.folder import PAGE, RESULT, TABLE, choose_place, search_of
 from lora_dpo.tuning.page import search_page
 from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
 from lora_dpo.tuning.result import Reported, TuneResult, Verdict, gain_of, reported_rows, result_json, side_by_side
-from lora_dpo.tuning.score import EQUAL, best_of, score
+from lora_dpo.tuning.score import EQUAL, Measured, best_of, score
 from lora_dpo.tuning.search import Search, check_searchable, steps_of
 from lora_dpo.tuning.space import Axis, Values, default_axes, own_values, with_values
 from lora_dpo.tuning.study import Study
-from lora_dpo.tuning.trials import Trials
+from lora_dpo.tuning.trials import Trial, Trials
 
 TRIALS = 12
 """Candidates of a search for which neither a number nor a time is given."""
@@ -82,7 +82,7 @@ def tune(
         LoraDPOError: anything that a user can mend.
         Stopped: `stop` was requested; the search goes on with `resume`.
     """
-    check_tunable(recipe, judge, trials, minutes)
+    check_tunable(recipe, axes, judge, trials, minutes)
     output = choose_place(recipe.output, name, resume=resume)
     search = Search(
         recipe, output, search_of(output), on_event or (lambda event: None), stop or StopSignal(), tuple(judge)
@@ -103,9 +103,11 @@ def tune(
         return _Conclusion(search, runs, parts).conclude(all_data=all_data)
 
 
-def check_tunable(recipe: Recipe, judge: Sequence[str], trials: int | None, minutes: float | None) -> None:
+def check_tunable(
+    recipe: Recipe, axes: Sequence[Axis], judge: Sequence[str], trials: int | None, minutes: float | None
+) -> None:
     """Refuse, without torch, what cannot be searched. Raises `ConfigError`."""
-    check_searchable(recipe, judge)
+    check_searchable(recipe, axes, judge)
     if trials is not None and trials < 1:
         raise ConfigError(f"--trials is {trials}: at least the recipe itself is tried.")
     if minutes is not None and not 0 < minutes < 1e6:
@@ -184,7 +186,7 @@ class _Conclusion:
             return self._finish(replace(result, reason=reason))
         chosen = next(trial for trial in runs.done if trial.number == number)
         place = self._trained_on_all(chosen.values) if all_data else runs.place(number)
-        reported = self._report(place)
+        reported = self._report(place, chosen, all_data=all_data)
         recipe = search.with_own_data(with_values(runs.recipe, chosen.values))
         result = replace(result, chosen=chosen, recipe=recipe, reported=reported, gain=gain_of(reported))
         verdict, reason = self._verdict(result)
@@ -211,23 +213,32 @@ class _Conclusion:
         if isinstance(event, Progress):
             self.search.emit(Progress(f"on all data: {event.stage}", event.done, event.total))
 
-    def _report(self, place: Path) -> dict[str, Reported]:
+    def _report(self, place: Path, chosen: Trial, *, all_data: bool) -> dict[str, Reported]:
         """Base, default and chosen one, on the part that neither training nor choice saw."""
         runs, part = self.runs, self.runs.part
         if self.parts.report:
-            part = self.search.part("reporting part", runs.base, self.parts.report)
+            # The questions are no part of the data: what trials answered to them is known.
+            part = self.search.part("reporting part", runs.base, self.parts.report, questions=all_data)
             part.measure_base(self.search.folder / "base-report.json")
-        base, asked = part.base_measured, len(part.prompts)
+        base, asked = self._with_known(part.base_measured, runs.part.base_measured), len(part.prompts)
         found = {"base": Reported(base, score(base, base), part.of_base.answers[:asked])}
-        for name, folder in (("default", runs.place(0)), ("chosen", place)):
+        own = next(trial for trial in runs.done if trial.number == 0)
+        for name, folder, trial in (("default", runs.place(0), own), ("chosen", place, chosen)):
             if folder.is_dir():
                 with runs.policy(folder) as model:
                     measured, answers = part.measure(model, name)
-                found[name] = Reported(
-                    measured, score(measured, base, control_length=runs.control_length), tuple(answers)
-                )
+                measured = self._with_known(measured, trial.measured)
+                scored = score(measured, base, control_length=runs.control_length)
+                found[name] = Reported(measured, scored, tuple(answers))
         self.prompts = [prompt.text for prompt in part.prompts]
         return found
+
+    @staticmethod
+    def _with_known(found: Measured, before: Measured | None) -> Measured:
+        """With the known answers that the same policy gave on the part that was chosen by."""
+        if found.questions or before is None:
+            return found
+        return replace(found, known=before.known, questions=before.questions)
 
     def _verdict(self, result: TuneResult) -> tuple[Verdict, str]:
         """Whether something was learnt: by what was chosen by, and again by what was not."""
@@ -291,6 +302,7 @@ def _recipe_alone(search: Search, parts: Parts, base: Base | None) -> TuneResult
     recipe = search.recipe.model_copy(update={"output": search.output.as_posix()})
     resume = bool(checkpoints(partial_of(search.output)))
     trained = train(recipe, base=base, resume=resume, on_event=search.emit, stop=search.stop)
+    trained.base.model = detach(trained.model)
     reason = (
         f"{prompts_of(parts.train)} different prompts are too few to choose between settings ({FOR_TWO} are the "
         "fewest): this is the recipe as it is."

@@ -21,7 +21,7 @@ from lora_dpo.tuning.folder import PAGE, RESULT, TABLE, choose_place, search_of
 from lora_dpo.tuning.page import sweep_page
 from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
 from lora_dpo.tuning.search import Search, check_searchable
-from lora_dpo.tuning.space import Axis, with_values
+from lora_dpo.tuning.space import Axis
 from lora_dpo.tuning.trials import Trial, Trials, grouped_rows
 
 MOST = 1000
@@ -93,7 +93,6 @@ def sweep(
 
 def check_sweep(recipe: Recipe, axes: Sequence[Axis], seeds: int, judge: Sequence[str]) -> None:
     """Refuse, without torch, what is no grid. Raises `ConfigError`."""
-    check_searchable(recipe, judge)
     ranges = [axis for axis in axes if not axis.choices]
     if ranges:
         raise ConfigError(
@@ -102,16 +101,12 @@ def check_sweep(recipe: Recipe, axes: Sequence[Axis], seeds: int, judge: Sequenc
         )
     if not axes and seeds == 1:
         raise ConfigError("Nothing is varied. Name settings with values, such as trainer.beta=0.03,0.1,0.3.")
-    doubled = {axis.key for axis in axes if sum(axis.key == other.key for other in axes) > 1}
-    if doubled:
-        raise ConfigError(f"{min(doubled)} is named twice. Write all of its values in one: {min(doubled)}=A,B,C.")
     if seeds < 1:
         raise ConfigError(f"--seeds is {seeds}: each combination is run at least once.")
     total = seeds * len(list(grid(axes)))
     if total > MOST:
         raise ConfigError(f"That are {total:,} runs. Name fewer values, or search them with lora-dpo tune.")
-    for values in grid(axes):
-        with_values(recipe, values)  # a value that no run would take is said now, and not after hours
+    check_searchable(recipe, axes, judge)
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:

@@ -32,10 +32,14 @@ FEWEST_ANSWERS = 32
 """Prompts of a part that are answered at least, if it has so many."""
 
 
-def check_searchable(recipe: Recipe, judge: Sequence[str]) -> None:
-    """Refuse, without torch, what cannot be searched. Raises `ConfigError`."""
+def check_searchable(recipe: Recipe, axes: Sequence[Axis], judge: Sequence[str]) -> None:
+    """Refuse, without torch, what cannot be searched: it would be found out hours later. Raises `ConfigError`."""
     if recipe.method != "dpo":
         raise ConfigError(f"The recipe's method is {recipe.method}: candidates are settings of dpo.")
+    for axis in axes:
+        for value in axis.choices or (axis.low, axis.high):
+            given = int(value) if axis.whole else value
+            trainer_settings(with_values(recipe, {axis.key: given}))
     check_specs(judge)
     if any(map(is_implicit, judge)):
         raise ConfigError("The implicit judge is the policy itself, and cannot say which policy is better.")
@@ -164,7 +168,7 @@ class Search:
         control = any(not spec.rpartition("*")[2].strip().startswith("rules:") for spec in self.judges)
         return Trials(self.folder, first, base, part, self.emit, self.stop, control)
 
-    def part(self, name: str, base: Base, pairs: Sequence[PreferencePair]) -> Part:
+    def part(self, name: str, base: Base, pairs: Sequence[PreferencePair], *, questions: bool = True) -> Part:
         """One part of the data, to measure on."""
         return Part(
             name,
@@ -173,7 +177,7 @@ class Search:
             max_length=self.max_length,
             max_new_tokens=self.recipe.evaluation.max_new_tokens,
             answers=max(self.recipe.evaluation.answers, FEWEST_ANSWERS),
-            questions=self.questions,
+            questions=self.questions if questions else (),
             judge=self.judge,
             template=dict(self.recipe.model.template),
             tick=self.tick,

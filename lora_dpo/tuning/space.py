@@ -91,8 +91,7 @@ def default_axes(recipe: Recipe, *, steps: int) -> list[Axis]:
         ),
         Axis(STEPS, "how long it trains: fewer stay nearer to the base", max(1, steps // 2), 2 * steps, whole=True),
     ]
-    first = settings["loss_type"][0] if isinstance(settings["loss_type"], list) else settings["loss_type"]
-    if first in ("sigmoid", "apo_zero"):
+    if _listed(settings["loss_type"])[0] in ("sigmoid", "apo_zero"):
         axes.append(
             Axis(
                 LOSS,
@@ -106,8 +105,23 @@ def default_axes(recipe: Recipe, *, steps: int) -> list[Axis]:
     return axes
 
 
+def split_arguments(texts: Sequence[str]) -> tuple[list[Axis], list[str]]:
+    """What a command line varies, and what it sets for all candidates: `trainer.max_steps=60` has one value.
+
+    Raises:
+        ConfigError: as `parse_axis`, or an axis that is named twice.
+    """
+    varied = [text for text in texts if ".." in text or len(_split(text.partition("=")[2])) > 1]
+    axes = [parse_axis(text) for text in varied]
+    keys = [axis.key for axis in axes]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"{key} is named twice. Write all of its values in one, such as {key}=A,B,C.")
+    return axes, [text for text in texts if text not in varied]
+
+
 def parse_axis(text: str) -> Axis:
-    """`trainer.beta=0.03..0.5` is a range, `lora.rank=4,16` are choices, `trainer.beta=0.1` is one.
+    """`trainer.beta=0.03..0.5` is a range, `lora.rank=4,16` are choices.
 
     A range between two whole numbers has whole numbers alone; one that begins above 0 is drawn on a logarithmic scale.
 
@@ -174,18 +188,10 @@ def _check_key(key: str) -> None:
         raise ConfigError(f"There is no setting {shown(key)} that can be varied: trainer.… , lora.… or {SFT}.{meant}")
 
 
-def set_for_all(recipe: Recipe, axes: Sequence[Axis]) -> Recipe:
-    """The recipe with the value of each axis that has but one."""
-    return with_values(recipe, {axis.key: axis.choices[0] for axis in axes if len(axis.choices) == 1})
-
-
 def sft_weight(settings: Mapping[str, Any]) -> float:
     """The weight of the SFT term in resolved trainer settings; 0 without one."""
-    losses = settings["loss_type"] if isinstance(settings["loss_type"], list) else [settings["loss_type"]]
-    if "sft" not in losses:
-        return 0.0
-    weights = settings.get("loss_weights") or [1.0] * len(losses)
-    return float(weights[losses.index("sft")])
+    losses = _listed(settings["loss_type"])
+    return float(_weights(settings)[losses.index("sft")]) if "sft" in losses else 0.0
 
 
 def own_values(recipe: Recipe, axes: Sequence[Axis], *, steps: int) -> dict[str, Any]:
@@ -200,8 +206,7 @@ def own_values(recipe: Recipe, axes: Sequence[Axis], *, steps: int) -> dict[str,
         elif axis.key == STEPS:
             found[STEPS] = steps
         elif axis.key == LOSS:
-            losses = settings["loss_type"]
-            found[LOSS] = losses[0] if isinstance(losses, list) else losses
+            found[LOSS] = _listed(settings["loss_type"])[0]
         elif section == "lora":
             found[axis.key] = getattr(recipe.lora, name, None)
         else:
@@ -220,23 +225,23 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
     settings = recipe.model_dump(mode="json", exclude_unset=True)
     trainer = settings.setdefault("trainer", {})
     resolved = trainer_settings(recipe)
-    losses = resolved["loss_type"] if isinstance(resolved["loss_type"], list) else [resolved["loss_type"]]
-    others = [name for name in losses[1:] if name != "sft"]
+    losses = _listed(resolved["loss_type"])
     for key, value in values.items():
-        if key == LOSS and isinstance(value, str):
-            losses = [value, *others]
-        elif key == RANK and ALPHA not in values:
+        if key == RANK and ALPHA not in values:
             lora = settings.setdefault("lora", {})
             lora["rank"], lora["alpha"] = value, recipe.lora.alpha * value / recipe.lora.rank
-        elif key != SFT:
+        elif key not in (SFT, LOSS):
             section, _, name = key.partition(".")
             settings.setdefault(section, {})[name] = value
     if LOSS in values or SFT in values:
-        weights = dict(zip(_listed(resolved["loss_type"]), _weights(resolved), strict=True))
-        weight = float(values.get(SFT, weights.get("sft", 0.0)))
-        kept = [name for name in losses if name != "sft"]
+        before = dict(zip(losses, _weights(resolved), strict=True))
+        weight = float(values.get(SFT, before.get("sft", 0.0)))
+        kept = {name: before[name] for name in losses if name != "sft"}
+        if isinstance(first := values.get(LOSS), str):  # in the place of the first, which has its weight
+            was = next(iter(kept))
+            kept = {first if name == was else name: share for name, share in kept.items()}
         trainer["loss_type"] = [*kept, *(["sft"] if weight else [])]
-        trainer["loss_weights"] = [*(weights.get(name, 1.0) for name in kept), *([weight] if weight else [])]
+        trainer["loss_weights"] = [*kept.values(), *([weight] if weight else [])]
     if STEPS in values:
         shorten_warm_up(trainer)
     return check_recipe(settings, where="a candidate of the search")

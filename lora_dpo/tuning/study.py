@@ -58,6 +58,7 @@ class Study:
 
     def __init__(self, path: Path, axes: Sequence[Axis], own: Values, seed: int) -> None:
         self.path, self.axes, self.own, self.seed = path, axes, dict(own), seed
+        self.storage: Any = None
 
     def ask(self, number: int) -> Asked:
         """The candidate of that number."""
@@ -79,11 +80,13 @@ class Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        if self.storage is None:
+            self.storage = optuna.storages.RDBStorage(f"sqlite:///{self.path.absolute().as_posix()}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.create_study(
                 study_name="search",
-                storage=f"sqlite:///{self.path.absolute().as_posix()}",
+                storage=self.storage,
                 sampler=optuna.samplers.TPESampler(seed=self.seed * 10_007 + number, n_startup_trials=STARTUP),
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_min_trials=3),
                 direction="maximize",

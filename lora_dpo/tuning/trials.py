@@ -28,7 +28,7 @@ from lora_dpo.files import write_json
 from lora_dpo.leftovers import discard
 from lora_dpo.model.base import Base
 from lora_dpo.model.lora import detach
-from lora_dpo.training.run import train
+from lora_dpo.training.run import Look, train
 from lora_dpo.tuning.measure import Part
 from lora_dpo.tuning.score import Measured, Score, score
 from lora_dpo.tuning.space import Values, value_text, with_values
@@ -152,58 +152,45 @@ class Trials:
             Stopped: `stop` was requested; the trial's last checkpoint stays.
         """
         recipe = self._recipe(number, values, seed)
-        began = time.perf_counter()
+        began, place, looks = time.perf_counter(), self.place(number), self._looks(number)
+        planned = int(recipe.trainer["max_steps"])
+        steps, ended, measuring = planned, "", 0.0
+        learned: Interval | None = None
+        measured: Measured | None = None
         curves: dict[str, list[float]] = {name: [] for name in ("step", *CURVES)}
-        looks = self._looks(number)
-        state = _Seen()
-
-        def tell(event: Event) -> None:
-            if isinstance(event, Progress):
-                self.emit(Progress(f"trial {number}: {event.stage}", event.done, event.total))
-            elif isinstance(event, StepLogged) and "loss" in event.metrics:
-                curves["step"].append(event.step)
-                for name in CURVES:
-                    curves[name].append(float(event.metrics.get(name, 0.0)))
+        rows: list[tuple[str, str]] = []
 
         def look(step: int, total: int, model: Any) -> None:
-            state.model, state.step, state.planned = model, step, total
-            due = [place for place, share in enumerate(LOOKS, start=1) if step == max(1, round(share * total))]
-            for place in due:
-                if len(looks) < place:
+            nonlocal steps
+            steps = step
+            for index, share in enumerate(LOOKS, start=1):
+                if step != max(1, round(share * total)):
+                    continue
+                if len(looks) < index:
                     looks.append(self.part.glance(model))
                     write_json(self._looks_path(number), looks)
-                if prune(place, looks[place - 1]):
+                if prune(index, looks[index - 1]):
                     raise Pruned
 
-        place = self.place(number)
-        ended, learned, measured, measuring = "", None, None, 0.0
-        rows: list[tuple[str, str]] = []
         try:
             for index, value in enumerate(looks, start=1):  # of an interrupted trial: the same decisions again
+                steps = max(1, round(LOOKS[index - 1] * planned))
                 if prune(index, value):
                     raise Pruned
-            if place.is_dir():  # only the measuring was interrupted
-                model: Any = attach_adapter(self.base, place)
-            else:
-                resume = bool(checkpoints(partial_of(place)))
-                model = train(recipe, base=self.base, resume=resume, on_event=tell, stop=self.stop, look=look).model
-            run = read_run(place)
-            curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in curves}
-            health = run.measured["health"]
-            learned, state.step = at_first_sight(place), health["steps"]
-            if health["sentence"]:
-                ended = f"{health['alarms'][-1]['name']} at step {state.step}"
-            if not ended:
-                since = time.perf_counter()
-                model.eval()
-                measured, answers = self.part.measure(model, f"trial {number}")
-                measuring = time.perf_counter() - since
-                rows = [(asked.text, answer.text) for asked, answer in zip(self.part.prompts, answers, strict=True)]
-            self.base.model = detach(model)
+            with self._trained(number, recipe, look, curves) as model:
+                run = read_run(place)
+                curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in curves}
+                health = run.measured["health"]
+                learned, steps = at_first_sight(place), health["steps"]
+                if health["sentence"]:
+                    ended = f"{health['alarms'][-1]['name']} at step {steps}"
+                else:
+                    since = time.perf_counter()
+                    measured, answers = self.part.measure(model, f"trial {number}")
+                    measuring = time.perf_counter() - since
+                    rows = [(asked.text, answer.text) for asked, answer in zip(self.part.prompts, answers, strict=True)]
         except Pruned:
-            if state.model is not None:
-                self.base.model = detach(state.model)
-            ended = f"ended after {len(looks)} of {len(LOOKS) + 1} parts: behind the others so far"
+            ended = f"behind the others at step {steps}"
             discard(partial_of(place))
         trial = Trial(
             number=number,
@@ -211,8 +198,8 @@ class Trials:
             seed=int(recipe.trainer.get("seed", 42)),
             measured=measured,
             ended=ended,
-            steps=state.step,
-            planned=state.planned or state.step,
+            steps=steps,
+            planned=planned,
             learned=learned,
             looks=tuple(looks),
             curves=curves,
@@ -224,6 +211,31 @@ class Trials:
         self._looks_path(number).unlink(missing_ok=True)
         self.done.append(trial)
         return trial
+
+    @contextlib.contextmanager
+    def _trained(self, number: int, recipe: Recipe, look: Look, curves: dict[str, list[float]]) -> Iterator[Any]:
+        """The trial's model, trained now or, if only its measuring was interrupted, as it lies on the disk."""
+        place = self.place(number)
+        if place.is_dir():
+            with self.policy(place) as model:
+                yield model
+            return
+
+        def tell(event: Event) -> None:
+            if isinstance(event, Progress):
+                self.emit(Progress(f"trial {number}: {event.stage}", event.done, event.total))
+            elif isinstance(event, StepLogged) and "loss" in event.metrics:
+                curves["step"].append(event.step)
+                for name in CURVES:
+                    curves[name].append(float(event.metrics.get(name, 0.0)))
+
+        resume = bool(checkpoints(partial_of(place)))
+        trained: Any = train(recipe, base=self.base, resume=resume, on_event=tell, stop=self.stop, look=look).model
+        trained.eval()
+        try:
+            yield trained
+        finally:
+            self.base.model = detach(trained)
 
     def keep_only(self, numbers: set[int]) -> None:
         """Remove the adapters of all other trials: what they came to stays."""
@@ -258,15 +270,6 @@ class Trials:
     def _looks(self, number: int) -> list[float]:
         path = self._looks_path(number)
         return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
-
-
-@dataclass
-class _Seen:
-    """What the training showed last."""
-
-    model: Any = None
-    step: int = 0
-    planned: int = 0
 
 
 def trial_rows(runs: Trials) -> list[tuple[str, ...]]:
