@@ -1,7 +1,7 @@
 """The terminal: parse, call, draw. Nothing is decided here.
 
 commands     `lora-dpo` itself: train, recipe, and the list of the others
-adapters, chat, clean, data, demo, docs, eval, export, init, merge, models, pairs, plan, serve
+adapters, chat, clean, data, demo, docs, eval, export, init, merge, models, pairs, plan, serve, tune
              the other commands (`improve` is in pairs, `report` in eval)
 help         the text of `--help`, as terminals show it
 ready        what a command needs, before it loads anything

@@ -168,7 +168,11 @@ _PANELS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
     "What becomes of an adapter": {"adapters": adapters_app, "serve": serve, "merge": merge, "export": export},
     "This machine": {"models": models_app, "clean": clean, "docs": docs},
 }
-_PAGES = {name: name for commands in _PANELS.values() for name in commands} | {"clean": "adapter-folder", "docs": ""}
+_PAGES = {name: name for commands in _PANELS.values() for name in commands} | {
+    "clean": "adapter-folder",
+    "docs": "",
+    "sweep": "tune",
+}
 """The page of `lora-dpo docs` that tells of a command."""
 for _panel, _commands in _PANELS.items():
     for _name, _what in _commands.items():

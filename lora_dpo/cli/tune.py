@@ -46,7 +46,7 @@ def tune(
     seed: Annotated[int, typer.Option("--seed", help="Of the candidates and of the division of the data.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
 ) -> None:
-    """Find the settings that make the best adapter of your pairs, and prove the choice.
+    """Find the settings for the best adapter, and prove the choice.
 
     The prompts are divided in three: to train on, to choose by, and to report from; what is reported, no candidate and
     no choice has seen. Candidates share the base in memory and the references, and are ended early where they go wrong
@@ -118,7 +118,7 @@ def sweep(
     seed: Annotated[int, typer.Option("--seed", help="Of the division of the data.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
 ) -> None:
-    """Train every combination of some settings, and measure all of them alike.
+    """Train every combination of some settings; measure all alike.
 
     The base is loaded once and the references are scored once. Held-out data that the recipe names is measured on;
     without any, some prompts are held out. Every run's adapter is kept. To find good settings without naming values:
