@@ -43,6 +43,13 @@ def tune(
     all_data: Annotated[
         bool, typer.Option("--all-data", help="Train the chosen settings once more, on what was chosen by as well.")
     ] = False,
+    without_suspicious: Annotated[
+        bool,
+        typer.Option(
+            "--without-suspicious",
+            help="Try the best settings once more, without the training pairs that they order against their label.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the candidates and of the division of the data.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
 ) -> None:
@@ -93,6 +100,7 @@ def tune(
                 judge=judge or (),
                 seed=seed,
                 all_data=all_data,
+                without_suspicious=without_suspicious,
                 resume=resume,
                 on_event=view,
                 stop=stop,

@@ -16,11 +16,15 @@ from statistics import median
 
 from lora_dpo.adapters.checkpoints import checkpoints
 from lora_dpo.adapters.run_folder import partial_of
+from lora_dpo.adapters.stored_margins import read_margins
 from lora_dpo.config.reading import dump_recipe
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.data.doctor.examination import examine
 from lora_dpo.data.journal import alone
+from lora_dpo.data.pairs import pair_mark
+from lora_dpo.data.write import write_pairs
 from lora_dpo.errors import ConfigError
+from lora_dpo.evaluation.suspicion import by_suspicion
 from lora_dpo.events import Answered, Event, Note, OnEvent, Progress, Saved, StopSignal, Tabulated
 from lora_dpo.files import atomic_folder, replace_file, write_json
 from lora_dpo.model.base import Base
@@ -56,6 +60,7 @@ def tune(
     judge: Sequence[str] = (),
     seed: int = 0,
     all_data: bool = False,
+    without_suspicious: bool = False,
     resume: bool = False,
     base: Base | None = None,
     on_event: OnEvent | None = None,
@@ -73,6 +78,8 @@ def tune(
         judge: judges of answers, as for `open_judge`; with them the win rate against the base decides.
         seed: of the candidates that are drawn, and of the division of the data.
         all_data: train the chosen settings once more, on what was chosen by as well; the report is of that adapter.
+        without_suspicious: try the best settings once more, without the training pairs that their run ordered against
+            their label (`evaluation.suspicion`); it is one more candidate.
         resume: go on with an interrupted search.
         base: a base model that is loaded already; it must be the one that the recipe names.
         on_event: receives what happens (`lora_dpo.events`).
@@ -92,7 +99,7 @@ def tune(
         first = search.first_candidate(parts)
         steps = steps_of(first, len(parts.train))
         varied = list(axes) or default_axes(first, steps=steps)
-        search.claim(parts, first, varied, seed=seed, all_data=all_data)
+        search.claim(parts, first, varied, seed=seed, all_data=all_data, without_suspicious=without_suspicious)
         search.say_parts(parts)
         if not parts.choose:
             return _recipe_alone(search, parts, base)
@@ -100,6 +107,8 @@ def tune(
         study = Study(search.folder / "study.sqlite", varied, own_values(first, varied, steps=steps), seed)
         most = trials if trials is not None or minutes is not None else TRIALS
         _try_candidates(search, runs, study, trials=most, minutes=minutes)
+        if without_suspicious:
+            _try_without_suspicious(search, runs, parts)
         return _Conclusion(search, runs, parts).conclude(all_data=all_data)
 
 
@@ -161,6 +170,44 @@ def _keep_the_best(runs: Trials) -> None:
         runs.keep_only({0, *(number for number, found in scores.items() if found.low >= highest - EQUAL)})
 
 
+def _try_without_suspicious(search: Search, runs: Trials, parts: Parts) -> None:
+    """One more candidate: the best settings, without the pairs that their run ordered against their label."""
+    if any(trial.left_out for trial in runs.done):
+        return
+    best = best_trial(runs, budget=search.recipe.health.kl)
+    if best is None:
+        return
+    wrong = {one.mark for one in by_suspicion(read_margins(runs.place(best.number))) if (one.mean or 0.0) < 0}
+    left = [pair for pair in parts.train if pair_mark(pair) not in wrong]
+    count = len(parts.train) - len(left)
+    if not count:
+        search.emit(Note(f"Candidate {best.number} ordered no training pair against its label: none is left out."))
+        return
+    data = search.folder / "parts" / "without-suspicious.jsonl"
+    if not data.exists():
+        write_pairs(left, data)
+    trial = runs.run(len(runs.done), best.values, data=data, left_out=count)
+    search.tell(runs)
+    found, before = runs.score_of(trial), runs.score_of(best)
+    if found is not None and before is not None:
+        text = (
+            f"Without the {count} training pairs that candidate {best.number} ordered against their label its score is "
+            f"at least {found.low:.3f}, with them {before.low:.3f}."
+        )
+        search.emit(Note(text))
+
+
+def best_trial(runs: Trials, *, budget: float) -> Trial | None:
+    """The best candidate so far, within the budget of KL."""
+    known = {
+        trial.number: (found, trial.measured.kl)
+        for trial in runs.done
+        if trial.measured and (found := runs.score_of(trial))
+    }
+    number = best_of(known, budget=budget)
+    return next((trial for trial in runs.done if trial.number == number), None)
+
+
 # --- the end --------------------------------------------------------------------------------------
 
 
@@ -174,18 +221,12 @@ class _Conclusion:
 
     def conclude(self, *, all_data: bool) -> TuneResult:
         search, runs = self.search, self.runs
-        known = {
-            trial.number: (found, trial.measured.kl)
-            for trial in runs.done
-            if trial.measured and (found := runs.score_of(trial))
-        }
-        number = best_of(known, budget=search.recipe.health.kl)
+        chosen = best_trial(runs, budget=search.recipe.health.kl)
         result = TuneResult("no healthy run", "", None, search.recipe, search.folder, tuple(runs.done), None)
-        if number is None:
+        if chosen is None:
             reason = "Every candidate was ended early, or went beyond its budget of KL: none is worth keeping."
             return self._finish(replace(result, reason=reason))
-        chosen = next(trial for trial in runs.done if trial.number == number)
-        place = self._trained_on_all(chosen.values) if all_data else runs.place(number)
+        place = self._trained_on_all(chosen) if all_data else runs.place(chosen.number)
         reported = self._report(place, chosen, all_data=all_data)
         recipe = search.with_own_data(with_values(runs.recipe, chosen.values))
         result = replace(result, chosen=chosen, recipe=recipe, reported=reported, gain=gain_of(reported))
@@ -196,12 +237,13 @@ class _Conclusion:
             result = replace(result, adapter=search.output)
         return self._finish(result)
 
-    def _trained_on_all(self, values: Values) -> Path:
+    def _trained_on_all(self, chosen: Trial) -> Path:
         """The chosen settings on what was chosen by as well."""
         search, place = self.search, self.search.folder / "all-data"
         if not place.is_dir():
-            recipe = with_values(self.runs.recipe, values)
-            both = [(search.folder / "parts" / f"{name}.jsonl").as_posix() for name in ("train", "choose")]
+            recipe = with_values(self.runs.recipe, chosen.values)
+            names = ("without-suspicious" if chosen.left_out else "train", "choose")
+            both = [(search.folder / "parts" / f"{name}.jsonl").as_posix() for name in names]
             data = recipe.data.model_copy(update={"train": both})
             recipe = recipe.model_copy(update={"data": data, "output": place.as_posix()})
             resume = bool(checkpoints(partial_of(place)))

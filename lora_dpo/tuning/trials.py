@@ -69,6 +69,8 @@ class Trial:
     """`step`, and TRL's metrics by name."""
     rows: tuple[tuple[str, str], ...] = ()
     """Prompts with answers."""
+    left_out: int = 0
+    """Training pairs that it was not trained on, as suspicious."""
     seconds: float = 0.0
     measuring: float = 0.0
     """Seconds of these that were spent on measuring."""
@@ -76,7 +78,8 @@ class Trial:
     @property
     def text(self) -> str:
         """Its values in one line."""
-        return ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in self.values.items())
+        said = [f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in self.values.items()]
+        return ", ".join([*said, *([f"without {self.left_out} pairs"] if self.left_out else [])])
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -140,18 +143,30 @@ class Trials:
             return None
         return score(trial.measured, self.part.base_measured, control_length=self.control_length)
 
-    def run(self, number: int, values: Values, *, seed: int | None = None, prune: Prune = _never) -> Trial:
+    def run(
+        self,
+        number: int,
+        values: Values,
+        *,
+        seed: int | None = None,
+        prune: Prune = _never,
+        data: Path | None = None,
+        left_out: int = 0,
+    ) -> Trial:
         """Train a candidate and measure it, or go on where it was interrupted.
 
         Args:
             seed: of its data order and its adapter; by default the recipe's.
             prune: decides at each look whether it ends there.
+            data: what it is trained on, if not on what the others are; `left_out` pairs are not in it.
 
         Raises:
             LoraDPOError: as `train`.
             Stopped: `stop` was requested; the trial's last checkpoint stays.
         """
         recipe = self._recipe(number, values, seed)
+        if data is not None:
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": data.as_posix()})})
         began, place, looks = time.perf_counter(), self.place(number), self._looks(number)
         planned = int(recipe.trainer["max_steps"])
         steps, ended, measuring = planned, "", 0.0
@@ -206,6 +221,7 @@ class Trials:
             rows=tuple(rows),
             seconds=time.perf_counter() - began,
             measuring=measuring,
+            left_out=left_out,
         )
         write_json(self.folder / "trials" / f"{number:03d}.json", trial.to_json())
         self._looks_path(number).unlink(missing_ok=True)
@@ -288,7 +304,8 @@ def trial_rows(runs: Trials) -> list[tuple[str, ...]]:
                 f"{trial.measured.kl:.3f}",
             )
         values = (value_text(trial.values.get(key, "")) for key in keys)
-        rows.append((str(trial.number), *values, *numbers, f"{trial.seconds:.0f}", trial.ended))
+        said = trial.ended or (f"without {trial.left_out} pairs" if trial.left_out else "")
+        rows.append((str(trial.number), *values, *numbers, f"{trial.seconds:.0f}", said))
     return rows
 
 

@@ -143,6 +143,27 @@ def test_a_search_without_hope_ends_early_and_names_the_likely_reason(settings, 
     assert "contradict" in result.reason
 
 
+def test_what_suspicious_pairs_cost_is_tried_and_said(settings, base, tmp_path):
+    recipe = settings(max_steps=24)
+    path = Path(recipe["data"]["train"])
+    rows = [json.loads(line) for line in path.open()]
+    for row in rows[::9]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong = {row["prompt"] for row in rows[::9]}
+    seen = []
+    result = tune(check_recipe(recipe), axes=STEPS, trials=1, base=base, without_suspicious=True, on_event=seen.append)
+    first, second = result.trials
+    assert second.values == first.values
+    file = result.folder / "parts" / "without-suspicious.jsonl"
+    kept = {json.loads(line)["prompt"][-1]["content"] for line in file.open()}
+    train = {json.loads(line)["prompt"][-1]["content"] for line in (result.folder / "parts" / "train.jsonl").open()}
+    assert len(train) - len(kept) == second.left_out
+    assert train - kept
+    assert len((train - kept) & wrong) > len(train - kept) / 2, "most of those that are left out are wrong"
+    assert any(f"Without the {second.left_out} training pairs" in getattr(event, "text", "") for event in seen)
+
+
 def test_few_prompts_are_two_parts_and_fewer_the_recipe_alone(settings, base):
     seen = []
     result = tune(check_recipe(settings(numbers=range(10, 13))), axes=STEPS, trials=1, base=base, on_event=seen.append)
