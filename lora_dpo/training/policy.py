@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_dpo.adapters.folder import attach_adapter
@@ -10,7 +12,7 @@ from lora_dpo.events import Note
 from lora_dpo.model.base import Base, held_by, load_recipe_base, resolve_model
 from lora_dpo.model.eva import drawn_batch, init_from_inputs
 from lora_dpo.model.identity import commit_of
-from lora_dpo.model.lora import attach_lora
+from lora_dpo.model.lora import attach_lora, detach
 from lora_dpo.model.whole_parts import copies_of
 from lora_dpo.training.prepared import Run
 
@@ -33,6 +35,18 @@ def streamed_text(base: Base) -> str:
     what = "Embeddings and head" if base.streamed == "embeddings" else "Embeddings, head and decoder layers"
     why = "which costs time and no more on a CPU" if base.device.type == "cpu" else "and visit the GPU (model.stream)"
     return f"{what} of the base live in main memory, {why}."
+
+
+@contextlib.contextmanager
+def attached(run: Run, base: Base, *, fresh: bool) -> Iterator[PeftModel]:
+    """The run's adapter on its base, as `attach` puts it there; taken off again if the block ends in an error: the base
+    may be somebody else's, who has more to do with it."""
+    model = attach(run, base, fresh=fresh)
+    try:
+        yield model
+    except BaseException:
+        base.model = detach(model)
+        raise
 
 
 def attach(run: Run, base: Base, *, fresh: bool) -> PeftModel:

@@ -46,14 +46,14 @@ from lora_dpo.events import Answered, Compared, Note, OnEvent, Progress, Saved, 
 from lora_dpo.files import atomic_folder, disk_errors
 from lora_dpo.model.base import Base
 from lora_dpo.model.device import out_of_memory
-from lora_dpo.model.lora import POLICY, detach
+from lora_dpo.model.lora import POLICY
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.before_after import Measured, comparison, held_out_losses, measure_after, measure_before
 from lora_dpo.training.data_record import changed_data, data_record
 from lora_dpo.training.guard.callback import add_guard
 from lora_dpo.training.guard.training_guard import Guard, Outcome, check_health, was_stopped
 from lora_dpo.training.pairs_seen import margins_in, margins_of
-from lora_dpo.training.policy import attach, load
+from lora_dpo.training.policy import attached, load
 from lora_dpo.training.prepare import check_early, prepare, with_reference
 from lora_dpo.training.prepared import Run
 from lora_dpo.training.run_summary import Stopwatch, findings, record, write_record
@@ -153,44 +153,28 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
     odd = findings(run.recipe.data, run.reports["train"].rows, run.recipe.method)
     base = base or load(run)
     sources = sources_of(base, run.recipe.reference)  # hours later they may have moved
-    model = attach(run, base, fresh=checkpoint is None)
-    try:
-        return _train_and_save(run, base, model, checkpoint, look, sources, odd)
-    except BaseException:
-        base.model = detach(model)  # it may be somebody else's, who has more to do with it
-        raise
-
-
-def _train_and_save(
-    run: Run,
-    base: Base,
-    model: PeftModel,
-    checkpoint: Path | None,
-    look: Look | None,
-    sources: Sources,
-    odd: list[dict[str, Any]] | None,
-) -> TrainResult:
-    pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
-    ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
-    state = read_state(checkpoint) if checkpoint else {}
-    log = RunLog(run.partial / METRICS, from_step=state.get("global_step", -1))
-    guard = Guard(run, model, log, before.texts[: len(run.prompts)])
-    if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
-        restore_adapter(model, checkpoint)  # only the measuring was interrupted
-        guard.begin(checkpoint, state["global_step"])
-        margins = margins_in(run, checkpoint)
-    else:
-        margins = _optimise(run, base, model, log, checkpoint, guard, look)
-    outcome = guard.finish()
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
-        raise ModelError("Training ended in NaN or infinite weights. Lower trainer.learning_rate and start again.")
-    model.eval()
-    after = measure_after(run, model, pad, ref_scores)
-    rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
-    _report(run, before, after, rows)
-    found = record(run, before, after, outcome, odd)
-    _save(run, base, model, log, sources, (before, after), rows, found, margins)
-    return TrainResult(run.output, base, model, before, after, outcome)
+    with attached(run, base, fresh=checkpoint is None) as model:
+        pad = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else run.tokenizer.eos_token_id
+        ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
+        state = read_state(checkpoint) if checkpoint else {}
+        log = RunLog(run.partial / METRICS, from_step=state.get("global_step", -1))
+        guard = Guard(run, model, log, before.texts[: len(run.prompts)])
+        if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
+            restore_adapter(model, checkpoint)  # only the measuring was interrupted
+            guard.begin(checkpoint, state["global_step"])
+            margins = margins_in(run, checkpoint)
+        else:
+            margins = _optimise(run, base, model, log, checkpoint, guard, look)
+        outcome = guard.finish()
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
+            raise ModelError("Training ended in NaN or infinite weights. Lower trainer.learning_rate and start again.")
+        model.eval()
+        after = measure_after(run, model, pad, ref_scores)
+        rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
+        _report(run, before, after, rows)
+        found = record(run, before, after, outcome, odd)
+        _save(run, base, model, log, sources, (before, after), rows, found, margins)
+        return TrainResult(run.output, base, model, before, after, outcome)
 
 
 def _optimise(

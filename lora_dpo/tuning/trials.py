@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -167,66 +167,37 @@ class Trials:
         recipe = self._recipe(number, values, seed)
         if data is not None:
             recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": data.as_posix()})})
-        began, place, looks = time.perf_counter(), self.place(number), self._looks(number)
-        planned = int(recipe.trainer["max_steps"])
-        steps, ended, measuring = planned, "", 0.0
-        learned: Interval | None = None
-        measured: Measured | None = None
-        curves: dict[str, list[float]] = {name: [] for name in ("step", *CURVES)}
-        rows: list[tuple[str, str]] = []
-
-        def look(step: int, total: int, model: Any) -> None:
-            nonlocal steps
-            steps = step
-            for index, share in enumerate(LOOKS, start=1):
-                if step != max(1, round(share * total)):
-                    continue
-                if len(looks) < index:
-                    looks.append(self.part.glance(model))
-                    write_json(self._looks_path(number), looks)
-                if prune(index, looks[index - 1]):
-                    raise Pruned
-
-        try:
-            for index, value in enumerate(looks, start=1):  # of an interrupted trial: the same decisions again
-                steps = max(1, round(LOOKS[index - 1] * planned))
-                if prune(index, value):
-                    raise Pruned
-            with self._trained(number, recipe, look, curves) as model:
-                run = read_run(place)
-                curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in curves}
-                health = run.measured["health"]
-                learned, steps = at_first_sight(place), health["steps"]
-                if health["sentence"]:
-                    ended = f"{health['alarms'][-1]['name']} at step {steps}"
-                else:
-                    since = time.perf_counter()
-                    measured, answers = self.part.measure(model, f"trial {number}")
-                    measuring = time.perf_counter() - since
-                    rows = [(asked.text, answer.text) for asked, answer in zip(self.part.prompts, answers, strict=True)]
-        except Pruned:
-            ended = f"behind the others at step {steps}"
-            discard(partial_of(place))
+        began, looks = time.perf_counter(), _Looks(self, number, prune, int(recipe.trainer["max_steps"]))
         trial = Trial(
-            number=number,
-            values=dict(values),
-            seed=int(recipe.trainer.get("seed", 42)),
-            measured=measured,
-            ended=ended,
-            steps=steps,
-            planned=planned,
-            learned=learned,
-            looks=tuple(looks),
-            curves=curves,
-            rows=tuple(rows),
-            seconds=time.perf_counter() - began,
-            measuring=measuring,
-            left_out=left_out,
+            number, dict(values), int(recipe.trainer.get("seed", 42)), planned=looks.planned, left_out=left_out
         )
+        curves: dict[str, list[float]] = {name: [] for name in ("step", *CURVES)}
+        try:
+            looks.decide_again()
+            with self._trained(number, recipe, looks, curves) as model:
+                trial = self._measured(trial, model)
+        except Pruned:
+            ended = f"behind the others at step {looks.step}"
+            trial = replace(trial, ended=ended, steps=looks.step, curves=curves)
+            discard(partial_of(self.place(number)))
+        trial = replace(trial, looks=tuple(looks.values), seconds=time.perf_counter() - began)
         write_json(self.folder / "trials" / f"{number:03d}.json", trial.to_json())
-        self._looks_path(number).unlink(missing_ok=True)
+        looks.path.unlink(missing_ok=True)
         self.done.append(trial)
         return trial
+
+    def _measured(self, trial: Trial, model: Any) -> Trial:
+        """What came of a trial that was trained; of one that the guard ended it is not measured."""
+        run = read_run(self.place(trial.number))
+        health = run.measured["health"]
+        curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in ("step", *CURVES)}
+        trial = replace(trial, learned=at_first_sight(self.place(trial.number)), steps=health["steps"], curves=curves)
+        if health["sentence"]:
+            return replace(trial, ended=f"{health['alarms'][-1]['name']} at step {trial.steps}")
+        since = time.perf_counter()
+        measured, answers = self.part.measure(model, f"trial {trial.number}")
+        rows = [(asked.text, answer.text) for asked, answer in zip(self.part.prompts, answers, strict=True)]
+        return replace(trial, measured=measured, rows=tuple(rows), measuring=time.perf_counter() - since)
 
     @contextlib.contextmanager
     def _trained(self, number: int, recipe: Recipe, look: Look, curves: dict[str, list[float]]) -> Iterator[Any]:
@@ -280,12 +251,40 @@ class Trials:
         )
         return recipe.model_copy(update={"output": self.place(number).as_posix(), "trainer": trainer, "health": health})
 
-    def _looks_path(self, number: int) -> Path:
-        return self.folder / "trials" / f"{number:03d}.looks.json"
 
-    def _looks(self, number: int) -> list[float]:
-        path = self._looks_path(number)
-        return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+class _Looks:
+    """What is seen of one trial while it is trained, kept on the disk, and whether it ends there."""
+
+    def __init__(self, trials: Trials, number: int, prune: Prune, planned: int) -> None:
+        self.part, self.prune, self.planned = trials.part, prune, planned
+        self.path = trials.folder / "trials" / f"{number:03d}.looks.json"
+        stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+        self.values: list[float] = stored
+        self.step = 0
+        """The last step that was seen."""
+
+    def decide_again(self) -> None:
+        """Of an interrupted trial: the decisions that were taken, in the same order. Raises `Pruned`."""
+        for index, value in enumerate(self.values, start=1):
+            self.step = self._due(index, self.planned)
+            if self.prune(index, value):
+                raise Pruned
+
+    def __call__(self, step: int, total: int, model: Any) -> None:
+        """Look where it is time. Raises `Pruned` if the trial ends there."""
+        self.step = step
+        for index in range(1, len(LOOKS) + 1):
+            if step != self._due(index, total):
+                continue
+            if len(self.values) < index:
+                self.values.append(self.part.glance(model))
+                write_json(self.path, self.values)
+            if self.prune(index, self.values[index - 1]):
+                raise Pruned
+
+    @staticmethod
+    def _due(index: int, total: int) -> int:
+        return max(1, round(LOOKS[index - 1] * total))
 
 
 def trial_rows(runs: Trials) -> list[tuple[str, ...]]:
