@@ -90,8 +90,12 @@ class RunView:
                 self._answered(rows)
             case RoundsMeasured(rows):
                 self._table("held-out prompts, by round", rows)
-            case Tabulated(title, rows):
+            case Tabulated(title, rows) if _width(rows) <= self.console.width:
                 self._table(title, rows)
+            case Tabulated(_, rows):  # too wide: of a table that grows by a row each time, that row is told in words
+                cells = [(name, cell) for name, cell in zip(rows[0], rows[-1], strict=True) if cell not in ("", "-")]
+                told = ", ".join(f"{name} {cell}".strip() for name, cell in cells)
+                self.console.print(escape(harmless(told)), highlight=False, soft_wrap=True)
             case Saved(folder):
                 self.console.print(f"\n[green]saved[/] [bold]{escape(str(folder))}[/]   talk to it:", soft_wrap=True)
                 command = command_line(["lora-dpo", "chat", str(folder), "--compare"])
@@ -137,6 +141,11 @@ class RunView:
 
     def _answered(self, rows: tuple[tuple[str, str, str], ...]) -> None:
         self.console.print(side_by_side("prompt", rows))
+
+
+def _width(rows: tuple[tuple[str, ...], ...]) -> int:
+    """Columns of the terminal that a table takes without breaking a cell."""
+    return 1 + sum(3 + max(map(len, column)) for column in zip(*rows, strict=True))
 
 
 def step_line(metrics: Mapping[str, float]) -> str:

@@ -290,7 +290,19 @@ class _Looks:
 def trial_rows(runs: Trials) -> list[tuple[str, ...]]:
     """The table of all trials so far; the first row names the columns."""
     keys = list(dict.fromkeys(key for trial in runs.done for key in trial.values))
-    rows = [("trial", *(key.rpartition(".")[2] for key in keys), "score", "at least", "quality", "cost", "KL", "s", "")]
+    rows = [
+        (
+            "candidate",
+            *(key.rpartition(".")[2] for key in keys),
+            "score",
+            "at least",
+            "quality",
+            "cost",
+            "KL",
+            "seconds",
+            "",
+        )
+    ]
     for trial in runs.done:
         found = runs.score_of(trial)
         numbers = ("-",) * 5

@@ -1,5 +1,6 @@
 """Searches and sweeps on a small model that was taught two ways to answer."""
 
+import io
 import json
 import random
 import shutil
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from taught import write_pairs
 
 from lora_dpo.adapters.loading import load_policy
 from lora_dpo.cli.commands import main
 from lora_dpo.cli.tune import NOTHING
+from lora_dpo.cli.views import RunView
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.errors import ConfigError, DataError, OutputError
 from lora_dpo.events import Progress, Stopped, StopSignal, Tabulated
@@ -336,6 +339,19 @@ def test_the_command_says_what_came_of_it(settings, tmp_path, capsys):
     assert "Nothing to learn here" in capsys.readouterr().out
     assert main(["sweep", "random.yaml", "trainer.beta=0.1,0.2", "trainer.max_steps=2"]) == 0
     assert "2 of 2" in capsys.readouterr().out
+
+
+def test_a_table_that_is_too_wide_for_the_terminal_is_told_row_by_row():
+    rows = (
+        ("candidate", "beta", "score", "KL", ""),
+        ("0", "0.1", "0.91", "0.1", ""),
+        ("1", "0.3", "-", "-", "length collapse"),
+    )
+    for width, told in ((80, " 0.91 │"), (30, "candidate 1, beta 0.3, length collapse\n")):
+        console = Console(width=width, file=io.StringIO())
+        RunView(console)(Tabulated("candidates", rows))
+        assert told in console.file.getvalue()
+        assert ("0.91" in console.file.getvalue()) == (width == 80)
 
 
 def test_a_slip_on_the_command_line_is_said_before_anything_is_loaded(settings, capsys, loads):
