@@ -211,24 +211,61 @@ def table(found: Assessment) -> Table:
 
 def report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN…", help="Adapters or evaluations: folders, or their names.")
+        list[str], typer.Argument(metavar="RUN…", help="Adapters, evaluations or a search: folders, or their names.")
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page to write. Default: reports/NAME.html, a free name.")
     ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="The results for programs, too: FILE.csv or FILE.json.")
+    ] = None,
 ) -> None:
     """Write one page about a run, or one that compares several.
 
-    Several runs of a sweep (β, rank, learning rate) become one page: what differs in their settings, results side by
-    side, curves in one plot, and answers to the same prompts. The page is one file and loads nothing.
+    Several runs (β, rank, learning rate, seeds) become one page: what differs in their settings, results side by
+    side, curves in one plot, and answers to the same prompts. Runs that differ in their seeds alone are one group, too,
+    with mean and 95% interval. The page is one file and loads nothing. A search or sweep has its page already; of it
+    --table writes every candidate.
 
     Examples:
 
         lora-dpo report quickstart
 
         lora-dpo report adapters/beta01 adapters/beta02 adapters/beta05 --output beta.html
-    """
-    from lora_dpo.evaluation.report.write import find_run, write_report
 
-    written = write_report([find_run(name) for name in runs], output)
-    out.print(f"[green]written[/] [bold]{escape(str(written))}[/]", soft_wrap=True)
+        lora-dpo report adapters/brief.search --table candidates.csv
+    """
+    from lora_dpo.evaluation.report.table_file import check_table
+    from lora_dpo.evaluation.report.write import find_run, write_report
+    from lora_dpo.tuning.folder import ENDING, is_search
+
+    if table is not None:
+        check_table(table)
+    folders = [find_run(name) for name in runs]
+    # A search that made no adapter, or a sweep, is found by its own name, too.
+    others = [find_run(name + ENDING) for name in runs]
+    folders = [
+        folder if folder.is_dir() or not is_search(other) else other
+        for folder, other in zip(folders, others, strict=True)
+    ]
+    searches = [folder for folder in folders if is_search(folder)]
+    if searches:
+        _report_search(searches[0], len(folders), output, table)
+        return
+    written = [write_report(folders, output, table), *([table] if table else [])]
+    for path in written:
+        out.print(f"[green]written[/] [bold]{escape(str(path))}[/]", soft_wrap=True)
+
+
+def _report_search(folder: Path, runs: int, output: Path | None, table: Path | None) -> None:
+    from lora_dpo.errors import ConfigError
+    from lora_dpo.tuning.folder import PAGE
+    from lora_dpo.tuning.table import write_search_report
+
+    if runs > 1:
+        raise ConfigError(f"{folder} is a search, which has a page of its own. Name it alone.")
+    for path in write_search_report(folder, output, table):
+        if path == folder / PAGE:
+            out.print(f"page  {escape(str(path))}", soft_wrap=True, highlight=False)
+        else:
+            out.print(f"[green]written[/] [bold]{escape(str(path))}[/]", soft_wrap=True)

@@ -9,6 +9,7 @@ study             candidates drawn by Optuna
 folder            where a search lies
 result            what it came to
 page              its page
+table             its candidates as rows, for programs
 search            what every search begins with
 choose_settings   the search from data to adapter
 grid              every combination, on the same trials

@@ -95,6 +95,15 @@ class Score:
         """The lower end of its interval: what candidates are compared by."""
         return self.quality.low - self.cost
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"value": self.value, "low": self.low, "quality": vars(self.quality), "costs": dict(self.costs)}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Score:
+        """What `to_json` gave."""
+        return cls(Interval(**stored["quality"]), dict(stored["costs"]))
+
 
 def score(found: Measured, base: Measured, *, control_length: bool = True) -> Score:
     """The score of a policy, measured beside its base on the same prompts.

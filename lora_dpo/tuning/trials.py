@@ -56,6 +56,8 @@ class Trial:
     seed: int
     measured: Measured | None = None
     """None of one that was ended early."""
+    score: Score | None = None
+    """As it was when it was measured, beside the base's numbers: a table is made from this without a model."""
     ended: str = ""
     """Why it was ended early; empty of one that was trained to its end."""
     steps: int = 0
@@ -87,6 +89,7 @@ class Trial:
             **vars(self),
             "values": dict(self.values),
             "measured": self.measured.to_json() if self.measured else None,
+            "score": self.score.to_json() if self.score else None,
             "learned": vars(self.learned) if self.learned else None,
             "curves": dict(self.curves),
         }
@@ -98,6 +101,7 @@ class Trial:
             **{
                 **stored,
                 "measured": Measured.from_json(stored["measured"]) if stored["measured"] else None,
+                "score": Score.from_json(stored["score"]) if stored.get("score") else None,
                 "learned": Interval(**stored["learned"]) if stored["learned"] else None,
                 "looks": tuple(stored["looks"]),
                 "rows": tuple((prompt, answer) for prompt, answer in stored["rows"]),
@@ -181,6 +185,7 @@ class Trials:
             trial = replace(trial, ended=ended, steps=looks.step, curves=curves)
             discard(partial_of(self.place(number)))
         trial = replace(trial, looks=tuple(looks.values), seconds=time.perf_counter() - began)
+        trial = replace(trial, score=self.score_of(trial))  # with it a table needs no base
         write_json(self.folder / "trials" / f"{number:03d}.json", trial.to_json())
         looks.path.unlink(missing_ok=True)
         self.done.append(trial)

@@ -26,6 +26,7 @@ from lora_dpo.model.base import load_base
 from lora_dpo.tuning import sweep, tune
 from lora_dpo.tuning.grid import grid
 from lora_dpo.tuning.space import parse_axis
+from lora_dpo.tuning.table import candidate_rows, read_trials
 
 STEPS = [parse_axis("trainer.max_steps=6..24"), parse_axis("trainer.learning_rate=2e-4..1e-3")]
 
@@ -292,6 +293,16 @@ def test_a_grid_with_seeds(settings, base):
     assert "±" in last.rows[1][2]
     assert all((found.folder / "trials" / f"{number:03d}").is_dir() for number in range(4)), "every adapter is kept"
     assert "By combination" in (found.folder / "search.html").read_text()
+    # the table needs no model, and has what the sweep itself came to
+    rows = candidate_rows(read_trials(found.folder))
+    assert [row["kind"] for row in rows] == ["candidate"] * 4 + ["mean"] * 2
+    assert [row["accuracy"] for row in rows[:4]] == [trial.measured.accuracy.value for trial in found.trials]
+    for row, mean in zip(rows[4:], found.scores.values(), strict=True):
+        assert (row["runs"], row["score"], row["score"] + row["score_half"]) == (
+            2,
+            mean.value,
+            pytest.approx(mean.high),
+        )
 
 
 def test_held_out_data_that_is_named_is_what_a_sweep_measures_on(settings, base, tmp_path):

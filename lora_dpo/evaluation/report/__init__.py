@@ -5,6 +5,8 @@ parts             what every page is made of; all text is escaped there
 disagreeing       a run's own training pairs: which stay wrong, cost most, disagree with the rest
 one_run           the page of one run
 one_evaluation    the page of one evaluation
+table_file        tables for programs: CSV or JSON, means over seeds
+side_rows         runs and evaluations as rows of a table
 several           the page of several of either
 write             the right page for a folder, into a file
 model_card        the adapter's README and its curves

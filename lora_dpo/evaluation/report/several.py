@@ -10,15 +10,15 @@ from lora_dpo.adapters.stored_run import StoredRun, number
 from lora_dpo.adapters.stored_schema import NAMES
 from lora_dpo.evaluation.report import parts, svg
 from lora_dpo.evaluation.report.one_evaluation import is_known
-from lora_dpo.evaluation.report.one_run import ANSWERS, PAIRS, flat
+from lora_dpo.evaluation.report.one_run import ANSWERS, PAIRS
+from lora_dpo.evaluation.report.side_rows import differences, group_cells, group_rows, run_rows
 
-HIDDEN = ("output",)
-"""Settings that differ between any two runs."""
+__all__ = ["comparison_page", "differences", "named_apart"]
 
 
 def comparison_page(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """The whole page; either list may be empty."""
-    runs, evaluations = _named_apart(runs, evaluations)
+    runs, evaluations = named_apart(runs, evaluations)
     names = [run.name for run in runs] + [name for name, _ in evaluations]
     return parts.page(
         "Comparison",
@@ -26,6 +26,7 @@ def comparison_page(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, 
             parts.heading(f"{len(names)} side by side", ", ".join(names)),
             parts.section("What differs", parts.table(("setting", *(run.name for run in runs)), differences(runs))),
             parts.section("Results on held-out data", parts.table(("run", *_columns()), _results(runs))),
+            parts.section("Over seeds", *_seeds(runs)),
             parts.section("Health", *_health(runs)),
             parts.section("Training", parts.plots(*_curves(runs))),
             parts.section("Evaluations", *_evaluations(evaluations)),
@@ -34,7 +35,7 @@ def comparison_page(runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, 
     )
 
 
-def _named_apart(
+def named_apart(
     runs: Sequence[StoredRun], evaluations: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> tuple[list[StoredRun], list[tuple[str, Mapping[str, Any]]]]:
     """The same, each with a name of its own: an evaluation is kept under its adapter's name."""
@@ -50,15 +51,6 @@ def _named_apart(
         [replace(run, name=free(run.name)) for run in runs],
         [(free(name, "evaluation"), one) for name, one in evaluations],
     )
-
-
-def differences(runs: Sequence[StoredRun]) -> list[tuple[str, ...]]:
-    """Rows `(setting, value of each run)` of settings that are not the same in all runs."""
-    settings = [dict(flat(run.recipe)) for run in runs]
-    keys = list(dict.fromkeys(key for one in settings for key in one))
-    both = list(zip(runs, settings, strict=True))
-    rows = [(key, *(one[key] if key in one else run.default(key) for run, one in both)) for key in keys]
-    return [row for row in rows if row[0] not in HIDDEN and len(set(row[1:])) > 1]
 
 
 def _columns() -> list[str]:
@@ -77,6 +69,18 @@ def _results(runs: Sequence[StoredRun]) -> list[tuple[str, ...]]:
                 cells.append(form.format(metrics[key]) + note if metrics.get(key) is not None else "")
         rows.append((run.name, *cells))
     return rows
+
+
+def _seeds(runs: Sequence[StoredRun]) -> list[str]:
+    groups = group_rows(runs, run_rows(runs))
+    if not groups:
+        return []
+    return [
+        parts.table(("runs", *_columns()), [(str(row["name"]), *group_cells(row)) for row in groups]),
+        parts.paragraph(
+            "Runs whose settings differ in nothing but their seeds: means, ± half of their 95% interval (Student's t)."
+        ),
+    ]
 
 
 def _at(beta: float) -> str:

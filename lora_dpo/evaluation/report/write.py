@@ -6,16 +6,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_dpo import places
 from lora_dpo.adapters.passport import check_folder
 from lora_dpo.adapters.run_folder import partial_of
-from lora_dpo.adapters.stored_run import is_evaluation, is_unfinished, read_evaluation, read_run
+from lora_dpo.adapters.stored_run import StoredRun, is_evaluation, is_unfinished, read_evaluation, read_run
 from lora_dpo.errors import AdapterError
 from lora_dpo.evaluation.report.one_evaluation import evaluation_page, number_rows
 from lora_dpo.evaluation.report.one_run import run_page
-from lora_dpo.evaluation.report.several import comparison_page
-from lora_dpo.files import atomic_file, numbered
+from lora_dpo.evaluation.report.several import comparison_page, named_apart
+from lora_dpo.evaluation.report.side_rows import result_rows
+from lora_dpo.evaluation.report.table_file import Row, check_table, table_text
+from lora_dpo.files import atomic_files, numbered
 
 __all__ = ["PAGE", "evaluation_page", "number_rows", "report_of", "write_report"]
 
@@ -31,11 +34,20 @@ def report_of(folders: Sequence[Path], *, name: str | None = None) -> str:
     Raises:
         AdapterError: a file in them cannot be read.
     """
-    runs = [read_run(folder) for folder in folders if not is_evaluation(folder)]
-    evaluations = [(folder.resolve().name, read_evaluation(folder)) for folder in folders if is_evaluation(folder)]
+    runs, evaluations = _read(folders)
     if len(folders) == 1:
         return run_page(replace(runs[0], name=name or runs[0].name)) if runs else evaluation_page(evaluations[0][1])
     return comparison_page(runs, evaluations)
+
+
+def table_of(folders: Sequence[Path]) -> list[Row]:
+    """A row for each run and evaluation, and for runs that differ in their seeds alone one more with the means."""
+    return result_rows(*named_apart(*_read(folders)))
+
+
+def _read(folders: Sequence[Path]) -> tuple[list[StoredRun], list[tuple[str, dict[str, Any]]]]:
+    runs = [read_run(folder) for folder in folders if not is_evaluation(folder)]
+    return runs, [(folder.resolve().name, read_evaluation(folder)) for folder in folders if is_evaluation(folder)]
 
 
 def find_run(name: str | Path) -> Path:
@@ -48,13 +60,19 @@ def find_run(name: str | Path) -> Path:
     return next((way for way in ways if os.path.isdir(way)), given)
 
 
-def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+def write_report(folders: Sequence[Path], output: Path | None = None, table: Path | None = None) -> Path:
     """Write that page; by default to a free name in `reports/`.
 
+    Args:
+        table: a file that the same results are written to, `.csv` or `.json`; both files appear, or none.
+
     Raises:
+        ConfigError: the table has another ending.
         AdapterError: a folder is neither an adapter nor an evaluation, or a file in it cannot be read.
         OutputError: the file exists, or cannot be written.
     """
+    if table is not None:
+        check_table(table)
     for folder in folders:
         if not folder.is_dir():
             partial = partial_of(folder)
@@ -66,6 +84,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     stem = folders[0].resolve().name if len(folders) == 1 else "comparison"
     free = (place for place in map(places.reports().joinpath, numbered(stem, ".html")) if not place.exists())
     target = output or next(free)
-    with atomic_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    texts = {target: text}
+    if table is not None:
+        texts[table] = table_text(table, table_of(folders))
+    with atomic_files(list(texts)) as temporaries:
+        for temporary, content in zip(temporaries, texts.values(), strict=True):
+            temporary.write_text(content, encoding="utf-8", newline="\n")
     return target
