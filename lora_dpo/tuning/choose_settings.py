@@ -140,7 +140,7 @@ def _try_candidates(search: Search, runs: Trials, study: Study, *, trials: int |
         found = runs.score_of(trial)
         asked.tell(found.low if found else None)
         search.tell(runs)
-        _keep_the_best(runs)
+        _keep_the_best(runs, budget=search.recipe.health.kl)
         if search.stop.keep:
             break
         if len(runs.done) >= HOPELESS and not any(
@@ -162,12 +162,12 @@ def _expected(runs: Trials, values: Values) -> float:
     return step * float(steps) + (1 + MEASURED_AT_THE_END) * measuring
 
 
-def _keep_the_best(runs: Trials) -> None:
+def _keep_the_best(runs: Trials, *, budget: float) -> None:
     """Keep the adapters that may be chosen, and the default recipe's."""
-    scores = {trial.number: found for trial in runs.done if (found := runs.score_of(trial))}
-    if scores:
-        highest = max(found.low for found in scores.values())
-        runs.keep_only({0, *(number for number, found in scores.items() if found.low >= highest - EQUAL)})
+    within = [trial for trial in runs.done if trial.measured and trial.measured.kl <= budget]
+    scores = {trial.number: found.low for trial in within if (found := runs.score_of(trial))}
+    highest = max(scores.values(), default=0.0)
+    runs.keep_only({0, *(number for number, low in scores.items() if low >= highest - EQUAL)})
 
 
 def _try_without_suspicious(search: Search, runs: Trials, parts: Parts) -> None:

@@ -30,6 +30,8 @@ from lora_dpo.tuning.trials import Trials, trial_rows
 
 FEWEST_ANSWERS = 32
 """Prompts of a part that are answered at least, if it has so many."""
+OF_HELD_OUT = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+"""Settings of a trainer that need held-out data, which no candidate has."""
 
 
 def check_searchable(recipe: Recipe, axes: Sequence[Axis], judge: Sequence[str]) -> None:
@@ -91,7 +93,7 @@ class Search:
             settings["data"]["pair_weight"] = self.recipe.data.pair_weight
         settings["evaluation"] = {"answers": 0, "show": 0}
         trainer = settings.setdefault("trainer", {})
-        for name in [name for name in trainer if name.startswith("eval_")]:
+        for name in [name for name in trainer if name.startswith("eval_") or name in OF_HELD_OUT]:
             del trainer[name]
         recipe = check_recipe(settings, where="the first candidate")
         return with_values(recipe, {"trainer.max_steps": steps_of(recipe, len(parts.train))})

@@ -21,6 +21,7 @@ from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.adapters.stored_run import read_run
 from lora_dpo.config.recipe import Recipe
+from lora_dpo.errors import ModelError
 from lora_dpo.evaluation.intervals import Interval, mean
 from lora_dpo.evaluation.prequential import at_first_sight
 from lora_dpo.events import Event, OnEvent, Progress, StepLogged, StopSignal
@@ -184,6 +185,10 @@ class Trials:
             ended = f"behind the others at step {looks.step}"
             trial = replace(trial, ended=ended, steps=looks.step, curves=curves)
             discard(partial_of(self.place(number)))
+        except ModelError as error:  # weights that are no numbers any more, or a rank that memory has no room for
+            if number == 0:
+                raise  # with the recipe itself something else is wrong
+            trial = replace(trial, ended=str(error).partition(". ")[0], steps=looks.step, curves=curves)
         trial = replace(trial, looks=tuple(looks.values), seconds=time.perf_counter() - began)
         trial = replace(trial, score=self.score_of(trial))  # with it a table needs no base
         write_json(self.folder / "trials" / f"{number:03d}.json", trial.to_json())
@@ -197,6 +202,8 @@ class Trials:
         health = run.measured["health"]
         curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in ("step", *CURVES)}
         trial = replace(trial, learned=at_first_sight(self.place(trial.number)), steps=health["steps"], curves=curves)
+        if self.stop.keep and trial.steps < trial.planned:
+            return replace(trial, ended=f"stopped by hand at step {trial.steps}")
         if health["sentence"]:
             return replace(trial, ended=f"{health['alarms'][-1]['name']} at step {trial.steps}")
         since = time.perf_counter()

@@ -305,6 +305,30 @@ def test_a_grid_with_seeds(settings, base):
         )
 
 
+def test_weights_that_are_no_numbers_end_one_run_and_not_the_sweep(settings, base):
+    axes = [parse_axis("trainer.learning_rate=4e-4,1e38")]
+    found = sweep(check_recipe(settings(max_steps=3, max_grad_norm=0.0)), axes, base=base)
+    assert [bool(trial.measured) for trial in found.trials] == [True, False]
+    assert found.trials[1].ended
+    assert not any("lora_" in name for name, _ in base.model.named_parameters())
+
+
+def test_a_search_that_is_stopped_keeps_what_is_there(settings, base):
+    stop, seen = StopSignal(), []
+
+    def tell(event):
+        seen.append(event)
+        stop.keep = stop.keep or (
+            isinstance(event, Progress) and event.stage == "trial 1: training" and event.done == 2
+        )
+
+    recipe = check_recipe({**settings(), "evaluation": {"max_new_tokens": 8}})
+    result = tune(recipe, axes=STEPS, trials=5, base=base, on_event=tell, stop=stop)
+    assert [bool(trial.measured) for trial in result.trials] == [True, False]
+    assert result.trials[1].ended.startswith("stopped by hand at step")
+    assert result.chosen.number == 0
+
+
 def test_held_out_data_that_is_named_is_what_a_sweep_measures_on(settings, base, tmp_path):
     held_out = write_pairs(tmp_path / "eval.jsonl", range(60, 62))
     recipe = settings(max_steps=1)
