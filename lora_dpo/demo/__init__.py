@@ -15,6 +15,8 @@ machine_paths    no folder of this machine in a message
 html             pieces of pages, escaped
 about            who answers, and the way through the page, in a few words
 train_view       how a run is shown
+search_view      a search for the best settings, and how it is shown
+steering         the run that goes on, steered
 in_a_terminal    the same as command lines and recipes
 theme            colours; style.css and keys.js, the page's styles and keys
 handlers         what every handler of the page does

@@ -22,8 +22,10 @@ from lora_dpo.demo import downloads
 from lora_dpo.demo.conversation import ask, conversation_of
 from lora_dpo.demo.handlers import client_of, sampling_of, told, typed
 from lora_dpo.demo.machine_paths import without_paths
-from lora_dpo.demo.session import AppState
-from lora_dpo.demo.tab_train import drafted, end, pause
+from lora_dpo.demo.search_view import first_candidate
+from lora_dpo.demo.session import SEARCH_MINUTES, AppState
+from lora_dpo.demo.steering import end, pause
+from lora_dpo.demo.tab_train import drafted
 from lora_dpo.training.drafting.presets import settings_text
 from lora_dpo.training.planning.make_plan import plan
 
@@ -164,17 +166,25 @@ def _training(app_state: AppState) -> list[Any]:
         app_state.start_training(recipe, name.strip(), prompts or [])
         return "started"
 
+    def find_settings(
+        pairs: list[str], name: str, minutes: float = SEARCH_MINUTES, preset: str = "balanced", settings: str = ""
+    ) -> str:
+        """Search so long for the best settings on the base in memory; `training` says how it goes."""
+        recipe = first_candidate(drafted(app_state, pairs, preset, name, settings))
+        app_state.start_search(recipe, name.strip(), minutes)
+        return "started"
+
     def interrupted() -> list[str]:
-        """Runs that were cut off and can go on from their last checkpoint."""
+        """Runs and searches that were cut off and can go on."""
         return app_state.interrupted()
 
-    def continue_training(name: str, prompts: list[str] | None = None) -> str:
-        """Go on with an interrupted run; `training` says how it goes."""
-        app_state.continue_training(name, prompts or [])
+    def continue_training(name: str, prompts: list[str] | None = None, minutes: float = SEARCH_MINUTES) -> str:
+        """Go on with an interrupted run or search; `training` says how it goes."""
+        app_state.continue_training(name, prompts or [], minutes)
         return "started"
 
     def discard_training(name: str) -> str:
-        """Remove what an interrupted run left."""
+        """Remove what an interrupted run or search left."""
         app_state.discard_training(name)
         return "discarded"
 
@@ -194,6 +204,8 @@ def _training(app_state: AppState) -> list[Any]:
             "metrics": dict(seen.steps[-1][1]) if seen.steps else {},
             "compared": [list(row) for row in seen.compared],
             "samples": [asdict(sample) for sample in seen.samples],
+            "tables": {one.title: [list(row) for row in one.rows] for one in seen.tables},
+            "verdict": now.job.found.reason if now.job.found else None,
         }
 
     def pause_training(paused: bool = True) -> str:
@@ -206,7 +218,7 @@ def _training(app_state: AppState) -> list[Any]:
         end(app_state, keep=keep)
         return app_state.training.job.state if app_state.training else "none"
 
-    begun = [plan_training, train, training, pause_training, stop_training]
+    begun = [plan_training, train, find_settings, training, pause_training, stop_training]
     return [*begun, interrupted, continue_training, discard_training]
 
 

@@ -19,7 +19,7 @@ from lora_dpo.demo.follow import Followed, follow, lead_to_chat
 from lora_dpo.demo.handlers import refusal
 from lora_dpo.demo.server import serving_on
 from lora_dpo.demo.session import AppState
-from lora_dpo.demo.tab_train import trained_last
+from lora_dpo.demo.steering import trained_last
 from lora_dpo.demo.theme import TITLE, css, head, theme
 from lora_dpo.errors import ConfigError
 from lora_dpo.leftovers import give_up

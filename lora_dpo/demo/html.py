@@ -54,6 +54,11 @@ def folded(title: str, body: str, *, open: bool = False) -> str:
     return f'<details class="folded"{" open" if open else ""}><summary>{escape(title)}</summary>{body}</details>'
 
 
+def framed(page: str, *, title: str = "report") -> str:
+    """A whole page that runs no script and loads nothing, in a frame that lets it do neither."""
+    return f'<iframe class="report" sandbox="" title="{title}" srcdoc="{escape(page, quote=True)}"></iframe>'
+
+
 def thought_title(thought: str, said: str) -> str:
     """What a folded thought is called; `said` is empty while it is thought, or if it was cut there."""
     return f"thought {counted(len(thought.split()), 'word')}" + ("" if said else ", no answer yet")

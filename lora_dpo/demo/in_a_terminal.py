@@ -44,7 +44,8 @@ def vote_commands(app_state: AppState) -> str:
 def train_recipe(recipe: Recipe, name: str) -> str:
     """A whole recipe, with the command that runs it: its adapter gets a free name of its own."""
     file = shlex.quote(f"{name}.yaml")
-    return f"# save this as {file}, then:  lora-dpo train {file}\n{dump_settings(recipe, hidden={'output'})}"
+    search = f"# or, for the best settings for these pairs:  lora-dpo tune {file} --minutes 20"
+    return f"# save this as {file}, then:  lora-dpo train {file}\n{search}\n{dump_settings(recipe, hidden={'output'})}"
 
 
 def typed(path: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
 
-from lora_dpo.events import Answered, Compared, Event, Note, Progress, Resolved, Saved, StepLogged
+from lora_dpo.events import Answered, Compared, Event, Note, Progress, Resolved, Saved, StepLogged, Tabulated
 
 RECENT = 9
 """Steps that the pace is taken from."""
@@ -47,6 +47,10 @@ class RunSnapshot:
     saved: str | None = None
     ends: tuple[tuple[int, float], ...] = ()
     """The last steps that were seen to end, and when (monotonic)."""
+    minutes: float | None = None
+    """Of a search for the best settings, how long it may take; None of one training."""
+    tables: tuple[Tabulated, ...] = ()
+    """What a search has told so far, by title."""
 
     @property
     def pace(self) -> float | None:
@@ -69,11 +73,13 @@ class RunState:
     """Collects the events of one run; safe to read from other threads."""
 
     name: str
+    minutes: float | None = None
+    """Of a search, how long it may take."""
     _seen: RunSnapshot = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._seen = RunSnapshot(self.name)
+        self._seen = RunSnapshot(self.name, minutes=self.minutes)
 
     @property
     def seen(self) -> RunSnapshot:
@@ -97,6 +103,8 @@ class RunState:
                 self._set(compared=rows, stage="saving", done=0, total=1)
             case Answered(rows):
                 self._set(answered=rows)
+            case Tabulated(title) as grown:
+                self._set(tables=(*(one for one in self._seen.tables if one.title != title), grown))
             case Saved(folder):
                 self._set(saved=str(folder))
 

@@ -34,6 +34,8 @@ from lora_dpo.serving.host import Host, open_host
 from lora_dpo.serving.training_job import TrainingJob
 from lora_dpo.text import SHOWN, one_line, plain
 from lora_dpo.training.prepare import with_reference
+from lora_dpo.tuning.choose_settings import check_tunable
+from lora_dpo.tuning.folder import BEGUN, begun_recipe, discard_search, unfinished_searches
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,9 +47,13 @@ LOOKS = 3
 """How often they are answered after the start."""
 
 
+SEARCH_MINUTES = 20.0
+"""What a search for the best settings is offered at first: some candidates of the packaged model's on two cores."""
+
+
 @dataclass(frozen=True)
 class Training:
-    """A run that was started here, and what it has told."""
+    """A run, or a search, that was started here, and what it has told."""
 
     job: TrainingJob
     watch: RunState
@@ -244,24 +250,43 @@ class AppState:
         """
         return self._begin(recipe, name, prompts, planned=planned)
 
-    def interrupted(self) -> list[str]:
-        """Adapters that an interrupted run can still become, the last touched first."""
-        going = self.training.job.name if self.training and self.training.job.running else None
-        return [name for name in interrupted_runs(self.adapters_dir) if name != going]
+    def start_search(self, recipe: Recipe, name: str, minutes: float) -> Training:
+        """Search so long for the settings that make the best adapter, on the base in memory.
 
-    def continue_training(self, name: str, prompts: Sequence[str] = ()) -> Training:
-        """Go on with an interrupted run from its last checkpoint, with its own settings.
+        Args:
+            recipe: the first candidate, with all of its pairs to train on.
+
+        Raises:
+            LoraDPOError: as `Host.start_training`, or that is no time.
+        """
+        check_tunable(recipe, (), (), None, minutes)
+        return self._begin(recipe, name, minutes=minutes)
+
+    def interrupted(self) -> list[str]:
+        """Adapters that an interrupted run or search can still become; runs first, the last touched before others."""
+        going = self.training.job.name if self.training and self.training.job.running else None
+        names = [*interrupted_runs(self.adapters_dir), *unfinished_searches(self.adapters_dir)]
+        return [name for name in dict.fromkeys(names) if name != going]
+
+    def continue_training(self, name: str, prompts: Sequence[str] = (), minutes: float = SEARCH_MINUTES) -> Training:
+        """Go on with an interrupted run from its last checkpoint, or with a search, with its own settings.
+
+        Args:
+            minutes: for all of a search, what it took before among them.
 
         Raises:
             LoraDPOError: there is none of that name, or as `Host.start_training`.
         """
         partial = self._partial(name)
+        if name in unfinished_searches(self.adapters_dir):
+            return self._begin(begun_recipe(self.adapters_dir / name), name, past=(), minutes=minutes)
         return self._begin(read_recipe(partial / "recipe.yaml"), name, prompts, past=logged_rows(partial))
 
     def discard_training(self, name: str) -> None:
-        """Remove what an interrupted run left. Raises `AdapterError` if there is none of that name."""
+        """Remove what an interrupted run or search left. Raises `AdapterError` if there is none of that name."""
         self._partial(name)
-        discard_run(self.adapters_dir / name)
+        searched = name in unfinished_searches(self.adapters_dir)
+        (discard_search if searched else discard_run)(self.adapters_dir / name)
 
     def _partial(self, name: str) -> Path:
         names = self.interrupted()
@@ -273,10 +298,11 @@ class AppState:
         self,
         recipe: Recipe,
         name: str,
-        prompts: Sequence[str],
+        prompts: Sequence[str] = (),
         *,
         past: Sequence[dict[str, Any]] | None = None,
         planned: float | None = None,
+        minutes: float | None = None,
     ) -> Training:
         """Start a run, or go on with one that had logged `past`."""
         asked = [prompt.strip() for prompt in prompts if prompt.strip()]
@@ -284,18 +310,18 @@ class AppState:
             raise ConfigError(f"{len(asked)} prompts are to be watched; at most {WATCHED} are answered during a run.")
         recipe = with_reference(recipe)  # its keywords for the chat template, for the watched prompts too
         self.pairs.clean_runs(recipe.model_dump_json() + self._recipes())
-        watch = RunState(name)
+        watch = RunState(name, minutes)
         watch.restore(past or ())
         look = self._look(watch, asked, recipe) if asked else None
-        job = self.host.start_training(recipe, name, watch, look=look, resume=past is not None)
+        job = self.host.start_training(recipe, name, watch, look=look, resume=past is not None, minutes=minutes)
         beta = float(recipe.trainer.get("beta", 0.1))
         self.training = Training(job, watch, beta, time.monotonic(), planned)
         return self.training
 
     def _recipes(self) -> str:
-        """The recipes of all adapters and interrupted runs."""
+        """The recipes of all adapters, interrupted runs and searches."""
         texts = []
-        for path in self.adapters_dir.glob("*/recipe.yaml"):
+        for path in (*self.adapters_dir.glob("*/recipe.yaml"), *self.adapters_dir.glob(f"*/{BEGUN}")):
             with contextlib.suppress(OSError):  # removed meanwhile
                 texts.append(path.read_text(encoding="utf-8", errors="replace"))
         return "\n".join(texts)

@@ -17,7 +17,7 @@ from lora_dpo.adapters.passport import PASSPORT
 from lora_dpo.adapters.store import list_adapters, record_verified, remove, rename
 from lora_dpo.demo import downloads
 from lora_dpo.demo.handlers import PRIVATE, Update, markdown, red_line, told
-from lora_dpo.demo.html import curves, facts, note, progress_bar, table, without_pictures
+from lora_dpo.demo.html import curves, facts, framed, note, progress_bar, table, without_pictures
 from lora_dpo.demo.machine_paths import without_paths
 from lora_dpo.demo.run_state import RunSnapshot
 from lora_dpo.demo.session import AppState
@@ -209,8 +209,7 @@ class Tab:
         """Its report, made anew from its numbers: a page that runs no script and loads nothing, in a frame that lets
         it do neither."""
         folder = self.app_state.find(which or "")
-        page = _without_its_paths(report_of([folder]), folder)
-        return f'<iframe class="report" sandbox="" title="report" srcdoc="{escape(page, quote=True)}"></iframe>'
+        return framed(_without_its_paths(report_of([folder]), folder))
 
     @told
     def packed(self, which: str | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ import gradio as gr
 from lora_dpo.data.doctor.checks import Texts
 from lora_dpo.demo.expectation import Line, before_the_click, what_it_takes
 from lora_dpo.demo.handlers import PRIVATE, Given, Update, red_line, refusal, terminal, told
-from lora_dpo.demo.html import curves, facts, folded, note, samples_table
+from lora_dpo.demo.html import curves, facts, folded, note
 from lora_dpo.demo.in_a_terminal import train_recipe
 from lora_dpo.demo.pair_store import VOTES
-from lora_dpo.demo.session import WATCHED, AppState, Training
-from lora_dpo.demo.train_view import outcome_view, state_view
+from lora_dpo.demo.search_view import first_candidate, outcome_view, search_controls, state_view
+from lora_dpo.demo.session import SEARCH_MINUTES, WATCHED, AppState
+from lora_dpo.demo.steering import end, has_adapter, press_pause, version_of
 from lora_dpo.errors import LoraDPOError
 from lora_dpo.training.drafting.presets import PRESETS, Draft, draft, settings_text, with_settings
 from lora_dpo.training.planning.lines import lines, verdict
@@ -42,6 +43,9 @@ class Parts:
     """The settings, as text."""
     see_plan: gr.Button
     start: gr.Button
+    minutes: gr.Number
+    find: gr.Button
+    """Searches for the best settings, so many minutes."""
     expected: gr.HTML
     planned: gr.HTML
     state: gr.HTML
@@ -77,7 +81,7 @@ class Parts:
     def followed(self) -> list[Any]:
         """What changes while a run goes on."""
         shown = [self.state, self.drawn, self.told_of, self.controls, self.pause, self.compare]
-        return [*shown, self.start, self.seen]
+        return [*shown, self.start, self.find, self.seen]
 
 
 def build(app_state: AppState, item: gr.Tab) -> Parts:
@@ -95,12 +99,13 @@ def build(app_state: AppState, item: gr.Tab) -> Parts:
     parts.see_plan.click(tab.show_plan, parts.chosen, [parts.expected, parts.planned], **quiet)
     begun = [parts.planned, parts.refused, *parts.followed]
     parts.start.click(tab.begin, {*parts.chosen, parts.prompts, parts.refused}, begun, **quiet)
+    parts.find.click(tab.find, {*parts.chosen, parts.minutes, parts.refused}, begun, **quiet)
     gr.Timer(LOOK_EVERY).tick(tab.follow, parts.seen, parts.followed, **at_once)
     parts.pause.click(lambda said: press_pause(app_state, said), parts.pause, parts.pause, **at_once)
     parts.keep.click(lambda: end(app_state, keep=True), None, None, **at_once)
     parts.discard.click(lambda: end(app_state, keep=False), None, None, **at_once)
     row, which, go_on, drop = parts.left
-    go_on.click(tab.go_on, [which, parts.prompts], [row, parts.planned, *parts.followed], **quiet)
+    go_on.click(tab.go_on, [which, parts.prompts, parts.minutes], [row, parts.planned, *parts.followed], **quiet)
     drop.click(tab.drop, which, [row, which], **quiet)
     parts.terminal.expand(tab.in_a_terminal, parts.chosen, parts.commands, **quiet)
     return parts
@@ -128,9 +133,8 @@ def _layout(app_state: AppState) -> Parts:
                     elem_classes="code",
                     info="What you change here is what is trained.",
                 )
-            with gr.Row():
-                look = gr.Button("Show the plan", elem_id="train-plan", min_width=130)
-                start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=130)
+            look, start = _buttons()
+            minutes, find = search_controls()
         with gr.Column(scale=3, min_width=300):
             expected = gr.HTML(note(NOTHING), elem_id="train-expected")
             left = _interrupted(app_state)
@@ -149,6 +153,8 @@ def _layout(app_state: AppState) -> Parts:
         recipe=recipe,
         see_plan=look,
         start=start,
+        minutes=minutes,
+        find=find,
         expected=expected,
         planned=planned,
         state=state,
@@ -167,6 +173,12 @@ def _layout(app_state: AppState) -> Parts:
         refused=gr.State(""),
         seen=gr.State(None),
     )
+
+
+def _buttons() -> tuple[gr.Button, gr.Button]:
+    with gr.Row():
+        look = gr.Button("Show the plan", elem_id="train-plan", min_width=130)
+        return look, gr.Button("Start", variant="primary", elem_id="train-start", min_width=130)
 
 
 def _controls() -> tuple[gr.Row, gr.Button, gr.Button, gr.Button]:
@@ -252,10 +264,29 @@ class Tab:
         return {self.parts.expected: expected, self.parts.planned: _plan_view(planned, open=True)}
 
     def begin(self, given: Given) -> Iterator[Update]:
+        """Train once."""
+
+        def start(made: Draft, name: str, planned: Plan) -> None:
+            asked = given[self.parts.prompts].splitlines()
+            self.app_state.start_training(made.recipe, name, asked, planned=planned.time.seconds)
+
+        yield from self._begun(given, start, "The plan")
+
+    def find(self, given: Given) -> Iterator[Update]:
+        """Search for the best settings; those of the page are the first candidate."""
+
+        def start(made: Draft, name: str, planned: Plan) -> None:
+            minutes = given[self.parts.minutes] or SEARCH_MINUTES
+            self.app_state.start_search(first_candidate(made), name, minutes)
+
+        yield from self._begun(given, start, "The plan of the first candidate")
+
+    def _begun(self, given: Given, start: Callable[[Draft, str, Plan], None], title: str) -> Iterator[Update]:
         """Plan the run, show that, and start it; one that does not fit is started when it is asked for once more."""
         parts = self.parts
-        ready: Update = {parts.start: gr.update(interactive=True)}
-        yield {parts.start: gr.update(interactive=False), parts.planned: note("Looking at what it takes…", kind="wait")}
+        ready: Update = {button: gr.update(interactive=True) for button in (parts.start, parts.find)}
+        waiting: Update = dict.fromkeys(ready, gr.update(interactive=False))
+        yield {**waiting, parts.planned: note("Looking at what it takes…", kind="wait")}
         try:
             made = self._drafted(given)
             planned, text = plan(made.recipe), settings_text(made.recipe)
@@ -264,19 +295,18 @@ class Tab:
                 said = note(f"{verdict(planned)}{fix} Change the settings, or start it again to try.", kind="bad")
                 yield {**ready, parts.planned: said + _plan_view(planned, open=True), parts.refused: text}
                 return
-            name, asked = given[parts.name].strip(), given[parts.prompts].splitlines()
-            self.app_state.start_training(made.recipe, name, asked, planned=planned.time.seconds)
-        except Exception as error:  # whatever it was, the button is there again
+            start(made, given[parts.name].strip(), planned)
+        except Exception as error:  # whatever it was, the buttons are there again
             yield {**ready, parts.planned: ""}
             if isinstance(error, LoraDPOError):
                 raise refusal(error) from None
             raise
-        yield {parts.planned: _plan_view(planned), parts.refused: "", **self.follow(None)}
+        yield {parts.planned: _plan_view(planned, title), parts.refused: "", **self.follow(None)}
 
     @told
-    def go_on(self, which: str | None, asked: str) -> Update:
-        """Continue an interrupted run, with the settings it began with."""
-        self.app_state.continue_training(which or "", asked.splitlines())
+    def go_on(self, which: str | None, asked: str, minutes: float | None) -> Update:
+        """Continue an interrupted run or search, with the settings it began with."""
+        self.app_state.continue_training(which or "", asked.splitlines(), minutes or SEARCH_MINUTES)
         return {self.parts.left[0]: gr.update(visible=False), self.parts.planned: "", **self.follow(None)}
 
     @told
@@ -303,11 +333,12 @@ class Tab:
         return {
             parts.state: state_view(now, time.monotonic()),
             parts.drawn: curves(view, now.beta) if view.steps else "",
-            parts.told_of: outcome_view(view) + samples_table(view),
+            parts.told_of: outcome_view(now),
             parts.controls: gr.update(visible=running),
             parts.pause: gr.update(value="Continue" if now.job.state == "paused" else "Pause"),
-            parts.compare: gr.update(visible=now.job.state == "done"),
+            parts.compare: gr.update(visible=has_adapter(now)),
             parts.start: gr.update(interactive=not running),
+            parts.find: gr.update(interactive=not running),
             parts.seen: shown,
         }
 
@@ -357,39 +388,9 @@ def plan_lines(planned: Plan) -> list[tuple[str, str]]:
     return [*lines(planned), *notes, ("", verdict(planned))]
 
 
-def _plan_view(planned: Plan, *, open: bool = False) -> str:
-    return folded("The plan", facts(plan_lines(planned)), open=open)
+def _plan_view(planned: Plan, title: str = "The plan", *, open: bool = False) -> str:
+    return folded(title, facts(plan_lines(planned)), open=open)
 
 
 def _notes(told_: list[Line]) -> str:
     return "".join(note(text, kind=kind) for text, kind in told_)
-
-
-def trained_last(app_state: AppState) -> str | None:
-    """The adapter of the last run that was finished here."""
-    now = app_state.training
-    return now.job.name if now is not None and now.job.state == "done" else None
-
-
-def press_pause(app_state: AppState, said: str) -> str:
-    """Do what the button said when it was pressed, whatever came since; what it says next."""
-    paused = said == "Pause"
-    pause(app_state, paused=paused)
-    return "Continue" if paused else "Pause"
-
-
-def pause(app_state: AppState, *, paused: bool) -> None:
-    """Pause the run, or let it go on."""
-    if app_state.training is not None and app_state.training.job.running:
-        (app_state.training.job.pause if paused else app_state.training.job.resume)()
-
-
-def end(app_state: AppState, *, keep: bool) -> None:
-    """Stop the run, with or without its adapter."""
-    if app_state.training is not None and app_state.training.job.running:
-        app_state.training.job.stop(keep=keep)
-
-
-def version_of(training: Training) -> tuple[float, int, str]:
-    """The same for the same state of the same run."""
-    return training.began, training.watch.seen.version, training.job.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from lora_dpo.demo.html import note, progress_bar, table
@@ -51,7 +52,7 @@ def state_view(training: Training, now: float) -> str:
     parts = [words.get(state, "") + label, f"{clock(now - training.began)} so far"]
     if view.stage == "training" and state == "running":
         parts += time_left(view, now, training.planned)
-    return _phases(phase) + progress_bar(done, total, " · ".join(parts)) + warnings
+    return phases(PHASES, phase) + progress_bar(done, total, " · ".join(parts)) + warnings
 
 
 def time_left(view: RunSnapshot, now: float, planned: float | None) -> list[str]:
@@ -85,11 +86,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _phases(now: int) -> str:
+def phases(names: Sequence[str], now: int) -> str:
     """The phases of a run, with the one that it is in."""
-    marks = ["done" if number < now else "now" if number == now else "" for number in range(len(PHASES))]
+    marks = ["done" if number < now else "now" if number == now else "" for number in range(len(names))]
     steps = "".join(
         f'<li class="{mark}"{" aria-current=step" if mark == "now" else ""}>{escape(phase)}</li>'
-        for phase, mark in zip(PHASES, marks, strict=True)
+        for phase, mark in zip(names, marks, strict=True)
     )
     return f'<ol class="phases">{steps}</ol>'

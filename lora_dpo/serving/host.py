@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from lora_dpo import places
@@ -230,6 +229,7 @@ class Host:
         *,
         resume: bool = False,
         look: Look | None = None,
+        minutes: float | None = None,
     ) -> TrainingJob:
         """Train an adapter called `name` on this same base, while answers go on between its passes.
 
@@ -238,6 +238,7 @@ class Host:
             on_event: called in the training's thread.
             resume: go on from the checkpoint of an interrupted training of that name.
             look: called in the training's thread between its steps, with the model in training.
+            minutes: search so long for the best settings (`tune`), in place of one training; without `look`.
 
         Raises:
             Busy: a training goes on already.
@@ -255,9 +256,8 @@ class Host:
                 raise Busy(self._refusing)
             if self.job is not None and self.job.running:
                 raise Busy(f"The training of {self.job.name} goes on. Wait for its end, or stop it first.")
-            self.job = TrainingJob(
-                self.base, self._fair_queue, recipe, name=name, on_event=on_event, resume=resume, look=look
-            )
+            how: dict[str, Any] = {"on_event": on_event, "resume": resume, "look": look, "minutes": minutes}
+            self.job = TrainingJob(self.base, self._fair_queue, recipe, name=name, **how)
             return self.job
 
     # --- the end ----------------------------------------------------------------------------------
@@ -304,9 +304,7 @@ class Host:
     def __enter__(self) -> Host:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     # --- the thread that computes -----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A training run in a thread of its own, beside the answers of the same base.
+"""A training run, or a search of many, in a thread of its own, beside the answers of the same base.
 
 It computes in slices: before a forward pass it lets those who wait go first, once it has had its share of time.
 It trains on a tree of modules of its own (`model.share_weights`), so nothing that happens in between, and no way
@@ -14,7 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lora_dpo.adapters.run_folder import discard_run
 from lora_dpo.config.recipe import Recipe
@@ -24,6 +24,8 @@ from lora_dpo.model.base import Base
 from lora_dpo.model.lora import share_weights
 from lora_dpo.serving.fair_queue import INTERNAL, FairQueue
 from lora_dpo.training.run import Look, train
+from lora_dpo.tuning import TuneResult, tune
+from lora_dpo.tuning.folder import begun_options, discard_search
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class TrainingJob:
         fair_queue: where the job waits for its slices of the one computer.
         recipe: with the `output` that it is to write.
         look: as in `train`.
+        minutes: search so long for the best settings (`tune`), in place of one training.
     """
 
     def __init__(
@@ -53,15 +56,18 @@ class TrainingJob:
         on_event: OnEvent | None,
         resume: bool,
         look: Look | None = None,
+        minutes: float | None = None,
     ) -> None:
-        self.name, self.recipe = name, recipe
+        self.name, self.recipe, self.minutes = name, recipe, minutes
         self.output = Path(recipe.output or name)
         self.events: list[Event] = []
         """All that happened so far; it only grows."""
         self.error: str | None = None
         """Why it failed, in a sentence."""
         self.folder: Path | None = None
-        """The finished adapter."""
+        """The finished adapter; none of a search that found nothing to learn."""
+        self.found: TuneResult | None = None
+        """What a search came to."""
         self.ended: float | None = None
         """When it was over (monotonic); None while it goes on."""
         self._on_event, self._look, self._resumed = on_event, look, resume
@@ -75,7 +81,7 @@ class TrainingJob:
 
     @property
     def state(self) -> State:
-        """`done` has an adapter, `stopped` has none, `failed` says why in `error`."""
+        """`done` has an adapter (a search perhaps none), `stopped` has none, `failed` says why in `error`."""
         if self._end is not None:
             return self._end
         if self._ending:
@@ -101,8 +107,8 @@ class TrainingJob:
         """End at the next step.
 
         Args:
-            keep: measure and save the adapter as it is then; before a run's first step there is none to keep.
-                Otherwise nothing stays, no checkpoint either.
+            keep: measure and save the adapter as it is then; before a run's first step there is none to keep. A search
+                chooses among what it tried. Otherwise nothing stays, no checkpoint either.
         """
         with self._steering:
             if keep and (self._resumed or self._has_trained()):
@@ -127,7 +133,9 @@ class TrainingJob:
         return self._stop.requested or self._stop.keep
 
     def _has_trained(self) -> bool:
-        return any(isinstance(event, Progress) and event.stage == "training" and event.done for event in self.events)
+        """Whether a step is done; a search tells of `trial 0: training`."""
+        steps = (event for event in self.events if isinstance(event, Progress) and event.done)
+        return any(event.stage.rpartition(": ")[2] == "training" for event in steps)
 
     def _run(self, base: Base) -> None:
         end: State = "failed"
@@ -149,19 +157,22 @@ class TrainingJob:
         # A tokenizer is not made for two threads at once, and the host's reads prompts meanwhile.
         view = replace(share_weights(base), tokenizer=copy.deepcopy(base.tokenizer))
         view.model.register_forward_pre_hook(lambda module, args: self._slices.yield_if_due())
+        how: Any = {
+            "name": self.name,
+            "base": view,
+            "resume": self._resumed,
+            "on_event": self._hear,
+            "stop": self._stop,
+        }
         try:
-            train(
-                self.recipe,
-                name=self.name,
-                base=view,
-                resume=self._resumed,
-                on_event=self._hear,
-                stop=self._stop,
-                look=self._look,
-            )
+            if self.minutes is None:
+                train(self.recipe, look=self._look, **how)
+            else:
+                begun = begun_options(self.output) if self._resumed else {}
+                self.found = tune(self.recipe, minutes=self.minutes, **begun, **how)
         except Stopped:
             if self._discard:
-                discard_run(self.output)
+                (discard_run if self.minutes is None else discard_search)(self.output)
             return "stopped"
         return "done"
 

@@ -14,12 +14,19 @@ from typing import Any
 
 from lora_dpo import places
 from lora_dpo.adapters.package import BASE
-from lora_dpo.adapters.run_folder import partial_of
+from lora_dpo.adapters.run_folder import discard_run, partial_of
+from lora_dpo.config.reading import check_recipe
+from lora_dpo.config.recipe import Recipe
+from lora_dpo.data.journal import alone
 from lora_dpo.errors import ConfigError, OutputError
-from lora_dpo.files import numbered, write_json
+from lora_dpo.files import disk_errors, numbered, write_json
+from lora_dpo.leftovers import discard
+from lora_dpo.tuning.space import Axis
 
 ENDING = ".search"
 BEGUN, RESULT, PAGE, TABLE = "search.json", "result.json", "search.html", "trials.json"
+HELD = "search"
+"""What the one process holds that searches (`journal.alone`)."""
 
 
 def search_of(output: Path) -> Path:
@@ -58,6 +65,61 @@ def choose_place(output: str | None, name: str, *, resume: bool) -> Path:
             raise OutputError(f"No unfinished search of {name} is in {root}. Start it without --resume.")
         return max(left, key=lambda one: (search_of(one) / BEGUN).stat().st_mtime)
     return next(one for one in found if not any(way.exists() for way in (one, partial_of(one), search_of(one))))
+
+
+def unfinished_searches(root: Path) -> list[str]:
+    """Names of the adapters in `root` that an interrupted search can still become; of sweeps none."""
+    return sorted(folder.name.removesuffix(ENDING) for folder in root.glob("[!.]*" + ENDING) if _is_left(folder))
+
+
+def _is_left(folder: Path) -> bool:
+    if (
+        not is_search(folder)
+        or (folder / RESULT).exists()
+        or folder.with_name(folder.name.removesuffix(ENDING)).exists()
+    ):
+        return False
+    try:
+        if (folder / f"{HELD}.lock").exists():
+            with alone(folder / HELD):  # of a killed process nobody holds it
+                pass
+        return "all_data" in json.loads((folder / BEGUN).read_text(encoding="utf-8"))
+    except (OutputError, OSError, ValueError):
+        return False
+
+
+def begun_recipe(output: Path) -> Recipe:
+    """What an interrupted search varies. Raises `ConfigError` if that cannot be read."""
+    return check_recipe(_begun(output)["recipe"], where=str(search_of(output) / BEGUN)).model_copy(
+        update={"output": output.as_posix()}
+    )
+
+
+def begun_options(output: Path) -> dict[str, Any]:
+    """The options of `tune` that an interrupted search was begun with. Raises `ConfigError` if they cannot be read."""
+    stored = _begun(output)
+    axes = [Axis(**{**axis, "choices": tuple(axis["choices"])}) for axis in stored["axes"]]
+    return {"axes": axes, **{name: stored[name] for name in ("judge", "seed", "all_data")}}
+
+
+def _begun(output: Path) -> dict[str, Any]:
+    path = search_of(output) / BEGUN
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}).") from error
+    return found
+
+
+def discard_search(output: Path) -> None:
+    """Remove what an unfinished search left. Raises `OutputError` if it goes on, or the disk refuses."""
+    folder = search_of(output)
+    with disk_errors(folder):
+        if folder.is_dir():
+            with alone(folder / HELD):
+                pass  # let go before: on Windows the folder of an open file keeps its name
+            discard(folder)
+    discard_run(output)  # of one that had too few prompts to choose by
 
 
 def claim(folder: Path, begun: Mapping[str, Any]) -> None:

@@ -142,6 +142,7 @@ def test_every_verb_has_a_named_endpoint(client):
     assert set(endpoints) == {
         "/models", "/chat", "/compare", "/match", "/vote", "/standings", "/pairs", "/upload_pairs", "/check_pairs",
         "/change_pair", "/delete_pair", "/export_pairs", "/plan_training", "/train", "/training", "/pause_training",
+        "/find_settings",
         "/stop_training", "/interrupted", "/continue_training", "/discard_training", "/adapters", "/passport", "/pack",
         "/install", "/export_adapter",
     }  # fmt: skip

@@ -22,6 +22,7 @@ import pytest
 pytest.importorskip("gradio", reason="the demo's tests need Gradio: pip install 'lora-dpo[demo]'")
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
 from browsing import CHROMIUM, TABS, Visitor, chromium, playwright_timeout
+from taught import write_pairs
 
 from lora_dpo.demo.starters import STARTERS
 from lora_dpo.model.decoding import Sampling
@@ -443,6 +444,47 @@ def test_pause_continue_and_both_ways_to_stop(browser, served, tmp_path):
     me.wait_for("train-state", "cut can be chosen")
     assert "cut" in app_state.names()
     assert me.errors == []
+
+
+def test_the_best_settings_are_searched_at_one_click_and_proven(browser, served, tmp_path):
+    app_state, address = served
+    me = Visitor(browser, address)
+    page = me.page
+    me.tab("Data")
+    page.set_input_files(UPLOAD_PAIRS, write_pairs(tmp_path / "brief.jsonl", range(10, 16)))
+    me.wait_for("data-doctor", "60 pairs read")
+    me.tab("Train")
+    page.locator("#train-pairs input").first.check()
+    me.open("Settings")
+    page.wait_for_function("document.querySelector('#train-recipe textarea').value.includes('max_steps')")
+    page.fill(
+        "#train-recipe textarea",
+        "evaluation: {max_new_tokens: 8}\n"
+        "trainer: {max_steps: 16, warmup_steps: 0, learning_rate: 4.0e-4, loss_type: sigmoid, loss_weights: [1.0]}\n",
+    )
+    assert page.input_value("#train-minutes input") == "20"
+    page.click("#train-find")
+    me.wait_for("train-state", "of at most 20:00")
+    assert page.locator("#train-start").is_disabled()
+    assert page.locator("#train-find").is_disabled()
+    me.wait_for("train-samples", "Candidates")
+    page.click("#train-keep")
+    me.wait_for("train-state", "Done after")
+    phone = Visitor(browser, address, width=390)
+    phone.tab("Train")
+    for visitor in (me, phone):
+        visitor.wait_for("train-state", "mine can be chosen in every tab")
+        visitor.wait_for("train-state", "(95% interval")
+        visitor.wait_for("train-samples", "On the reporting part")
+        visitor.page.click("#train-samples summary")
+        inside = visitor.page.frame_locator("#train-samples iframe.report")
+        assert inside.locator("h2", has_text="Every candidate").is_visible()
+        assert visitor.too_wide() == []
+        assert visitor.errors == []
+    assert page.locator("#train-find").is_enabled()
+    page.click("#train-compare")
+    page.wait_for_function("document.querySelector('#chat-right input').value === 'mine'")
+    assert "mine" in app_state.names()
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -317,6 +318,52 @@ def test_a_plan_that_is_on_its_way_writes_over_nothing(train):
     come(train, train.tab.look(dict(train.values)))
     for update in (train.tab.show_plan(dict(train.values)), *train.tab.begin(dict(train.values))):
         assert not {train.parts.recipe, train.parts.filled, *train.parts.coming} & set(update)
+
+
+def find(page):
+    for update in page.tab.find(dict(page.values)):
+        page.takes(update)
+
+
+@pytest.fixture
+def searched(train, app_state, monkeypatch):
+    """Searches that were begun, in the place of any."""
+    began = []
+
+    def start(recipe, name, minutes):
+        began.append((recipe, name, minutes))
+        app_state.start_training(recipe, name, [], planned=None)
+
+    monkeypatch.setattr(app_state, "start_search", start)
+    train.set(minutes=7)
+    return began
+
+
+def test_the_settings_of_the_page_are_the_first_candidate_of_a_search(train, searched):
+    come(train, train.tab.look(dict(train.values)))
+    train.set(recipe=train["recipe"].replace("max_steps: 12", "max_steps: 9"))
+    find(train)
+    ((recipe, name, minutes),) = searched
+    assert (recipe.trainer["max_steps"], name, minutes) == (9, "new", 7)
+    assert recipe.data.eval is None
+    rows = [line for path in recipe.data.train for line in Path(path).read_text().splitlines()]
+    assert len(rows) == 30, "also those that a run would hold out: a search divides them itself"
+    assert "The plan of the first candidate" in train["planned"]
+    assert (train["start"], train["find"]) == (False, False)
+
+
+def test_an_emptied_field_of_minutes_is_the_offered_time(train, searched):
+    train.set(minutes=None)
+    find(train)
+    assert searched[0][2] == 20
+
+
+def test_too_few_prompts_to_choose_by_are_said_and_the_buttons_are_there_again(train, searched):
+    train.set(sources=["few"])
+    with pytest.raises(gradio.Error, match="takes 24 different prompts, and these pairs have 5"):
+        find(train)
+    assert searched == []
+    assert (train["start"], train["find"]) == (True, True)
 
 
 # --- Data -----------------------------------------------------------------------------------------
