@@ -133,8 +133,7 @@ def _layout(app_state: AppState) -> Parts:
                     elem_classes="code",
                     info="What you change here is what is trained.",
                 )
-            look, start = _buttons()
-            minutes, find = search_controls()
+            (look, start), (minutes, find) = _buttons(), search_controls()
         with gr.Column(scale=3, min_width=300):
             expected = gr.HTML(note(NOTHING), elem_id="train-expected")
             left = _interrupted(app_state)
