@@ -99,7 +99,7 @@ def begun_options(output: Path) -> dict[str, Any]:
     """The options of `tune` that an interrupted search was begun with. Raises `ConfigError` if they cannot be read."""
     stored = _begun(output)
     axes = [Axis(**{**axis, "choices": tuple(axis["choices"])}) for axis in stored["axes"]]
-    return {"axes": axes, **{name: stored[name] for name in ("judge", "seed", "all_data")}}
+    return {"axes": axes, **{name: stored[name] for name in ("judge", "seed", "all_data", "without_suspicious")}}
 
 
 def _begun(output: Path) -> dict[str, Any]:

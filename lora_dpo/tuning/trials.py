@@ -202,7 +202,7 @@ class Trials:
         health = run.measured["health"]
         curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in ("step", *CURVES)}
         trial = replace(trial, learned=at_first_sight(self.place(trial.number)), steps=health["steps"], curves=curves)
-        if self.stop.keep and trial.steps < trial.planned:
+        if self.stop.keep and trial.steps < trial.planned and self.done:  # of the only one, what is there is measured
             return replace(trial, ended=f"stopped by hand at step {trial.steps}")
         if health["sentence"]:
             return replace(trial, ended=f"{health['alarms'][-1]['name']} at step {trial.steps}")
