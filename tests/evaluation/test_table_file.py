@@ -71,10 +71,9 @@ def test_the_same_seed_twice_is_no_second_run(run):
 
 
 def test_what_nobody_knows_the_settings_of_and_what_has_no_result_is_in_no_group(run):
-    bare, other = run("bare"), run("other", seed=1)
+    bare = run("bare")
     (bare / "recipe.yaml").unlink()
-    (other / "recipe.yaml").unlink()
-    assert [row["kind"] for row in table_of([bare, other])] == ["run", "run"]
+    assert [row["kind"] for row in table_of([bare, run("other", seed=1)])] == ["run", "run"]
     begun = run("begun", seed=2)
     passport = json.loads((begun / "passport.json").read_text())
     (begun / "passport.json").write_text(json.dumps({**passport, "metrics": {}}))
@@ -154,6 +153,9 @@ def test_another_ending_is_refused_before_anything_is_read(tmp_path, monkeypatch
         assert said.count("\n") == 1
     with pytest.raises(ConfigError, match=r"\.csv or \.json"):
         write_report([tmp_path / "nowhere"], table=tmp_path / "results")
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(OutputError, match="already exists"):
+        write_report([tmp_path / "nowhere"], table=tmp_path / "results.csv")
 
 
 def test_nothing_is_written_over_and_page_and_table_appear_together(run, tmp_path):
