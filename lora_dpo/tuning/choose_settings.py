@@ -19,7 +19,6 @@ from lora_dpo.adapters.run_folder import partial_of
 from lora_dpo.adapters.stored_margins import read_margins
 from lora_dpo.config.reading import dump_recipe
 from lora_dpo.config.recipe import Recipe
-from lora_dpo.data.doctor.examination import examine
 from lora_dpo.data.journal import alone
 from lora_dpo.data.pairs import pair_mark
 from lora_dpo.data.write import write_pairs
@@ -32,6 +31,7 @@ from lora_dpo.model.lora import detach
 from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.drafting.presets import prompts_of
 from lora_dpo.training.run import train
+from lora_dpo.training.run_summary import findings
 from lora_dpo.tuning.folder import PAGE, RESULT, TABLE, choose_place, search_of
 from lora_dpo.tuning.page import search_page
 from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
@@ -306,9 +306,7 @@ class _Conclusion:
 
     def _likely_reason(self) -> str:
         """What the doctor finds in the data that would explain it."""
-        data = self.search.recipe.data
-        sources = [data.train] if isinstance(data.train, str) else list(data.train)
-        found = examine(sources, format=data.format, columns=data.columns).as_json()["findings"]
+        found = findings(self.search.recipe.data, len(self.parts.train)) or []
         told = {one["check"]: one for one in found}
         for check in ("contradiction", "equal", "length-bias", "near-duplicate", "duplicate"):
             if check in told:

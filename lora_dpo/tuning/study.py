@@ -5,7 +5,6 @@ section 3.2.2).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,16 +81,14 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         if self.storage is None:
             self.storage = optuna.storages.RDBStorage(f"sqlite:///{self.path.absolute().as_posix()}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.create_study(
-                study_name="search",
-                storage=self.storage,
-                sampler=optuna.samplers.TPESampler(seed=self.seed * 10_007 + number, n_startup_trials=STARTUP),
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_min_trials=3),
-                direction="maximize",
-                load_if_exists=True,
-            )
+        return optuna.create_study(
+            study_name="search",
+            storage=self.storage,
+            sampler=optuna.samplers.TPESampler(seed=self.seed * 10_007 + number, n_startup_trials=STARTUP),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_min_trials=3),
+            direction="maximize",
+            load_if_exists=True,
+        )
 
 
 def _encoded(axis: Axis, value: Any) -> Any:

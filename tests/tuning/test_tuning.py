@@ -147,6 +147,7 @@ def test_a_search_without_hope_ends_early_and_names_the_likely_reason(settings, 
     assert "contradict" in result.reason
 
 
+@pytest.mark.slow
 def test_what_suspicious_pairs_cost_is_tried_and_said(settings, base, tmp_path):
     recipe = settings(max_steps=24)
     path = Path(recipe["data"]["train"])
@@ -313,6 +314,7 @@ def test_weights_that_are_no_numbers_end_one_run_and_not_the_sweep(settings, bas
     assert not any("lora_" in name for name, _ in base.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_search_that_is_stopped_keeps_what_is_there(settings, base):
     stop, seen = StopSignal(), []
 
@@ -329,6 +331,7 @@ def test_a_search_that_is_stopped_keeps_what_is_there(settings, base):
     assert result.chosen.number == 0
 
 
+@pytest.mark.slow
 def test_held_out_data_that_is_named_is_what_a_sweep_measures_on(settings, base, tmp_path):
     held_out = write_pairs(tmp_path / "eval.jsonl", range(60, 62))
     recipe = settings(max_steps=1)
@@ -362,6 +365,7 @@ def test_a_sweep_needs_something_to_compare_by(settings):
 # --- the command ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_says_what_came_of_it(settings, tmp_path, capsys):
     Path("brief.yaml").write_text(yaml.safe_dump(settings(max_steps=8)))
     assert main(["tune", "brief.yaml", "--trials", "1", "trainer.beta=0.05..0.5"]) == 0
