@@ -25,6 +25,8 @@ from lora_dpo.tuning.space import Axis
 
 ENDING = ".search"
 BEGUN, RESULT, PAGE, TABLE = "search.json", "result.json", "search.html", "trials.json"
+OPTIONS = ("judge", "seed", "all_data", "without_suspicious")
+"""Of `tune`, those that a search is gone on with."""
 HELD = "search"
 """What the one process holds that searches (`journal.alone`)."""
 
@@ -99,7 +101,7 @@ def begun_options(output: Path) -> dict[str, Any]:
     """The options of `tune` that an interrupted search was begun with. Raises `ConfigError` if they cannot be read."""
     stored = _begun(output)
     axes = [Axis(**{**axis, "choices": tuple(axis["choices"])}) for axis in stored["axes"]]
-    return {"axes": axes, **{name: stored[name] for name in ("judge", "seed", "all_data", "without_suspicious")}}
+    return {"axes": axes, **{name: stored[name] for name in OPTIONS if name in stored}}
 
 
 def _begun(output: Path) -> dict[str, Any]:
