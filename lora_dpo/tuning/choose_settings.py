@@ -130,7 +130,12 @@ def _try_candidates(search: Search, runs: Trials, study: Study, *, trials: int |
     spent = sum(trial.seconds for trial in runs.done)
     while trials is None or len(runs.done) < trials:
         number = len(runs.done)
-        asked = study.ask(number)
+        if number >= HOPELESS and not any(one.measured and one.measured.accuracy.low > 0.5 for one in runs.done):
+            text = f"None of {number} candidates ranks held-out pairs better than chance: the search ends here."
+            search.emit(Note(text, warning=True))
+            break
+        before = runs.done[-1] if runs.done else None
+        asked = study.ask(number, (before.values, before.score.low if before.score else None) if before else None)
         used = spent + time.perf_counter() - search.began
         if minutes is not None and number and used + _expected(runs, asked.values) > minutes * 60:
             asked.drop()
@@ -142,12 +147,6 @@ def _try_candidates(search: Search, runs: Trials, study: Study, *, trials: int |
         search.tell(runs)
         _keep_the_best(runs, budget=search.recipe.health.kl)
         if search.stop.keep:
-            break
-        if len(runs.done) >= HOPELESS and not any(
-            trial.measured and trial.measured.accuracy.low > 0.5 for trial in runs.done
-        ):
-            text = f"None of {len(runs.done)} candidates ranks held-out pairs better than chance: the search ends here."
-            search.emit(Note(text, warning=True))
             break
 
 

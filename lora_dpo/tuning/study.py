@@ -59,18 +59,28 @@ class Study:
         self.path, self.axes, self.own, self.seed = path, axes, dict(own), seed
         self.storage: Any = None
 
-    def ask(self, number: int) -> Asked:
-        """The candidate of that number."""
+    def ask(self, number: int, last: tuple[Values, float | None] | None = None) -> Asked:
+        """The candidate of that number.
+
+        Args:
+            last: values of the candidate before, and what it came to (None if it was ended early): a process may have
+                ended after that was kept and before `Asked.tell`.
+        """
         from optuna.trial import TrialState
 
         study = self._open(number)
         for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            study.tell(left.number, state=TrialState.FAIL)  # it was interrupted: it is drawn again, as it was
+            drawn = {axis.key: _decoded(axis, left.params[axis.key]) for axis in self.axes if axis.key in left.params}
+            if last is not None and drawn == last[0]:
+                Asked(drawn, study, left.number).tell(last[1])
+            else:
+                study.tell(left.number, state=TrialState.FAIL)  # it was interrupted: it is drawn again, as it was
         if number == 0:
             inside = all(axis.key in self.own and axis.holds(self.own[axis.key]) for axis in self.axes)
             if not inside:  # Optuna cannot learn from what is not on its axes
                 return Asked(dict(self.own))
-            study.enqueue_trial({axis.key: _encoded(axis, self.own[axis.key]) for axis in self.axes})
+            if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                study.enqueue_trial({axis.key: _encoded(axis, self.own[axis.key]) for axis in self.axes})
         trial = study.ask()
         values = {axis.key: _suggested(trial, axis) for axis in self.axes}
         return Asked(values, study, trial)
@@ -96,9 +106,13 @@ def _encoded(axis: Axis, value: Any) -> Any:
     return axis.choices.index(value) if axis.choices else value
 
 
+def _decoded(axis: Axis, value: Any) -> Any:
+    return axis.choices[value] if axis.choices else value
+
+
 def _suggested(trial: Any, axis: Axis) -> Any:
     if axis.choices:
-        return axis.choices[trial.suggest_categorical(axis.key, list(range(len(axis.choices))))]
+        return _decoded(axis, trial.suggest_categorical(axis.key, list(range(len(axis.choices)))))
     if axis.whole:
         return trial.suggest_int(axis.key, int(axis.low), int(axis.high), log=axis.log)
     return trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)

@@ -44,6 +44,14 @@ def test_an_interrupted_search_draws_as_one_that_was_not(tmp_path):
     assert drawn(tmp_path / "c.sqlite", 9, seed=1)[1:] != whole[1:]
 
 
+def test_what_a_candidate_came_to_is_told_after_a_kill_that_came_before_the_telling(tmp_path):
+    whole, found = drawn(tmp_path / "a.sqlite", 9), []
+    for number in range(9):  # a process of its own for each, which ends before it tells anything
+        last = (found[-1], worth(found[-1])) if found else None
+        found.append(Study(tmp_path / "b.sqlite", AXES, OWN, 0).ask(number, last).values)
+    assert found == whole
+
+
 def test_it_learns_from_what_candidates_came_to(tmp_path):
     found = drawn(tmp_path / "study.sqlite", 24)
     early, late = found[1:STARTUP], found[-8:]
