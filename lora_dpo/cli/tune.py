@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,8 @@ from rich.markup import escape
 from lora_dpo.cli.init import ModelToTune, Preset, recipe_of
 from lora_dpo.cli.options import ColumnsOption
 from lora_dpo.cli.pairs import JUDGE_HELP
+from lora_dpo.cli.views import RunView
+from lora_dpo.events import Stopped, StopSignal
 
 out = Console()
 err = Console(stderr=True)
@@ -27,6 +31,22 @@ AxesArgument = Annotated[
         "value is set for all.",
     ),
 ]
+
+
+@contextmanager
+def _stoppable() -> Iterator[tuple[RunView, StopSignal]]:
+    """What a search is drawn with and stopped by; Ctrl-C ends it with what it has, and says how it goes on."""
+    from lora_dpo.cli.signals import stop_on_signals
+
+    view, stop = RunView(out), StopSignal()
+    try:
+        with stop_on_signals(stop, err.print), view.live():
+            yield view, stop
+    except (Stopped, KeyboardInterrupt) as stopped:
+        out.print("Stopped. What was tried is kept; go on with the same command and --resume.")
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
+        raise typer.Exit(130) from None
 
 
 def tune(
@@ -72,10 +92,7 @@ def tune(
         lora-dpo tune recipe.yaml trainer.beta=0.05..0.5 lora.rank=4,16 trainer.max_steps=60
     """
     from lora_dpo.cli.ready import have_model
-    from lora_dpo.cli.signals import stop_on_signals
-    from lora_dpo.cli.views import RunView
     from lora_dpo.config.reading import read_recipe
-    from lora_dpo.events import Stopped, StopSignal
     from lora_dpo.training.prepare import check_early, with_reference
     from lora_dpo.tuning import tune as search
     from lora_dpo.tuning.choose_settings import check_tunable
@@ -88,28 +105,21 @@ def tune(
     check_tunable(settings, varied, judge or (), trials, minutes)
     check_early(settings)
     have_model(settings.model.name)
-    view, stop = RunView(out), StopSignal()
-    try:
-        with stop_on_signals(stop, err.print), view.live():
-            result = search(
-                settings,
-                name=path.stem,
-                axes=varied,
-                trials=trials,
-                minutes=minutes,
-                judge=judge or (),
-                seed=seed,
-                all_data=all_data,
-                without_suspicious=without_suspicious,
-                resume=resume,
-                on_event=view,
-                stop=stop,
-            )
-    except (Stopped, KeyboardInterrupt) as stopped:
-        out.print("Stopped. What was tried is kept; go on with the same command and --resume.")
-        if isinstance(stopped, KeyboardInterrupt):
-            raise
-        raise typer.Exit(130) from None
+    with _stoppable() as (view, stop):
+        result = search(
+            settings,
+            name=path.stem,
+            axes=varied,
+            trials=trials,
+            minutes=minutes,
+            judge=judge or (),
+            seed=seed,
+            all_data=all_data,
+            without_suspicious=without_suspicious,
+            resume=resume,
+            on_event=view,
+            stop=stop,
+        )
     out.print(f"page  {escape(str(result.folder / PAGE))}", soft_wrap=True, highlight=False)
     if result.verdict in ("nothing to learn", "no healthy run"):
         raise typer.Exit(NOTHING)
@@ -139,10 +149,7 @@ def sweep(
         lora-dpo sweep recipe.yaml sft_weight=0,0.2,1 --seeds 3
     """
     from lora_dpo.cli.ready import have_model
-    from lora_dpo.cli.signals import stop_on_signals
-    from lora_dpo.cli.views import RunView
     from lora_dpo.config.reading import read_recipe
-    from lora_dpo.events import Stopped, StopSignal
     from lora_dpo.training.prepare import check_early, with_reference
     from lora_dpo.tuning import sweep as run_all
     from lora_dpo.tuning.folder import PAGE
@@ -155,23 +162,16 @@ def sweep(
     check_sweep(settings, varied, seeds, judge or ())
     check_early(settings)
     have_model(settings.model.name)
-    view, stop = RunView(out), StopSignal()
-    try:
-        with stop_on_signals(stop, err.print), view.live():
-            result = run_all(
-                settings,
-                varied,
-                name=path.stem,
-                seeds=seeds,
-                judge=judge or (),
-                seed=seed,
-                resume=resume,
-                on_event=view,
-                stop=stop,
-            )
-    except (Stopped, KeyboardInterrupt) as stopped:
-        out.print("Stopped. What was run is kept; go on with the same command and --resume.")
-        if isinstance(stopped, KeyboardInterrupt):
-            raise
-        raise typer.Exit(130) from None
+    with _stoppable() as (view, stop):
+        result = run_all(
+            settings,
+            varied,
+            name=path.stem,
+            seeds=seeds,
+            judge=judge or (),
+            seed=seed,
+            resume=resume,
+            on_event=view,
+            stop=stop,
+        )
     out.print(f"page  {escape(str(result.folder / PAGE))}", soft_wrap=True, highlight=False)

@@ -6,7 +6,6 @@ What is the base's own is measured once and kept: its answers, and the reference
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from lora_dpo.data.thoughts import said_length
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import DataError
 from lora_dpo.evaluation.kl import kl_to_reference
+from lora_dpo.evaluation.suspicion import doubt_of
 from lora_dpo.evaluation.verify_adapter import pad_of
 from lora_dpo.evaluation.win_rate import judged
 from lora_dpo.files import write_json
@@ -181,7 +181,7 @@ class Part:
         """
         places = evenly_spaced(len(self.pairs), GLANCE)
         _, margins = self._pairs(model, [self.pairs[index] for index in places], places, None)
-        return fmean(_sigmoid(margin) for margin in margins)
+        return fmean(doubt_of(-margin, beta=1.0) for margin in margins)
 
     # --- parts of it ------------------------------------------------------------------------------
 
@@ -252,7 +252,3 @@ class Part:
         sums = kl_to_reference(model, rows, on_done=self.tick(f"{self.name}: KL, {name}", len(rows)))
         tokens = sum(count for _, count in sums)
         return sum(value for value, _ in sums) / tokens if tokens else 0.0
-
-
-def _sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
