@@ -8,6 +8,7 @@ trials            one candidate after the other, kept on the disk
 study             candidates drawn by Optuna
 folder            where a search lies
 result            what it came to
+verdict           whether there was something to learn
 page              its page
 table             its candidates as rows, for programs
 search            what every search begins with

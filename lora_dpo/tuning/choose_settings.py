@@ -32,15 +32,16 @@ from lora_dpo.quiet import quiet_libraries
 from lora_dpo.training.drafting.presets import prompts_of
 from lora_dpo.training.run import train
 from lora_dpo.training.run_summary import findings
-from lora_dpo.tuning.folder import PAGE, RESULT, TABLE, choose_place, search_of
+from lora_dpo.tuning.folder import CHOSEN, PAGE, RESULT, TABLE, choose_place, search_of
 from lora_dpo.tuning.page import search_page
 from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
-from lora_dpo.tuning.result import Reported, TuneResult, Verdict, gain_of, reported_rows, result_json, side_by_side
+from lora_dpo.tuning.result import Reported, TuneResult, gain_of, reported_rows, result_json, side_by_side
 from lora_dpo.tuning.score import EQUAL, Measured, best_of, score
 from lora_dpo.tuning.search import Search, check_searchable, steps_of
 from lora_dpo.tuning.space import Axis, Values, default_axes, own_values, with_values
 from lora_dpo.tuning.study import Study
 from lora_dpo.tuning.trials import Trial, Trials
+from lora_dpo.tuning.verdict import lengths_of, verdict_of
 
 TRIALS = 12
 """Candidates of a search for which neither a number nor a time is given."""
@@ -229,7 +230,15 @@ class _Conclusion:
         reported = self._report(place, chosen, all_data=all_data)
         recipe = search.with_own_data(with_values(runs.recipe, chosen.values))
         result = replace(result, chosen=chosen, recipe=recipe, reported=reported, gain=gain_of(reported))
-        verdict, reason = self._verdict(result)
+        assert chosen.measured is not None  # noqa: S101
+        verdict, reason = verdict_of(
+            chosen.measured,
+            reported["chosen"],
+            flatters=self.parts.flatters,
+            bias=lengths_of([*self.parts.train, *self.parts.choose, *self.parts.report]),
+            chosen_recipe=(search.folder / CHOSEN).as_posix(),
+            likely_reason=self._likely_reason,
+        )
         result = replace(result, verdict=verdict, reason=reason)
         if verdict == "better":
             _copy(place, search.output)
@@ -281,28 +290,6 @@ class _Conclusion:
             return found
         return replace(found, known=before.known, questions=before.questions)
 
-    def _verdict(self, result: TuneResult) -> tuple[Verdict, str]:
-        """Whether something was learnt: by what was chosen by, and again by what was not."""
-        chosen = result.chosen
-        assert chosen is not None  # noqa: S101
-        assert chosen.measured is not None  # noqa: S101
-        seen, fresh = chosen.measured.accuracy, result.reported["chosen"].measured.accuracy
-        where = "the pairs it was chosen by" if self.parts.flatters else "pairs that nothing was chosen by"
-        told = f"{fresh.value:.0%} of {where} are ranked right (95% interval {fresh.low:.0%} to {fresh.high:.0%})"
-        if seen.low <= 0.5 or fresh.low <= 0.5:
-            chance = (
-                "no better than chance" if fresh.low <= 0.5 else "and of those it was chosen by no more than chance"
-            )
-            return "nothing to learn", f"Nothing to learn here: {told}, {chance}. {self._likely_reason()}"
-        quality = result.reported["chosen"].score.quality
-        if chosen.measured.outcomes and quality.low <= 0.5:
-            return (
-                "nothing to learn",
-                f"The labels are learnt ({told}), but the judge does not prefer the answers to the base's: "
-                f"{quality.value:.0%} won, 95% interval {quality.low:.0%} to {quality.high:.0%}.",
-            )
-        return "better", f"{told}."
-
     def _likely_reason(self) -> str:
         """What the doctor finds in the data that would explain it."""
         found = findings(self.search.recipe.data, len(self.parts.train)) or []
@@ -319,7 +306,7 @@ class _Conclusion:
         search = self.search
         result = replace(result, seconds=time.perf_counter() - search.began)
         replace_file(search.folder / PAGE, search_page(result, self.runs, self.prompts))
-        replace_file(search.folder / "chosen.yaml", dump_recipe(result.recipe))
+        replace_file(search.folder / CHOSEN, dump_recipe(result.recipe))
         write_json(search.folder / TABLE, [trial.to_json() for trial in self.runs.done])
         write_json(search.folder / RESULT, result_json(result))
         if result.reported:

@@ -24,7 +24,8 @@ from lora_dpo.leftovers import discard
 from lora_dpo.tuning.space import Axis
 
 ENDING = ".search"
-BEGUN, RESULT, PAGE, TABLE = "search.json", "result.json", "search.html", "trials.json"
+BEGUN, CHOSEN = "search.json", "chosen.yaml"
+RESULT, PAGE, TABLE = "result.json", "search.html", "trials.json"
 OPTIONS = ("judge", "seed", "all_data", "without_suspicious")
 """Of `tune`, those that a search is gone on with."""
 HELD = "search"

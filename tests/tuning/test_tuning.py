@@ -146,6 +146,21 @@ def test_a_search_without_hope_ends_early_and_names_the_likely_reason(settings, 
     assert "contradict" in result.reason
 
 
+def test_that_the_longer_answer_is_better_is_nothing_to_learn(settings, base):
+    recipe = settings(numbers=range(10, 13))
+    path = Path(recipe["data"]["train"])
+    rows = [json.loads(line) for line in path.open()]
+    path.write_text(
+        "".join(json.dumps({**row, "chosen": row["rejected"], "rejected": row["chosen"]}) + "\n" for row in rows)
+    )
+    result = tune(check_recipe(recipe), axes=STEPS, trials=1, base=base)
+    assert result.verdict == "nothing to learn"
+    assert "but length: 'the longer answer is the better one'" in result.reason
+    assert result.adapter is None
+    again = next(word for word in result.reason.split() if word.endswith("chosen.yaml."))
+    assert Path(again[:-1]).is_file(), "for one who wants them longer"
+
+
 @pytest.mark.slow
 def test_what_suspicious_pairs_cost_is_tried_and_said(settings, base, tmp_path):
     recipe = settings(max_steps=24)

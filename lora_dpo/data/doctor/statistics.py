@@ -24,9 +24,14 @@ class LengthBias:
         """As plain values."""
         return asdict(self)
 
+    @property
+    def longer_wins(self) -> bool:
+        """Whether the longer answer is the chosen one at least as often as the shorter."""
+        return self.chosen_longer + self.same / 2 >= 0.5
+
     def sentence(self, unit: str) -> str:
         """For a report."""
-        rule = "longer" if self.chosen_longer + self.same / 2 >= 0.5 else "shorter"
+        rule = "longer" if self.longer_wins else "shorter"
         return f"'the {rule} answer is the better one' (in {unit}) is right for {self.predicts:.0%} of the pairs"
 
 
