@@ -63,8 +63,8 @@ def verdict_of(
         return (
             "nothing to learn",
             f"Nothing to learn here but length: {rule}. {told}, but a count of letters ranks as many. Add pairs whose "
-            "shorter answer is chosen, or say with --judge what is wanted beside length. If longer answers are what you "
-            f"want: lora-dpo train {chosen_recipe}.",
+            "shorter answer is chosen, or say with --judge what is wanted beside length. If longer answers are what "
+            f"you want: lora-dpo train {chosen_recipe}.",
         )
     return "better", f"{told}. The labels say no more than a length: {rule}. Whether more was learnt, no pair can tell."
 
