@@ -8,7 +8,6 @@ was interrupted.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +127,6 @@ def check_tunable(
 
 
 def _try_candidates(search: Search, runs: Trials, study: Study, *, trials: int | None, minutes: float | None) -> None:
-    spent = sum(trial.seconds for trial in runs.done)
     while trials is None or len(runs.done) < trials:
         number = len(runs.done)
         if number >= HOPELESS and not any(one.measured and one.measured.accuracy.low > 0.5 for one in runs.done):
@@ -137,8 +135,7 @@ def _try_candidates(search: Search, runs: Trials, study: Study, *, trials: int |
             break
         before = runs.done[-1] if runs.done else None
         asked = study.ask(number, (before.values, before.score.low if before.score else None) if before else None)
-        used = spent + time.perf_counter() - search.began
-        if minutes is not None and number and used + _expected(runs, asked.values) > minutes * 60:
+        if minutes is not None and number and search.seconds + _expected(runs, asked.values) > minutes * 60:
             asked.drop()
             search.emit(Note(f"The time is used up after {number} candidates."))
             break
@@ -304,7 +301,7 @@ class _Conclusion:
 
     def _finish(self, result: TuneResult) -> TuneResult:
         search = self.search
-        result = replace(result, seconds=time.perf_counter() - search.began)
+        result = replace(result, seconds=search.seconds)
         replace_file(search.folder / PAGE, search_page(result, self.runs, self.prompts))
         replace_file(search.folder / CHOSEN, dump_recipe(result.recipe))
         write_json(search.folder / TABLE, [trial.to_json() for trial in self.runs.done])
@@ -334,6 +331,6 @@ def _recipe_alone(search: Search, parts: Parts, base: Base | None) -> TuneResult
         "fewest): this is the recipe as it is."
     )
     result = TuneResult("too little data", reason, trained.folder, search.recipe, search.folder, (), None)
-    result = replace(result, seconds=time.perf_counter() - search.began)
+    result = replace(result, seconds=search.seconds)
     write_json(search.folder / RESULT, result_json(result))
     return result

@@ -64,10 +64,17 @@ class Search:
     stop: StopSignal
     judges: tuple[str, ...] = ()
     began: float = field(default_factory=time.perf_counter)
+    earlier: float = 0.0
+    """Seconds of candidates that were tried before it was interrupted."""
     judge: Judge | None = None
     questions: list[Question] = field(default_factory=list)
     max_length: int = 1024
     """Longest prompt and answer of a pair, in tokens, as training has it."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far, all sittings together."""
+        return self.earlier + time.perf_counter() - self.began
 
     # --- the data ---------------------------------------------------------------------------------
 
@@ -168,7 +175,9 @@ class Search:
         part.measure_base(self.folder / "base-choose.json")
         # A rule says itself what it looks at; what other judges prefer may be no more than length.
         control = any(not spec.rpartition("*")[2].strip().startswith("rules:") for spec in self.judges)
-        return Trials(self.folder, first, base, part, self.emit, self.stop, control)
+        runs = Trials(self.folder, first, base, part, self.emit, self.stop, control)
+        self.earlier = sum(trial.seconds for trial in runs.done)
+        return runs
 
     def part(self, name: str, base: Base, pairs: Sequence[PreferencePair], *, questions: bool = True) -> Part:
         """One part of the data, to measure on."""

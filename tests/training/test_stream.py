@@ -61,6 +61,13 @@ def test_what_needs_the_weights_all_the_time_is_refused_early(recipe_dict, chang
         train(check_recipe(recipe_dict(model={"stream": "on"}, **changes)))
 
 
+@pytest.mark.parametrize("held", ["off", "embeddings"])
+def test_a_base_that_is_handed_in_otherwise_is_refused(recipe_dict, tiny_model_folder, held):
+    base = load_base(str(tiny_model_folder), quantize="none", dtype="float32", stream=held)
+    with pytest.raises(ConfigError, match=rf"says model\.stream: on, and of the base handed in that is {held}"):
+        train(check_recipe(recipe_dict(model={"stream": "on", "quantize": "none"})), base=base)
+
+
 def test_trls_own_passes_are_refused(tiny_model_folder, tmp_path):
     model = tiny("llama").requires_grad_(False)
     VisitingWeights(model, torch.device("cpu"), layers=True)

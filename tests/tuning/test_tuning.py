@@ -250,6 +250,7 @@ def test_an_interrupted_search_goes_on_to_the_same_choice(settings, taught_base)
     assert the_same(parts) == the_same(whole)
     assert parts.chosen.number == whole.chosen.number
     assert parts.reported["chosen"].measured == whole.reported["chosen"].measured
+    assert parts.seconds > sum(trial.seconds for trial in parts.trials), "earlier sittings count, too"
 
 
 def test_a_search_is_gone_on_with_as_it_was_begun(settings, base):
