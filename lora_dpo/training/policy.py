@@ -71,8 +71,8 @@ def attach(run: Run, base: Base, *, fresh: bool) -> PeftModel:
     stream = recipe.model.stream
     if stream in ("embeddings", "on") and base.streamed != stream:
         raise ConfigError(
-            f"The recipe says model.stream: {stream}, and of the base handed in that is {base.streamed}. Load it as the "
-            "recipe says, or leave model.stream out: the demo and serve keep their base on the device."
+            f"The recipe says model.stream: {stream}, and of the base handed in that is {base.streamed}. Load it as "
+            "the recipe says, or leave model.stream out: the demo and serve keep their base on the device."
         )
     if any("lora_" in name for name, _ in base.model.named_parameters()):
         raise ConfigError("The base handed in has an adapter on it already. Load a base without one.")

@@ -6,6 +6,7 @@ score             what 'best' means, as one number
 measure           a policy on one part of the data
 trials            one candidate after the other, kept on the disk
 study             candidates drawn by Optuna
+time_limit        which candidates are expected to end in time
 folder            where a search lies
 result            what it came to
 verdict           whether there was something to learn

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 from lora_dpo.adapters.checkpoints import checkpoints
 from lora_dpo.adapters.run_folder import partial_of
@@ -37,8 +36,9 @@ from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
 from lora_dpo.tuning.result import Reported, TuneResult, gain_of, reported_rows, result_json, side_by_side
 from lora_dpo.tuning.score import EQUAL, Measured, best_of, score
 from lora_dpo.tuning.search import Search, check_searchable, steps_of
-from lora_dpo.tuning.space import Axis, Values, default_axes, own_values, with_values
-from lora_dpo.tuning.study import Study
+from lora_dpo.tuning.space import Axis, default_axes, own_values, with_values
+from lora_dpo.tuning.study import Asked, Study
+from lora_dpo.tuning.time_limit import TimeLimit
 from lora_dpo.tuning.trials import Trial, Trials
 from lora_dpo.tuning.verdict import lengths_of, verdict_of
 
@@ -46,8 +46,10 @@ TRIALS = 12
 """Candidates of a search for which neither a number nor a time is given."""
 HOPELESS = 6
 """Trials after which a search ends if none of them ranks held-out pairs better than chance."""
+DRAWS = 12
+"""Candidates that are drawn for one place in a search with a time, until one is expected to end in it."""
 MEASURED_AT_THE_END = 3
-"""The base, the default recipe and the chosen one."""
+"""The base, the default recipe and the chosen one; without the questions, which were asked before."""
 
 
 def tune(
@@ -106,7 +108,10 @@ def tune(
         runs = search.open(parts, first, base)
         study = Study(search.folder / "study.sqlite", varied, own_values(first, varied, steps=steps), seed)
         most = trials if trials is not None or minutes is not None else TRIALS
-        _try_candidates(search, runs, study, trials=most, minutes=minutes)
+        part, reported = runs.part, parts.report or parts.choose
+        at_the_end = MEASURED_AT_THE_END * (len(reported) + len(part.prompts)) / part.rows
+        limit = TimeLimit(minutes, more=all_data + without_suspicious, measurings=at_the_end)
+        _try_candidates(search, runs, study, limit, trials=most)
         if without_suspicious:
             _try_without_suspicious(search, runs, parts)
         return _Conclusion(search, runs, parts).conclude(all_data=all_data)
@@ -126,17 +131,15 @@ def check_tunable(
 # --- the candidates -------------------------------------------------------------------------------
 
 
-def _try_candidates(search: Search, runs: Trials, study: Study, *, trials: int | None, minutes: float | None) -> None:
+def _try_candidates(search: Search, runs: Trials, study: Study, limit: TimeLimit, *, trials: int | None) -> None:
     while trials is None or len(runs.done) < trials:
         number = len(runs.done)
         if number >= HOPELESS and not any(one.measured and one.measured.accuracy.low > 0.5 for one in runs.done):
             text = f"None of {number} candidates ranks held-out pairs better than chance: the search ends here."
             search.emit(Note(text, warning=True))
             break
-        before = runs.done[-1] if runs.done else None
-        asked = study.ask(number, (before.values, before.score.low if before.score else None) if before else None)
-        if minutes is not None and number and search.seconds + _expected(runs, asked.values) > minutes * 60:
-            asked.drop()
+        asked = _next_that_fits(search, runs, study, limit)
+        if asked is None:
             search.emit(Note(f"The time is used up after {number} candidates."))
             break
         trial = runs.run(number, asked.values, prune=asked.prune)
@@ -148,15 +151,16 @@ def _try_candidates(search: Search, runs: Trials, study: Study, *, trials: int |
             break
 
 
-def _expected(runs: Trials, values: Values) -> float:
-    """Seconds until a candidate is tried and the search is over, by those so far."""
-    whole = [trial for trial in runs.done if trial.measured]
-    if not whole:
-        return 0.0
-    step = median((trial.seconds - trial.measuring) / max(1, trial.steps) for trial in whole)
-    measuring = median(trial.measuring for trial in whole)
-    steps = values.get("trainer.max_steps") or whole[0].planned
-    return step * float(steps) + (1 + MEASURED_AT_THE_END) * measuring
+def _next_that_fits(search: Search, runs: Trials, study: Study, limit: TimeLimit) -> Asked | None:
+    """The next candidate: of those that are drawn for its place the first that is expected to end in time."""
+    number, before = len(runs.done), runs.done[-1] if runs.done else None
+    last = (before.values, before.score.low if before.score else None) if before else None
+    for draw in range(DRAWS):
+        asked = study.ask(number, last, draw=draw)
+        if limit.allows(asked.values, used=search.seconds, done=runs.done):
+            return asked
+        asked.drop()
+    return None
 
 
 def _keep_the_best(runs: Trials, *, budget: float) -> None:
@@ -271,7 +275,9 @@ class _Conclusion:
         found = {"base": Reported(base, score(base, base), part.of_base.answers[:asked])}
         own = next(trial for trial in runs.done if trial.number == 0)
         for name, folder, trial in (("default", runs.place(0), own), ("chosen", place, chosen)):
-            if folder.is_dir():
+            if name == "chosen" and folder == runs.place(0):
+                found[name] = found["default"]
+            elif folder.is_dir():
                 with runs.policy(folder) as model:
                     measured, answers = part.measure(model, name)
                 measured = self._with_known(measured, trial.measured)

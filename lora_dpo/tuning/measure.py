@@ -92,6 +92,11 @@ class Part:
         self._of_base: OfBase | None = None
         self._measured_base: Measured | None = None
 
+    @property
+    def rows(self) -> int:
+        """What is scored and answered when a policy is measured: pairs, prompts and questions."""
+        return len(self.pairs) + len(self.prompts) + len(self.questions)
+
     # --- the base ---------------------------------------------------------------------------------
 
     def measure_base(self, cache: Path) -> None:

@@ -59,16 +59,17 @@ class Study:
         self.path, self.axes, self.own, self.seed = path, axes, dict(own), seed
         self.storage: Any = None
 
-    def ask(self, number: int, last: tuple[Values, float | None] | None = None) -> Asked:
+    def ask(self, number: int, last: tuple[Values, float | None] | None = None, *, draw: int = 0) -> Asked:
         """The candidate of that number.
 
         Args:
+            draw: how many others of that number were drawn before and dropped.
             last: values of the candidate before, and what it came to (None if it was ended early): a process may have
                 ended after that was kept and before `Asked.tell`.
         """
         from optuna.trial import TrialState
 
-        study = self._open(number)
+        study = self._open(self.seed * 10_007 + number + 1_000_003 * draw)
         for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             drawn = {axis.key: _decoded(axis, left.params[axis.key]) for axis in self.axes if axis.key in left.params}
             if last is not None and drawn == last[0]:
@@ -85,7 +86,7 @@ class Study:
         values = {axis.key: _suggested(trial, axis) for axis in self.axes}
         return Asked(values, study, trial)
 
-    def _open(self, number: int) -> Any:
+    def _open(self, seed: int) -> Any:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -94,7 +95,7 @@ class Study:
         return optuna.create_study(
             study_name="search",
             storage=self.storage,
-            sampler=optuna.samplers.TPESampler(seed=self.seed * 10_007 + number, n_startup_trials=STARTUP),
+            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_min_trials=3),
             direction="maximize",
             load_if_exists=True,

@@ -86,7 +86,10 @@ def test_a_candidate_that_is_dropped_is_forgotten(tmp_path):
     study.ask(0).tell(0.1)
     dropped = study.ask(1)
     dropped.drop()
-    assert study.ask(1).values == dropped.values
+    again = study.ask(1)
+    assert again.values == dropped.values
+    again.drop()
+    assert study.ask(1, draw=1).values != dropped.values, "another is drawn for its place"
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
