@@ -80,7 +80,7 @@ def default_axes(recipe: Recipe, *, steps: int) -> list[Axis]:
         Axis(
             "trainer.learning_rate",
             "the setting that ruins most runs: too low learns nothing, too high breaks the answers",
-            rate / 4,
+            rate / 2,
             rate * 4,
         ),
         Axis(
