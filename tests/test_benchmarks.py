@@ -187,3 +187,16 @@ def test_swapped_labels_are_counted_among_the_most_suspicious(tiny_model_folder,
     assert (run["pairs"], run["looked_at"], run["swapped"], run["without_margin"]) == (30, 6, 3, 0)
     assert found["in_the_first_fifth"]["length"]["value"] == 1.0  # the rejected answers of these are much longer
     assert found["in_the_first_fifth"]["mean"]["n"] == 3
+
+
+def test_the_wheels_of_the_check_have_tested_versions():
+    """docs/gpu.md: a machine without a network gets them by these names, in the versions of constraints.txt."""
+
+    def names(path):
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        return {line.partition("==")[0].lower().replace("_", "-") for line in lines if line and line[0] != "#"}
+
+    wheels = names("benchmarks/gpu_check/wheels.txt")
+    assert {"trl", "peft", "transformers", "bitsandbytes"} <= wheels
+    assert wheels <= names("constraints.txt")
+    assert f"{len(wheels)}\nwheels" in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")

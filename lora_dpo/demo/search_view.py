@@ -22,7 +22,6 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.training.drafting.presets import Draft, prompts_of
 from lora_dpo.tuning import TuneResult
 from lora_dpo.tuning.folder import PAGE
-from lora_dpo.tuning.page import remarks
 from lora_dpo.tuning.parts import FOR_TWO
 
 PHASES = ("measuring the base", "trying candidates", "proving the choice")
@@ -130,11 +129,8 @@ def _verdict(found: TuneResult | None, name: str, took: str) -> str:
     if found is None:
         return ""
     if found.adapter is None:
-        said = note(f"Done after {took}, without an adapter. {found.reason}", kind="warn")
-    else:
-        said = note(f"Done after {took}: {name} can be chosen in every tab. {found.reason}", kind="good")
-    said += "".join(map(note, remarks(found)))
-    return said + (note(f"Chosen: candidate {found.chosen.number}, {found.chosen.text}.") if found.chosen else "")
+        return note(f"Done after {took}, without an adapter. {found.reason}", kind="warn")
+    return note(f"Done after {took}: {name} can be chosen in every tab. {found.reason}", kind="good")
 
 
 def _page(found: TuneResult) -> str:

@@ -33,7 +33,7 @@ from lora_dpo.training.run_summary import findings
 from lora_dpo.tuning.folder import CHOSEN, PAGE, RESULT, TABLE, choose_place, search_of
 from lora_dpo.tuning.page import search_page
 from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
-from lora_dpo.tuning.result import Reported, TuneResult, gain_of, reported_rows, result_json, side_by_side
+from lora_dpo.tuning.result import Reported, TuneResult, gain_of, remarks, reported_rows, result_json, side_by_side
 from lora_dpo.tuning.score import EQUAL, Measured, best_of, score
 from lora_dpo.tuning.search import Search, check_searchable, steps_of
 from lora_dpo.tuning.space import Axis, default_axes, own_values, with_values
@@ -315,6 +315,8 @@ class _Conclusion:
         if result.reported:
             search.emit(Tabulated("on the reporting part", tuple(reported_rows(result))))
             search.emit(Answered(tuple(side_by_side(result, self.prompts))))
+        for text in remarks(result):
+            search.emit(Note(text))
         search.emit(Note(result.reason, warning=result.verdict != "better"))
         if result.adapter is not None:
             search.emit(Saved(result.adapter))

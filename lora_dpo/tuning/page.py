@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from lora_dpo.evaluation.report import parts, svg
-from lora_dpo.tuning.result import TuneResult, reported_rows, side_by_side
+from lora_dpo.tuning.result import TuneResult, remarks, reported_rows, side_by_side
 from lora_dpo.tuning.score import frontier
 from lora_dpo.tuning.space import value_text
 from lora_dpo.tuning.trials import Trial, Trials, grouped_rows, trial_rows
@@ -68,25 +68,6 @@ def sweep_page(runs: Trials) -> str:
             parts.section("Every run", parts.plots(_plane(runs, None), *curves(runs)), _table(runs)),
         ],
     )
-
-
-def remarks(result: TuneResult) -> Iterator[str]:
-    """What the numbers mean together, in words."""
-    gain = result.gain
-    if result.chosen is None or gain is None:
-        return
-    if result.chosen.number == 0:
-        yield "The recipe as it was given is the best of them: nothing that was tried beats it."
-    elif gain.low > 0:
-        yield (
-            f"It beats the recipe as it was given by {gain.value:.3f} in quality, 95% interval {gain.low:.3f} to "
-            f"{gain.high:.3f}."
-        )
-    else:
-        yield (
-            f"Whether it beats the recipe as it was given cannot be told from {gain.n} prompts: by {gain.value:.3f} in "
-            f"quality, 95% interval {gain.low:.3f} to {gain.high:.3f}."
-        )
 
 
 def _head_and_rows(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

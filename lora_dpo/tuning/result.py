@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -58,6 +58,26 @@ def gain_of(reported: Mapping[str, Reported]) -> Interval | None:
     if len(one) != len(other):
         return None
     return mean([a - b for a, b in zip(one, other, strict=True)])
+
+
+def remarks(result: TuneResult) -> Iterator[str]:
+    """What was chosen, and how it compares with the recipe as it was given, in words."""
+    gain = result.gain
+    if result.chosen is None:
+        return
+    yield f"Chosen: candidate {result.chosen.number}, {result.chosen.text}."
+    if result.chosen.number == 0:
+        yield "The recipe as it was given is the best of them: nothing that was tried beats it."
+    elif gain is not None and gain.low > 0:
+        yield (
+            f"It beats the recipe as it was given by {gain.value:.3f} in quality, 95% interval {gain.low:.3f} to "
+            f"{gain.high:.3f}."
+        )
+    elif gain is not None:
+        yield (
+            f"Whether it beats the recipe as it was given cannot be told from {gain.n} prompts: by {gain.value:.3f} in "
+            f"quality, 95% interval {gain.low:.3f} to {gain.high:.3f}."
+        )
 
 
 def reported_rows(result: TuneResult) -> list[tuple[str, ...]]:

@@ -21,7 +21,7 @@ from lora_dpo.cli.tune import NOTHING
 from lora_dpo.cli.views import RunView
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.errors import ConfigError, DataError, OutputError
-from lora_dpo.events import Progress, Stopped, StopSignal, Tabulated
+from lora_dpo.events import Note, Progress, Stopped, StopSignal, Tabulated
 from lora_dpo.model.base import load_base
 from lora_dpo.tuning import sweep, tune
 from lora_dpo.tuning.grid import grid
@@ -105,6 +105,9 @@ def test_from_data_to_an_adapter_that_is_proven(settings, base, tmp_path):
     assert again["trainer"]["max_steps"] == result.chosen.values["trainer.max_steps"]
     tables = [event for event in seen if isinstance(event, Tabulated)]
     assert [len(table.rows) for table in tables] == [2, 3, 4, len(tables[-1].rows)]
+    said = [event.text for event in seen if isinstance(event, Note)]
+    assert f"Chosen: candidate {result.chosen.number}, {result.chosen.text}." in said
+    assert said[-1] == result.reason
     # adapters that will not be chosen are not kept
     kept = {path.name for path in (result.folder / "trials").iterdir() if path.is_dir()}
     assert {"000", f"{result.chosen.number:03d}"} <= kept

@@ -1,11 +1,15 @@
 """Whether a search found something to learn: every way it can end, from measured values alone."""
 
+from pathlib import Path
+
 import pytest
 
 from lora_dpo.data.doctor.statistics import LengthBias
 from lora_dpo.data.pairs import Origin, PreferencePair
-from lora_dpo.tuning.result import Reported
+from lora_dpo.evaluation.intervals import mean
+from lora_dpo.tuning.result import Reported, TuneResult, remarks
 from lora_dpo.tuning.score import Measured, score
+from lora_dpo.tuning.trials import Trial
 from lora_dpo.tuning.verdict import lengths_of, verdict_of
 
 
@@ -72,6 +76,28 @@ def test_that_the_shorter_is_better_may_be_all_that_is_wanted():
 def test_a_label_in_twenty_that_length_does_not_tell_is_something(longer):
     assert found(measured(30), measured(30), bias=LengthBias(longer, 0.0, 0.94))[0] == "better"
     assert "length" not in found(measured(30), measured(30), bias=LengthBias(longer, 0.0, 0.94))[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "gain", "said"),
+    [
+        (0, mean([0.0, 0.0]), "nothing that was tried beats it"),
+        (3, mean([0.2, 0.3, 0.4]), "It beats the recipe as it was given by 0.300 in quality, 95% interval 0."),
+        (3, mean([-0.2, 0.3, 0.4]), "cannot be told from 3 prompts: by 0.167 in quality, 95% interval -"),
+        (3, None, ""),
+    ],
+)
+def test_what_is_said_of_the_choice(number, gain, said):
+    trial = Trial(number, {"trainer.beta": 0.1, "lora.rank": 4}, 0)
+    result = TuneResult("better", "", None, None, Path("a.search"), (trial,), trial, gain=gain)
+    first, *more = remarks(result)
+    assert first == f"Chosen: candidate {number}, beta 0.1, rank 4."
+    assert len(more) == bool(said)
+    assert not more or said in more[0]
+
+
+def test_of_no_choice_nothing_is_said():
+    assert list(remarks(TuneResult("no healthy run", "", None, None, Path("a.search"), (), None))) == []
 
 
 def test_lengths_leave_thoughts_out():
