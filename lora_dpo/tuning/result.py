@@ -68,6 +68,8 @@ def remarks(result: TuneResult) -> Iterator[str]:
     yield f"Chosen: candidate {result.chosen.number}, {result.chosen.text}."
     if result.chosen.number == 0:
         yield "The recipe as it was given is the best of them: nothing that was tried beats it."
+    elif gain is not None and gain.low == gain.high == 0:
+        yield f"On all {gain.n} prompts the recipe as it was given does as well in quality."
     elif gain is not None and gain.low > 0:
         yield (
             f"It beats the recipe as it was given by {gain.value:.3f} in quality, 95% interval {gain.low:.3f} to "

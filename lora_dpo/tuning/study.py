@@ -11,8 +11,10 @@ from typing import Any
 
 from lora_dpo.tuning.space import Axis, Values
 
-STARTUP = 5
-"""Candidates that are drawn at random before the estimator has something to go by, and before any is ended early."""
+STARTUP = 3
+"""Candidates before the estimator has something to go by: the recipe's own, and two that are drawn at random."""
+COMPARED = 5
+"""Candidates before any is ended early for what the others came to."""
 
 
 class Asked:
@@ -96,7 +98,7 @@ class Study:
             study_name="search",
             storage=self.storage,
             sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_min_trials=3),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=COMPARED, n_min_trials=3),
             direction="maximize",
             load_if_exists=True,
         )

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_dpo.tuning.space import Axis
-from lora_dpo.tuning.study import STARTUP, Study
+from lora_dpo.tuning.study import COMPARED, STARTUP, Study
 
 AXES = (
     Axis("trainer.beta", "", 0.03, 0.5),
@@ -70,14 +70,14 @@ def test_a_recipe_off_its_axes_is_tried_all_the_same(tmp_path):
 
 def test_what_lies_behind_the_others_is_ended_and_nothing_before_there_are_others(tmp_path):
     study = Study(tmp_path / "study.sqlite", AXES, OWN, 0)
-    for number in range(STARTUP):
+    for number in range(COMPARED):
         asked = study.ask(number)
         assert not asked.prune(1, 0.1 if number == 2 else 0.8), "too few others"
         asked.tell(0.5)
-    behind = study.ask(STARTUP)
+    behind = study.ask(COMPARED)
     assert behind.prune(1, 0.3)
     behind.tell(None)
-    ahead = study.ask(STARTUP + 1)
+    ahead = study.ask(COMPARED + 1)
     assert not ahead.prune(1, 0.9)
 
 

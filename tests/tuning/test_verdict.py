@@ -82,6 +82,7 @@ def test_a_label_in_twenty_that_length_does_not_tell_is_something(longer):
     ("number", "gain", "said"),
     [
         (0, mean([0.0, 0.0]), "nothing that was tried beats it"),
+        (3, mean([0.0, 0.0, 0.0]), "On all 3 prompts the recipe as it was given does as well in quality."),
         (3, mean([0.2, 0.3, 0.4]), "It beats the recipe as it was given by 0.300 in quality, 95% interval 0."),
         (3, mean([-0.2, 0.3, 0.4]), "cannot be told from 3 prompts: by 0.167 in quality, 95% interval -"),
         (3, None, ""),
