@@ -97,11 +97,11 @@ def tune(
     from lora_dpo.tuning import tune as search
     from lora_dpo.tuning.choose_settings import check_tunable
     from lora_dpo.tuning.folder import PAGE
-    from lora_dpo.tuning.space import split_arguments
+    from lora_dpo.tuning.space import split_arguments, with_values
 
-    varied, overrides = split_arguments(axes or ())
+    varied, overrides, fixed = split_arguments(axes or ())
     path = recipe_of(recipe, None, model, preset, columns)
-    settings = with_reference(read_recipe(path, overrides))
+    settings = with_values(with_reference(read_recipe(path, overrides)), fixed)
     check_tunable(settings, varied, judge or (), trials, minutes)
     check_early(settings)
     have_model(settings.model.name)
@@ -110,6 +110,7 @@ def tune(
             settings,
             name=path.stem,
             axes=varied,
+            fixed=[*fixed, *(text.partition("=")[0].strip() for text in overrides)],
             trials=trials,
             minutes=minutes,
             judge=judge or (),
@@ -154,11 +155,11 @@ def sweep(
     from lora_dpo.tuning import sweep as run_all
     from lora_dpo.tuning.folder import PAGE
     from lora_dpo.tuning.grid import check_sweep
-    from lora_dpo.tuning.space import split_arguments
+    from lora_dpo.tuning.space import split_arguments, with_values
 
-    varied, overrides = split_arguments(axes or ())
+    varied, overrides, fixed = split_arguments(axes or ())
     path = recipe_of(recipe, None, model, preset, columns)
-    settings = with_reference(read_recipe(path, overrides))
+    settings = with_values(with_reference(read_recipe(path, overrides)), fixed)
     check_sweep(settings, varied, seeds, judge or ())
     check_early(settings)
     have_model(settings.model.name)

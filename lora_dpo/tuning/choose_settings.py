@@ -8,7 +8,7 @@ was interrupted.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def tune(
     *,
     name: str = "tuned",
     axes: Sequence[Axis] = (),
+    fixed: Collection[str] = (),
     trials: int | None = None,
     minutes: float | None = None,
     judge: Sequence[str] = (),
@@ -74,6 +75,8 @@ def tune(
         recipe: the first candidate, with the data. Its held-out data, if it names some, is what the report comes from.
         name: the adapter is `adapters/NAME`, numbered if that is taken, unless the recipe sets `output`.
         axes: what is varied (`space.parse_axis`); by default `space.default_axes`.
+        fixed: settings that are not varied where no axes are given, such as `trainer.beta`: all candidates have the
+            recipe's.
         trials: candidates, the recipe's own among them.
         minutes: time for all of it; the last candidate begins when it is expected to end in time. Without both, 12
             candidates.
@@ -100,7 +103,7 @@ def tune(
         parts = divide(*search.read(), seed=seed)
         first = search.first_candidate(parts)
         steps = steps_of(first, len(parts.train))
-        varied = list(axes) or default_axes(first, steps=steps)
+        varied = list(axes) or default_axes(first, steps=steps, fixed=fixed)
         search.claim(parts, first, varied, seed=seed, all_data=all_data, without_suspicious=without_suspicious)
         search.say_parts(parts)
         if not parts.choose:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,24 @@ class Axis:
         return isinstance(value, int | float) and self.low <= value <= self.high
 
 
-def default_axes(recipe: Recipe, *, steps: int) -> list[Axis]:
+ALSO_SETS = {
+    SFT: ("trainer.loss_type", "trainer.loss_weights"),
+    LOSS: ("trainer.loss_weights",),
+    STEPS: ("trainer.num_train_epochs",),
+    RANK: ("lora.alpha",),
+}
+"""Of an axis, the other settings that say the same."""
+
+
+def default_axes(recipe: Recipe, *, steps: int, fixed: Collection[str] = ()) -> list[Axis]:
     """The axes that are searched where none is named, around the recipe's own values.
 
     Args:
         steps: optimiser steps of the recipe's own run.
+        fixed: settings that a user set for all candidates: they are not varied.
+
+    Raises:
+        ConfigError: none is left.
     """
     settings = trainer_settings(recipe)
     beta, rate = float(settings.get("beta", BETA)), float(settings["learning_rate"])
@@ -102,11 +115,17 @@ def default_axes(recipe: Recipe, *, steps: int) -> list[Axis]:
     if recipe.reference_adapter is None:
         rank = recipe.lora.rank
         axes.append(Axis(RANK, "how much the adapter can hold; alpha / rank stays as it is", choices=(rank, 4 * rank)))
-    return axes
+    left = [axis for axis in axes if not {axis.key, *ALSO_SETS.get(axis.key, ())} & set(fixed)]
+    if not left:
+        raise ConfigError("Every setting that is varied has one value: there is nothing to choose. Leave one out.")
+    return left
 
 
-def split_arguments(texts: Sequence[str]) -> tuple[list[Axis], list[str]]:
+def split_arguments(texts: Sequence[str]) -> tuple[list[Axis], list[str], dict[str, Any]]:
     """What a command line varies, and what it sets for all candidates: `trainer.max_steps=60` has one value.
+
+    Returns:
+        The axes; settings as a recipe has them; and values for `with_values` that are no settings by that name.
 
     Raises:
         ConfigError: as `parse_axis`, or an axis that is named twice.
@@ -117,7 +136,12 @@ def split_arguments(texts: Sequence[str]) -> tuple[list[Axis], list[str]]:
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"{key} is named twice. Write all of its values in one, such as {key}=A,B,C.")
-    return axes, [text for text in texts if text not in varied]
+    single = [text for text in texts if text not in varied]
+    ours = [text for text in single if text.partition("=")[0].strip() == SFT]
+    if keys.count(SFT) + len(ours) > 1:
+        raise ConfigError(f"{SFT} is named twice. Leave one out.")
+    fixed = {SFT: _typed(SFT, ours[0].partition("=")[2].strip())} if ours else {}
+    return axes, [text for text in single if text not in ours], fixed
 
 
 def parse_axis(text: str) -> Axis:
@@ -222,6 +246,8 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
     Raises:
         ConfigError: a value that the recipe does not allow.
     """
+    if not values:
+        return recipe
     settings = recipe.model_dump(mode="json", exclude_unset=True)
     trainer = settings.setdefault("trainer", {})
     resolved = trainer_settings(recipe)

@@ -71,13 +71,32 @@ def test_what_is_no_axis(text, said):
 
 
 def test_one_value_is_set_for_all():
-    axes, overrides = split_arguments(
-        ["trainer.beta=0.03..0.5", "output=x", "lora.rank=4,16", "lora.targets=[q_proj, v_proj]"]
+    axes, overrides, fixed = split_arguments(
+        ["trainer.beta=0.03..0.5", "output=x", "lora.rank=4,16", "lora.targets=[q_proj, v_proj]", "sft_weight=0"]
     )
     assert [axis.key for axis in axes] == ["trainer.beta", "lora.rank"]
     assert overrides == ["output=x", "lora.targets=[q_proj, v_proj]"]
-    with pytest.raises(ConfigError, match="named twice"):
-        split_arguments(["trainer.beta=0.1,0.2", "trainer.beta=0.3,0.4"])
+    assert fixed == {"sft_weight": 0.0}, "no setting of a recipe: `with_values` puts it in"
+    for twice in (["trainer.beta=0.1,0.2", "trainer.beta=0.3,0.4"], ["sft_weight=0", "sft_weight=0,1"]):
+        with pytest.raises(ConfigError, match="named twice"):
+            split_arguments(twice)
+    with pytest.raises(ConfigError, match="write a number, 0 or more"):
+        split_arguments(["sft_weight=much"])
+
+
+@pytest.mark.parametrize(
+    ("fixed", "gone"),
+    [
+        (["trainer.beta", "output"], {"trainer.beta"}),
+        (["trainer.loss_type"], {"trainer.loss_type", "sft_weight"}),
+        (["trainer.num_train_epochs", "lora.alpha"], {"trainer.max_steps", "lora.rank"}),
+    ],
+)
+def test_what_a_user_set_is_not_varied(fixed, gone):
+    every = {axis.key for axis in default_axes(recipe(), steps=16)}
+    assert {axis.key for axis in default_axes(recipe(), steps=16, fixed=fixed)} == every - gone
+    with pytest.raises(ConfigError, match="nothing to choose"):
+        default_axes(recipe(), steps=16, fixed=every)
 
 
 def test_the_recipe_lies_on_its_own_axes():

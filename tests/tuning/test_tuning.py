@@ -392,8 +392,12 @@ def test_the_command_says_what_came_of_it(settings, tmp_path, capsys):
     assert "page  adapters/brief.search/search.html" in said
     assert "saved adapters/brief" in said
     Path("random.yaml").write_text(yaml.safe_dump(settings(shuffled=3, max_steps=8)))
-    assert main(["tune", "random.yaml", "--trials", "1"]) == NOTHING
+    assert main(["tune", "random.yaml", "--trials", "1", "trainer.beta=0.3", "sft_weight=0"]) == NOTHING
     assert "Nothing to learn here" in capsys.readouterr().out
+    axes = json.loads(Path("adapters/random.search/search.json").read_text())["axes"]
+    assert not {"trainer.beta", "sft_weight"} & {axis["key"] for axis in axes}, "these have one value"
+    trainer = yaml.safe_load(Path("adapters/random.search/recipe.yaml").read_text())["trainer"]
+    assert (trainer["beta"], trainer["loss_type"]) == (0.3, ["sigmoid"])
     assert main(["sweep", "random.yaml", "trainer.beta=0.1,0.2", "trainer.max_steps=2"]) == 0
     assert "2 of 2" in capsys.readouterr().out
 
