@@ -141,7 +141,13 @@ def assert_close(found, wanted):
     assert (found.argmax(-1) == wanted.argmax(-1)).float().mean() >= 0.95
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+FIRST = ("llama", "qwen3", "gemma3")
+"""Computed by llama.cpp in `make test` too; the others are among the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 def test_llama_cpp_computes_what_transformers_does(name, models, adapters, tmp_path):
     base, adapter = models(name), adapters(name)
     wanted = live(base, adapter)
