@@ -101,8 +101,9 @@ def tune(
 
     varied, overrides, fixed = split_arguments(axes or ())
     path = recipe_of(recipe, None, model, preset, columns)
-    settings = with_values(with_reference(read_recipe(path, overrides)), fixed)
+    settings = with_reference(read_recipe(path, overrides))
     check_tunable(settings, varied, judge or (), trials, minutes)
+    settings = with_values(settings, fixed)
     check_early(settings)
     have_model(settings.model.name)
     with _stoppable() as (view, stop):
@@ -159,8 +160,9 @@ def sweep(
 
     varied, overrides, fixed = split_arguments(axes or ())
     path = recipe_of(recipe, None, model, preset, columns)
-    settings = with_values(with_reference(read_recipe(path, overrides)), fixed)
+    settings = with_reference(read_recipe(path, overrides))
     check_sweep(settings, varied, seeds, judge or ())
+    settings = with_values(settings, fixed)
     check_early(settings)
     have_model(settings.model.name)
     with _stoppable() as (view, stop):

@@ -417,10 +417,13 @@ def test_a_table_that_is_too_wide_for_the_terminal_is_told_row_by_row():
 
 def test_a_slip_on_the_command_line_is_said_before_anything_is_loaded(settings, capsys, loads):
     Path("brief.yaml").write_text(yaml.safe_dump(settings()))
+    Path("sft.yaml").write_text(yaml.safe_dump({**settings(), "method": "sft"}))
     for arguments, said in (
         (["tune", "brief.yaml", "beta=0.1..0.5"], "no setting"),
         (["tune", "brief.yaml", "trainer.betta=0.1,0.2"], "betta"),
         (["sweep", "brief.yaml", "trainer.beta=0.1..0.2"], "is a range"),
+        (["tune", "sft.yaml", "sft_weight=0"], "settings of dpo"),
+        (["sweep", "sft.yaml", "sft_weight=0", "trainer.max_steps=1,2"], "settings of dpo"),
     ):
         assert main(arguments) == 1
         assert said in capsys.readouterr().err
