@@ -247,26 +247,51 @@ def reference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def is_reference(model: PeftModel) -> bool:
-    """Whether the policy's weights still make it the reference: B = 0 everywhere, or all equal to the copy "ref"."""
+    """Whether the policy's weights still make it the reference: it is idle, or equal to the copy "ref"."""
     import torch
 
+    if REFERENCE not in model.peft_config:
+        return is_idle(model)
     parameters = dict(model.named_parameters())
-    copied = REFERENCE in model.peft_config
     for name, parameter in parameters.items():
         before, policy, after = name.partition(f".{POLICY}")
         if not policy or not parameter.requires_grad:
             continue
-        if not copied and before.endswith("lora_B"):
+        twin = parameters.get(f"{before}.{REFERENCE}{after}")
+        if twin is None or not torch.equal(twin.to(parameter), parameter):
+            return False
+    return True
+
+
+def is_idle(model: PeftModel) -> bool:
+    """Whether the policy's adapter changes nothing yet: B = 0 everywhere, whole modules equal to the base's."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        before, policy, after = name.partition(f".{POLICY}")
+        if not policy:
+            continue
+        if before.endswith("lora_B"):
             if parameter.any():
                 return False
-        elif copied or before.endswith("modules_to_save"):
-            start = f"{before}.{REFERENCE}" if copied else f"{before.removesuffix('modules_to_save')}original_module"
-            twin = parameters.get(start + after)
+        elif before.endswith("modules_to_save"):
+            twin = parameters.get(f"{before.removesuffix('modules_to_save')}original_module{after}")
             if twin is None or not torch.equal(twin.to(parameter), parameter):
                 return False
         elif "lora_" not in before or (before.endswith("lora_embedding_B") and parameter.any()):
             return False
     return True
+
+
+def drop_idle_copy(model: PeftModel) -> None:
+    """Remove the frozen copy "ref" of an adapter that changes nothing yet: the reference is the base itself.
+
+    TRL copies every adapter that it is handed. The copy costs memory and time, and gives one and the same reference
+    another name with each rank and seed, so that none of its stored log-probabilities would be found again.
+    """
+    if REFERENCE in model.peft_config and is_idle(model):
+        model.delete_adapter(REFERENCE)
 
 
 def detach(model: PeftModel) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from lora_dpo.engine.engine import Engine
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import keep_packed_weights_differentiable
 from lora_dpo.model.device import give_back_memory, pick_device, pick_dtype
-from lora_dpo.model.lora import POLICY, REFERENCE, base_of, to_fp32_masters
+from lora_dpo.model.lora import POLICY, REFERENCE, base_of, drop_idle_copy, to_fp32_masters
 from lora_dpo.model.visiting import visiting_of
 from lora_dpo.training.engine_fallback import no_engine_because, refuse_whole_weights, unsupported_batch
 from lora_dpo.training.pair_weights import ScaledGradient, WithWeights
@@ -155,6 +155,7 @@ class DPOTrainer(trl.DPOTrainer):
         if isinstance(self.model, PeftModel) and not self._sharded:
             to_fp32_masters(self.model)
             self._restore(exact)
+            drop_idle_copy(self.model)
         if pair_weights:
             self.data_collator: Any = WithWeights(self.data_collator)
         reason = no_engine_because(self, DPOTrainer)

@@ -17,7 +17,7 @@ from datasets import Dataset
 from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.model.lora import POLICY, REFERENCE
+from lora_dpo.model.lora import POLICY, REFERENCE, drop_idle_copy
 from lora_dpo.training.engine_fallback import TOLERANCE
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class _OnOneBase:
             copy = parameters.get(name.replace(f".{POLICY}.", f".{REFERENCE}."))
             if copy is not None and f".{POLICY}." in name:
                 copy.data = value.to(torch.float32, copy=True)  # its own memory: the policy moves, it does not
+        drop_idle_copy(self.model)
 
     def close(self) -> None:
         """Take off the autocast that accelerate put around the model's forward pass for good."""

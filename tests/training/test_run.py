@@ -1,6 +1,8 @@
 """The whole path on a tiny model: recipe to adapter folder, interrupted and resumed, loaded elsewhere."""
 
+import contextlib
 import shutil
+import sqlite3
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from run_logs import logged
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lora_dpo
+from lora_dpo import places
 from lora_dpo.adapters.passport import read_passport
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.data import Origin, TokenPair
@@ -239,6 +242,35 @@ def test_continuing_from_an_adapter_starts_at_ln_2_and_differs_from_it_after(rec
     assert reference_recipe.reference_adapter == first
     third = train(recipe(reference=f"adapter:{first}", **settings), name="third")
     assert logged(third.folder) == logged(second.folder)
+
+
+def test_a_run_with_another_adapter_finds_the_references_of_the_one_before(recipe):
+    def stored():
+        found = {}
+        for path in places.references().glob("*.sqlite"):
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                found[path.name] = database.execute("SELECT count(*) FROM logps").fetchone()[0]
+        return found
+
+    first = train(recipe(), name="one")
+    assert "ref" not in first.model.peft_config  # no frozen copy of what changes nothing yet
+    before = stored()
+    assert len(before) == 1
+    train(recipe(trainer__seed=7), name="another-order")
+    assert stored().keys() == before.keys()  # and other pairs: it is no whole epoch
+    before = stored()
+    for number, changes in enumerate(
+        [
+            {"lora__rank": 3},
+            {"lora__targets": ["q_proj"]},
+            {"lora__layers": [0]},
+            {"lora__dora": True},
+            {"lora__init": "eva"},
+            {"lora__modules_to_save": ["model.norm"]},
+        ]
+    ):
+        train(recipe(**changes), name=f"other-{number}")
+        assert stored() == before, changes
 
 
 def test_continuing_run_resumes_with_the_same_losses(recipe):

@@ -237,13 +237,12 @@ def test_the_plan_counts_the_copies_and_says_why_trls_passes_run(recipe):
         name: plan(recipe(modules)) for name, modules in (("none", []), ("head", ["lm_head"]), ("norm", ["model.norm"]))
     }
     head = 259 * 64
-    assert (
-        found["head"].memory.adapter - found["none"].memory.adapter == head * 20
-    )  # weight, gradient, two moments, the reference
-    assert found["norm"].memory.adapter - found["none"].memory.adapter == 64 * 20
+    # weight, gradient, two moments
+    assert found["head"].memory.adapter - found["none"].memory.adapter == head * 16
+    assert found["norm"].memory.adapter - found["none"].memory.adapter == 64 * 16
     done = train(recipe(["lm_head"]), name="whole")
     held = [p for name, p in done.model.named_parameters() if "lm_head" in name]
-    assert sum(p.numel() for p in held) == 3 * head  # the base's, the policy's, and TRL's frozen copy
+    assert sum(p.numel() for p in held) == 2 * head  # the base's and the policy's: TRL's frozen copy of what was not trained yet is not kept
     assert found["head"].memory.weights == found["none"].memory.weights
     assert "its output head is trained" in str(found["head"])
     assert "its output head is trained" not in str(found["norm"])

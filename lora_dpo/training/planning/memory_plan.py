@@ -369,9 +369,8 @@ def adapter_bytes(run: Run, cost: CostModel) -> int:
     """float32 weight and gradient, Adam's two moments (in 8 bits, if asked for), and a frozen copy to hold to; the
     copy in the compute dtype that a pass makes.
 
-    Of modules that are trained whole TRL makes that copy in any case, as the base has them, but for SFT.
+    Of a fresh adapter there is no frozen copy: its reference is the base.
     """
     moments = 2 if "8bit" in str(run.settings.get("optim", "")) else 8
     copied = run.recipe.reference_adapter is not None
-    whole = cost.whole * cost.itemsize * (not copied and run.recipe.method != "sft")
-    return cost.trainable * (4 + 4 + moments + 4 * copied) + whole + round(cost.rounded_bytes())
+    return cost.trainable * (4 + 4 + moments + 4 * copied) + round(cost.rounded_bytes())
