@@ -3,9 +3,9 @@
     python benchmarks/trial_cost.py --output benchmarks/results/trial-cost.json
 
 Each in a process of its own, with a cache of its own that is empty: `lora-dpo train` of a recipe, from the command to
-the adapter, with all that it measures; and a search of three candidates that differ in nothing but the seed, so that
-all have the same number of steps. A candidate's time is from its beginning to its score; what the search does once
-(loading, measuring the base) is told apart.
+the adapter, with all that it measures; and a search of three candidates that differ in beta alone, so that all have the
+same number of steps. A candidate's time is from its beginning to its score; the first one scores the references, those
+after it find them. What the search does once (loading, measuring the base) is told apart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         alone, _ = timed(["train", str(args.recipe), f"output={place}/alone"], Path(place) / "cache-alone")
-        command = ["tune", str(args.recipe), "--trials", "3", "trainer.seed=42,43,44", f"output={place}/best"]
+        command = ["tune", str(args.recipe), "--trials", "3", "trainer.beta=0.1,0.12,0.15", f"output={place}/best"]
         whole, status = timed(command, Path(place) / "cache-search")
         trials = json.loads((Path(place) / "best.search" / "trials.json").read_text(encoding="utf-8"))
     seconds = [trial["seconds"] for trial in trials]

@@ -98,7 +98,8 @@ def train(
         resume: continue an interrupted run from its last checkpoint, with the same losses.
         on_event: receives what happens (`lora_dpo.events`).
         stop: set its `requested` to save a checkpoint and end at the next step; its `keep`, to save the adapter then.
-        look: called before the first step and after each one, with the model in eval mode; it changes nothing.
+        look: called before the first step and after each one, with the model in eval mode; it changes nothing. Whoever
+            looks sees the last step, too: the guard then does not.
 
     Raises:
         LoraDPOError: anything that a user can mend; nothing half-written is left.
@@ -158,7 +159,7 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
         ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
         state = read_state(checkpoint) if checkpoint else {}
         log = RunLog(run.partial / METRICS, from_step=state.get("global_step", -1))
-        guard = Guard(run, model, log, before.texts[: len(run.prompts)])
+        guard = Guard(run, model, log, before.texts[: len(run.prompts)], at_end=look is None)
         if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
             restore_adapter(model, checkpoint)  # only the measuring was interrupted
             guard.begin(checkpoint, state["global_step"])

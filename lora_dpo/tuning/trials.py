@@ -36,8 +36,9 @@ from lora_dpo.tuning.space import Values, value_text, with_values
 
 LOOKS = (1 / 3, 2 / 3)
 """Shares of a trial's steps after which it is looked at."""
-HEALTH = 6
-"""Looks of the guard at answers in a trial: it ends early what goes wrong early."""
+HEALTH = 4
+"""Parts of a trial after which the guard looks at answers: the first look is before a third of the steps, and after the
+last step the candidate is measured instead."""
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
 Prune = Callable[[int, float], bool]

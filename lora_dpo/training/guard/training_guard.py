@@ -72,10 +72,13 @@ class Guard:
 
     Args:
         before: the answers to the run's held-out prompts before training, if they are known.
+        at_end: whether answers are looked at after the last step, too; not where somebody measures the result anyway.
     """
 
-    def __init__(self, run: Run, model: PeftModel, log: RunLog, before: Sequence[Answer] = ()) -> None:
-        self.run, self.model, self.log, self.known = run, model, log, before
+    def __init__(
+        self, run: Run, model: PeftModel, log: RunLog, before: Sequence[Answer] = (), *, at_end: bool = True
+    ) -> None:
+        self.run, self.model, self.log, self.known, self.at_end = run, model, log, before, at_end
         self.section: HealthSection = run.recipe.health
         if run.recipe.method != "dpo" and self.section.action == "keep-best":
             # SFT and KTO move a policy far on purpose, and the thresholds were measured on DPO.
@@ -126,7 +129,8 @@ class Guard:
     def after_step(self, step: int, total: int) -> bool:
         """After an optimiser step: look at answers where it is time. True if the run is to end here."""
         self.step = step
-        if not (self.on and self.sampler.prompts) or (step % every(self.section, total) and step != total):
+        due = self.at_end if step == total else step % every(self.section, total) == 0
+        if not (self.on and self.sampler.prompts and due):
             return False
         sample = self.sampler.look(step)
         self._tell(sample)
