@@ -56,6 +56,15 @@ def test_a_guarded_run_has_the_losses_and_weights_of_an_unguarded_one(recipe):
     assert [row["step"] for row in log_rows(runs[1].folder) if "answers" in row] == [2, 4, 6]
 
 
+def test_whoever_looks_at_a_run_sees_its_last_step_and_the_guard_does_not(recipe):
+    settings = recipe(trainer={"max_steps": 6}, health={"every": 2})
+    seen, events = [], []
+    result = train(settings, look=lambda step, total, model: seen.append(step), on_event=events.append)
+    assert seen == [0, 1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events if isinstance(event, Sampled)] == [2, 4]
+    assert [row["step"] for row in log_rows(result.folder) if "answers" in row] == [2, 4]
+
+
 def test_samples_go_to_the_events_the_log_and_the_trackers(recipe, monkeypatch):
     from transformers import TrainerCallback
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
