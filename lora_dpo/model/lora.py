@@ -264,7 +264,8 @@ def is_reference(model: PeftModel) -> bool:
 
 
 def is_idle(model: PeftModel) -> bool:
-    """Whether the policy's adapter changes nothing yet: B = 0 everywhere, whole modules equal to the base's."""
+    """Whether the policy's adapter changes nothing yet: of each product BA the factor that begins at zero is zero, and
+    whole modules are as the base has them. False of adapters other than LoRA, about which nothing is known here."""
     import torch
 
     parameters = dict(model.named_parameters())
@@ -272,14 +273,15 @@ def is_idle(model: PeftModel) -> bool:
         before, policy, after = name.partition(f".{POLICY}")
         if not policy:
             continue
-        if before.endswith("lora_B"):
+        above, _, part = before.rpartition(".")
+        if part in ("lora_B", "lora_embedding_A"):
             if parameter.any():
                 return False
-        elif before.endswith("modules_to_save"):
-            twin = parameters.get(f"{before.removesuffix('modules_to_save')}original_module{after}")
+        elif part == "modules_to_save":
+            twin = parameters.get(f"{above}.original_module{after}")
             if twin is None or not torch.equal(twin.to(parameter), parameter):
                 return False
-        elif "lora_" not in before or (before.endswith("lora_embedding_B") and parameter.any()):
+        elif part not in ("lora_A", "lora_embedding_B", "lora_magnitude_vector"):
             return False
     return True
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, VBLoRAConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
@@ -140,6 +141,32 @@ def test_continuing_from_an_adapter_its_frozen_copy_is_the_reference(tiny_model_
     for name, value in before.items():
         assert torch.equal(after[name.replace(".default.", ".ref.")], value)
     assert any(not torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "kept"),
+    [
+        (LoraConfig(r=2, target_modules=["q_proj"]), False),
+        (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights="gaussian"), False),
+        (LoraConfig(r=2, target_modules=["embed_tokens"]), False),
+        (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]), False),
+        (LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), True),  # B is drawn, too
+        (LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False), True),
+        (VBLoRAConfig(target_modules=["q_proj"], vector_length=8, num_vectors=16), True),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), True),  # nothing is known of it here
+    ],
+)
+def test_of_an_adapter_that_changes_nothing_yet_no_frozen_copy_is_kept(adapter, kept, tiny_model_folder, tmp_path):
+    adapter = copy.deepcopy(adapter)
+    adapter.task_type = "CAUSAL_LM"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_folder), adapter)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    trainer = build(DPOTrainer, tiny_model_folder, tmp_path, model=model, peft_config=None, max_steps=1)
+    assert ("ref" in trainer.model.peft_config) == kept
+    assert any(".ref" in name for name, _ in trainer.model.named_parameters()) == kept
+    assert [name for name, p in trainer.model.named_parameters() if p.requires_grad] == trainable
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_adapter_weights_stay_exact_float32_on_a_4bit_base(tiny_model_folder, tmp_path):

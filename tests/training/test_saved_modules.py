@@ -242,7 +242,7 @@ def test_the_plan_counts_the_copies_and_says_why_trls_passes_run(recipe):
     assert found["norm"].memory.adapter - found["none"].memory.adapter == 64 * 16
     done = train(recipe(["lm_head"]), name="whole")
     held = [p for name, p in done.model.named_parameters() if "lm_head" in name]
-    assert sum(p.numel() for p in held) == 2 * head  # the base's and the policy's: TRL's frozen copy of what was not trained yet is not kept
+    assert sum(p.numel() for p in held) == 2 * head  # the base's and the policy's, and no frozen copy
     assert found["head"].memory.weights == found["none"].memory.weights
     assert "its output head is trained" in str(found["head"])
     assert "its output head is trained" not in str(found["norm"])
