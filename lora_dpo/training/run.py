@@ -88,6 +88,7 @@ def train(
     on_event: OnEvent | None = None,
     stop: StopSignal | None = None,
     look: Look | None = None,
+    measured_elsewhere: bool = False,
 ) -> TrainResult:
     """Run a recipe from preference files to an adapter folder.
 
@@ -98,8 +99,9 @@ def train(
         resume: continue an interrupted run from its last checkpoint, with the same losses.
         on_event: receives what happens (`lora_dpo.events`).
         stop: set its `requested` to save a checkpoint and end at the next step; its `keep`, to save the adapter then.
-        look: called before the first step and after each one, with the model in eval mode; it changes nothing. Whoever
-            looks sees the last step, too: the guard then does not.
+        look: called before the first step and after each one, with the model in eval mode; it changes nothing.
+        measured_elsewhere: whoever calls measures what comes of it: the guard does not look at the last step's answers,
+            and the caller stores the pairs that `verify` rescores.
 
     Raises:
         LoraDPOError: anything that a user can mend; nothing half-written is left.
@@ -120,7 +122,7 @@ def train(
             with disk_errors(output), quiet_libraries():
                 check_states(checkpoint)
         with _how_to_go_on(run), disk_errors(output), _memory_errors(recipe.method), quiet_libraries():
-            return _execute(run, base, checkpoint, look)
+            return _execute(run, base, checkpoint, look, measured_elsewhere)
     finally:
         _leave(run.partial)
 
@@ -150,7 +152,9 @@ def _leave(partial: Path) -> None:
         release(partial)
 
 
-def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | None) -> TrainResult:
+def _execute(
+    run: Run, base: Base | None, checkpoint: Path | None, look: Look | None, measured_elsewhere: bool
+) -> TrainResult:
     odd = findings(run.recipe.data, run.reports["train"].rows, run.recipe.method)
     base = base or load(run)
     sources = sources_of(base, run.recipe.reference)  # hours later they may have moved
@@ -159,7 +163,7 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
         ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
         state = read_state(checkpoint) if checkpoint else {}
         log = RunLog(run.partial / METRICS, from_step=state.get("global_step", -1))
-        guard = Guard(run, model, log, before.texts[: len(run.prompts)], at_end=look is None)
+        guard = Guard(run, model, log, before.texts[: len(run.prompts)], at_end=not measured_elsewhere)
         if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
             restore_adapter(model, checkpoint)  # only the measuring was interrupted
             guard.begin(checkpoint, state["global_step"])
@@ -174,7 +178,8 @@ def _execute(run: Run, base: Base | None, checkpoint: Path | None, look: Look | 
         rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
         _report(run, before, after, rows)
         found = record(run, before, after, outcome, odd)
-        _save(run, base, model, log, sources, (before, after), rows, found, margins)
+        stored = [] if measured_elsewhere else run.held_out or run.train or crossed(run.answers)
+        _save(run, base, model, log, sources, (before, after), rows, found, margins, stored)
         return TrainResult(run.output, base, model, before, after, outcome)
 
 
@@ -348,6 +353,7 @@ def _save(
     compared: Rows,
     found: dict[str, Any],
     margins: Sequence[PairMargin],
+    stored: Sequence[TokenPair],
 ) -> None:
     before, after = measured
     metrics: dict[str, Any] = {
@@ -373,7 +379,8 @@ def _save(
     with atomic_folder(run.output) as folder:
         model.save_pretrained(str(folder), selected_adapters=[POLICY])
         write_passport(folder, passport)
-        write_stored_pairs(folder, model, run.held_out or run.train or crossed(run.answers), tokenizer=run.tokenizer)
+        if stored:
+            write_stored_pairs(folder, model, stored, tokenizer=run.tokenizer)
         if run.apart:
             write_pairs(run.apart, folder / HELD_OUT)
         (folder / "recipe.yaml").write_text(dump_recipe(run.recipe), encoding="utf-8", newline="\n")

@@ -282,10 +282,10 @@ class _Conclusion:
                 found[name] = found["default"]
             elif folder.is_dir():
                 with runs.policy(folder) as model:
-                    measured, answers = part.measure(model, name)
-                measured = self._with_known(measured, trial.measured)
+                    fresh = part.measure(model, name)
+                measured = self._with_known(fresh.measured, trial.measured)
                 scored = score(measured, base, control_length=runs.control_length)
-                found[name] = Reported(measured, scored, tuple(answers))
+                found[name] = Reported(measured, scored, fresh.answers)
         self.prompts = [prompt.text for prompt in part.prompts]
         return found
 

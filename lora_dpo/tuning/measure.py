@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lora_dpo.adapters.stored_pairs import Sides, StoredPairs
 from lora_dpo.data import Message, PreferencePair, TokenPair, tokenize_pairs
 from lora_dpo.data.chat_template import prompt_ids
 from lora_dpo.data.doctor.checks import prompt_text
@@ -23,6 +24,7 @@ from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.errors import DataError
 from lora_dpo.evaluation.kl import kl_to_reference
 from lora_dpo.evaluation.suspicion import doubt_of
+from lora_dpo.evaluation.verify_adapter import PAIRS as STORED
 from lora_dpo.evaluation.verify_adapter import pad_of
 from lora_dpo.evaluation.win_rate import judged
 from lora_dpo.files import write_json
@@ -35,7 +37,7 @@ from lora_dpo.tuning.score import Measured
 Tick = Callable[[str, int], Callable[[int], None]]
 """From a stage and its total to what is called with how much is done."""
 
-GLANCE = 12
+GLANCE = 8
 """Pairs of a look in the middle of a trial."""
 KL_ANSWERS = 12
 """Answers that KL is measured on: of each, one pass of the policy and one of the reference."""
@@ -52,6 +54,17 @@ class OfBase:
     chosen: tuple[float, ...]
     rejected: tuple[float, ...]
     """The reference's log-probabilities of each pair's answers, nats."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of a policy on a part."""
+
+    measured: Measured
+    answers: tuple[Answer, ...]
+    """To the part's prompts."""
+    scores: Sides
+    """Log-probabilities of the chosen and the rejected answers of its pairs, nats."""
 
 
 class Part:
@@ -147,24 +160,23 @@ class Part:
 
     # --- a policy ---------------------------------------------------------------------------------
 
-    def measure(self, model: Any, name: str) -> tuple[Measured, list[Answer]]:
+    def measure(self, model: Any, name: str) -> Found:
         """Measure a policy, in eval mode: its pairs, its greedy answers, its KL, and what the judge says.
 
         Args:
             model: a PeftModel on the part's base.
             name: what the policy is called while it goes on.
-
-        Returns:
-            What was measured, and the answers to the part's prompts.
         """
-        right, margins = self._pairs(model, self.pairs, range(len(self.pairs)), name)
+        scores = self._scores(model, self.pairs, name)
+        margins = self._margins(scores, range(len(self.pairs)))
+        right = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
         answers = self._answers(model, name)
         asked = answers[: len(self.prompts)]
         found = self._measured(
             answers, right=self._by_prompt(right), margin=fmean(margins), kl=self._kl(model, asked, name)
         )
         if self.judge is None:
-            return found, asked
+            return Found(found, tuple(asked), scores)
         contest = judged(
             self.prompts,
             asked,
@@ -173,9 +185,20 @@ class Part:
             against="base",
             on_prompt=self.tick(f"{self.name}: judging, {name}", len(self.prompts)),
         )
-        return (
-            Measured(**{**vars(found), "outcomes": contest.outcomes, "longer_by": contest.longer_by}),
-            asked,
+        found = Measured(**{**vars(found), "outcomes": contest.outcomes, "longer_by": contest.longer_by})
+        return Found(found, tuple(asked), scores)
+
+    def stored_pairs(self, scores: Sides) -> StoredPairs:
+        """A few of the part's pairs with the scores that were measured, to be checked again by whoever has the adapter.
+
+        Args:
+            scores: of all the part's pairs (`Found.scores`).
+        """
+        places, base = evenly_spaced(len(self.pairs), STORED), self.of_base
+        return StoredPairs(
+            [self.pairs[index] for index in places],
+            ([scores[0][index] for index in places], [scores[1][index] for index in places]),
+            ([base.chosen[index] for index in places], [base.rejected[index] for index in places]),
         )
 
     def glance(self, model: Any) -> float:
@@ -185,23 +208,22 @@ class Part:
         After Rafailov et al. 2023 (arXiv 2305.18290, eq. 6) with β = 1.
         """
         places = evenly_spaced(len(self.pairs), GLANCE)
-        _, margins = self._pairs(model, [self.pairs[index] for index in places], places, None)
-        return fmean(doubt_of(-margin, beta=1.0) for margin in margins)
+        scores = self._scores(model, [self.pairs[index] for index in places], None)
+        return fmean(doubt_of(-margin, beta=1.0) for margin in self._margins(scores, places))
 
     # --- parts of it ------------------------------------------------------------------------------
 
-    def _pairs(
-        self, model: Any, pairs: Sequence[TokenPair], places: Sequence[int], name: str | None
-    ) -> tuple[list[float], list[float]]:
-        """Of each pair: whether it is ranked right, and the margin of its log-ratios."""
+    def _scores(self, model: Any, pairs: Sequence[TokenPair], name: str | None) -> Sides:
         on_pair = self.tick(f"{self.name}: pairs, {name}", len(pairs)) if name is not None else None
-        chosen, rejected = score_pairs(model, pairs, pad_id=pad_of(self.base.tokenizer), on_pair=on_pair)
+        return score_pairs(model, pairs, pad_id=pad_of(self.base.tokenizer), on_pair=on_pair)
+
+    def _margins(self, scores: Sides, places: Sequence[int]) -> list[float]:
+        """The margin of the log-ratios of each pair, nats, from its scores and its place among the part's pairs."""
         base = self.of_base
-        margins = [
+        return [
             (ours - base.chosen[place]) - (theirs - base.rejected[place])
-            for ours, theirs, place in zip(chosen, rejected, places, strict=True)
+            for ours, theirs, place in zip(*scores, places, strict=True)
         ]
-        return [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins], margins
 
     def _by_prompt(self, values: Sequence[float]) -> list[float]:
         """Mean over the pairs of each prompt."""

@@ -19,6 +19,7 @@ from typing import Any
 from lora_dpo.adapters.checkpoints import checkpoints
 from lora_dpo.adapters.folder import attach_adapter
 from lora_dpo.adapters.run_folder import partial_of
+from lora_dpo.adapters.stored_pairs import save_stored_pairs
 from lora_dpo.adapters.stored_run import read_run
 from lora_dpo.config.recipe import Recipe
 from lora_dpo.errors import ModelError
@@ -208,9 +209,10 @@ class Trials:
         if health["sentence"]:
             return replace(trial, ended=f"{health['alarms'][-1]['name']} at step {trial.steps}")
         since = time.perf_counter()
-        measured, answers = self.part.measure(model, f"trial {trial.number}")
-        rows = [(asked.text, answer.text) for asked, answer in zip(self.part.prompts, answers, strict=True)]
-        return replace(trial, measured=measured, rows=tuple(rows), measuring=time.perf_counter() - since)
+        found = self.part.measure(model, f"trial {trial.number}")
+        save_stored_pairs(self.place(trial.number), self.part.stored_pairs(found.scores))
+        rows = [(asked.text, answer.text) for asked, answer in zip(self.part.prompts, found.answers, strict=True)]
+        return replace(trial, measured=found.measured, rows=tuple(rows), measuring=time.perf_counter() - since)
 
     @contextlib.contextmanager
     def _trained(self, number: int, recipe: Recipe, look: Look, curves: dict[str, list[float]]) -> Iterator[Any]:
@@ -230,7 +232,8 @@ class Trials:
                     curves[name].append(float(event.metrics.get(name, 0.0)))
 
         resume = bool(checkpoints(partial_of(place)))
-        trained: Any = train(recipe, base=self.base, resume=resume, on_event=tell, stop=self.stop, look=look).model
+        options: dict[str, Any] = {"resume": resume, "on_event": tell, "stop": self.stop, "look": look}
+        trained: Any = train(recipe, base=self.base, measured_elsewhere=True, **options).model
         trained.eval()
         try:
             yield trained

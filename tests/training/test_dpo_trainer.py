@@ -12,6 +12,7 @@ from trl import DPOConfig
 
 from lora_dpo import DPOTrainer
 from lora_dpo.errors import ReferenceMismatch
+from lora_dpo.model.lora import is_idle
 
 ROWS = [
     {"prompt_ids": [257, 5, 6, 7], "chosen_ids": [8, 9, 258], "rejected_ids": [10, 258]},
@@ -152,7 +153,6 @@ def test_continuing_from_an_adapter_its_frozen_copy_is_the_reference(tiny_model_
         (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]), False),
         (LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), True),  # B is drawn, too
         (LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False), True),
-        (VBLoRAConfig(target_modules=["q_proj"], vector_length=8, num_vectors=16), True),
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), True),  # nothing is known of it here
     ],
 )
@@ -167,6 +167,11 @@ def test_of_an_adapter_that_changes_nothing_yet_no_frozen_copy_is_kept(adapter, 
     assert [name for name, p in trainer.model.named_parameters() if p.requires_grad] == trainable
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_what_only_sounds_like_lora_is_not_taken_for_idle(tiny_model_folder):
+    adapter = VBLoRAConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], vector_length=8, num_vectors=16)
+    assert not is_idle(get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_folder), adapter))
 
 
 def test_adapter_weights_stay_exact_float32_on_a_4bit_base(tiny_model_folder, tmp_path):
