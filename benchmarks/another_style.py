@@ -1,4 +1,5 @@
-"""A search on data of another kind than the quickstart's: short advice in an impersonal style, without a "you".
+"""A search on data of another kind than the quickstart's: advice that comes to the point at
+once, where the model likes to repeat the question ("The best way to …", "To clean a window, …").
 
     python benchmarks/another_style.py --place build/style --output benchmarks/results/another-style.json
 
@@ -21,7 +22,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-RULE = r"rules:no-regex=(?i)\b(you|your|yours|yourself)\b"
+RULE = r"rules:no-regex=(?i)^\W*(to|one|the|when|a|an|in|here|there|it|some|\d+)\b"
 ENDS = "rules:finished"
 FORMS = (
     "In one sentence, how does one {}?",

@@ -16,7 +16,7 @@ from lora_dpo.data.write import split_by_prompt
 from lora_dpo.training.drafting.presets import prompts_of
 
 SHARE = 0.15
-"""Of the prompts, for each of the parts that are not trained on."""
+"""Of the prompts, for each of the parts that are not trained on; for both, where one of them comes from elsewhere."""
 LEAST, MOST = 12, 64
 """Prompts of such a part. With fewer than 12, four right of five is no more than chance (a Wilson interval that holds
 one half); more than 64 cost time and tell little more."""
@@ -42,8 +42,8 @@ def divide(pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair] =
     """Divide pairs by their prompts; the same pairs and seed give the same parts.
 
     Args:
-        held_out: pairs that were never to be trained on; what is reported comes from them. Training pairs with a
-            prompt that is among theirs are left out.
+        held_out: pairs that were never to be trained on; what is reported comes from them, and twice as many prompts
+            are chosen by. Training pairs with a prompt that is among theirs are left out.
 
     Returns:
         Three parts; two of fewer than 48 different prompts; of fewer than 24 one to train on alone.
@@ -56,9 +56,10 @@ def divide(pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair] =
         left, report = split_by_prompt(left, _size(prompts), seed=seed)
     if prompts < FOR_TWO:
         return Parts(tuple(left), (), tuple(report))
-    train, choose = split_by_prompt(left, _size(prompts), seed=seed + 1)
+    share = 2 * SHARE if held_out else SHARE
+    train, choose = split_by_prompt(left, _size(prompts, share), seed=seed + 1)
     return Parts(tuple(train), tuple(choose), tuple(report))
 
 
-def _size(prompts: int) -> int:
-    return min(MOST, max(LEAST, ceil(SHARE * prompts - 1e-9)))
+def _size(prompts: int, share: float = SHARE) -> int:
+    return min(MOST, max(LEAST, ceil(share * prompts - 1e-9)))
