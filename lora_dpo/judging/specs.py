@@ -92,6 +92,11 @@ def is_implicit(spec: str) -> bool:
     return _split_weight(spec.strip())[1] == "implicit"
 
 
+def is_rule(spec: str) -> bool:
+    """True for a rule, weighted or not."""
+    return _split_weight(spec.strip())[1].startswith("rules:")
+
+
 def _weighted(spec: str, means: Means) -> tuple[float, Judge]:
     weight, text = _split_weight(spec)
     return weight, _open(text, means)

@@ -18,7 +18,7 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.events import Note, OnEvent, Progress, Stopped, StopSignal, Tabulated
 from lora_dpo.files import replace_file, sha256_of
 from lora_dpo.judging import Judge, open_judge
-from lora_dpo.judging.specs import check_specs, is_implicit
+from lora_dpo.judging.specs import check_specs, is_implicit, is_rule
 from lora_dpo.model.base import Base, load_recipe_base
 from lora_dpo.training.drafting.presets import prompts_of
 from lora_dpo.training.drafting.quickstart import packaged
@@ -174,7 +174,7 @@ class Search:
         part = self.part("choosing part", base, parts.choose)
         part.measure_base(self.folder / "base-choose.json")
         # A rule says itself what it looks at; what other judges prefer may be no more than length.
-        control = any(not spec.rpartition("*")[2].strip().startswith("rules:") for spec in self.judges)
+        control = not all(map(is_rule, self.judges))
         runs = Trials(self.folder, first, base, part, self.emit, self.stop, control)
         self.earlier = sum(trial.seconds for trial in runs.done)
         return runs

@@ -14,7 +14,7 @@ from lora_dpo.errors import ConfigError, JudgeError
 from lora_dpo.judging import Means, open_judge
 from lora_dpo.judging.judge import Judge
 from lora_dpo.judging.rules import last_number
-from lora_dpo.judging.specs import check_specs, is_implicit
+from lora_dpo.judging.specs import check_specs, is_implicit, is_rule
 from lora_dpo.model.base import load_base
 from lora_dpo.model.decoding import Answer
 from lora_dpo.model.lora import attach_lora, reference
@@ -135,6 +135,21 @@ def test_a_spec_that_means_nothing_is_refused_before_any_model_is_loaded(spec, s
 )
 def test_which_judge_is_the_implicit_one(spec, is_it):
     assert is_implicit(spec) is is_it
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_it"),
+    [
+        ("rules:length<=40", True),
+        (" 0.5*rules:finished", True),
+        (r"rules:no-regex=^\W*(to|one)", True),  # a star that is no weight
+        (r"2*rules:regex=.*rules:", True),
+        ("implicit", False),
+        ("my_judge:rules", False),
+    ],
+)
+def test_which_judge_is_a_rule(spec, is_it):
+    assert is_rule(spec) is is_it
 
 
 def test_a_mistyped_kind_looks_like_a_module_and_is_named():
