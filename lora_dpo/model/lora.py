@@ -286,6 +286,11 @@ def is_idle(model: PeftModel) -> bool:
     return True
 
 
+def frozen_name(name: str) -> str:
+    """Of a policy's parameter the name that its frozen copy has; another parameter's name stays."""
+    return f"{name}.".replace(f".{POLICY}.", f".{REFERENCE}.")[:-1]  # those of embeddings end in the adapter's name
+
+
 def drop_idle_copy(model: PeftModel) -> None:
     """Remove the frozen copy "ref" of an adapter that changes nothing yet: the reference is the base itself.
 

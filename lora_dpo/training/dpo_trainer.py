@@ -23,7 +23,7 @@ from lora_dpo.engine.engine import Engine
 from lora_dpo.errors import ConfigError
 from lora_dpo.model.base import keep_packed_weights_differentiable
 from lora_dpo.model.device import give_back_memory, pick_device, pick_dtype
-from lora_dpo.model.lora import POLICY, REFERENCE, base_of, drop_idle_copy, to_fp32_masters
+from lora_dpo.model.lora import base_of, drop_idle_copy, frozen_name, to_fp32_masters
 from lora_dpo.model.visiting import visiting_of
 from lora_dpo.training.engine_fallback import no_engine_because, refuse_whole_weights, unsupported_batch
 from lora_dpo.training.pair_weights import ScaledGradient, WithWeights
@@ -225,8 +225,8 @@ class DPOTrainer(trl.DPOTrainer):
         parameters = dict(self.model.named_parameters())
         for name, value in exact.items():
             parameters[name].data = value.to(parameters[name].device)
-            copy = parameters.get(name.replace(f".{POLICY}.", f".{REFERENCE}."))
-            if copy is not None and f".{POLICY}." in name:
+            copy = parameters.get(frozen_name(name))
+            if copy is not None and frozen_name(name) != name:
                 copy.data = value.to(copy.device, copy=True)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from datasets import Dataset
 from lora_dpo.config.trl_common import trl_refusals
 from lora_dpo.config.trl_dpo import trainer_config
 from lora_dpo.errors import ReferenceMismatch
-from lora_dpo.model.lora import POLICY, REFERENCE, drop_idle_copy
+from lora_dpo.model.lora import drop_idle_copy, frozen_name
 from lora_dpo.training.engine_fallback import TOLERANCE
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class _OnOneBase:
         parameters = dict(self.model.named_parameters())
         for name, value in exact.items():
             parameters[name].data = value.to(torch.float32)
-            copy = parameters.get(name.replace(f".{POLICY}.", f".{REFERENCE}."))
-            if copy is not None and f".{POLICY}." in name:
+            copy = parameters.get(frozen_name(name))
+            if copy is not None and frozen_name(name) != name:
                 copy.data = value.to(torch.float32, copy=True)  # its own memory: the policy moves, it does not
         drop_idle_copy(self.model)
 

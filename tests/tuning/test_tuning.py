@@ -96,7 +96,7 @@ def test_from_data_to_an_adapter_that_is_proven(settings, base, tmp_path):
     assert len(set.union(*prompts)) == 60
     # the adapter is one that loads, and the base is as it was
     assert load_policy(adapter=result.adapter).adapter == result.adapter
-    checked = verify(result.adapter, base=base)  # by pairs that it was not trained on
+    checked = verify(result.adapter)  # by pairs that it was not trained on
     assert checked.ok, checked.reason
     assert checked.pairs == 8
     assert checked.adapter_drift < 1e-5 < checked.effect
