@@ -1,5 +1,5 @@
-"""A search on data of another kind than the quickstart's: advice that comes to the point at
-once, where the model likes to repeat the question ("The best way to …", "To clean a window, …").
+"""A search on data of another kind than the quickstart's: advice without the openings that
+repeat the question ("The best way to …", "To clean a window, …").
 
     python benchmarks/another_style.py --place build/style --output benchmarks/results/another-style.json
 
