@@ -88,7 +88,7 @@ def train(
     on_event: OnEvent | None = None,
     stop: StopSignal | None = None,
     look: Look | None = None,
-    measured_elsewhere: bool = False,
+    candidate_of: Path | None = None,
 ) -> TrainResult:
     """Run a recipe from preference files to an adapter folder.
 
@@ -100,8 +100,9 @@ def train(
         on_event: receives what happens (`lora_dpo.events`).
         stop: set its `requested` to save a checkpoint and end at the next step; its `keep`, to save the adapter then.
         look: called before the first step and after each one, with the model in eval mode; it changes nothing.
-        measured_elsewhere: whoever calls measures what comes of it: the guard does not look at the last step's answers,
-            and the caller stores the pairs that `verify` rescores.
+        candidate_of: the folder of a search, which measures what comes of it: the guard does not look at answers just
+            before that, the search stores the pairs that `verify` rescores, and its candidates share in that folder
+            what the base says before the first step.
 
     Raises:
         LoraDPOError: anything that a user can mend; nothing half-written is left.
@@ -122,7 +123,7 @@ def train(
             with disk_errors(output), quiet_libraries():
                 check_states(checkpoint)
         with _how_to_go_on(run), disk_errors(output), _memory_errors(recipe.method), quiet_libraries():
-            return _execute(run, base, checkpoint, look, measured_elsewhere)
+            return _execute(run, base, checkpoint, look, candidate_of)
     finally:
         _leave(run.partial)
 
@@ -153,7 +154,7 @@ def _leave(partial: Path) -> None:
 
 
 def _execute(
-    run: Run, base: Base | None, checkpoint: Path | None, look: Look | None, measured_elsewhere: bool
+    run: Run, base: Base | None, checkpoint: Path | None, look: Look | None, candidate_of: Path | None
 ) -> TrainResult:
     odd = findings(run.recipe.data, run.reports["train"].rows, run.recipe.method)
     base = base or load(run)
@@ -163,7 +164,7 @@ def _execute(
         ref_scores, before = measure_before(run, model, pad, run.partial / "before.json")
         state = read_state(checkpoint) if checkpoint else {}
         log = RunLog(run.partial / METRICS, from_step=state.get("global_step", -1))
-        guard = Guard(run, model, log, before.texts[: len(run.prompts)], at_end=not measured_elsewhere)
+        guard = Guard(run, model, log, before.texts[: len(run.prompts)], candidate_of=candidate_of)
         if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
             restore_adapter(model, checkpoint)  # only the measuring was interrupted
             guard.begin(checkpoint, state["global_step"])
@@ -178,7 +179,7 @@ def _execute(
         rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
         _report(run, before, after, rows)
         found = record(run, before, after, outcome, odd)
-        stored = [] if measured_elsewhere else run.held_out or run.train or crossed(run.answers)
+        stored = [] if candidate_of else run.held_out or run.train or crossed(run.answers)
         _save(run, base, model, log, sources, (before, after), rows, found, margins, stored)
         return TrainResult(run.output, base, model, before, after, outcome)
 

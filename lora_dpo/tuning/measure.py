@@ -39,7 +39,7 @@ Tick = Callable[[str, int], Callable[[int], None]]
 
 GLANCE = 8
 """Pairs of a look in the middle of a trial."""
-KL_ANSWERS = 12
+KL_ANSWERS = 8
 """Answers that KL is measured on: of each, one pass of the policy and one of the reference."""
 CHAT = 0.25
 """Questions are asked of no base that gets fewer right: of another language, or of none."""

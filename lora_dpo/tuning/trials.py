@@ -37,9 +37,9 @@ from lora_dpo.tuning.space import Values, value_text, with_values
 
 LOOKS = (1 / 3, 2 / 3)
 """Shares of a trial's steps after which it is looked at."""
-HEALTH = 4
-"""Parts of a trial after which the guard looks at answers: the first look is before a third of the steps, and after the
-last step the candidate is measured instead."""
+HEALTH = 0.3
+"""Share of a trial's steps between two looks of the guard at answers: the first is before a third of the steps, and
+there is no third one, since the candidate is measured soon after."""
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
 Prune = Callable[[int, float], bool]
@@ -233,7 +233,7 @@ class Trials:
 
         resume = bool(checkpoints(partial_of(place)))
         options: dict[str, Any] = {"resume": resume, "on_event": tell, "stop": self.stop, "look": look}
-        trained: Any = train(recipe, base=self.base, measured_elsewhere=True, **options).model
+        trained: Any = train(recipe, base=self.base, candidate_of=self.folder, **options).model
         trained.eval()
         try:
             yield trained
@@ -260,7 +260,7 @@ class Trials:
     def _recipe(self, number: int, values: Values, seed: int | None) -> Recipe:
         recipe = with_values(self.recipe, values)
         steps = recipe.trainer.get("max_steps")
-        every: Any = max(2, -(-int(steps) // HEALTH)) if isinstance(steps, int) and steps > 0 else "auto"
+        every: Any = max(2, round(HEALTH * steps)) if isinstance(steps, int) and steps > 0 else "auto"
         trainer = dict(recipe.trainer) if seed is None else {**recipe.trainer, "seed": seed}
         health = recipe.health.model_copy(
             update={"action": "stop", "every": every if recipe.health.every == "auto" else recipe.health.every}

@@ -56,12 +56,35 @@ def test_a_guarded_run_has_the_losses_and_weights_of_an_unguarded_one(recipe):
     assert [row["step"] for row in log_rows(runs[1].folder) if "answers" in row] == [2, 4, 6]
 
 
-def test_the_last_step_of_a_run_that_is_measured_elsewhere_is_not_looked_at(recipe):
-    settings, events = recipe(trainer={"max_steps": 6}, health={"every": 2}), []
-    result = train(settings, measured_elsewhere=True, on_event=events.append)
-    assert not (result.folder / "verify.json").exists()
-    assert [event.step for event in events if isinstance(event, Sampled)] == [2, 4]
-    assert [row["step"] for row in log_rows(result.folder) if "answers" in row] == [2, 4]
+def test_a_candidate_is_not_looked_at_shortly_before_its_search_measures_it(recipe, tmp_path):
+    for steps, every, looks in ((6, 2, [2, 4]), (7, 3, [3]), (8, 3, [3, 6])):
+        settings, events = recipe(trainer={"max_steps": steps}, health={"every": every}), []
+        result = train(settings, candidate_of=tmp_path, on_event=events.append)
+        assert not (result.folder / "verify.json").exists()
+        assert [event.step for event in events if isinstance(event, Sampled)] == looks
+        assert [row["step"] for row in log_rows(result.folder) if "answers" in row] == looks
+
+
+def test_candidates_share_what_the_base_answers_and_only_to_the_same_prompts(recipe, tmp_path):
+    def answers_before(prompts, **options):
+        events = []
+        health = {"every": 2, "prompts": prompts}
+        settings = recipe(trainer={"max_steps": 4}, health=health, evaluation={"answers": 0})
+        train(settings, on_event=events.append, **options)
+        first = next(event for event in events if isinstance(event, Sampled))
+        return [before for _, before, _ in first.rows]
+
+    alone = answers_before(2)
+    assert answers_before(2, candidate_of=tmp_path) == alone
+    path = tmp_path / "base-health.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert stored["sample"]["texts"] == alone
+    stored["sample"]["texts"] = ["seen before"] * 2
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    assert answers_before(2, candidate_of=tmp_path) == ["seen before"] * 2
+    others = answers_before(3, candidate_of=tmp_path)
+    assert len(others) == 3
+    assert "seen before" not in others
 
 
 def test_samples_go_to_the_events_the_log_and_the_trackers(recipe, monkeypatch):

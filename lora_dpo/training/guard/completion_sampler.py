@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from lora_dpo.data.prompts import Prompt
 from lora_dpo.data.thoughts import said_length
 from lora_dpo.engine.scoring import score_pairs
 from lora_dpo.evaluation.kl import kl_to_reference
+from lora_dpo.files import write_json
 from lora_dpo.judging import Judge
 from lora_dpo.model.decoding import Answer, Sampling, answer_of, decode, stop_token_ids
 from lora_dpo.model.lora import reference
@@ -53,11 +56,13 @@ class CompletionSampler:
         self.seconds = 0.0
         """Spent so far."""
 
-    def first(self, known: Sequence[Answer] = ()) -> HealthSample | None:
+    def first(self, known: Sequence[Answer] = (), *, shared: Path | None = None) -> HealthSample | None:
         """The look before the first step, when the policy is the reference; None without prompts.
 
         Args:
             known: greedy answers to the run's prompts that are there already; only other prompts are answered anew.
+            shared: a file that runs on the same base share: the look that the first of them takes here is that of all
+                with the same prompts.
         """
         with self._at_rest():
             self.reference_before = self._reference_score()
@@ -69,7 +74,17 @@ class CompletionSampler:
                 answers = [self._cut(answer) for answer in found if answer is not None]
                 if len(answers) == len(self.prompts):
                     return self._sample(0, answers, None)
-            return self._answers(0)
+            return self._answers(0) if shared is None else self._shared(shared)
+
+    def _shared(self, path: Path) -> HealthSample:
+        asked = [prompt.prompt for prompt in self.prompts]
+        found = {"prompts": asked, "limit": self.limit, "judges": self.run.recipe.health.judges}
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if {name: stored.get(name) for name in found} == found:
+            return HealthSample.restored(stored["sample"])
+        sample = self._answers(0)
+        write_json(path, {**found, "sample": asdict(sample)})
+        return sample
 
     def look(self, step: int) -> HealthSample:
         """Answer the prompts with the model as it is now."""

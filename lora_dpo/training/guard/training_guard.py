@@ -35,6 +35,8 @@ OF_ANSWERS = ("length collapse", "length growth", "repetition", "lost end of tur
 BEYOND_REPAIR = ("not a number", "reference drift")
 """Alarms that a lower learning rate does not help against."""
 BEFORE, STATE = "health-before.json", "health.json"
+OF_SEARCH = "base-health.json"
+"""In the folder of a search: what the base answers to the prompts that its candidates are looked at with."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,21 @@ class Guard:
 
     Args:
         before: the answers to the run's held-out prompts before training, if they are known.
-        at_end: whether answers are looked at after the last step, too; not where somebody measures the result anyway.
+        candidate_of: the folder of a search that measures the result itself: answers are not looked at shortly before
+            that, and the look before the first step is shared there.
     """
 
     def __init__(
-        self, run: Run, model: PeftModel, log: RunLog, before: Sequence[Answer] = (), *, at_end: bool = True
+        self,
+        run: Run,
+        model: PeftModel,
+        log: RunLog,
+        before: Sequence[Answer] = (),
+        *,
+        candidate_of: Path | None = None,
     ) -> None:
-        self.run, self.model, self.log, self.known, self.at_end = run, model, log, before, at_end
+        self.run, self.model, self.log, self.known = run, model, log, before
+        self.candidate_of = candidate_of
         self.section: HealthSection = run.recipe.health
         if run.recipe.method != "dpo" and self.section.action == "keep-best":
             # SFT and KTO move a policy far on purpose, and the thresholds were measured on DPO.
@@ -121,7 +131,8 @@ class Guard:
             stored = json.loads(path.read_text(encoding="utf-8"))
             self.sampler.reference_before = stored["reference"]
             return HealthSample.restored(stored["checkup"]) if stored["checkup"] else None
-        before = self.sampler.first(self.known)
+        shared = self.candidate_of / OF_SEARCH if self.candidate_of else None
+        before = self.sampler.first(self.known, shared=shared)
         stored = {"checkup": asdict(before) if before else None, "reference": self.sampler.reference_before}
         replace_file(path, json.dumps(stored, ensure_ascii=False))
         return before
@@ -129,8 +140,7 @@ class Guard:
     def after_step(self, step: int, total: int) -> bool:
         """After an optimiser step: look at answers where it is time. True if the run is to end here."""
         self.step = step
-        due = self.at_end if step == total else step % every(self.section, total) == 0
-        if not (self.on and self.sampler.prompts and due):
+        if not (self.on and self.sampler.prompts and self._due(step, total)):
             return False
         sample = self.sampler.look(step)
         self._tell(sample)
@@ -140,6 +150,12 @@ class Guard:
             if sample.score is not None:
                 self.snapshots.compare(self.snapshots.checked)
         return self.stopped is not None
+
+    def _due(self, step: int, total: int) -> bool:
+        between = every(self.section, total)
+        if self.candidate_of is not None and total - step <= between // 2:
+            return False  # it is measured before another look would be due
+        return step == total or step % between == 0
 
     def logged(self, step: int, logs: dict[str, Any], *, texts: bool) -> bool:
         """At a log call: add what waits for the trackers, hear the numbers. True if the run is to end here."""
