@@ -1,5 +1,6 @@
 """Pages are whole, escape everything, load nothing, and say what the folders hold."""
 
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from lora_dpo.cli.commands import main
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.errors import AdapterError, OutputError
 from lora_dpo.evaluation.prequential import at_first_sight
-from lora_dpo.evaluation.report import svg
+from lora_dpo.evaluation.report import parts, svg
 from lora_dpo.evaluation.report.several import differences
 from lora_dpo.evaluation.report.write import evaluation_page, report_of, write_report
 from lora_dpo.events import Progress, Stopped, StopSignal
@@ -421,3 +422,19 @@ def test_a_page_opens_in_a_browser_without_errors_or_requests(run, tmp_path):
                 assert wide <= width, f"{name} is wider than a window of {width}"
             page.close()
         browser.close()
+
+
+def test_names_of_dots_that_lie_on_each_other_do_not():
+    dots = [svg.Dot(name, 0.1 + 0.001 * number, 0.5, 0.4, 0.6) for number, name in enumerate("abcd")]
+    drawn = svg.plane([*dots, svg.Dot("far", 0.3, 0.5, 0.4, 0.6)], title="t", unit="u")
+    found = re.findall(r'<text class="tick" x="([\d.]+)" y="([\d.]+)"( text-anchor="end")?>(far|[a-d])<', drawn)
+    middles = [(float(x) + (-4 if left else 4), float(y)) for x, y, left, _ in found]
+    assert len(middles) == 5
+    for one, other in itertools.combinations(middles, 2):
+        assert abs(one[0] - other[0]) > 8 or abs(one[1] - other[1]) > 10
+
+
+def test_words_in_a_table_of_numbers_are_not_at_the_right():
+    drawn = parts.table(("run", "score", ""), [("1", "0.5", "ended early")])
+    assert '<td class="n">0.5</td>' in drawn
+    assert '<td class="w">ended early</td>' in drawn

@@ -25,7 +25,7 @@ padding:10px 14px;margin:12px 0}
 .box.good{border-left-color:var(--good);color:inherit}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:5px 10px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600;color:var(--soft);font-size:13px}td.n,th.n{text-align:right}td.n{white-space:nowrap}
+th{font-weight:600;color:var(--soft);font-size:13px}td.n,th.n{text-align:right}td.n{white-space:nowrap}td.w{min-width:8em}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:14px}
 @media(max-width:420px){.grid{grid-template-columns:1fr}}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:8px 10px}
@@ -88,10 +88,10 @@ def plots(*figures: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int = 1) -> str:
-    """A table; cells from column `numbers_from` on are numbers, at the right."""
+    """A table; cells from column `numbers_from` on are numbers, at the right; words in one without a name."""
     if not rows:
         return ""
-    kind = ['class="n"' if index >= numbers_from else "" for index in range(len(head))]
+    kind = ["" if index < numbers_from else 'class="n"' if name else 'class="w"' for index, name in enumerate(head)]
     first = "".join(f"<th {kind[i]}>{escape(name)}</th>" for i, name in enumerate(head))
     body = "".join(
         "<tr>" + "".join(f"<td {kind[i]}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows

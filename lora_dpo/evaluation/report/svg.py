@@ -156,14 +156,30 @@ def plane(
     if len(frontier) > 1:
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in frontier)
         body.append(f'<polyline class="level" points="{path}"/>')
+    names: list[tuple[float, float]] = []
     for dot in dots:
         x, y, colour = frame.x(dot.x), frame.y(dot.y), dot.kind % COLOURS
         ends = f'y1="{frame.y(dot.low):.1f}" y2="{frame.y(dot.high):.1f}"'
         body.append(f'<line class="c{colour}" opacity=".45" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
         body.append(f'<circle class="f{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        side = f'x="{x - 6:.1f}" text-anchor="end"' if x > WIDTH - 40 else f'x="{x + 6:.1f}"'
-        body.append(f'<text class="tick" {side} y="{y - 5:.1f}">{escape(dot.name)}</text>')
+        dx, dy = _corner(x, y, names)
+        names.append((x + 2 * dx, y + dy))
+        anchor = ' text-anchor="end"' if dx < 0 else ""
+        body.append(f'<text class="tick" x="{x + dx:.1f}" y="{y + dy:.1f}"{anchor}>{escape(dot.name)}</text>')
     return _figure(title, "".join(body), list(kinds))
+
+
+def _corner(x: float, y: float, names: Sequence[tuple[float, float]]) -> tuple[int, int]:
+    """Where a dot's name goes, from the dot: right of it and above, or the first corner that is near no other name.
+
+    Args:
+        names: the middles of those that are there.
+    """
+    corners = [(dx, dy) for dy in (-5, 14) for dx in (6, -6) if dx < 0 or x <= WIDTH - 40]
+    for dx, dy in corners:
+        if all(abs(x + 2 * dx - other) > 14 or abs(y + dy - below) > 11 for other, below in names):
+            return dx, dy
+    return corners[0]
 
 
 @dataclass(frozen=True)
