@@ -59,9 +59,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Answered:
-    """The same prompts answered before and after: `(prompt, before, after)`."""
+    """The same prompts answered by two models: `(prompt, before, after)` in most runs."""
 
     rows: tuple[tuple[str, str, str], ...]
+    names: tuple[str, str] = ("before", "after")
+    """Of the two."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ class RoundsMeasured:
 
 @dataclass(frozen=True)
 class Tabulated:
-    """A table that grows while a search goes on; the first row names the columns, numbers are formatted."""
+    """A table of a search; the first row names the columns, numbers are formatted."""
 
     title: str
     rows: tuple[tuple[str, ...], ...]
+    grows: bool = False
+    """Whether it is told again and again, with one more row or another last one."""
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,11 @@ class RunView:
                 self.console.print(("[yellow]warning:[/] " if warning else "") + escape(harmless(text)))
             case Compared(rows) if rows:
                 self._compared(rows)
-            case Answered(rows):
-                self._answered(rows)
+            case Answered(rows, names):
+                self.console.print(side_by_side("prompt", rows, names))
             case RoundsMeasured(rows):
                 self._table("held-out prompts, by round", rows)
-            case Tabulated(title, rows) if _width(rows) <= self.console.width:
+            case Tabulated(title, rows, grows) if not grows or _width(rows) <= self.console.width:
                 self._table(title, rows)
             case Tabulated(_, rows):  # too wide: of a table that grows by a row each time, that row is told in words
                 cells = [(name, cell) for name, cell in zip(rows[0], rows[-1], strict=True) if cell not in ("", "-")]
@@ -138,9 +138,6 @@ class RunView:
         for row in rows[1:]:
             table.add_row(*map(escape, row))
         self.console.print(table)
-
-    def _answered(self, rows: tuple[tuple[str, str, str], ...]) -> None:
-        self.console.print(side_by_side("prompt", rows))
 
 
 def _width(rows: tuple[tuple[str, ...], ...]) -> int:

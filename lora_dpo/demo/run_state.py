@@ -101,7 +101,7 @@ class RunState:
                 self._set(notes=(*self._seen.notes, note))
             case Compared(rows):  # the last that is told before the adapter is written
                 self._set(compared=rows, stage="saving", done=0, total=1)
-            case Answered(rows):
+            case Answered(rows, _):
                 self._set(answered=rows)
             case Tabulated(title) as grown:
                 self._set(tables=(*(one for one in self._seen.tables if one.title != title), grown))

@@ -79,7 +79,7 @@ def state_view(training: Training, now: float) -> str:
     if training.watch.seen.minutes is None:
         return train_view.state_view(training, now)
     view, job = training.watch.seen, training.job
-    took = clock((job.ended or now) - training.began)
+    took = clock((job.ended or now) - training.began - job.paused_seconds)
     if job.state == "stopped":
         return note("Stopped. Nothing was kept.") + _notes(view)
     if job.state == "failed":

@@ -93,6 +93,11 @@ class TrainingJob:
         """Whether it goes on, paused or not."""
         return self._end is None
 
+    @property
+    def paused_seconds(self) -> float:
+        """How long it has stood still so far; the time that a search has does not go on meanwhile."""
+        return self._slices.paused
+
     def pause(self) -> None:
         """Compute nothing from the next forward pass on, until `resume`. A run that is to end is not held up."""
         with self._steering:
@@ -169,7 +174,7 @@ class TrainingJob:
                 train(self.recipe, look=self._look, **how)
             else:
                 begun = begun_options(self.output) if self._resumed else {}
-                self.found = tune(self.recipe, minutes=self.minutes, **begun, **how)
+                self.found = tune(self.recipe, minutes=self.minutes, clock=self._slices.clock, **begun, **how)
         except Stopped:
             if self._discard:
                 (discard_run if self.minutes is None else discard_search)(self.output)
@@ -205,6 +210,18 @@ class _Slices:
         self._fair_queue = fair_queue
         self._slice: _Slice | None = None
         self._since = 0.0
+        self._paused = 0.0
+        self._paused_since: float | None = None
+
+    @property
+    def paused(self) -> float:
+        """Seconds that were spent paused so far."""
+        since = self._paused_since
+        return self._paused + (time.monotonic() - since if since is not None else 0.0)
+
+    def clock(self) -> float:
+        """Seconds since some moment, without those spent paused."""
+        return time.monotonic() - self.paused
 
     def enter(self) -> None:
         """Wait for a slice."""
@@ -224,7 +241,10 @@ class _Slices:
         others = time.monotonic() - self._since >= SLICE and self._fair_queue.waiting() > 0
         if others or not self.go.is_set():
             self.leave()
-            self.go.wait()
+            if not self.go.is_set():
+                self._paused_since = time.monotonic()
+                self.go.wait()
+                self._paused, self._paused_since = self.paused, None
             self.enter()
 
 

@@ -8,6 +8,7 @@ was interrupted.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from lora_dpo.tuning.search import Search, check_searchable, steps_of
 from lora_dpo.tuning.space import Axis, default_axes, own_values, with_values
 from lora_dpo.tuning.study import Asked, Study
 from lora_dpo.tuning.time_limit import TimeLimit
-from lora_dpo.tuning.trials import Trial, Trials
+from lora_dpo.tuning.trials import Clock, Trial, Trials
 from lora_dpo.tuning.verdict import lengths_of, verdict_of
 
 TRIALS = 12
@@ -68,6 +69,7 @@ def tune(
     base: Base | None = None,
     on_event: OnEvent | None = None,
     stop: StopSignal | None = None,
+    clock: Clock = time.perf_counter,
 ) -> TuneResult:
     """Search for the settings that make the best adapter of some preference data, and prove the choice.
 
@@ -89,6 +91,7 @@ def tune(
         base: a base model that is loaded already; it must be the one that the recipe names.
         on_event: receives what happens (`lora_dpo.events`).
         stop: set its `requested` to end at the next step; `keep`, to end with what is there.
+        clock: what `minutes` are counted by; one that stands still while the search is paused gives it all of them.
 
     Raises:
         LoraDPOError: anything that a user can mend.
@@ -96,9 +99,8 @@ def tune(
     """
     check_tunable(recipe, axes, judge, trials, minutes)
     output = choose_place(recipe.output, name, resume=resume)
-    search = Search(
-        recipe, output, search_of(output), on_event or (lambda event: None), stop or StopSignal(), tuple(judge)
-    )
+    emit = on_event or (lambda event: None)
+    search = Search(recipe, output, search_of(output), emit, stop or StopSignal(), tuple(judge), clock)
     with quiet_libraries(), alone(search.folder / "search"):
         parts = divide(*search.read(), seed=seed)
         first = search.first_candidate(parts)
@@ -317,7 +319,7 @@ class _Conclusion:
         write_json(search.folder / RESULT, result_json(result))
         if result.reported:
             search.emit(Tabulated("on the reporting part", tuple(reported_rows(result))))
-            search.emit(Answered(tuple(side_by_side(result, self.prompts))))
+            search.emit(Answered(tuple(side_by_side(result, self.prompts)), ("base", "chosen")))
         for text in remarks(result):
             search.emit(Note(text))
         search.emit(Note(result.reason, warning=result.verdict != "better"))

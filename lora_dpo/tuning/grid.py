@@ -81,7 +81,7 @@ def sweep(
             if number < len(runs.done):
                 continue
             runs.run(number, values, seed=own_seed + of_seed)
-            search.emit(Tabulated(f"{len(runs.done)} of {len(wanted)}", tuple(grouped_rows(runs))))
+            search.emit(Tabulated(f"{len(runs.done)} of {len(wanted)}", tuple(grouped_rows(runs)), grows=True))
             if search.stop.keep:
                 break
         result = SweepResult(search.folder, tuple(runs.done), _scores(runs))

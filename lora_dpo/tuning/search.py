@@ -26,7 +26,7 @@ from lora_dpo.tuning.folder import claim
 from lora_dpo.tuning.measure import Part
 from lora_dpo.tuning.parts import FOR_THREE, FOR_TWO, Parts
 from lora_dpo.tuning.space import Axis, with_values
-from lora_dpo.tuning.trials import Trials, trial_rows
+from lora_dpo.tuning.trials import Clock, Trials, trial_rows
 
 FEWEST_ANSWERS = 32
 """Prompts of a part that are answered at least, if it has so many."""
@@ -63,7 +63,8 @@ class Search:
     emit: OnEvent
     stop: StopSignal
     judges: tuple[str, ...] = ()
-    began: float = field(default_factory=time.perf_counter)
+    clock: Clock = time.perf_counter
+    began: float = field(init=False)
     earlier: float = 0.0
     """Seconds of candidates that were tried before it was interrupted."""
     judge: Judge | None = None
@@ -71,10 +72,13 @@ class Search:
     max_length: int = 1024
     """Longest prompt and answer of a pair, in tokens, as training has it."""
 
+    def __post_init__(self) -> None:
+        self.began = self.clock()
+
     @property
     def seconds(self) -> float:
         """How long it has taken so far, all sittings together."""
-        return self.earlier + time.perf_counter() - self.began
+        return self.earlier + self.clock() - self.began
 
     # --- the data ---------------------------------------------------------------------------------
 
@@ -175,7 +179,7 @@ class Search:
         part.measure_base(self.folder / "base-choose.json")
         # A rule says itself what it looks at; what other judges prefer may be no more than length.
         control = not all(map(is_rule, self.judges))
-        runs = Trials(self.folder, first, base, part, self.emit, self.stop, control)
+        runs = Trials(self.folder, first, base, part, self.emit, self.stop, control, self.clock)
         self.earlier = sum(trial.seconds for trial in runs.done)
         return runs
 
@@ -208,7 +212,7 @@ class Search:
     def tell(self, runs: Trials) -> None:
         """The table of all trials so far."""
         if runs.done:
-            self.emit(Tabulated("candidates", tuple(trial_rows(runs))))
+            self.emit(Tabulated("candidates", tuple(trial_rows(runs)), grows=True))
 
 
 def steps_of(recipe: Recipe, pairs: int) -> int:

@@ -42,6 +42,8 @@ HEALTH = 0.3
 there is no third one, since the candidate is measured soon after."""
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
+Clock = Callable[[], float]
+"""Seconds since some moment. One that stands still while a search is paused counts no pause as a candidate's time."""
 Prune = Callable[[int, float], bool]
 """Called with the number of a look, from 1, and its value: whether the trial ends there."""
 
@@ -132,6 +134,7 @@ class Trials:
     emit: OnEvent
     stop: StopSignal
     control_length: bool = True
+    clock: Clock = time.perf_counter
     done: list[Trial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -174,7 +177,7 @@ class Trials:
         recipe = self._recipe(number, values, seed)
         if data is not None:
             recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": data.as_posix()})})
-        began, looks = time.perf_counter(), _Looks(self, number, prune, int(recipe.trainer["max_steps"]))
+        began, looks = self.clock(), _Looks(self, number, prune, int(recipe.trainer["max_steps"]))
         trial = Trial(
             number, dict(values), int(recipe.trainer.get("seed", 42)), planned=looks.planned, left_out=left_out
         )
@@ -191,7 +194,7 @@ class Trials:
             if number == 0:
                 raise  # with the recipe itself something else is wrong
             trial = replace(trial, ended=str(error).partition(". ")[0], steps=looks.step, curves=curves)
-        trial = replace(trial, looks=tuple(looks.values), seconds=time.perf_counter() - began)
+        trial = replace(trial, looks=tuple(looks.values), seconds=self.clock() - began)
         trial = replace(trial, score=self.score_of(trial))  # with it a table needs no base
         write_json(self.folder / "trials" / f"{number:03d}.json", trial.to_json())
         looks.path.unlink(missing_ok=True)
@@ -208,11 +211,11 @@ class Trials:
             return replace(trial, ended=f"stopped by hand at step {trial.steps}")
         if health["sentence"]:
             return replace(trial, ended=f"{health['alarms'][-1]['name']} at step {trial.steps}")
-        since = time.perf_counter()
+        since = self.clock()
         found = self.part.measure(model, f"trial {trial.number}")
         save_stored_pairs(self.place(trial.number), self.part.stored_pairs(found.scores))
         rows = [(asked.text, answer.text) for asked, answer in zip(self.part.prompts, found.answers, strict=True)]
-        return replace(trial, measured=found.measured, rows=tuple(rows), measuring=time.perf_counter() - since)
+        return replace(trial, measured=found.measured, rows=tuple(rows), measuring=self.clock() - since)
 
     @contextlib.contextmanager
     def _trained(self, number: int, recipe: Recipe, look: Look, curves: dict[str, list[float]]) -> Iterator[Any]:

@@ -124,6 +124,23 @@ def test_stopped_with_what_is_there_stopped_without_and_gone_on_with(app_state, 
     assert "Nothing was kept" in search_view.state_view(gone, time.monotonic())
 
 
+def test_a_pause_takes_nothing_from_the_time_that_a_search_has(app_state, recipe, monkeypatch):
+    more, monotonic = [0.0], time.monotonic
+    monkeypatch.setattr("lora_dpo.serving.training_job.time", SimpleNamespace(monotonic=lambda: monotonic() + more[0]))
+    training = app_state.start_search(recipe, "mine", 10)
+    until(lambda: steps_of(training, 0))
+    training.job.pause()
+    until(lambda: training.job.paused_seconds)  # it stands still
+    more[0] += 3600  # an hour later
+    assert 3600 <= training.job.paused_seconds < 3660
+    training.job.resume()
+    until(lambda: steps_of(training, 1))  # another candidate has its turn
+    assert 3600 <= training.job.paused_seconds < 3660
+    end(app_state, keep=True)
+    assert training.job.wait(120)
+    assert training.job.found.seconds < 600
+
+
 def test_an_interrupted_search_can_be_discarded(app_state, recipe):
     training = app_state.start_search(recipe, "mine", 10)
     until(lambda: training.watch.seen.stage.startswith("choosing part"))
@@ -149,7 +166,9 @@ def drawn(*events, state="running", found=None):
     watch = RunState("mine", 20)
     for event in events:
         watch(event)
-    job = SimpleNamespace(state=state, name="mine", error="<b>out of memory</b>", ended=None, found=found)
+    job = SimpleNamespace(
+        state=state, name="mine", error="<b>out of memory</b>", ended=None, found=found, paused_seconds=0.0
+    )
     return Training(job, watch, 0.1, 0.0)
 
 

@@ -22,7 +22,7 @@ from lora_dpo.cli.views import RunView
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.errors import ConfigError, DataError, OutputError
 from lora_dpo.evaluation.verify_adapter import verify
-from lora_dpo.events import Note, Progress, Stopped, StopSignal, Tabulated
+from lora_dpo.events import Answered, Note, Progress, Stopped, StopSignal, Tabulated
 from lora_dpo.model.base import load_base
 from lora_dpo.tuning import sweep, tune
 from lora_dpo.tuning.grid import grid
@@ -116,6 +116,28 @@ def test_from_data_to_an_adapter_that_is_proven(settings, base, tmp_path):
     # adapters that will not be chosen are not kept
     kept = {path.name for path in (result.folder / "trials").iterdir() if path.is_dir()}
     assert {"000", f"{result.chosen.number:03d}"} <= kept
+
+
+def test_a_search_is_over_in_the_minutes_that_it_has(settings, base):
+    now, said = [0.0], []
+
+    def heard(event):
+        said.append(event)
+        now[0] += 0.5 * (isinstance(event, Progress) and event.done > 0)
+
+    def searched(name, minutes):
+        recipe = check_recipe({**settings(), "output": f"adapters/{name}"})
+        axes, began = [parse_axis("trainer.max_steps=6..24")], now[0]
+        found = tune(recipe, axes=axes, minutes=minutes, base=base, on_event=heard, clock=lambda: now[0])
+        assert found.seconds == now[0] - began
+        return found
+
+    short = searched("short", 2)
+    assert 60 < short.seconds <= 120
+    assert len(short.trials) >= 3
+    texts = [event.text for event in said if isinstance(event, Note)]
+    assert f"The time is used up after {len(short.trials)} candidates." in texts
+    assert len(searched("longer", 4).trials) > len(short.trials)
 
 
 @pytest.mark.slow
@@ -415,9 +437,24 @@ def test_a_table_that_is_too_wide_for_the_terminal_is_told_row_by_row():
     )
     for width, told in ((80, " 0.91 │"), (30, "candidate 1, beta 0.3, length collapse\n")):
         console = Console(width=width, file=io.StringIO())
-        RunView(console)(Tabulated("candidates", rows))
+        RunView(console)(Tabulated("candidates", rows, grows=True))
         assert told in console.file.getvalue()
         assert ("0.91" in console.file.getvalue()) == (width == 80)
+
+
+def test_what_is_told_once_is_told_whole_in_a_narrow_terminal():
+    rows = (
+        ("", "base", "default", "chosen"),
+        ("reward accuracy", "0.500 (0.341 to 0.659)", "0.985 (0.874 to 0.998)", "0.956 (0.829 to 0.990)"),
+        ("KL a token", "0.000", "0.089", "0.201"),
+    )
+    console = Console(width=60, file=io.StringIO())
+    view = RunView(console)
+    view(Tabulated("on the reporting part", rows))
+    view(Answered((("How are you?", "Well, that depends.", "Fine."),), ("base", "chosen")))
+    told = console.file.getvalue()
+    assert all(number in told for number in ("0.500", "0.985", "0.956", "0.201"))
+    assert [word for word in ("base", "chosen", "before") if word in told] == ["base", "chosen"]
 
 
 def test_a_slip_on_the_command_line_is_said_before_anything_is_loaded(settings, capsys, loads):
