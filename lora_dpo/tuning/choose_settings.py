@@ -35,7 +35,7 @@ from lora_dpo.tuning.folder import CHOSEN, PAGE, RESULT, TABLE, choose_place, se
 from lora_dpo.tuning.page import search_page
 from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
 from lora_dpo.tuning.result import Reported, TuneResult, gain_of, remarks, reported_rows, result_json, side_by_side
-from lora_dpo.tuning.score import FAR, Measured, best_of, score
+from lora_dpo.tuning.score import EQUAL, Measured, best_of, score
 from lora_dpo.tuning.search import Search, check_searchable, steps_of
 from lora_dpo.tuning.space import Axis, default_axes, own_values, with_values
 from lora_dpo.tuning.study import Asked, Study
@@ -173,7 +173,7 @@ def _keep_the_best(runs: Trials, *, budget: float) -> None:
     within = [trial for trial in runs.done if trial.measured and trial.measured.kl <= budget]
     scores = {trial.number: found.low for trial in within if (found := runs.score_of(trial))}
     highest = max(scores.values(), default=0.0)
-    runs.keep_only({0, *(number for number, low in scores.items() if low >= highest - FAR)})
+    runs.keep_only({0, *(number for number, low in scores.items() if low >= highest - EQUAL)})
 
 
 def _try_without_suspicious(search: Search, runs: Trials, parts: Parts) -> None:

@@ -66,12 +66,8 @@ def remarks(result: TuneResult) -> Iterator[str]:
     if result.chosen is None:
         return
     yield f"Chosen: candidate {result.chosen.number}, {result.chosen.text}."
-    higher = _higher(result)
-    if higher:
-        yield higher
     if result.chosen.number == 0:
-        if not higher:
-            yield "The recipe as it was given is the best of them: nothing that was tried beats it."
+        yield "The recipe as it was given is the best of them: nothing that was tried beats it."
     elif gain is not None and gain.low == gain.high == 0:
         yield f"On all {gain.n} prompts the recipe as it was given does as well in quality."
     elif gain is not None and gain.low > 0:
@@ -84,24 +80,6 @@ def remarks(result: TuneResult) -> Iterator[str]:
             f"Whether it beats the recipe as it was given cannot be told from {gain.n} prompts: by {gain.value:.3f} in "
             f"quality, 95% interval {gain.low:.3f} to {gain.high:.3f}."
         )
-
-
-def _higher(result: TuneResult) -> str:
-    """Which candidate has a higher score than the chosen one, and why it was not taken; nothing where none has."""
-    found = {
-        trial.number: (trial.score.low, trial.measured.kl)
-        for trial in result.trials
-        if trial.score and trial.measured and trial.measured.kl <= result.recipe.health.kl
-    }
-    best = max(found, key=lambda number: found[number][0], default=None)
-    if result.chosen is None or best is None or found[best][0] <= found[result.chosen.number][0]:
-        return ""
-    (low, kl), (own, near) = found[best], found[result.chosen.number]
-    return (
-        f"Candidate {best} has the highest score, at least {low:.3f} where this one has {own:.3f}: no more than a "
-        f"standard error above, at a KL of {kl:.3f} where this one has {near:.3f}. Of equals the nearest to the base "
-        "is taken."
-    )
 
 
 def reported_rows(result: TuneResult) -> list[tuple[str, ...]]:

@@ -10,9 +10,7 @@ forgotten   share of questions with known answers that the base gets right and t
 length      without a judge: how far the mean answer is from the chosen ones' length, beyond 15 hundredths of it
 
 Candidates are compared by the lower end of the score's 95% interval, that of its quality: with few prompts a lucky
-candidate has a wide one. Those that lie within one standard error of the best one are equal to it, and of equals the
-one nearest to the base is taken (the one-standard-error rule: Breiman et al. 1984, Classification and Regression Trees,
-chapter 3). A KL above the recipe's budget (`health.kl`) rules a candidate out.
+candidate has a wide one. A KL above the recipe's budget (`health.kl`) rules a candidate out.
 """
 
 from __future__ import annotations
@@ -22,12 +20,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from lora_dpo.evaluation.intervals import Interval, Z, length_controlled, rate
+from lora_dpo.evaluation.intervals import Interval, length_controlled, rate
 
 LENGTH_ROOM = 0.15
 """How far the mean length of answers may be from the chosen ones', as a share of it, and cost nothing."""
-FAR = 0.1
-"""Scores that differ by more are never equal, however few the prompts: adapters of such candidates are not kept."""
+EQUAL = 0.01
+"""Scores that differ by less are equal, and the candidate nearer to the base is taken."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def best_of(candidates: Mapping[int, tuple[Score, float]], *, budget: float) -> int | None:
-    """The number of the candidate to take: of those equal to the best one (`room_of`) the nearest to the base.
-
-    None if there is none within the budget of KL.
+    """The number of the best candidate; None if there is none within the budget of KL.
 
     Args:
         candidates: by number, each one's score and KL.
@@ -144,14 +140,9 @@ def best_of(candidates: Mapping[int, tuple[Score, float]], *, budget: float) -> 
     within = {number: found for number, found in candidates.items() if found[1] <= budget}
     if not within:
         return None
-    best = max((found for found, _ in within.values()), key=lambda found: found.low)
-    equal = [number for number, (found, _) in within.items() if found.low >= best.low - room_of(best)]
+    highest = max(found.low for found, _ in within.values())
+    equal = [number for number, (found, _) in within.items() if found.low >= highest - EQUAL]
     return min(equal, key=lambda number: (within[number][1], number))
-
-
-def room_of(best: Score) -> float:
-    """How far below the best one's a score is equal to it: by one standard error of the best one's quality."""
-    return min(FAR, (best.quality.high - best.quality.low) / (2 * Z))
 
 
 def frontier(points: Mapping[int, tuple[float, float]]) -> list[int]:

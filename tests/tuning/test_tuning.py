@@ -26,7 +26,6 @@ from lora_dpo.events import Answered, Note, Progress, Stopped, StopSignal, Tabul
 from lora_dpo.model.base import load_base
 from lora_dpo.tuning import sweep, tune
 from lora_dpo.tuning.grid import grid
-from lora_dpo.tuning.score import room_of
 from lora_dpo.tuning.space import parse_axis
 from lora_dpo.tuning.table import candidate_rows, read_trials
 
@@ -84,9 +83,6 @@ def test_from_data_to_an_adapter_that_is_proven(settings, base, tmp_path):
     assert result.folder == Path("adapters/brief.search")
     assert [trial.number for trial in result.trials] == [0, 1, 2]
     assert result.trials[0].values == {"trainer.max_steps": 16, "trainer.learning_rate": 4e-4}
-    best = max((trial.score for trial in result.trials if trial.score), key=lambda score: score.low)
-    equal = [trial for trial in result.trials if trial.score and trial.score.low >= best.low - room_of(best)]
-    assert result.chosen == min(equal, key=lambda trial: trial.measured.kl)
     assert set(result.reported) == {"base", "default", "chosen"}
     fresh = result.reported["chosen"].measured
     assert fresh.accuracy.low > 0.5

@@ -1,16 +1,14 @@
 """Whether a search found something to learn: every way it can end, from measured values alone."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lora_dpo.config.reading import check_recipe
 from lora_dpo.data.doctor.statistics import LengthBias
 from lora_dpo.data.pairs import Origin, PreferencePair
 from lora_dpo.evaluation.intervals import mean
 from lora_dpo.tuning.result import Reported, TuneResult, remarks
-from lora_dpo.tuning.score import Measured, Score, score
+from lora_dpo.tuning.score import Measured, score
 from lora_dpo.tuning.trials import Trial
 from lora_dpo.tuning.verdict import lengths_of, verdict_of
 
@@ -97,27 +95,6 @@ def test_what_is_said_of_the_choice(number, gain, said):
     assert first == f"Chosen: candidate {number}, beta 0.1, rank 4."
     assert len(more) == bool(said)
     assert not more or said in more[0]
-
-
-def test_a_candidate_with_a_higher_score_is_named_with_the_reason_why_it_is_not_taken():
-    recipe = check_recipe({"model": {"name": "m"}, "data": {"train": "a.jsonl"}})
-
-    def trial(number, low, kl):
-        scored = Score(mean([low, low]), {})
-        return Trial(number, {"lora.rank": number}, 0, measured=replace(measured(30), kl=kl), score=scored)
-
-    trials = (trial(0, 0.70, 0.05), trial(1, 0.72, 0.10), trial(2, 0.74, 5.0))
-
-    def said(chosen):
-        result = TuneResult("better", "", None, recipe, Path("a.search"), trials, trials[chosen])
-        return list(remarks(result))[1:]
-
-    (text,) = said(0)
-    assert text == (
-        "Candidate 1 has the highest score, at least 0.720 where this one has 0.700: no more than a standard error "
-        "above, at a KL of 0.100 where this one has 0.050. Of equals the nearest to the base is taken."
-    )
-    assert said(1) == [], "beyond the budget of KL no score counts"
 
 
 def test_of_no_choice_nothing_is_said():
