@@ -39,7 +39,7 @@ LOOKS = (1 / 3, 2 / 3)
 """Shares of a trial's steps after which it is looked at."""
 HEALTH = 0.3
 """Share of a trial's steps between two looks of the guard at answers: the first is before a third of the steps, and
-there is no third one, since the candidate is measured soon after."""
+there is hardly ever a third one, since the candidate is measured soon after."""
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
 Clock = Callable[[], float]
