@@ -50,7 +50,7 @@ HOPELESS = 6
 DRAWS = 12
 """Candidates that are drawn for one place in a search with a time, until one is expected to end in it."""
 MEASURED_AT_THE_END = 3
-"""The base, the default recipe and the chosen one; without the questions, which were asked before."""
+"""The base, the default recipe and the chosen one. (They are asked no questions, and the base's answers are long.)"""
 
 
 def tune(
@@ -110,11 +110,11 @@ def tune(
         search.say_parts(parts)
         if not parts.choose:
             return _recipe_alone(search, parts, base)
-        runs = search.open(parts, first, base)
+        runs = search.open(parts, first, base, briefly=not parts.flatters)
         study = Study(search.folder / "study.sqlite", varied, own_values(first, varied, steps=steps), seed)
         most = trials if trials is not None or minutes is not None else TRIALS
         part, reported = runs.part, parts.report or parts.choose
-        at_the_end = MEASURED_AT_THE_END * (len(reported) + len(part.prompts)) / part.rows
+        at_the_end = MEASURED_AT_THE_END * max(1.0, (len(reported) + len(part.prompts)) / part.rows)
         limit = TimeLimit(minutes, more=all_data + without_suspicious, measurings=at_the_end)
         _try_candidates(search, runs, study, limit, trials=most)
         if without_suspicious:

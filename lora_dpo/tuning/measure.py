@@ -67,8 +67,25 @@ class Found:
     """Log-probabilities of the chosen and the rejected answers of its pairs, nats."""
 
 
+def of_each_prompt(pairs: Sequence[TokenPair], most: int) -> list[TokenPair]:
+    """The first pair of each prompt, then the second of each, and so on, until there are `most`; in their own order.
+
+    All pairs of a prompt are one unit of an interval, so a prompt's first pair tells more than its second.
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    ranked = []
+    for index, pair in enumerate(pairs):
+        turn = seen[tuple(pair.prompt)] = seen.get(tuple(pair.prompt), -1) + 1
+        ranked.append((turn, index))
+    return [pairs[index] for index in sorted(index for _, index in sorted(ranked)[:most])]
+
+
 class Part:
     """One part of the data, tokenised: its pairs, the prompts that are answered, and the questions.
+
+    Args:
+        answers: prompts that are answered, at most, spread over the part.
+        most_pairs: how many pairs are scored, if not all (`of_each_prompt`).
 
     Raises:
         DataError: no pair of it fits into `max_length`.
@@ -83,6 +100,7 @@ class Part:
         max_length: int,
         max_new_tokens: int,
         answers: int,
+        most_pairs: int | None = None,
         questions: Sequence[Question] = (),
         judge: Judge | None = None,
         template: dict[str, Any] | None = None,
@@ -101,6 +119,8 @@ class Part:
             first.setdefault(prompt_text(pair.prompt), Prompt(pair.prompt, pair.origin.source, pair.origin.row))
         asked = list(first.values())
         self.prompts = [asked[index] for index in evenly_spaced(len(asked), answers)]
+        if most_pairs is not None:
+            self.pairs = of_each_prompt(self.pairs, most_pairs)
         self.chosen_tokens = fmean(said_length(base.tokenizer, pair.prompt, pair.chosen) for pair in self.pairs)
         self._of_base: OfBase | None = None
         self._measured_base: Measured | None = None
@@ -118,8 +138,10 @@ class Part:
         Args:
             cache: a file of JSON; written once.
         """
-        if cache.is_file():
-            stored = json.loads(cache.read_text(encoding="utf-8"))
+        stored = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
+        asked = len(self.prompts)
+        known = (len(stored.get("answers", ())), len(stored.get("chosen", ())))
+        if known == (asked + len(self.questions), len(self.pairs)):  # an earlier version measured more of a part
             answers = tuple(Answer(**answer) for answer in stored["answers"])
             self._of_base = OfBase(answers, tuple(stored["chosen"]), tuple(stored["rejected"]))
         else:
@@ -136,7 +158,6 @@ class Part:
                 cache,
                 {"answers": [asdict(answer) for answer in answers], "chosen": scores[0], "rejected": scores[1]},
             )
-        asked = len(self.prompts)
         right = sum(self._right(self._of_base.answers[asked:]))
         if self.questions and right < CHAT * len(self.questions):
             self.questions = []

@@ -30,6 +30,8 @@ from lora_dpo.tuning.trials import Clock, Trials, trial_rows
 
 FEWEST_ANSWERS = 32
 """Prompts of a part that are answered at least, if it has so many."""
+MOST_PAIRS = 64
+"""Pairs that candidates are compared by, at most: as many as a part has prompts."""
 OF_HELD_OUT = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 """Settings of a trainer that need held-out data, which no candidate has."""
 
@@ -165,8 +167,13 @@ class Search:
 
     # --- what is in memory ------------------------------------------------------------------------
 
-    def open(self, parts: Parts, first: Recipe, base: Base | None) -> Trials:
-        """Load the judge and the base, and measure the base on the part that is chosen by."""
+    def open(self, parts: Parts, first: Recipe, base: Base | None, *, briefly: bool = False) -> Trials:
+        """Load the judge and the base, and measure the base on the part that is chosen by.
+
+        Args:
+            briefly: measure no more of it than tells candidates apart: a pair of each prompt, and, where no judge
+                compares answers, so many of these as tell whether they end and how long they are.
+        """
         self.judge = open_judge(list(self.judges)) if self.judges else None
         own = self.recipe.evaluation.questions  # the quickstart's most models that chat can answer
         self.questions = read_questions(own or str(packaged() / "data" / "quickstart-questions.jsonl"))
@@ -175,7 +182,7 @@ class Search:
             base = load_recipe_base(self.recipe.model)
             tick(1)
         self.max_length = trainer_settings(first).get("max_length", 1024)
-        part = self.part("choosing part", base, parts.choose)
+        part = self.part("choosing part", base, parts.choose, briefly=briefly)
         part.measure_base(self.folder / "base-choose.json")
         # A rule says itself what it looks at; what other judges prefer may be no more than length.
         control = not all(map(is_rule, self.judges))
@@ -183,15 +190,25 @@ class Search:
         self.earlier = sum(trial.seconds for trial in runs.done)
         return runs
 
-    def part(self, name: str, base: Base, pairs: Sequence[PreferencePair], *, questions: bool = True) -> Part:
-        """One part of the data, to measure on."""
+    def part(
+        self,
+        name: str,
+        base: Base,
+        pairs: Sequence[PreferencePair],
+        *,
+        questions: bool = True,
+        briefly: bool = False,
+    ) -> Part:
+        """One part of the data, to measure on; `briefly` as for `open`."""
+        answers = max(self.recipe.evaluation.answers, FEWEST_ANSWERS)
         return Part(
             name,
             base,
             pairs,
             max_length=self.max_length,
             max_new_tokens=self.recipe.evaluation.max_new_tokens,
-            answers=max(self.recipe.evaluation.answers, FEWEST_ANSWERS),
+            answers=FEWEST_ANSWERS if briefly and self.judge is None else answers,
+            most_pairs=MOST_PAIRS if briefly else None,
             questions=self.questions if questions else (),
             judge=self.judge,
             template=dict(self.recipe.model.template),

@@ -70,6 +70,11 @@ ALSO_SETS = {
 """Of an axis, the other settings that say the same."""
 
 
+LESS_RATE, MORE_RATE = 1.5, 2.5
+"""The recipe's learning rate is divided and multiplied by at most this: candidates below it mostly learnt too little in
+their time, and those far above it ranked pairs of other kinds worse, which a part of the same data does not show."""
+
+
 def default_axes(recipe: Recipe, *, steps: int, fixed: Collection[str] = ()) -> list[Axis]:
     """The axes that are searched where none is named, around the recipe's own values.
 
@@ -93,16 +98,16 @@ def default_axes(recipe: Recipe, *, steps: int, fixed: Collection[str] = ()) -> 
         Axis(
             "trainer.learning_rate",
             "the setting that ruins most runs: too low learns nothing, too high breaks the answers",
-            rate / 2,
-            rate * 4,
+            rate / LESS_RATE,
+            rate * MORE_RATE,
         ),
         Axis(
             SFT,
-            "the SFT term on the chosen answers, which keeps them likely: DPO alone may lower both",
+            "the SFT term keeps the chosen answers likely, where DPO alone may lower both; with more they are imitated",
             weight / 4 if weight else 0.0,
-            weight * 2 if weight else 1.0,
+            max(weight, min(2 * weight, 1.0)) if weight else 1.0,
         ),
-        Axis(STEPS, "how long it trains: fewer stay nearer to the base", max(1, steps // 2), 2 * steps, whole=True),
+        Axis(STEPS, "how long it trains: fewer stay nearer to the base", max(1, steps * 3 // 4), 2 * steps, whole=True),
     ]
     if _listed(settings["loss_type"])[0] in ("sigmoid", "apo_zero"):
         axes.append(

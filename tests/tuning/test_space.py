@@ -109,6 +109,22 @@ def test_the_recipe_lies_on_its_own_axes():
         assert all(axis.reason for axis in axes)
 
 
+def test_ranges_lie_around_the_recipe():
+    one = recipe(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 2.0])
+    found = {axis.key: axis.choices or (axis.low, axis.high) for axis in default_axes(one, steps=36)}
+    assert found == {
+        "trainer.beta": (0.03, 0.5),
+        "trainer.learning_rate": (pytest.approx(1e-4 / 1.5), pytest.approx(2.5e-4)),
+        "sft_weight": (0.5, 2.0),
+        "trainer.max_steps": (27, 72),
+        "trainer.loss_type": ("sigmoid", "apo_zero"),
+        "lora.rank": (4, 16),
+    }
+    found = {axis.key: (axis.low, axis.high) for axis in default_axes(recipe(), steps=1)}
+    assert found["sft_weight"] == (0.05, 0.4), "0.2 is what a recipe has that says nothing"
+    assert found["trainer.max_steps"] == (1, 2)
+
+
 def test_its_own_values_change_nothing():
     one = recipe(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 2.0])
     own = own_values(one, default_axes(one, steps=36), steps=36)
