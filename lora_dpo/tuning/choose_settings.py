@@ -293,10 +293,10 @@ class _Conclusion:
 
     @staticmethod
     def _with_known(found: Measured, before: Measured | None) -> Measured:
-        """With the known answers that the same policy gave on the part that was chosen by."""
+        """With what the same policy answered to the questions when it was measured on the part that was chosen by."""
         if found.questions or before is None:
             return found
-        return replace(found, known=before.known, questions=before.questions)
+        return replace(found, known=before.known, questions=before.questions, cut=before.cut)
 
     def _likely_reason(self) -> str:
         """What the doctor finds in the data that would explain it."""

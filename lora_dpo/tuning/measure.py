@@ -282,6 +282,7 @@ class Part:
             chosen_tokens=self.chosen_tokens,
             known=sum(self._right(answers[len(self.prompts) :])),
             questions=len(self.questions),
+            cut=sum(not answer.finished for answer in answers[len(self.prompts) :]),
             kl=kl,
         )
 

@@ -4,7 +4,8 @@
 
 quality     with a judge, the win rate against the base (a tie is half a win); without one, reward accuracy on pairs
             that were not trained on
-unfinished  share of the answers that do not end by themselves
+unfinished  share of the answers, to the part's prompts and to the questions, that do not end by themselves: those to
+            prompts of other kinds than the data's are where a policy that learnt too little goes on and on
 repeated    share of three-word sequences that are repeats, above the base's
 forgotten   share of questions with known answers that the base gets right and the candidate does not, net
 length      without a judge: how far the mean answer is from the chosen ones' length, beyond 15 hundredths of it
@@ -47,6 +48,8 @@ class Measured:
     known: int = 0
     """Questions with a known answer that were answered correctly."""
     questions: int = 0
+    cut: int = 0
+    """Questions whose answers did not end by themselves."""
     kl: float = 0.0
     """KL from the reference on its own answers, nats a token."""
     outcomes: tuple[float, ...] = ()
@@ -112,8 +115,9 @@ def score(found: Measured, base: Measured, *, control_length: bool = True) -> Sc
         control_length: with a judge, take the length of the answers out of the win rate
             (`intervals.length_controlled`).
     """
+    answers = len(found.finished) + found.questions
     costs = {
-        "unfinished": 1 - fmean(map(float, found.finished)) if found.finished else 0.0,
+        "unfinished": (len(found.finished) - sum(found.finished) + found.cut) / answers if answers else 0.0,
         "repeated": max(0.0, _mean(found.repeated) - _mean(base.repeated)),
         "forgotten": max(0, base.known - found.known) / found.questions if found.questions else 0.0,
     }

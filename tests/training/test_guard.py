@@ -65,10 +65,10 @@ def test_a_candidate_is_not_looked_at_shortly_before_its_search_measures_it(reci
         assert [row["step"] for row in log_rows(result.folder) if "answers" in row] == looks
 
 
-def test_candidates_share_what_the_base_answers_and_only_to_the_same_prompts(recipe, tmp_path):
-    def answers_before(prompts, **options):
+def test_candidates_share_what_the_base_answers_and_only_to_the_same_question(recipe, tmp_path):
+    def answers_before(prompts, more=None, **options):
         events = []
-        health = {"every": 2, "prompts": prompts}
+        health = {"every": 2, "prompts": prompts, **(more or {})}
         settings = recipe(trainer={"max_steps": 4}, health=health, evaluation={"answers": 0})
         train(settings, on_event=events.append, **options)
         first = next(event for event in events if isinstance(event, Sampled))
@@ -82,9 +82,12 @@ def test_candidates_share_what_the_base_answers_and_only_to_the_same_prompts(rec
     stored["sample"]["texts"] = ["seen before"] * 2
     path.write_text(json.dumps(stored), encoding="utf-8")
     assert answers_before(2, candidate_of=tmp_path) == ["seen before"] * 2
-    others = answers_before(3, candidate_of=tmp_path)
-    assert len(others) == 3
-    assert "seen before" not in others
+    kept = path.read_text(encoding="utf-8")
+    for prompts, more in ((3, {}), (2, {"max_new_tokens": 9}), (2, {"judge": "rules:length<=9"})):
+        path.write_text(kept, encoding="utf-8")
+        others = answers_before(prompts, more, candidate_of=tmp_path)
+        assert len(others) == prompts
+        assert "seen before" not in others, more
 
 
 def test_samples_go_to_the_events_the_log_and_the_trackers(recipe, monkeypatch):

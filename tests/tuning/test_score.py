@@ -34,7 +34,9 @@ def test_without_a_cost_it_is_the_accuracy():
 @pytest.mark.parametrize(
     ("changes", "cost"),
     [
-        ({"finished": (True, True, True, False)}, 0.25),
+        ({"finished": (True, True, True, False)}, 1 / 12),  # of four prompts and eight questions
+        ({"cut": 2}, 2 / 12),
+        ({"finished": (False, True, True, True), "cut": 2}, 3 / 12),
         ({"repeated": (0.4, 0.0, 0.0, 0.0)}, 0.1),
         ({"known": 5}, 1 / 8),
         ({"known": 8}, 0.0),  # more than the base is no gain: chance gives as often as it takes
@@ -42,7 +44,8 @@ def test_without_a_cost_it_is_the_accuracy():
         ({"tokens": (13, 13, 13, 13)}, 0.15),
         ({"tokens": (7, 7, 7, 7)}, 0.15),
         ({"tokens": (50, 50, 50, 50)}, 1.0),
-        ({"finished": (False,) * 4, "known": 4, "tokens": (20,) * 4}, 1 + 0.25 + 0.85),
+        ({"finished": (False,) * 4, "known": 4, "tokens": (20,) * 4}, 4 / 12 + 0.25 + 0.85),
+        ({"finished": (False,) * 4, "known": 4, "cut": 8}, 1 + 0.25),
     ],
 )
 def test_each_cost_is_a_share(changes, cost):
@@ -65,6 +68,11 @@ def test_with_a_judge_the_win_rate_counts_and_length_is_the_judges_matter():
     controlled = score(judged, BASE).quality
     assert controlled == length_controlled((1.0, 1.0, 0.5, 0.0), (4.0, 2.0, 0.0, -3.0))
     assert controlled.value < found.quality.value, "the longer answers won"
+
+
+def test_without_questions_the_answers_to_prompts_are_all_that_end():
+    found = score(measured(known=0, questions=0, finished=(True, True, True, False)), measured(known=0, questions=0))
+    assert found.costs["unfinished"] == 0.25
 
 
 def test_without_questions_nothing_is_forgotten():
