@@ -6,6 +6,7 @@ import pytest
 from taught import write_pairs
 
 from lora_dpo.data import Origin, TokenPair, read_pairs
+from lora_dpo.data.questions import Question
 from lora_dpo.model.base import load_base
 from lora_dpo.tuning.measure import Part, of_each_prompt
 
@@ -57,3 +58,14 @@ def test_what_is_known_of_the_base_is_not_measured_again(base, tmp_path):
         assert len(other.of_base.answers) == options["answers"] == len(other.prompts)
         assert len(other.of_base.chosen) == options.get("most_pairs", len(first.pairs)) == len(other.pairs)
     assert len(json.loads(cache.read_text())["chosen"]) == 5
+
+
+def test_answers_to_the_questions_that_do_not_end_are_counted(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_dpo.tuning.measure.CHAT", 0.0)  # no base is too weak to be asked
+    asked = [Question(f"What is {number}?", ("nothing",)) for number in range(5)]
+    one, _ = part(base, write_pairs(tmp_path / "pairs.jsonl", range(10, 16)), answers=6, questions=asked)
+    one.measure_base(tmp_path / "base.json")
+    found, answers = one.base_measured, one.of_base.answers
+    assert (len(answers), found.questions) == (11, 5)
+    assert found.cut == sum(not answer.finished for answer in answers[6:])
+    assert found.finished == tuple(answer.finished for answer in answers[:6])
