@@ -35,7 +35,7 @@ from lora_dpo.tuning.folder import CHOSEN, PAGE, RESULT, TABLE, choose_place, se
 from lora_dpo.tuning.page import search_page
 from lora_dpo.tuning.parts import FOR_TWO, Parts, divide
 from lora_dpo.tuning.result import Reported, TuneResult, gain_of, remarks, reported_rows, result_json, side_by_side
-from lora_dpo.tuning.score import EQUAL, Measured, best_of, score
+from lora_dpo.tuning.score import EQUAL, best_of, score
 from lora_dpo.tuning.search import Search, check_searchable, steps_of
 from lora_dpo.tuning.space import Axis, default_axes, own_values, with_values
 from lora_dpo.tuning.study import Asked, Study
@@ -276,7 +276,7 @@ class _Conclusion:
             # The questions are no part of the data: what trials answered to them is known.
             part = self.search.part("reporting part", runs.base, self.parts.report, questions=all_data)
             part.measure_base(self.search.folder / "base-report.json")
-        base, asked = self._with_known(part.base_measured, runs.part.base_measured), len(part.prompts)
+        base, asked = part.base_measured.asked_before(runs.part.base_measured), len(part.prompts)
         found = {"base": Reported(base, score(base, base), part.of_base.answers[:asked])}
         own = next(trial for trial in runs.done if trial.number == 0)
         for name, folder, trial in (("default", runs.place(0), own), ("chosen", place, chosen)):
@@ -285,18 +285,11 @@ class _Conclusion:
             elif folder.is_dir():
                 with runs.policy(folder) as model:
                     fresh = part.measure(model, name)
-                measured = self._with_known(fresh.measured, trial.measured)
+                measured = fresh.measured.asked_before(trial.measured)
                 scored = score(measured, base, control_length=runs.control_length)
                 found[name] = Reported(measured, scored, fresh.answers)
         self.prompts = [prompt.text for prompt in part.prompts]
         return found
-
-    @staticmethod
-    def _with_known(found: Measured, before: Measured | None) -> Measured:
-        """With what the same policy answered to the questions when it was measured on the part that was chosen by."""
-        if found.questions or before is None:
-            return found
-        return replace(found, known=before.known, questions=before.questions, cut=before.cut)
 
     def _likely_reason(self) -> str:
         """What the doctor finds in the data that would explain it."""

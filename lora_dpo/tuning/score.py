@@ -17,7 +17,7 @@ candidate has a wide one. A KL above the recipe's budget (`health.kl`) rules a c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -69,6 +69,12 @@ class Measured:
             name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
         }
         return cls(**values)
+
+    def asked_before(self, before: Measured | None) -> Measured:
+        """With what the same policy answered to the questions on another part, if it was not asked them on this one."""
+        if self.questions or before is None:
+            return self
+        return replace(self, known=before.known, questions=before.questions, cut=before.cut)
 
     @property
     def accuracy(self) -> Interval:

@@ -75,6 +75,14 @@ def test_without_questions_the_answers_to_prompts_are_all_that_end():
     assert found.costs["unfinished"] == 0.25
 
 
+def test_what_was_answered_on_another_part_counts_on_this_one():
+    before = measured(known=5, questions=8, cut=2, kl=0.9)
+    found = measured(known=0, questions=0).asked_before(before)
+    assert found == measured(known=5, questions=8, cut=2)
+    assert measured().asked_before(before) == measured()
+    assert measured(known=0, questions=0).asked_before(None) == measured(known=0, questions=0)
+
+
 def test_without_questions_nothing_is_forgotten():
     assert score(measured(known=0, questions=0), measured(known=0, questions=0)).costs["forgotten"] == 0
 
