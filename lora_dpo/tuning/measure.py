@@ -136,7 +136,7 @@ class Part:
         """Measure the base, or read what was measured before.
 
         Args:
-            cache: a file of JSON; written once.
+            cache: a file of JSON; written again where it holds another number of pairs or answers.
         """
         stored = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
         asked = len(self.prompts)

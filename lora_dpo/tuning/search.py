@@ -24,14 +24,12 @@ from lora_dpo.training.drafting.presets import prompts_of
 from lora_dpo.training.drafting.quickstart import packaged
 from lora_dpo.tuning.folder import claim
 from lora_dpo.tuning.measure import Part
-from lora_dpo.tuning.parts import FOR_THREE, FOR_TWO, Parts
+from lora_dpo.tuning.parts import FOR_THREE, FOR_TWO, MOST, Parts
 from lora_dpo.tuning.space import Axis, with_values
 from lora_dpo.tuning.trials import Clock, Trials, trial_rows
 
 FEWEST_ANSWERS = 32
 """Prompts of a part that are answered at least, if it has so many."""
-MOST_PAIRS = 64
-"""Pairs that candidates are compared by, at most: as many as a part has prompts."""
 OF_HELD_OUT = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 """Settings of a trainer that need held-out data, which no candidate has."""
 
@@ -208,7 +206,7 @@ class Search:
             max_length=self.max_length,
             max_new_tokens=self.recipe.evaluation.max_new_tokens,
             answers=FEWEST_ANSWERS if briefly and self.judge is None else answers,
-            most_pairs=MOST_PAIRS if briefly else None,
+            most_pairs=MOST if briefly else None,
             questions=self.questions if questions else (),
             judge=self.judge,
             template=dict(self.recipe.model.template),
