@@ -40,6 +40,7 @@ def main() -> None:
         "alone_seconds": round(alone, 1),
         "trial_seconds": [round(value, 1) for value in seconds],
         "of_that_measuring": [round(trial["measuring"], 1) for trial in trials],
+        "of_that_references": [round(trial["scoring"], 1) for trial in trials],
         "search_seconds": round(whole, 1),
         "once_seconds": round(whole - sum(seconds), 1),
         "ratio": [round(value / alone, 3) for value in seconds],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ class Engine:
         )
         self.first_sight = PrequentialCount()
         self.margins = PairMargins()
+        self.reference_seconds = 0.0
+        """Spent on scoring pairs with the reference, whose log-probabilities were not known."""
         self.last: StepRecord
         """The last step."""
         self._moved = False
@@ -243,8 +246,10 @@ class Engine:
         known = self.references.get(batch.keys)
         missing = [index for index, key in enumerate(batch.keys) if key not in known]
         if missing:
+            since = time.perf_counter()
             fresh = {batch.keys[index]: logps for index, logps in self._score(batch, missing).items()}
             self.references.put(fresh)
+            self.reference_seconds += time.perf_counter() - since
             known = {**known, **fresh}
         return self._joined(batch, [known[key] for key in batch.keys])
 

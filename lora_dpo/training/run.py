@@ -168,9 +168,9 @@ def _execute(
         if checkpoint and (state["global_step"] >= state["max_steps"] or was_stopped(checkpoint)):
             restore_adapter(model, checkpoint)  # only the measuring was interrupted
             guard.begin(checkpoint, state["global_step"])
-            margins = margins_in(run, checkpoint)
+            margins, scoring = margins_in(run, checkpoint), 0.0
         else:
-            margins = _optimise(run, base, model, log, checkpoint, guard, look)
+            margins, scoring = _optimise(run, base, model, log, checkpoint, guard, look)
         outcome = guard.finish()
         if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
             raise ModelError("Training ended in NaN or infinite weights. Lower trainer.learning_rate and start again.")
@@ -178,7 +178,7 @@ def _execute(
         after = measure_after(run, model, pad, ref_scores)
         rows = [*comparison(before, after), *held_out_losses(run, log.rows)]
         _report(run, before, after, rows)
-        found = record(run, before, after, outcome, odd)
+        found = record(run, before, after, outcome, odd, scoring)
         stored = [] if candidate_of else run.held_out or run.train or crossed(run.answers)
         _save(run, base, model, log, sources, (before, after), rows, found, margins, stored)
         return TrainResult(run.output, base, model, before, after, outcome)
@@ -186,11 +186,12 @@ def _execute(
 
 def _optimise(
     run: Run, base: Base, model: PeftModel, log: RunLog, checkpoint: Path | None, guard: Guard, look: Look | None
-) -> list[PairMargin]:
+) -> tuple[list[PairMargin], float]:
     """The training loop: TRL's, from the checkpoint if there is one. Raises `Stopped` if asked to.
 
     Returns:
-        What the engine's steps made of each pair; nothing of other methods and of TRL's own passes.
+        What the engine's steps made of each pair, and the seconds in which it scored pairs with the reference; nothing
+        of other methods and of TRL's own passes.
     """
     callback = _make_callback(run, log)
     if run.recipe.method == "dpo":
@@ -215,12 +216,12 @@ def _optimise(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if run.held_out_answers and not run.stop.requested:
             trainer.evaluate()
-        margins = margins_of(run, getattr(trainer, "engine", None))
+        engine = getattr(trainer, "engine", None)
     finally:
         trainer.close()
     if run.stop.requested:
         raise Stopped(run.output, step=trainer.state.global_step, resumable=True)
-    return margins
+    return margins_of(run, engine), engine.reference_seconds if engine else 0.0
 
 
 def _dpo_trainer(run: Run, model: PeftModel, *, dtype: str, callback: Any) -> Any:

@@ -52,12 +52,13 @@ class Stopwatch:
 
 
 def record(
-    run: Run, before: Measured, after: Measured, outcome: Outcome, odd: list[dict[str, Any]] | None
+    run: Run, before: Measured, after: Measured, outcome: Outcome, odd: list[dict[str, Any]] | None, scoring: float
 ) -> dict[str, Any]:
     """Everything that the report of a run shows and that no other file of its folder holds.
 
     Args:
         odd: what `findings` gave before training, when the data was certainly there.
+        scoring: seconds in which pairs were scored with the reference.
     """
     watch = run.emit if isinstance(run.emit, Stopwatch) else None
     ratios = None
@@ -76,6 +77,7 @@ def record(
         "findings": odd,
         "health": asdict(outcome),
         "seconds": {name: round(value, 2) for name, value in watch.seconds.items()} if watch else {},
+        "reference_seconds": round(scoring, 2),
         "total_seconds": round(watch.total, 1) if watch else None,
         "memory": peak_memory(),
     }

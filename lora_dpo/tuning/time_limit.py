@@ -30,15 +30,17 @@ class TimeLimit:
         Args:
             used: seconds until now.
             done: the candidates that are over. By the median of those that were measured one more is expected to cost
-                its steps, and being measured.
+                its steps, and being measured. The reference is scored for the first one, and again only where it
+                was for all after it: `engine.reference_cache` is off.
         """
         if self.minutes is None or not done:
             return True
         whole = [trial for trial in done if trial.measured]
         if not whole:
             return used <= self.minutes * 60
-        step = median((trial.seconds - trial.measuring) / max(1, trial.steps) for trial in whole)
+        step = median((trial.seconds - trial.measuring - trial.scoring) / max(1, trial.steps) for trial in whole)
+        scoring = min((trial.scoring for trial in whole[1:]), default=0.0)
         measuring = median(trial.measuring for trial in whole)
         steps = float(values.get("trainer.max_steps") or whole[0].planned)
         runs = 1 + self.more
-        return used + runs * steps * step + (runs + self.measurings) * measuring <= self.minutes * 60
+        return used + runs * (steps * step + scoring) + (runs + self.measurings) * measuring <= self.minutes * 60

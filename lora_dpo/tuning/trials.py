@@ -82,6 +82,8 @@ class Trial:
     seconds: float = 0.0
     measuring: float = 0.0
     """Seconds of these that were spent on measuring."""
+    scoring: float = 0.0
+    """Seconds of these in which pairs were scored with the reference, for all candidates that come after."""
 
     @property
     def text(self) -> str:
@@ -207,7 +209,13 @@ class Trials:
         run = read_run(self.place(trial.number))
         health = run.measured["health"]
         curves = {name: [float(row.get(name, 0.0)) for row in run.trained] for name in ("step", *CURVES)}
-        trial = replace(trial, learned=at_first_sight(self.place(trial.number)), steps=health["steps"], curves=curves)
+        trial = replace(
+            trial,
+            learned=at_first_sight(self.place(trial.number)),
+            steps=health["steps"],
+            curves=curves,
+            scoring=run.measured.get("reference_seconds", 0.0),
+        )
         if self.stop.keep and trial.steps < trial.planned and self.done:  # of the only one, what is there is measured
             return replace(trial, ended=f"stopped by hand at step {trial.steps}")
         if health["sentence"]:

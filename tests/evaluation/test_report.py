@@ -91,6 +91,7 @@ def run(tiny_adapter, tmp_path):
             "findings": [finding],
             "health": {"steps": 8, "kept": 4, "sentence": f"Stopped: {EVIL}", "alarms": [alarm]},
             "seconds": {"training": 3.0},
+            "reference_seconds": 1.5,
             "total_seconds": 9.0,
             "memory": {"process": 2**30},
         }
@@ -160,6 +161,7 @@ def test_the_words_of_a_run(run):
     text = report_of([run()])
     assert "Stopped: " in text
     assert "Time and memory" in text
+    assert re.search(r"of which the reference.{1,8}s log-probabilities</t[dh]>\s*<td>1\.5 s", text)
     assert "1.00 GB" in text
 
 

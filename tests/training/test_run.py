@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import lora_dpo
 from lora_dpo import places
 from lora_dpo.adapters.passport import read_passport
+from lora_dpo.adapters.stored_run import read_run
 from lora_dpo.config.reading import check_recipe
 from lora_dpo.data import Origin, TokenPair
 from lora_dpo.engine.scoring import score_pairs
@@ -254,6 +255,7 @@ def test_a_run_with_another_adapter_finds_the_references_of_the_one_before(recip
 
     first = train(recipe(), name="one")
     assert "ref" not in first.model.peft_config  # no frozen copy of what changes nothing yet
+    assert read_run(first.folder).measured["reference_seconds"] > 0
     before = stored()
     assert len(before) == 1
     train(recipe(trainer__seed=7), name="another-order")
@@ -269,8 +271,9 @@ def test_a_run_with_another_adapter_finds_the_references_of_the_one_before(recip
             {"lora__modules_to_save": ["model.norm"]},
         ]
     ):
-        train(recipe(**changes), name=f"other-{number}")
+        other = train(recipe(**changes), name=f"other-{number}")
         assert stored() == before, changes
+        assert read_run(other.folder).measured["reference_seconds"] == 0, changes
 
 
 def test_continuing_run_resumes_with_the_same_losses(recipe):

@@ -83,6 +83,7 @@ def test_from_data_to_an_adapter_that_is_proven(settings, base, tmp_path):
     assert result.folder == Path("adapters/brief.search")
     assert [trial.number for trial in result.trials] == [0, 1, 2]
     assert result.trials[0].values == {"trainer.max_steps": 16, "trainer.learning_rate": 4e-4}
+    assert 0 < result.trials[0].scoring < result.trials[0].seconds - result.trials[0].measuring
     assert set(result.reported) == {"base", "default", "chosen"}
     fresh = result.reported["chosen"].measured
     assert fresh.accuracy.low > 0.5

@@ -226,6 +226,9 @@ def _cost(run: StoredRun) -> Iterator[tuple[str, str]]:
     looking = (run.measured.get("health") or {}).get("seconds")
     if looking:
         yield "of which the guard's looks at answers", f"{looking:.1f} s"
+    scoring = run.measured.get("reference_seconds")
+    if scoring:
+        yield "of which the reference's log-probabilities", f"{scoring:.1f} s"
     memory = run.measured.get("memory", {})
     for name, label in (("process", "main memory at the peak"), ("gpu", "GPU memory at the peak")):
         if name in memory:
