@@ -160,7 +160,11 @@ def wanted(merged):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "alike", "agreement"),
-    [("adapter on its base in f16", 8, 0.95), ("merged f16", 8, 0.95), ("merged q8_0", 0, 0.9)],
+    [
+        ("adapter on its base in f16", 8, 0.95),
+        pytest.param("merged f16", 8, 0.95, marks=pytest.mark.long),
+        pytest.param("merged q8_0", 0, 0.9, marks=pytest.mark.long),
+    ],
 )
 def test_llama_cpp_answers_as_transformers_does(workplace, wanted, form, alike, agreement, tmp_path):
     """In q8_0 llama.cpp rounds activations to 8 bits too: long answers of so small a model part ways, and are shown."""

@@ -444,6 +444,7 @@ def test_lines_of_code_do_not_count_words(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_page_says_what_the_results_say():
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     for name in ("frontier", "matched", "samples", "side", "agreement", "lines"):

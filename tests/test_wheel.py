@@ -153,7 +153,7 @@ QUESTIONS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["csv", "xlsx"])
+@pytest.mark.parametrize("kind", ["csv", pytest.param("xlsx", marks=pytest.mark.long)])
 def test_from_nothing_to_an_adapter_of_a_german_spreadsheet_without_editing_a_file(kind, installed, tiny_model_folder):
     file = f"fragen.{kind}"
     if kind == "csv":

@@ -152,6 +152,7 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_thousand_rows_in_a_minute_and_a_gigabyte(tmp_path):
     path, held_out, said = tmp_path / "pairs.jsonl", tmp_path / "eval.jsonl", tmp_path / "said.json"
     expected = planted(path, held_out, rows=100_000, every=25)

@@ -38,7 +38,9 @@ def small_of(**sizes):
 
 
 def each(kinds):
-    return [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in kinds]
+    long = [pytest.mark.slow, pytest.mark.long]
+    marks = {**dict.fromkeys(QUICK, ()), "kimi_linear": long}
+    return [pytest.param(kind, marks=marks.get(kind, pytest.mark.slow)) for kind in kinds]
 
 
 def test_there_are_as_many_kinds_as_are_promised():

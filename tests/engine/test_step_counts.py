@@ -50,6 +50,7 @@ def eight_billion():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_32_layers_are_counted_as_the_third_is(eight_billion):
     for ours, counted in zip(eight_billion, counted_of_8b(32), strict=True):
         if isinstance(counted, Counts):
@@ -256,6 +257,7 @@ def test_8b_streamed_takes_little_of_a_card(stream, most):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("stream", "most"), [("embeddings", 5.0), ("on", 2.5)])
 def test_the_whole_8b_is_what_four_layers_say(stream, most):
     few, more = counted_peak(3, stream), counted_peak(4, stream)

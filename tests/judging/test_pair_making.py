@@ -712,6 +712,7 @@ def test_a_killed_command_goes_on_where_it_was(tiny_model_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_real_model_makes_pairs_that_train(tmp_path):
     """In a process of its own: the real ends of turn, the real template, and training on what was written."""
     root = Path(lora_dpo.__file__).parent.parent
